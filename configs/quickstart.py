@@ -1,0 +1,66 @@
+"""A small multilingual MoE embedder, trained on a laptop in minutes.
+
+    python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Variants: `:smoke` (a few steps of a tiny model on the same data, for tests).
+
+What to expect on 2 CPU cores: see the table in README.md.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_embed_jax.errors import UserError
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # pairs per step; every query sees the 255 other documents
+    config.steps = 300
+    config.log_every = 10
+    config.eval_every = 100  # retrieval on some held-out languages
+    config.eval_languages = 6
+    config.checkpoint_every = 100
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 16_384  # as data.vocabulary.size
+    config.model.num_layers = 4
+    config.model.width = 128
+    config.model.num_heads = 4
+    config.model.ffn_width = 512
+    config.model.num_experts = 8
+    config.model.experts_per_token = 2
+    config.model.moe_every = 2  # layers 1 and 3 (from 0) have experts
+
+    config.data = ConfigDict()
+    config.data.mixture = "package_texts"  # the embedded default data
+    config.data.vocabulary = ConfigDict(dict(kind="train", size=16_384))
+    config.data.query_length = 32  # tokens; the paper's figures
+    config.data.document_length = 64  # the paper has 256; most of these texts are shorter
+    config.data.row_length = 64  # short rows: attention is the costly part of a small model
+    config.data.texts_per_row = 8
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_learning_rate = 2e-3  # small models like large steps
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 30
+
+    config.loss = ConfigDict()
+    config.loss.temperature = 0.02
+    config.loss.balance = 1.0
+
+    if variant == "smoke":
+        config.batch_size = 16
+        config.steps = 4
+        config.log_every = 2
+        config.eval_every = 2
+        config.eval_languages = 2
+        config.checkpoint_every = 2
+        config.model.num_layers = 2
+        config.model.width = 32
+        config.model.num_heads = 2
+        config.model.ffn_width = 64
+        config.optimizer.warmup_steps = 1
+    elif variant:
+        raise UserError(f"unknown variant {variant!r} of configs/quickstart.py; there is: smoke")
+    return config

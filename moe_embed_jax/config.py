@@ -1,0 +1,135 @@
+"""From a config page (ml_collections) to the frozen dataclasses that the code reads.
+
+Every section of a config is a dataclass beside the code that uses it. A key that the dataclass does
+not know is an error that names it and the nearest known key, so a typo never trains silently.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import pathlib
+import runpy
+
+from moe_embed_jax.errors import UserError
+
+
+def build(cls, values, name: str = ""):
+    """An instance of dataclass `cls` from a mapping; nested dataclasses from nested mappings.
+
+    Args:
+      values: a dict or `ml_collections.ConfigDict`.
+      name: path of the section, for messages ("model", "data.vocabulary").
+
+    Raises `UserError` for unknown keys and for values of the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    where = f"{name}." if name else ""
+    arguments = {}
+    for key, value in dict(values).items():
+        if key not in fields:
+            raise _unknown(where + key, key, fields, where)
+        arguments[key] = _value(fields[key].type, value, where + key)
+    missing = [
+        key
+        for key, field in fields.items()
+        if key not in arguments
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"config key {where}{missing[0]} is missing")
+    return cls(**arguments)
+
+
+def defaults(cls) -> dict:
+    """All keys of the dataclass with their default values, nested; None where there is none."""
+    result = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            result[field.name] = defaults(field.type)
+        else:
+            result[field.name] = None if field.default is dataclasses.MISSING else field.default
+    return result
+
+
+def load(cls, spec: str, overrides: dict[str, str]):
+    """An instance of `cls` from a config file and command-line overrides.
+
+    Args:
+      spec: `path/to/config.py` or `path/to/config.py:variant`; the file defines
+        `get_config(variant)`, which returns a `ConfigDict` or dict.
+      overrides: "model.width" -> text of a Python literal (or a bare string).
+
+    Raises `UserError` in one line, naming file or key.
+    """
+    path, _, variant = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    page = runpy.run_path(path)
+    if "get_config" not in page:
+        raise UserError(f"config file {path} does not define get_config(variant)")
+    values = defaults(cls)
+    _merge(values, page["get_config"](variant), "")
+    for key, text in overrides.items():
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(values, value, "")
+    return build(cls, values)
+
+
+def _merge(values: dict, page, name: str) -> None:
+    for key, value in dict(page).items():
+        if key not in values:
+            raise _unknown(name + key, key, values, name)
+        if isinstance(values[key], dict):
+            if not hasattr(value, "items"):
+                raise UserError(f"config key {name}{key}={value!r} must be a section with keys")
+            _merge(values[key], value, f"{name}{key}.")
+        else:
+            values[key] = value
+
+
+def _unknown(full: str, key: str, known, where: str) -> UserError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return UserError(f"unknown config key {full}; {hint}")
+
+
+def _value(kind, value, name: str):
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, name)
+    if kind is dict or kind == dict[str, float] | None:
+        return None if value is None else dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float, str, bool) and type(value) is not kind:
+        raise UserError(
+            f"config key {name}={value!r} is a {type(value).__name__}; it must be a {kind.__name__}"
+        )
+    return value
+
+
+def save_json(path, content: dict) -> None:
+    """Writes JSON so that a reader sees either the old or the new file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested dicts differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines

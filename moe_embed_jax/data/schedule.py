@@ -1,0 +1,115 @@
+"""Which rows make up the batch of step s: a pure function of (data spec, s).
+
+One source and one language per batch. Every (task, language) group is an endless stream: one seeded
+permutation of its rows per epoch, one after the other, so that the tail of an epoch is carried over
+into the next batch and no row is dropped. Which group is next follows from the weights alone.
+"""
+
+import dataclasses
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from moe_embed_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows [start, stop) of the token store: one task in one language."""
+
+    task: str
+    language: str
+    start: int
+    stop: int
+    rate: float  # of the task in the mixture
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.language}"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def group_weights(groups: list[Group], language_exponent: float) -> np.ndarray:
+    """Share of the batches of each group: its task's rate times p ~ rows**exponent inside the task.
+
+    An exponent of 1 samples every pair equally often; 0.3 is the paper's smoothing of languages in
+    stage 1. Raises `UserError` for an empty group or rates that do not add up to anything.
+    """
+    for group in groups:
+        if group.rows < 1:
+            raise UserError(f"data: group {group.name} has no rows; remove it or prepare it again")
+        if not group.rate >= 0:
+            raise UserError(f"data: rate of task {group.task} is {group.rate}; it must be >= 0")
+    tasks = {group.task: group.rate for group in groups}
+    if sum(tasks.values()) <= 0:
+        raise UserError(f"data: the rates of the mixture add up to 0: {tasks}")
+    share = np.array([group.rows**language_exponent for group in groups], np.float64)
+    for task in tasks:
+        of_task = np.array([group.task == task for group in groups])
+        share[of_task] *= tasks[task] / share[of_task].sum()
+    return share / share.sum()
+
+
+class Schedule:
+    """The groups and rows of every step of a run.
+
+    A group of weight w comes up every 1/w steps, each group from an offset of its own: shares are
+    exact to one batch at any point of the run, and the first n steps do not depend on how many
+    follow.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        language_exponent: float = 1.0,
+    ):
+        self.groups = groups
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        weights = group_weights(groups, language_exponent)
+        offsets = np.random.Generator(np.random.Philox(seed)).random(len(groups))
+        # Group g's j-th use is at time (j + offset) / weight; uses up to time t number t +- groups.
+        horizon = steps + len(groups) + 1
+        times, members = [], []
+        for index, (weight, offset) in enumerate(zip(weights, offsets, strict=True)):
+            if weight > 0:
+                uses = np.arange(int(horizon * weight) + 2)
+                times.append((uses + offset) / weight)
+                members.append(np.full(uses.size, index))
+        time, member = np.concatenate(times), np.concatenate(members)
+        order = np.lexsort((member, time))[:steps]
+        self._group_of_step = member[order]
+        self._use_of_step = np.zeros(steps, np.int64)
+        for index in np.unique(self._group_of_step):
+            steps_of_group = np.flatnonzero(self._group_of_step == index)
+            self._use_of_step[steps_of_group] = np.arange(steps_of_group.size)
+
+    def group(self, step: int) -> Group:
+        return self.groups[self._group_of_step[step]]
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [batch_size] rows of the token store for step `step` (0-based)."""
+        group_index = int(self._group_of_step[step])
+        group = self.groups[group_index]
+        first = int(self._use_of_step[step]) * self.batch_size
+        rows = np.empty(self.batch_size, np.int64)
+        for i in range(self.batch_size):
+            epoch, position = divmod(first + i, group.rows)
+            rows[i] = group.start + index_shuffle(
+                position,
+                max_index=group.rows - 1,
+                seed=self._permutation_seed(group_index, epoch),
+                rounds=4,
+            )
+        return rows
+
+    def _permutation_seed(self, group_index: int, epoch: int) -> int:
+        """32-bit seed, different for every (run seed, group, epoch)."""
+        return int(np.random.SeedSequence((self.seed, group_index, epoch)).generate_state(1)[0])

@@ -1,0 +1,66 @@
+"""The device mesh: axes `data`, `fsdp` and `expert`; the batch is sharded over all three."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_embed_jax.errors import UserError
+
+AXES = ("data", "fsdp", "expert")
+BATCH_SPEC = PartitionSpec(AXES)  # leading axis of every batch array
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; `data=-1` takes all that the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+
+
+def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all of the run).
+
+    Raises `UserError` when the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    others = config.fsdp * config.expert
+    data = count // others if config.data == -1 and others > 0 else config.data
+    shape = (data, config.fsdp, config.expert)
+    if min(shape) < 1 or data * others != count:
+        raise UserError(
+            f"mesh data={config.data} fsdp={config.fsdp} expert={config.expert} does not fit "
+            f"{count} devices: the product of the axes must be {count}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def single_device_mesh() -> jax.sharding.Mesh:
+    """A 1x1x1 mesh on the first local device: what an application embeds with."""
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of an array whose leading axis is the batch (or the packed rows)."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def local_device_positions(mesh: jax.sharding.Mesh) -> list[int]:
+    """Positions in the flattened mesh (= order of batch shards) owned by this process."""
+    here = jax.process_index()
+    return [i for i, d in enumerate(np.asarray(mesh.devices).flat) if d.process_index == here]
+
+
+def describe(mesh: jax.sharding.Mesh) -> str:
+    axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    kind = np.asarray(mesh.devices).flat[0].device_kind
+    processes = jax.process_count()
+    return f"{axes} on {mesh.size} {kind} device(s), {processes} process(es)"

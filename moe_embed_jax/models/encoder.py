@@ -1,0 +1,183 @@
+"""The encoder: embeddings, then one scan over groups of post-norm blocks.
+
+A group is the shortest repeating run of blocks (`moe_every=2`: one dense block and one MoE block),
+so compile time does not grow with depth. Parameters are a plain nested dict; those of the blocks
+carry a leading group axis.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.models.attention import Attention
+from moe_embed_jax.models.feed_forward import FeedForward
+from moe_embed_jax.models.moe import MoE
+from moe_embed_jax.objectives.balance import RoutingStatistics
+from moe_embed_jax.routing.exchange import BACKENDS
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture. Defaults are the released model's (paper_facts: 475M total, 305M active)."""
+
+    vocab_size: int = 250_048
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    ffn_width: int = 3072
+    num_experts: int = 8
+    experts_per_token: int = 2
+    moe_every: int = 2  # 0: all dense; 1: every layer MoE; n: layers n-1, 2n-1, ... (from 0)
+    rotary_base: float = 10_000.0
+    norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    dtype: str = "float32"  # of activations and matmuls; parameters stay float32
+    expert_backend: str = "blocked"
+    remat: bool = False  # recompute a group's activations in the backward pass
+
+    def __post_init__(self):
+        group = max(self.moe_every, 1)
+        if self.num_layers % group:
+            raise UserError(
+                f"model.num_layers={self.num_layers} is not a multiple of moe_every={group}"
+            )
+        if self.width % (2 * self.num_heads):
+            raise UserError(
+                f"model.width={self.width} must be divisible by 2 * num_heads={self.num_heads} "
+                "(rotary positions turn pairs)"
+            )
+        if self.moe_every and not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token} must be between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.expert_backend not in BACKENDS:
+            raise UserError(
+                f"model.expert_backend={self.expert_backend!r}: choose from {sorted(BACKENDS)}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        return max(self.moe_every, 1)
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.num_layers // self.moe_every if self.moe_every else 0
+
+
+def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs)
+
+
+class Embeddings(nnx.Module):
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        self.dtype = config.dtype
+        self.token = nnx.Param(init(rngs.params(), (config.vocab_size, config.width)))
+        # One row added to every token: the released layout keeps BERT's table of token types.
+        self.token_type = nnx.Param(init(rngs.params(), (1, config.width)))
+        self.norm = _norm(config, rngs)
+
+    def __call__(self, token_RL):
+        return self.norm(self.token[...][token_RL] + self.token_type[...][0]).astype(self.dtype)
+
+
+class Block(nnx.Module):
+    """Post-norm: attention, add, norm; feed-forward or MoE, add, norm."""
+
+    def __init__(self, config: EncoderConfig, is_moe: bool, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
+        self.attention = Attention(config.width, config.num_heads, config.rotary_base, linear)
+        self.norm_1 = _norm(config, rngs)
+        if is_moe:
+            self.moe = MoE(config, init, rngs)
+        else:
+            self.feed_forward = FeedForward(config.width, config.ffn_width, linear)
+        self.norm_2 = _norm(config, rngs)
+        self.is_moe = is_moe
+
+    def __call__(self, x_RLD, text_index_RL, position_RL):
+        dtype = x_RLD.dtype
+        attended_RLD = self.attention(x_RLD, text_index_RL, position_RL)
+        x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
+        statistics = None
+        if self.is_moe:
+            y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0)
+        else:
+            y_RLD = self.feed_forward(x_RLD)
+        return self.norm_2(y_RLD + x_RLD).astype(dtype), statistics
+
+
+class Group(nnx.Module):
+    """The repeating unit: `moe_every` blocks, the last of which is the MoE block."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.size = config.group_size
+        for i in range(self.size):
+            is_moe = config.moe_every > 0 and i == self.size - 1
+            setattr(self, f"block_{i}", Block(config, is_moe, rngs))
+
+    def __call__(self, x_RLD, text_index_RL, position_RL):
+        for i in range(self.size):
+            block = getattr(self, f"block_{i}")
+            x_RLD, statistics = block(x_RLD, text_index_RL, position_RL)
+        return x_RLD, statistics
+
+
+def _pure(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def init_params(config: EncoderConfig, key: jax.Array) -> dict:
+    """{"embeddings": ..., "groups": ...}; group leaves have a leading axis G. float32."""
+    embeddings_key, groups_key = jax.random.split(key)
+    keys_G = jax.random.split(groups_key, config.num_layers // config.group_size)
+    return {
+        "embeddings": _pure(Embeddings(config, nnx.Rngs(embeddings_key))),
+        "groups": jax.vmap(lambda key: _pure(Group(config, nnx.Rngs(key))))(keys_G),
+    }
+
+
+def _module(make, params: dict) -> nnx.Module:
+    """A module around given parameters; `make` is only traced for its structure."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)
+
+
+def encode_tokens(
+    config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL
+) -> tuple[jax.Array, RoutingStatistics | None]:
+    """Token states and the statistics of every MoE layer.
+
+    Args:
+      token_RL: int32 ids. text_index_RL: which text of its row a token belongs to, -1 padding.
+      position_RL: position within the text.
+
+    Returns:
+      x_RLD in `config.dtype` (padding: unspecified finite values), and `RoutingStatistics` with a
+      leading axis of MoE layers, or None without experts. Needs a mesh in context.
+    """
+    embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
+
+    def one_group(x_RLD, group_params):
+        group = _module(lambda: Group(config, nnx.Rngs(0)), group_params)
+        return group(x_RLD, text_index_RL, position_RL)
+
+    if config.remat:
+        one_group = jax.checkpoint(one_group)
+    return jax.lax.scan(one_group, embeddings(token_RL), params["groups"])
+
+
+def count_params(config: EncoderConfig) -> tuple[int, int]:
+    """(total, active per token): a token uses K of the E experts of each MoE layer."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    expert = 2 * config.width * config.ffn_width
+    idle = config.num_experts - config.experts_per_token
+    return total, total - config.num_moe_layers * idle * expert

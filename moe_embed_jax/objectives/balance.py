@@ -1,0 +1,52 @@
+"""Load-balancing loss from global statistics (paper eq. 1, normalised so that balance = 1).
+
+Switch-style: E * sum_e f_e p_e, with f_e the fraction of the T*K assignments that expert e
+received and p_e its mean router probability. The statistics are summed over queries and documents
+and over all devices *before* the product: single-source batches are not forced to use every expert
+on every device (the reference takes them per device and per pass, and adds two such terms).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class RoutingStatistics:
+    """Sums over the valid tokens of one or more layers (a leading axis M per MoE layer).
+
+    assignments_E: how many (token, choice) pairs went to each expert, float32.
+    probability_E: sum of router probabilities, float32.
+    entropy: sum of the routers' entropies in nats, float32.
+    tokens: number of valid tokens, float32.
+    """
+
+    assignments_E: jax.Array
+    probability_E: jax.Array
+    entropy: jax.Array
+    tokens: jax.Array
+
+
+def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
+    """Statistics of the valid tokens; `probability_TE` float32, padding contributes nothing."""
+    experts = probability_TE.shape[-1]
+    chosen_TE = jax.nn.one_hot(expert_TK, experts, dtype=jnp.float32).sum(axis=-2)
+    valid_T1 = valid_T[..., None].astype(jnp.float32)
+    axes = tuple(range(valid_T.ndim))
+    entropy_T = -jnp.sum(probability_TE * jnp.log(probability_TE + 1e-20), axis=-1)
+    return RoutingStatistics(
+        assignments_E=jnp.sum(chosen_TE * valid_T1, axis=axes),
+        probability_E=jnp.sum(probability_TE * valid_T1, axis=axes),
+        entropy=jnp.sum(entropy_T * valid_T1[..., 0], axis=axes),
+        tokens=jnp.sum(valid_T1),
+    )
+
+
+def balance_loss(statistics: RoutingStatistics):
+    """Scalar, mean over MoE layers; 1 at perfect balance, E when one expert takes everything."""
+    assigned_ME = statistics.assignments_E
+    fraction_ME = assigned_ME / jnp.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
+    mean_ME = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]
+    return assigned_ME.shape[-1] * jnp.mean(jnp.sum(fraction_ME * mean_ME, axis=-1))

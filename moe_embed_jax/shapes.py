@@ -1,0 +1,16 @@
+"""The letters of the shapes, declared once.
+
+An array is named after its axes, as in `x_RLD`; docstrings use the same letters.
+
+    B  texts (or pairs) in a batch              R  packed rows
+    L  row length in tokens                     S  text slots in a row
+    T  tokens (rows flattened)                  D  model width
+    H  attention heads                          F  feed-forward width
+    E  experts                                  K  experts per token
+    V  vocabulary                               N  negatives per query
+    G  groups of blocks (the unit of the layer scan)
+
+Padding is text index -1; it is never attended to, routed, pooled or counted.
+"""
+
+PADDING = -1

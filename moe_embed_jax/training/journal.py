@@ -1,0 +1,141 @@
+"""What a run leaves behind while it runs: metrics.jsonl, TensorBoard, a progress bar.
+
+`metrics.jsonl` has one line per step and holds nothing that depends on the clock, so the files of a
+resumed and of an uninterrupted run are equal byte for byte.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from moe_embed_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Journal:
+    """Collects device metrics without waiting for the device; writes them at `flush`."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int, steps: int, is_writer: bool):
+        """Forgets what an earlier run wrote after `start_step` (it will be computed again).
+
+        `is_writer`: process 0 writes; the others only keep time.
+        """
+        self.is_writer = is_writer
+        self._pending = []
+        self._clock = time.perf_counter()
+        if not is_writer:
+            return
+        self._path = workdir / METRICS_FILE
+        keep_steps(self._path, start_step)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        # A terminal is redrawn twice a second; a log file gets a line every half minute.
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=steps,
+            initial=start_step,
+            desc="training",
+            unit="step",
+            mininterval=interval,
+            maxinterval=interval,
+            dynamic_ncols=True,
+        )
+
+    def add(self, step: int, group: str, tokens: int, metrics: dict) -> None:
+        """`metrics`: device arrays of the update that made step `step` (from 1); not waited for."""
+        self._pending.append((step, group, tokens, metrics))
+
+    def flush(self) -> list[dict]:
+        """Fetches and writes the pending steps; returns their records.
+
+        Raises `UserError` at the first step whose loss is not finite.
+        """
+        fetched = jax.device_get([metrics for *_, metrics in self._pending])
+        records = []
+        for (step, group, _, _), metrics in zip(self._pending, fetched, strict=True):
+            values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+            records.append({"step": step, "group": group, **values})
+            if not np.isfinite(values["loss"]):
+                raise UserError(
+                    f"loss is {values['loss']} at step {step} (batch of {group}): lower "
+                    "optimizer.peak_learning_rate or look at the data; the last checkpoint is good"
+                )
+        seconds = time.perf_counter() - self._clock
+        rate = sum(tokens for _, _, tokens, _ in self._pending) / max(seconds, 1e-9)
+        self._clock = time.perf_counter()
+        self._pending = []
+        if self.is_writer and records:
+            self._write(records, rate)
+        return records
+
+    def pause(self) -> None:
+        """Starts the clock anew, so that an evaluation does not count as training time."""
+        self._clock = time.perf_counter()
+
+    def _write(self, records: list[dict], tokens_per_second: float) -> None:
+        for record in records:
+            self._file.write(json.dumps(record) + "\n")
+            step, source = record["step"], record["group"].split("/")[0]
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(f"train/{name}", value, step)
+            self._board.add_scalar(f"loss_by_source/{source}", record["contrastive_loss"], step)
+            if "expert_load" in record:
+                load_E = np.mean(record["expert_load"], axis=0)
+                for expert, share in enumerate(load_E):
+                    self._board.add_scalar(f"expert_load/{expert}", share, step)
+                    self._board.add_scalar(f"expert_load_{source}/{expert}", share, step)
+        last_step = records[-1]["step"]
+        self._board.add_scalar("speed/real_tokens_per_second", tokens_per_second, last_step)
+        self._file.flush()
+        mean = {
+            name: np.mean([record[name] for record in records])
+            for name in ("contrastive_loss", "accuracy", "utilisation")
+        }
+        shown = {"loss": f"{mean['contrastive_loss']:.3f}"}
+        if "balance" in records[-1]:
+            shown["balance"] = f"{np.mean([r['balance'] for r in records]):.2f}"
+        shown["acc"] = f"{mean['accuracy']:.2f}"
+        shown["fill"] = f"{mean['utilisation']:.0%}"
+        shown["tok/s"] = f"{tokens_per_second:,.0f}"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(last_step - self._bar.n)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Further TensorBoard scalars, e.g. of an evaluation."""
+        if self.is_writer:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.is_writer:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.is_writer:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def read_records(path: pathlib.Path) -> list[dict]:
+    """Records of a .jsonl file; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def keep_steps(path: pathlib.Path, last_step: int) -> None:
+    """Drops records of steps after `last_step`, and a line cut short by a kill."""
+    kept = [record for record in read_records(path) if record["step"] <= last_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)

@@ -1,0 +1,153 @@
+"""The training run, read from top to bottom."""
+
+import pathlib
+import signal
+
+import jax
+from absl import logging
+
+from moe_embed_jax.checkpoint import Checkpoints
+from moe_embed_jax.data.batches import Batches
+from moe_embed_jax.data.schedule import Group, Schedule
+from moe_embed_jax.embedder import CHECKPOINTS, Embedder
+from moe_embed_jax.mesh import make_mesh
+from moe_embed_jax.training import report
+from moe_embed_jax.training import workdir as workdir_module
+from moe_embed_jax.training.journal import Journal
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.overview import describe_run
+from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.step import (
+    Batch,
+    StepConfig,
+    TrainState,
+    abstract_state,
+    create_state,
+    jit_train_step,
+)
+
+
+def train(config: RunConfig, workdir) -> bool:
+    """Trains what the config says, in `workdir`, resuming if there is a checkpoint.
+
+    Returns True when all steps are done, False when SIGTERM ended the run early (its state is
+    saved; the same command continues it).
+    """
+    workdir = pathlib.Path(workdir)
+    is_writer = jax.process_index() == 0
+    preemption = _Preemption()
+
+    ### Mesh, work directory, data
+    mesh = make_mesh(config.mesh)
+    workdir_module.claim(workdir, config, write=is_writer)
+    store, vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
+    groups = [Group(**group) for group in store.groups]
+    schedule = Schedule(
+        groups, config.batch_size, config.steps, config.seed, config.data.language_exponent
+    )
+    batches = Batches(
+        store,
+        schedule,
+        mesh,
+        config.data.row_length,
+        config.data.texts_per_row,
+        vocabulary.pad_id,
+    )
+    data_spec = workdir_module.data_spec(store, config)
+
+    ### Model, optimiser, step
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step_config = StepConfig(config.model, config.loss, config.data.texts_per_row)
+    train_step = jit_train_step(step_config, optimizer, mesh)
+
+    ### State: the newest checkpoint of this work directory, else fresh
+    checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
+    start = checkpoints.latest_step()
+    if start is None:
+        start = 0
+        state = create_state(config.model, optimizer, mesh, config.seed)
+    else:
+        workdir_module.check_data_spec(checkpoints.data(start), data_spec)
+        abstract = abstract_state(config.model, optimizer, mesh)
+        params, rest = checkpoints.restore(
+            start, abstract.params, {"step": abstract.step, "opt_state": abstract.opt_state}
+        )
+        state = TrainState(rest["step"], params, rest["opt_state"])
+
+    def save(step: int) -> None:
+        optimizer_items = {"step": state.step, "opt_state": state.opt_state}
+        checkpoints.save(step, state.params, optimizer_items, data_spec)
+
+    ### Say what will happen
+    if is_writer:
+        print(describe_run(config, batches, mesh), flush=True)
+        if start:
+            print(f"resuming    {workdir} after step {start}", flush=True)
+    judge = report.Judge(workdir, config, start, is_writer)
+    journal = Journal(workdir, start, config.steps, is_writer)
+
+    def evaluate(step: int, every_language: bool) -> None:
+        lengths = {"query": config.data.query_length, "document": config.data.document_length}
+        embedder = Embedder(config.model, state.params, vocabulary, lengths, mesh)
+        scores = judge.evaluate(embedder, step, every_language)
+        journal.scalars(step, scores)
+        journal.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+        journal.pause()
+
+    if start == 0:
+        evaluate(0, every_language=True)
+
+    ### Train
+    step = start
+    for batch in batches.iterate(start, config.steps):
+        state, metrics = train_step(state, Batch(**batch.arrays))
+        step = batch.step + 1
+        journal.add(step, batch.group.name, batch.tokens, metrics)
+        is_last = step == config.steps
+        stop = preemption.requested(step, config.log_every)
+        if step % config.log_every == 0 or is_last or stop:
+            journal.flush()
+        if step % config.checkpoint_every == 0 or is_last or stop:
+            journal.flush()  # a checkpoint never holds a state whose loss was not finite
+            save(step)
+        if stop:
+            break
+        if config.eval_every and step % config.eval_every == 0 and not is_last:
+            evaluate(step, every_language=False)
+    checkpoints.wait()
+    if step < config.steps:
+        journal.say(f"stopped by SIGTERM after step {step}: saved; the same command continues here")
+        journal.close()
+        checkpoints.close()
+        return False
+
+    ### Judge the result
+    evaluate(step, every_language=True)
+    journal.close()
+    checkpoints.close()
+    if is_writer:
+        judge.report()
+    return True
+
+
+class _Preemption:
+    """Remembers SIGTERM, which a preempted VM and `kill` send, until the step is finished."""
+
+    def __init__(self):
+        self._flag = False
+        signal.signal(signal.SIGTERM, self._set)
+
+    def _set(self, signum, frame) -> None:
+        del signum, frame
+        self._flag = True
+        logging.warning("SIGTERM: saving after this step")
+
+    def requested(self, step: int, every: int) -> bool:
+        """Whether to stop after `step`. Processes agree on it, every `every` steps."""
+        if jax.process_count() == 1:
+            return self._flag
+        if step % every:
+            return False
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(self._flag).any())

@@ -1,0 +1,72 @@
+"""AdamW with the paper's decay mask, warm-up and schedules (paper 4.3 and 4.5)."""
+
+import dataclasses
+
+import jax
+import optax
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.sharding import path_of
+
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    peak_learning_rate: float = 8e-5
+    schedule: str = "cosine"  # after the warm-up; cosine and linear end at 0 at the last step
+    warmup_steps: int = 1000  # linear from 0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01  # matrices only, see `decay_mask`
+    clip_norm: float = 1.0  # of the global gradient
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule={self.schedule!r}: choose from {SCHEDULES}")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step -> learning rate, for a run of `steps` steps; step 0 is the first update."""
+    peak, warmup = config.peak_learning_rate, config.warmup_steps
+    if warmup >= steps:
+        raise UserError(f"optimizer.warmup_steps={warmup} must be below steps={steps}")
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
+        "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
+        "inverse_sqrt": lambda step: peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    # A warm-up that starts at 0 would make the first step a no-op.
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def decay_mask(params: dict) -> dict:
+    """True where weight decay applies: matrices that are not biases.
+
+    As the reference: nothing named "bias" and nothing with fewer than two non-unit axes. The scan
+    axis of stacked blocks is not an axis of the parameter.
+    """
+
+    def decays(key_path, leaf) -> bool:
+        path = path_of(key_path)
+        shape = leaf.shape[1:] if path.startswith("groups/") else leaf.shape
+        return "bias" not in path and sum(n > 1 for n in shape) >= 2
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

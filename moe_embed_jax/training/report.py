@@ -1,0 +1,127 @@
+"""How good the model is and how it got there: evaluations during the run, the table at its end."""
+
+import json
+import pathlib
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_embed_jax.config import save_json
+from moe_embed_jax.embedder import Embedder
+from moe_embed_jax.evaluation.bm25 import evaluate_bm25
+from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout, sample_languages
+from moe_embed_jax.evaluation.retrieval import mean_over_languages
+from moe_embed_jax.search.knn import top_k
+from moe_embed_jax.training import pictures
+from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
+from moe_embed_jax.training.run_config import RunConfig
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+RESULTS_FILE = "results.json"
+PICTURE_FILE = "report.png"
+METRIC = "ndcg_at_10"
+ROUTING_TEXTS = 64  # held-out documents per language for the routing map
+
+
+class Judge:
+    """Evaluates one run on the held-out sets of its data; keeps the records in its folder."""
+
+    def __init__(self, workdir: pathlib.Path, config: RunConfig, start_step: int, is_writer: bool):
+        self.workdir = workdir
+        self.config = config
+        self.is_writer = is_writer
+        self.sets = load_heldout(config.data.dir)
+        self.sampled = sample_languages(self.sets, config.eval_languages)
+        self.embedder: Embedder | None = None
+        if is_writer:
+            keep_steps(workdir / EVALUATIONS_FILE, start_step)
+
+    def evaluate(self, embedder: Embedder, step: int, every_language: bool) -> dict[str, float]:
+        """Evaluates now; returns {"ndcg_at_10/<set>": mean over the languages evaluated}."""
+        self.embedder = embedder
+        sets = self.sets if every_language else self.sampled
+        results = evaluate_heldout(embedder, sets)
+        if self.is_writer:
+            with (self.workdir / EVALUATIONS_FILE).open("a") as file:
+                record = {"step": step, "complete": every_language, "sets": results}
+                file.write(json.dumps(record) + "\n")
+        suffix = "" if every_language else f" ({self.config.eval_languages} languages)"
+        means = mean_over_languages(results)
+        return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}
+
+    def report(self) -> None:
+        """Writes results.json and report.png; prints the table and some searches."""
+        complete = [r for r in read_records(self.workdir / EVALUATIONS_FILE) if r["complete"]]
+        bm25 = {name: evaluate_bm25(each) for name, each in self.sets.items()}
+        columns = {"BM25": bm25}
+        if complete[0]["step"] == 0:
+            columns["untrained"] = complete[0]["sets"]
+        columns["trained"] = complete[-1]["sets"]
+        save_json(self.workdir / RESULTS_FILE, columns)
+        pictures.draw_report(
+            self.workdir / PICTURE_FILE,
+            read_records(self.workdir / METRICS_FILE),
+            read_records(self.workdir / EVALUATIONS_FILE),
+            self._routing_by_language(),
+        )
+        console = Console(width=110)
+        console.print(self._table(columns))
+        self._print_searches(console)
+        console.print(f"Picture, metrics and checkpoints are in {self.workdir}/")
+
+    def _table(self, columns: dict[str, dict]) -> Table:
+        table = Table(title="nDCG@10 on held-out data (no English string of it was trained on)")
+        table.add_column("set")
+        table.add_column("language")
+        table.add_column("queries", justify="right")
+        table.add_column("documents", justify="right")
+        for name in columns:
+            table.add_column(name, justify="right")
+        means = {name: mean_over_languages(results) for name, results in columns.items()}
+        for set_name, mean in means["trained"].items():
+            for name, metrics in columns["trained"].items():
+                if name.split("/")[0] == set_name and mean["languages"] > 1:
+                    values = [f"{columns[c][name][METRIC]:.3f}" for c in columns]
+                    counts = (str(metrics["queries"]), str(metrics["documents"]))
+                    table.add_row(set_name, name.split("/")[1], *counts, *values)
+            values = [f"{means[c][set_name][METRIC]:.3f}" for c in columns]
+            counts = (str(mean["queries"]), str(mean["documents"]))
+            label = f"mean of {mean['languages']}" if mean["languages"] > 1 else "en"
+            table.add_section()
+            table.add_row(set_name, label, *counts, *values, style="bold", end_section=True)
+        return table
+
+    def _print_searches(self, console: Console) -> None:
+        """Three held-out queries in three languages and their best documents, right or wrong.
+
+        Not chosen by result: the middle query of the set.
+        """
+        wanted = ("translations/es", "descriptions/de", "descriptions/zh-Hans")
+        multilingual = [name for name in self.sets if not name.startswith("api/")]
+        names = [name for name in wanted if name in self.sets]
+        names += [name for name in multilingual if name not in names][: 3 - len(names)]
+        for name in names:
+            each = self.sets[name]
+            middle = len(each.queries) // 2
+            query = each.queries[middle]
+            query_BD = self.embedder.encode([query], prompt="query")
+            document_ND = self.embedder.encode(each.documents, prompt="document")
+            score_BK, index_BK = top_k(query_BD, document_ND, 3)
+            console.print(f"\n[bold]{name}[/bold]  query: {query}", highlight=False)
+            for score, index in zip(score_BK[0], index_BK[0], strict=True):
+                relevant = each.qrels[each.query_ids[middle]].get(each.document_ids[index], 0) > 0
+                mark = "right" if relevant else "     "
+                text = each.documents[index][:80].replace("\n", " ")
+                console.print(f"  {score:.3f} {mark} {text}", highlight=False, markup=False)
+
+    def _routing_by_language(self) -> dict[str, np.ndarray]:
+        """{language: share of assignments [M, E]} of held-out documents; empty without experts."""
+        if not self.config.model.moe_every:
+            return {}
+        shares = {}
+        for name, each in self.sets.items():
+            set_name, language = name.split("/")
+            if set_name == "translations" or (set_name == "api" and language not in shares):
+                shares[language] = self.embedder.expert_shares(each.documents[:ROUTING_TEXTS])
+        return shares

