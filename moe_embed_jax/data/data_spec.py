@@ -1,0 +1,210 @@
+"""What a data configuration means: its canonical form, its folders, its difference to another.
+
+Everything here is computed from the configuration, the table of pinned wheels and the vocabulary
+file alone, without TensorFlow and without looking at the data.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_embed_jax.data.builders.wheels import WHEELS
+from moe_embed_jax.errors import UserError
+
+# Raise when the same configuration starts to give other tokens (builders, recipe, record format).
+PREPARATION_VERSION = 1
+# Mixture -> task -> the builder config that stores its rows.
+MIXTURES: dict[str, dict[str, str]] = {
+    "package_texts": {
+        "translations": "home_assistant",
+        "descriptions": "home_assistant",
+        "aws_api": "aws_api",
+        "google_api": "google_api",
+    }
+}
+DEFAULTS = {
+    "mixture": "package_texts",
+    "vocabulary": {"kind": "train", "size": 16384},
+    "query_length": 32,
+    "document_length": 128,
+    "rates": None,
+}
+_VOCABULARY_KEYS = {"train": "size", "file": "path"}
+
+
+def canonical_hash(value: dict) -> str:
+    """SHA-256 of `value` as JSON with sorted keys and no spaces, hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def source_checksums() -> dict[str, str]:
+    """File name -> SHA-256 of everything the pairs are made from."""
+    return {wheel.file_name: wheel.sha256 for wheel in WHEELS.values()}
+
+
+def complete_config(config: Mapping) -> dict:
+    """`config` with defaults filled in.
+
+    Keys: `mixture` (name), `vocabulary` (`{"kind": "train", "size": ids}` or
+    `{"kind": "file", "path": SentencePiece model}`), `query_length` and `document_length` (maximum
+    tokens, prefix and specials included), `rates` (task -> weight, or None: by rows).
+
+    Raises:
+      UserError: unknown key or a value of the wrong kind; names it.
+    """
+    for key in config:
+        if key not in DEFAULTS:
+            raise UserError(f"data config: unknown key {key!r}; known: {', '.join(DEFAULTS)}")
+    complete = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    for key in ("query_length", "document_length"):
+        _check_positive(key, complete[key])
+    vocabulary = complete["vocabulary"]
+    kind = vocabulary.get("kind") if isinstance(vocabulary, Mapping) else None
+    if kind not in _VOCABULARY_KEYS or set(vocabulary) != {"kind", _VOCABULARY_KEYS[kind]}:
+        raise UserError(
+            f'data config: vocabulary={vocabulary!r} must be {{"kind": "train", "size": N}} or '
+            '{"kind": "file", "path": FILE}'
+        )
+    if kind == "train":
+        _check_positive("vocabulary.size", vocabulary["size"])
+    complete["vocabulary"] = dict(vocabulary)
+    if (rates := complete["rates"]) is not None:
+        try:
+            complete["rates"] = {task: float(rate) for task, rate in rates.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"data config: rates={rates!r} must be null or task names with numbers"
+            ) from error
+    chosen_tasks(complete["mixture"], complete["rates"])
+    return complete
+
+
+def _check_positive(key: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"data config: {key}={value!r} must be an integer of 1 or more")
+
+
+def chosen_tasks(mixture: str, rates: Mapping[str, float] | None) -> dict[str, str]:
+    """Task -> builder config of those tasks of `mixture` that `rates` names (None: all).
+
+    Raises:
+      UserError: unknown mixture or task, no task, or a rate that is not positive.
+    """
+    if mixture not in MIXTURES:
+        raise UserError(f"unknown mixture {mixture!r}; known: {', '.join(MIXTURES)}")
+    tasks = MIXTURES[mixture]
+    if rates is None:
+        return dict(tasks)
+    for task, rate in rates.items():
+        if task not in tasks:
+            raise UserError(f"rates: unknown task {task!r}; {mixture} has {', '.join(tasks)}")
+        if not 0 < rate < float("inf"):
+            raise UserError(f"rates: {task} has rate {rate}; leave it out to exclude it")
+    if not rates:
+        raise UserError(f"rates: name at least one task of {mixture}: {', '.join(tasks)}")
+    return {task: config for task, config in tasks.items() if task in rates}
+
+
+def vocabulary_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
+    """Where the SentencePiece model of `config` lies, or will lie once prepared."""
+    key = canonical_hash(_vocabulary_key(complete_config(config)))
+    return Path(data_dir) / "vocabulary" / key[:16] / "sentencepiece.model"
+
+
+def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
+    """Where the token store of `config` lies, or will lie once prepared.
+
+    Raises:
+      UserError: bad config, or the file of a `{"kind": "file"}` vocabulary does not exist.
+    """
+    complete = complete_config(config)
+    key = {
+        **complete,
+        "vocabulary": _vocabulary_key(complete),
+        "sources": source_checksums(),
+        "preparation": PREPARATION_VERSION,
+    }
+    return Path(data_dir) / "tokens" / canonical_hash(key)[:16]
+
+
+def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | None:
+    """The folder of the prepared token store of `config`, or None if there is none yet."""
+    path = planned_store_path(config, data_dir)
+    return path if (path / "spec.json").is_file() else None
+
+
+def _vocabulary_key(complete: dict) -> dict:
+    vocabulary = complete["vocabulary"]
+    if vocabulary["kind"] == "file":
+        path = Path(vocabulary["path"])
+        if not path.is_file():
+            raise UserError(f"data config: vocabulary file {path} does not exist")
+        return {"kind": "file", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    # Trained on all tasks of the mixture, so that runs with other rates share it.
+    return {
+        **vocabulary,
+        "mixture": complete["mixture"],
+        "sources": source_checksums(),
+        "preparation": PREPARATION_VERSION,
+    }
+
+
+def describe_spec_difference(old: Mapping, new: Mapping) -> str:
+    """One line that names every key in which two `spec.json` differ, with the old and new value.
+
+    Groups are summarised by number and rows, and checksums shortened. "" if the specs are equal.
+    """
+    before, after = _flatten(old), _flatten(new)
+    parts = []
+    for key in sorted({*before, *after} - {"hash"}):
+        left, right = before.get(key, "absent"), after.get(key, "absent")
+        if left != right:
+            parts.append(f"{key}: {left} -> {right}")
+    if old.get("groups") != new.get("groups"):
+        parts.append("groups: " + _describe_groups(old.get("groups", []), new.get("groups", [])))
+    return "; ".join(parts)
+
+
+def _flatten(spec: Mapping, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in spec.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        elif key != "groups" or prefix:
+            text = value if isinstance(value, str) else json.dumps(value)
+            is_checksum = len(text) == 64 and not set(text) - set("0123456789abcdef")
+            flat[prefix + key] = text[:12] if is_checksum else text
+    return flat
+
+
+def _describe_groups(old: list[dict], new: list[dict]) -> str:
+    def index(groups: list[dict]) -> dict[str, tuple[int, float]]:
+        return {
+            f"{group['task']}/{group['language']}": (
+                group["stop"] - group["start"],
+                group["rate"],
+            )
+            for group in groups
+        }
+
+    before, after = index(old), index(new)
+    changed = [
+        f"{name} {_describe_group(before.get(name))} -> {_describe_group(after.get(name))}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+    if not changed:
+        return "in another order"
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return (
+        f"{len(old)} groups with {sum(rows for rows, _ in before.values())} rows -> "
+        f"{len(new)} with {sum(rows for rows, _ in after.values())} "
+        f"({', '.join(changed[:3])}{more})"
+    )
+
+
+def _describe_group(group: tuple[int, float] | None) -> str:
+    return "absent" if group is None else f"{group[0]} rows at rate {group[1]:g}"

@@ -1,0 +1,296 @@
+"""From nothing to a token store: fetch and build the pairs, make a vocabulary, tokenise, store.
+
+    python -m moe_embed_jax.data.prepare --data_dir=DIR [--wheels_dir=DIR] \\
+        --config_json='{"vocabulary": {"kind": "train", "size": 16384}, "document_length": 128}'
+
+Every part is cached by what it depends on: a second call finds the token store and returns without
+importing TensorFlow. The training process runs this as a process of its own.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from absl import app, flags
+
+from moe_embed_jax.data.builders import package_texts
+from moe_embed_jax.data.data_spec import (
+    MIXTURES,
+    complete_config,
+    planned_store_path,
+    source_checksums,
+    token_store_path,
+    vocabulary_path,
+)
+from moe_embed_jax.data.token_store import TokenStoreWriter
+from moe_embed_jax.data.vocabulary import (
+    DOCUMENT_PREFIX,
+    QUERY_PREFIX,
+    Vocabulary,
+    content_ids,
+    train_vocabulary,
+)
+from moe_embed_jax.errors import UserError
+
+QUANTILES = (0.5, 0.9, 0.99)
+NAMED_ROWS = 10  # dropped rows listed per group
+
+
+def prepare(
+    config: Mapping, data_dir: str | os.PathLike, wheels_dir: str | os.PathLike | None = None
+) -> Path:
+    """Prepares the training data of `config` and the held-out sets; returns the token store.
+
+    Args:
+      config: see `data_spec.complete_config`; missing keys have defaults.
+      data_dir: everything is kept here; see the README for its layout.
+      wheels_dir: a folder with the pinned wheels, for machines without a network.
+
+    Raises:
+      UserError: bad configuration, no network and no wheels, a damaged file.
+    """
+    data_dir = Path(data_dir).expanduser()
+    config = complete_config(config)
+    folder = planned_store_path(config, data_dir)
+    if token_store_path(config, data_dir) and vocabulary_path(config, data_dir).is_file():
+        print(f"data: prepared before, {folder}")
+        return folder
+    seconds = {}
+    start = time.monotonic()
+    pairs = package_texts.prepare(data_dir, wheels_dir=wheels_dir)
+    seconds["pairs"] = time.monotonic() - start
+
+    start = time.monotonic()
+    vocabulary = _make_vocabulary(config, data_dir)
+    seconds["vocabulary"] = time.monotonic() - start
+
+    start = time.monotonic()
+    tokens = _write_store(config, data_dir, vocabulary, folder)
+    seconds["tokens"] = time.monotonic() - start
+
+    statistics = {"pairs": pairs, "tokens": tokens, "store": folder.name, "seconds": seconds}
+    _write_json(data_dir / "statistics.json", statistics)
+    print(format_statistics(tokens))
+    print("data: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    return folder
+
+
+# ---- Vocabulary ----------------------------------------------------------------------------------
+
+
+def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
+    path = vocabulary_path(config, data_dir)
+    if path.is_file():
+        return Vocabulary.load(path)
+    if config["vocabulary"]["kind"] == "file":
+        vocabulary = Vocabulary.load(config["vocabulary"]["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.write_bytes(vocabulary.model_bytes)
+        temporary.replace(path)
+        return vocabulary
+    size = config["vocabulary"]["size"]
+    print(f"data: training a vocabulary of {size} ids")
+    return train_vocabulary(_training_texts(config["mixture"], data_dir), path, size)
+
+
+def _training_texts(mixture: str, data_dir: Path) -> Iterator[str]:
+    """Every training text of the mixture."""
+    from moe_embed_jax.data import tasks  # imports TensorFlow, which a cached call must not
+
+    for task, builder_config in MIXTURES[mixture].items():
+        for batch in tasks.PairSource(data_dir, task, builder_config).read_batches("train"):
+            for name in ("query", "document"):
+                yield from (text.decode("utf-8", errors="replace") for text in batch[name])
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
+
+
+def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: Path) -> dict:
+    """Runs the seqio tasks on the train split into a token store; returns its statistics."""
+    from moe_embed_jax.data import tasks  # imports TensorFlow, which a cached call must not
+
+    mixture = tasks.register(
+        data_dir,
+        vocabulary,
+        config["query_length"],
+        config["document_length"],
+        config["rates"],
+        config["mixture"],
+    )
+    spec = {
+        "mixture": config["mixture"],
+        "vocabulary": {"sha256": vocabulary.content_hash, "size": vocabulary.size},
+        "query_length": config["query_length"],
+        "document_length": config["document_length"],
+        "prefixes": [QUERY_PREFIX, DOCUMENT_PREFIX],
+        "source_checksums": source_checksums(),
+    }
+    # A text that adds nothing to its prefix is empty for the model, whatever it looks like.
+    empty = np.array([len(vocabulary.encode(prefix)) + 2 for prefix in spec["prefixes"]])
+    limits = np.array([config["query_length"], config["document_length"]])
+    if (limits <= empty).any():
+        raise UserError(
+            f"query_length {limits[0]} and document_length {limits[1]} leave no room for text: "
+            f"the prefixes and specials alone take {empty[0]} and {empty[1]} tokens"
+        )
+    total_rate = sum(mixture.get_rate(task) for task in mixture.tasks)
+    statistics = {}
+    with TokenStoreWriter(folder, spec) as writer:
+        for task in mixture.tasks:
+            statistics[task.name] = _write_task(
+                task, mixture.get_rate(task) / total_rate, writer, empty, limits
+            )
+        writer.write_json("statistics.json", statistics)
+    return statistics
+
+
+def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> dict:
+    """Tokenises one task into `writer`, one group per language."""
+    from moe_embed_jax.data import tasks
+
+    groups = {
+        language: bounds
+        for language, bounds in task.source.groups["train"].items()
+        if bounds[1] > bounds[0]
+    }
+    expected = np.concatenate([np.arange(start, stop) for start, stop in groups.values()])
+    ends = np.cumsum([stop - start for start, stop in groups.values()])
+    names = list(groups)
+    dropped: dict[str, dict] = {}
+    kept_lengths = []
+    position = 0
+    group = -1
+    title = f"tokenise {task.name}"
+    with tqdm.tqdm(total=len(expected), desc=title, unit=" pairs", mininterval=0.5) as bar:
+        for batch in tasks.batches_of(task, "train"):
+            rows, ids, lengths, content = _arrays(batch)
+            if not np.array_equal(rows, expected[position : position + len(rows)]):
+                raise RuntimeError(f"{task.name}: tf.data returned rows in another order")
+            keep = (lengths > empty).all(axis=1)
+            group_of_row = np.searchsorted(ends, position + np.arange(len(rows)), side="right")
+            for current in np.unique(group_of_row).tolist():
+                if current != group:
+                    group = current
+                    writer.start_group(task.name, names[group], rate)
+                chosen = keep & (group_of_row == group)
+                tokens = [ids[i][np.repeat(chosen, lengths[:, i])] for i in range(lengths.shape[1])]
+                writer.write_batch(tokens, lengths[chosen], content[chosen])
+                _count_dropped(dropped, names[group], rows[(group_of_row == group) & ~keep])
+            kept_lengths.append(lengths[keep])
+            position += len(rows)
+            bar.update(len(rows))
+    if position != len(expected):
+        raise RuntimeError(f"{task.name}: tf.data returned {position} of {len(expected)} rows")
+    return _describe_lengths(np.concatenate(kept_lengths), limits) | {
+        "languages": len(groups),
+        "rate": rate,
+        "empty": dropped,
+    }
+
+
+def _arrays(batch: Mapping) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray]:
+    """Row numbers [N], tokens (query, document), lengths [N, 2] and content ids [N, 2, 2]."""
+    names = ("query", "document")
+    ids = [batch[name].flat_values.numpy() for name in names]
+    lengths = np.stack([np.diff(batch[name].row_splits.numpy()) for name in names], axis=1)
+    content = np.stack([content_ids(batch[f"{name}_text"].numpy()) for name in names], axis=1)
+    return batch["row"].numpy(), ids, lengths, content
+
+
+def _count_dropped(dropped: dict[str, dict], language: str, rows: np.ndarray) -> None:
+    if len(rows):
+        entry = dropped.setdefault(language, {"pairs": 0, "rows": []})
+        entry["pairs"] += len(rows)
+        entry["rows"] = (entry["rows"] + rows.tolist())[:NAMED_ROWS]
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def _describe_lengths(lengths: np.ndarray, limits: np.ndarray) -> dict:
+    described: dict = {"pairs": len(lengths)}
+    for column, name in enumerate(("query", "document")):
+        values = lengths[:, column]
+        if not len(values):
+            continue
+        described[name] = {
+            "tokens": int(values.sum()),
+            "mean": round(float(values.mean()), 2),
+            **{f"p{q * 100:.0f}": int(np.quantile(values, q)) for q in QUANTILES},
+            "max": int(values.max()),
+            "at_limit": int((values == limits[column]).sum()),
+        }
+    return described
+
+
+def format_statistics(statistics: Mapping[str, dict]) -> str:
+    """The token statistics as a table, one line per task and role, and one per dropped language."""
+    quantiles = "".join(f"{f'p{q * 100:.0f}':>6}" for q in QUANTILES)
+    lines = [
+        f"{'task':<14}{'pairs':>9}{'lang.':>6}{'rate':>7}  {'tokens of':<9}"
+        f"{'mean':>7}{quantiles}{'max':>6}{'at limit':>10}"
+    ]
+    for task, entry in statistics.items():
+        head = f"{task:<14}{entry['pairs']:>9,}{entry['languages']:>6}{entry['rate']:>7.3f}"
+        for name in ("query", "document"):
+            values = entry.get(name)
+            if values is None:
+                continue
+            numbers = "".join(f"{values[f'p{q * 100:.0f}']:>6}" for q in QUANTILES)
+            share = values["at_limit"] / entry["pairs"]
+            lines.append(
+                f"{head}  {name:<9}{values['mean']:>7.1f}{numbers}{values['max']:>6}{share:>10.1%}"
+            )
+            head = " " * len(head)
+    for task, entry in statistics.items():
+        for language, found in entry["empty"].items():
+            rows = ", ".join(map(str, found["rows"]))
+            lines.append(
+                f"left out: {found['pairs']} pairs of {task}/{language} with an empty text "
+                f"(rows {rows}{', ...' if found['pairs'] > len(found['rows']) else ''})"
+            )
+    return "\n".join(lines)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    try:
+        try:
+            config = json.loads(FLAGS.config_json)
+        except ValueError as error:
+            raise UserError(f"--config_json is not JSON ({error}): {FLAGS.config_json}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"--config_json must be a JSON object, got {FLAGS.config_json}")
+        folder = prepare(config, FLAGS.data_dir, FLAGS.wheels_dir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"token store: {folder}")
+
+
+if __name__ == "__main__":
+    # TensorFlow only moves strings and ids here; keep it quiet and off any accelerator.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("data_dir", None, "Directory of prepared data.", required=True)
+    flags.DEFINE_string("wheels_dir", None, "Folder with the pinned wheels (no network needed).")
+    flags.DEFINE_string("config_json", "{}", "Data configuration; see data_spec.complete_config.")
+    app.run(main)

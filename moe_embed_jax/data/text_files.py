@@ -1,0 +1,122 @@
+"""Text files as people have them: JSON lines or one text per line, plain or .gz, UTF-8.
+
+Every complaint is one line that starts with `file:line:`, so that an editor can jump to it. Lines
+end at a line feed and nowhere else (U+2028 and friends are text), a carriage return before it
+belongs to the line end, and a byte order mark at the start of a file is dropped.
+"""
+
+import contextlib
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moe_embed_jax.errors import UserError
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yields `(line number from 1, line)`; files named `*.gz` are decompressed on the way.
+
+    Raises `UserError` for a file that cannot be read, a damaged .gz and invalid UTF-8.
+    """
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; "
+                        "convert the file to UTF-8"
+                    ) from None
+                yield number, line.removesuffix("\n").removesuffix("\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}:{number + 1}: damaged .gz file ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` when the block ends well, and leaves nothing if not.
+
+    Folders on the way are made. Raises `UserError` when `path` cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def parse_json(line: str, where: str) -> Any:
+    """The JSON value of one line; `where` (`file:line`) starts the `UserError` of a bad one."""
+    if not line.strip():
+        raise UserError(f"{where}: empty line, expected a JSON value")
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: bad JSON at column {error.colno}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:  # absurd nesting, a number of 5000 digits
+        raise UserError(f"{where}: bad JSON: {error}") from None
+
+
+def string_field(record: dict, field: str, where: str, default: str | None = None) -> str:
+    """`record[field]`, which must be a string; a missing or null field gives `default` if set."""
+    value = record.get(field)
+    if value is None and default is not None:
+        return default
+    if field not in record:
+        keys = ", ".join(sorted(record)[:8]) or "none"
+        raise UserError(f"{where}: field '{field}' is missing (fields: {keys})")
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field '{field}' must be a string, got {value!r:.40}")
+    return value
+
+
+def title_and_text(record: dict, where: str) -> str:
+    """Title and text of a BEIR-like record joined by a space; the title may be missing or empty."""
+    title = string_field(record, "title", where, default="")
+    return f"{title} {string_field(record, 'text', where)}".strip()
+
+
+def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
+    """The texts of a file, one per line, in order.
+
+    `*.txt`: every line is a text, an empty line an empty text. `*.jsonl` (`*.json`, `*.ndjson`):
+    every line is a JSON string, or an object of which `field` is the text; without `field` it is
+    "text", after "title" and a space if there is one. All of them may be .gz.
+
+    Raises `UserError` (`file:line: ...`) for anything else: a line is never skipped, since the
+    n-th embedding belongs to the n-th line.
+    """
+    path = Path(path)
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in (".txt", ".jsonl", ".json", ".ndjson"):
+        raise UserError(f"{path}: unknown kind of file, expected .jsonl or .txt, plain or .gz")
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        if kind == ".txt":
+            yield line
+            continue
+        value = parse_json(line, where)
+        if isinstance(value, str):
+            yield value
+        elif not isinstance(value, dict):
+            raise UserError(f"{where}: expected a JSON string or object, got {value!r:.40}")
+        elif field is None:
+            yield title_and_text(value, where)
+        else:
+            yield string_field(value, field, where)

@@ -1,0 +1,196 @@
+"""Retrieval sets in BEIR's layout: corpus.jsonl, queries.jsonl and qrels.tsv, plain or .gz."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moe_embed_jax.data.text_files import parse_json, read_lines, string_field, title_and_text
+from moe_embed_jax.errors import UserError
+
+QRELS_FILES = ("qrels.tsv", "qrels/test.tsv")
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSet:
+    """Queries, documents and graded judgements; only queries with a relevant judgement are kept.
+
+    `qrels[query id][document id]` is the grade, relevant if above 0. A grade may belong to a
+    document that the corpus lacks: it can never be found but counts in the ideal ranking, as in
+    trec_eval. The counts say what a loader left out or met.
+    """
+
+    name: str
+    query_ids: list[str]
+    queries: list[str]
+    document_ids: list[str]
+    documents: list[str]
+    qrels: dict[str, dict[str, int]]
+    unjudged_queries: int = 0  # without a relevant judgement: left out
+    unknown_queries: int = 0  # judged, but not in queries.jsonl: left out
+    unknown_documents: int = 0  # judgements of kept queries naming a document not in the corpus
+    repeated_documents: int = 0  # lines of the corpus replaced by a later one of the same id
+
+    def __post_init__(self):
+        if not self.queries or not self.documents:
+            raise ValueError(
+                f"retrieval set '{self.name}' has {len(self.queries)} queries and "
+                f"{len(self.documents)} documents: both are needed"
+            )
+
+    def oddities(self) -> str:
+        """What was left out or met while loading, in one line; empty if nothing."""
+        counts = {
+            "queries without a relevant document (left out)": self.unjudged_queries,
+            "judged queries that do not exist (left out)": self.unknown_queries,
+            "judged documents that do not exist (never found)": self.unknown_documents,
+            "repeated document ids (the last one stays)": self.repeated_documents,
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def load_beir(folder: str | Path, name: str | None = None) -> RetrievalSet:
+    """Loads a BEIR-like folder.
+
+    corpus.jsonl: objects with `_id`, `text` and optionally `title`, joined by a space; an empty
+    text is allowed. queries.jsonl: objects with `_id` and `text`. qrels.tsv or qrels/test.tsv:
+    query id, document id and an integer grade, separated by tabs, with or without a header line.
+    Each may end in .gz. `name` defaults to the folder's name. Public sets repeat a document id now
+    and then: the last one stays, as in BEIR's loader, unless a judgement could mean either.
+
+    Raises `UserError`, one line naming file, line, field and fault.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        fault = "is not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {fault}; expected a folder with corpus.jsonl, queries.jsonl")
+    corpus_file = _find(folder, ("corpus.jsonl",))
+    query_file = _find(folder, ("queries.jsonl",))
+    qrels_file = _find(folder, QRELS_FILES)
+
+    corpus, repeated = _read_records(corpus_file)
+    queries, repeated_queries = _read_records(query_file)
+    for identity, where in repeated_queries:
+        raise UserError(f"{where}: field '_id' repeats {identity!r:.60}")
+    judged = _read_qrels(qrels_file, queries)
+    meant = {document_id for grades in judged.values() for document_id in grades}
+    for identity, where in repeated:
+        if identity in meant:
+            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}, which is judged")
+    kept = {
+        query_id: judged[query_id]
+        for query_id in queries
+        if any(grade > 0 for grade in judged.get(query_id, {}).values())
+    }
+    if not kept:
+        raise UserError(f"{qrels_file}: no query of {query_file.name} has a relevant document")
+    return RetrievalSet(
+        name=name or unique_names([folder])[0],
+        query_ids=list(kept),
+        queries=[queries[query_id] for query_id in kept],
+        document_ids=list(corpus),
+        documents=list(corpus.values()),
+        qrels=kept,
+        unjudged_queries=len(queries) - len(kept),
+        unknown_queries=sum(query_id not in queries for query_id in judged),
+        unknown_documents=sum(d not in corpus for grades in kept.values() for d in grades),
+        repeated_documents=len(repeated),
+    )
+
+
+def unique_names(folders: Sequence[str | Path]) -> list[str]:
+    """For each folder the shortest end of its path that no other folder shares.
+
+    Raises `UserError` for no folder at all and for the same folder twice.
+    """
+    if not folders:
+        raise UserError("no folder of a retrieval set was named")
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    if repeated := [folder for folder, p in zip(folders, parts, strict=True) if parts.count(p) > 1]:
+        raise UserError(f"{repeated[0]}: the same folder was named twice")
+    names = []
+    for mine in parts:
+        ends = range(1, len(mine) + 1)
+        shortest = next(n for n in ends if sum(p[-n:] == mine[-n:] for p in parts) == 1)
+        names.append("/".join(mine[-shortest:]))
+    return names
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of the files, each plain before .gz."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise UserError(f"{folder}: no {' or '.join(names)}, neither plain nor .gz")
+
+
+def _read_records(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """`_id` -> text of a JSONL file in file order, and where an id came again (id, file:line).
+
+    Blank lines are skipped.
+    """
+    texts: dict[str, str] = {}
+    repeated = []
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = parse_json(line, where)
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
+        identity = _identity(record, where)
+        if identity in texts:
+            repeated.append((identity, where))
+        texts[identity] = title_and_text(record, where)
+    if not texts:
+        raise UserError(f"{path}: empty file, expected one JSON object per line")
+    return texts, repeated
+
+
+def _identity(record: dict, where: str) -> str:
+    identity = record.get("_id")
+    if isinstance(identity, int) and not isinstance(identity, bool):
+        return str(identity)  # numbers are common, and qrels.tsv cannot tell
+    identity = string_field(record, "_id", where)
+    if not identity:
+        raise UserError(f"{where}: field '_id' is empty")
+    return identity
+
+
+def _read_qrels(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]]:
+    judged: dict[str, dict[str, int]] = {}
+    for where, is_first, fields in _qrels_rows(path):
+        query_id, document_id, score = fields
+        try:
+            grade = int(score)
+        except ValueError:
+            if is_first and query_id not in queries:  # the header, whatever it is called
+                continue
+            raise UserError(
+                f"{where}: field 'score' must be an integer, got {score!r:.40}"
+            ) from None
+        grades = judged.setdefault(query_id, {})
+        if grades.setdefault(document_id, grade) != grade:
+            raise UserError(
+                f"{where}: query {query_id!r:.60} and document {document_id!r:.60} were judged "
+                f"{grades[document_id]} before, now {grade}"
+            )
+    if not judged:
+        raise UserError(f"{path}: empty file, expected query-id, corpus-id and score per line")
+    return judged
+
+
+def _qrels_rows(path: Path) -> Iterator[tuple[str, bool, list[str]]]:
+    is_first = True
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise UserError(
+                f"{path}:{number}: expected 3 fields separated by tabs "
+                f"(query-id, corpus-id, score), got {len(fields)}"
+            )
+        yield f"{path}:{number}", is_first, fields
+        is_first = False

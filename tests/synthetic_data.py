@@ -1,0 +1,142 @@
+"""A small prepared data directory in the project's own formats, made without network or TensorFlow.
+
+A "language" here is a spelling of the same 300 words, so that pairs are translations which a model
+can learn, in three languages and two tasks.
+"""
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+
+from moe_embed_jax.data.data_spec import planned_store_path, source_checksums, vocabulary_path
+from moe_embed_jax.data.token_store import TokenStoreWriter
+from moe_embed_jax.data.vocabulary import (
+    DOCUMENT_PREFIX,
+    QUERY_PREFIX,
+    Vocabulary,
+    content_ids,
+    train_vocabulary,
+)
+
+LANGUAGES = ("aa", "bb", "cc")
+PREPARATION = {
+    "mixture": "package_texts",
+    "vocabulary": {"kind": "train", "size": 512},
+    "query_length": 16,
+    "document_length": 24,
+    "rates": None,
+}
+GROUP_ROWS = {"translations": (210, 90, 37), "descriptions": (64, 50, 9)}
+
+
+def _word(index: int, language: str) -> str:
+    vowels = {"en": "aeiou", "aa": "eioua", "bb": "iouae", "cc": "ouaei"}[language]
+    consonants = {"en": "bcdfghjklm", "aa": "nprstvbcdf", "bb": "kghjlmnprs", "cc": "tvbdfgklmn"}
+    letters = consonants[language]
+    return "".join(
+        letters[(index // 10**i) % 10] + vowels[(index // (7 * (i + 1))) % 5] for i in range(3)
+    )
+
+
+def _text(words, language: str) -> str:
+    return " ".join(_word(int(word), language) for word in words)
+
+
+def pairs(task: str, language: str, count: int, seed: int) -> list[tuple[str, str]]:
+    rng = np.random.default_rng([seed, len(task), LANGUAGES.index(language)])
+    query_language = "en" if task == "translations" else language
+    result = []
+    for _ in range(count):
+        words = rng.integers(0, 300, rng.integers(2, 7))
+        # The document says the same in another order and, for descriptions, a little more.
+        more = rng.integers(0, 300, 0 if task == "translations" else 2)
+        document = rng.permutation(np.concatenate([words, more]))
+        result.append((_text(words, query_language), _text(document, language)))
+    return result
+
+
+def write_data(data_dir: pathlib.Path, group_rows=GROUP_ROWS) -> pathlib.Path:
+    """Vocabulary, token store and held-out sets under `data_dir`."""
+    train = {
+        (task, language): pairs(task, language, rows, seed=1)
+        for task, counts in group_rows.items()
+        for language, rows in zip(LANGUAGES, counts, strict=True)
+    }
+    path = vocabulary_path(PREPARATION, data_dir)
+    texts = [text for group in train.values() for pair in group for text in pair]
+    train_vocabulary(texts * 3, path, PREPARATION["vocabulary"]["size"])
+    vocabulary = Vocabulary.load(path)
+    write_store(planned_store_path(PREPARATION, data_dir), train, vocabulary)
+    for task in GROUP_ROWS:
+        for language in LANGUAGES:
+            write_beir(data_dir / "retrieval" / task / language, pairs(task, language, 24, seed=2))
+    return data_dir
+
+
+def write_store(folder, train, vocabulary: Vocabulary) -> None:
+    spec = {
+        "mixture": PREPARATION["mixture"],
+        "vocabulary": {"sha256": vocabulary.content_hash, "size": vocabulary.size},
+        "query_length": PREPARATION["query_length"],
+        "document_length": PREPARATION["document_length"],
+        "prefixes": [QUERY_PREFIX, DOCUMENT_PREFIX],
+        "source_checksums": source_checksums(),
+    }
+    with TokenStoreWriter(folder, spec) as writer:
+        for (task, language), group in train.items():
+            writer.start_group(task, language, {"translations": 0.7, "descriptions": 0.3}[task])
+            for query, document in group:
+                sequences = [
+                    vocabulary.encode_text(QUERY_PREFIX + query, spec["query_length"]),
+                    vocabulary.encode_text(DOCUMENT_PREFIX + document, spec["document_length"]),
+                ]
+                writer.write(sequences, content_ids([query, document]))
+
+
+def write_beir(folder: pathlib.Path, pairs_: list[tuple[str, str]]) -> None:
+    folder.mkdir(parents=True)
+    with gzip.open(folder / "corpus.jsonl.gz", "wt") as file:
+        for i, (_, document) in enumerate(pairs_):
+            file.write(json.dumps({"_id": f"d{i}", "title": "", "text": document}) + "\n")
+    with gzip.open(folder / "queries.jsonl.gz", "wt") as file:
+        for i, (query, _) in enumerate(pairs_):
+            file.write(json.dumps({"_id": f"q{i}", "text": query}) + "\n")
+    with gzip.open(folder / "qrels.tsv.gz", "wt") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for i in range(len(pairs_)):
+            file.write(f"q{i}\td{i}\t1\n")
+
+
+def config_text(data_dir: pathlib.Path, **top) -> str:
+    """A config file for a tiny model on this data; `top` replaces top-level values."""
+    values = dict(
+        seed=3,
+        batch_size=16,
+        steps=12,
+        log_every=3,
+        eval_every=6,
+        eval_languages=2,
+        checkpoint_every=4,
+        model=dict(
+            vocab_size=512,
+            num_layers=4,
+            width=32,
+            num_heads=2,
+            ffn_width=64,
+            num_experts=4,
+            experts_per_token=2,
+            moe_every=2,
+        ),
+        data=dict(
+            dir=str(data_dir),
+            vocabulary=dict(kind="train", size=512),
+            query_length=16,
+            document_length=24,
+            row_length=48,
+            texts_per_row=6,
+        ),
+        optimizer=dict(peak_learning_rate=3e-3, warmup_steps=2),
+    )
+    return f"def get_config(variant=''):\n    return {values | top!r}\n"

@@ -1,0 +1,178 @@
+"""The encoder's invariants: padding cannot matter, packing cannot matter, depth is a scan."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.models.attention import rotary
+from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
+from moe_embed_jax.models.moe import route
+from moe_embed_jax.models.pooling import mean_pool, normalize
+
+TINY = EncoderConfig(
+    vocab_size=64,
+    num_layers=4,
+    width=32,
+    num_heads=2,
+    ffn_width=48,
+    num_experts=4,
+    experts_per_token=2,
+    initializer_range=0.2,
+)
+LENGTHS = (5, 17, 1, 9, 3, 12, 7)
+SLOTS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    with jax.set_mesh(single_device_mesh()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params(TINY)
+
+
+def make_params(config):
+    return jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+
+
+def sequences():
+    rng = np.random.default_rng(0)
+    return [rng.integers(4, 64, n).astype(np.int32) for n in LENGTHS]
+
+
+def embed(config, params, arrays):
+    x, statistics = jax.jit(encode_tokens, static_argnums=0)(config, params, *arrays)
+    return mean_pool(x, arrays[1], SLOTS), statistics
+
+
+def packed(row_length, slots=SLOTS, extra_rows=0):
+    packing = pack(LENGTHS, row_length, slots)
+    arrays = fill_rows(packing, sequences(), packing.rows + extra_rows, row_length, 1)
+    return packing.slot(SLOTS), arrays
+
+
+def test_released_model_size():
+    """475,292,928 parameters of which 305,423,616 work on a token (paper_facts a)."""
+    assert count_params(EncoderConfig()) == (475_292_928, 305_423_616)
+    assert count_params(EncoderConfig(experts_per_token=1))[1] == 277_112_064
+    assert count_params(EncoderConfig(moe_every=0))[0] == 277_093_632
+    assert count_params(EncoderConfig(moe_every=1))[0] == 673_492_224
+
+
+@pytest.mark.parametrize("moe_every", [0, 1, 2, 4])
+def test_packed_equals_one_text_per_row(moe_every):
+    config = dataclasses.replace(TINY, moe_every=moe_every)
+    params = make_params(config)
+    slot_packed, rows_packed = packed(24)
+    slot_alone, rows_alone = packed(24, slots=1, extra_rows=1)
+    pooled_packed, statistics_packed = embed(config, params, rows_packed)
+    pooled_alone, statistics_alone = embed(config, params, rows_alone)
+    a = np.asarray(pooled_packed).reshape(-1, 32)[slot_packed]
+    b = np.asarray(pooled_alone).reshape(-1, 32)[slot_alone]
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    if moe_every:
+        assert statistics_packed.assignments_E.shape == (4 // moe_every, 4)
+        assert (statistics_packed.tokens == sum(LENGTHS)).all()
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4),
+            statistics_packed,
+            statistics_alone,
+        )
+
+
+def test_content_of_padding_cannot_matter(params):
+    slot, (token, text_index, position) = packed(24, extra_rows=1)
+    rng = np.random.default_rng(5)
+    other_token = np.where(text_index < 0, rng.integers(0, 64, token.shape), token)
+    other_position = np.where(text_index < 0, 99, position)
+
+    def loss(params, token, position):
+        pooled, statistics = embed(TINY, params, (token, text_index, position))
+        texts = pooled.reshape(-1, 32)[slot]
+        return jnp.sum(jnp.sin(texts)) + jnp.sum(statistics.probability_E**2), (texts, statistics)
+
+    grad_fn = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    one, grads_one = grad_fn(params, token, position)
+    two, grads_two = grad_fn(params, other_token.astype(np.int32), other_position)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    # Gradients of the padding's own embeddings must be exactly zero too.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads_one, grads_two)
+
+
+def test_blocked_equals_reference_in_the_model():
+    results = []
+    for backend in ("reference", "blocked"):
+        config = dataclasses.replace(TINY, expert_backend=backend)
+        params = make_params(config)
+        _, arrays = packed(24)
+
+        def loss(params, config=config, arrays=arrays):
+            pooled, _ = embed(config, params, arrays)
+            return jnp.sum(jnp.sin(3 * pooled))
+
+        results.append(jax.jit(jax.value_and_grad(loss))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4), *results)
+
+
+def test_remat_changes_nothing(params):
+    _, arrays = packed(24)
+    grads = []
+    for remat in (False, True):
+        config = dataclasses.replace(TINY, remat=remat)
+        grads.append(jax.grad(lambda p, c=config: jnp.sum(jnp.sin(embed(c, p, arrays)[0])))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+
+
+def test_route_is_top_k_of_the_softmax_without_renormalisation():
+    logits = jnp.asarray([[[0.1, 3.0, 2.0, -1.0], [5.0, 0.0, 0.0, 0.0]]])
+    expert, gate, statistics = route(logits, jnp.asarray([[True, False]]), 2)
+    probability = np.exp(logits[0, 0]) / np.exp(logits[0, 0]).sum()
+    np.testing.assert_array_equal(expert, [[[1, 2], [4, 4]]])  # padding: expert E
+    np.testing.assert_allclose(gate[0, 0], probability[[1, 2]], rtol=1e-5)
+    assert gate[0, 0].sum() < 1
+    np.testing.assert_array_equal(statistics.assignments_E, [0, 1, 1, 0])
+    np.testing.assert_allclose(statistics.probability_E, probability, rtol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    def score(i, j):
+        return jnp.sum(rotary(q, jnp.full((1, 1), i), 1e4) * rotary(k, jnp.full((1, 1), j), 1e4))
+
+    np.testing.assert_allclose(score(3, 1), score(103, 101), rtol=1e-4)
+    assert abs(score(3, 1) - score(1, 3)) > 1e-3
+    # NeoX halves: at position p the pair (x[i], x[i + 4]) turns by p * base ** (-i / 4).
+    x = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0)
+    turned = rotary(x, jnp.full((1, 1), 2), 1e4)[0, 0, 0]
+    np.testing.assert_allclose(turned[1], np.cos(2 * 1e4**-0.25), rtol=1e-5)
+    np.testing.assert_allclose(turned[5], np.sin(2 * 1e4**-0.25), rtol=1e-5)
+
+
+def test_normalize_zero_vector_is_finite():
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(normalize(x)))(jnp.zeros((1, 4)))
+    assert value == 0 and np.isfinite(np.asarray(grad)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_layers=5), "num_layers=5 is not a multiple of moe_every=2"),
+        (dict(width=30), "width=30 must be divisible"),
+        (dict(experts_per_token=9), "experts_per_token=9 must be between 1 and num_experts=4"),
+        (dict(expert_backend="magic"), "expert_backend='magic'"),
+    ],
+)
+def test_impossible_architectures_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TINY, **change)

@@ -1,0 +1,94 @@
+"""Every routing back end against the dense oracle: values and all gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.routing.blocked import blocked
+from moe_embed_jax.routing.exchange import BACKENDS
+from moe_embed_jax.routing.reference import reference
+
+WIDTH, FFN = 16, 24
+
+
+def make_case(tokens, experts, top_k, seed=0, choose=None):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    expert = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+    if choose is not None:
+        expert = choose(expert)
+    return (
+        normal(tokens, WIDTH),
+        jnp.asarray(expert, jnp.int32),
+        jnp.asarray(rng.uniform(0.1, 1, (tokens, top_k)), jnp.float32),
+        normal(experts, WIDTH, FFN) / WIDTH**0.5,
+        normal(experts, FFN, WIDTH) / FFN**0.5,
+    )
+
+
+def gradients(backend, case):
+    x, expert, gate, w_in, w_out = case
+    weight = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
+
+    def scalar(x, gate, w_in, w_out):
+        y = backend(x, expert, gate, w_in, w_out, gelu)
+        return jnp.sum(y * weight), y
+
+    function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3), has_aux=True))
+    grads, y = function(x, gate, w_in, w_out)
+    return {"y": y, **dict(zip(("dx", "dgate", "dw_in", "dw_out"), grads, strict=True))}
+
+
+CASES = {
+    "plain": dict(tokens=300, experts=8, top_k=2),
+    "top_1": dict(tokens=100, experts=4, top_k=1),
+    "top_4_of_64": dict(tokens=70, experts=64, top_k=4),
+    "one_token": dict(tokens=1, experts=8, top_k=2),
+    "not_a_multiple_of_the_block": dict(tokens=257, experts=3, top_k=1),
+    "all_to_one_expert": dict(
+        tokens=90, experts=8, top_k=2, choose=lambda e: np.tile([[5, 2]], (len(e), 1))
+    ),
+    "padding": dict(
+        tokens=64, experts=4, top_k=2, choose=lambda e: np.where(np.arange(64)[:, None] % 3, e, 4)
+    ),
+    "only_padding": dict(tokens=16, experts=4, top_k=2, choose=lambda e: np.full_like(e, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
+def test_equals_reference(backend, name):
+    case = make_case(**CASES[name])
+    expected = gradients(reference, case)
+    actual = gradients(BACKENDS[backend], case)
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, atol=2e-5, rtol=1e-5, err_msg=key)
+
+
+def test_reference_is_the_formula():
+    x, expert, gate, w_in, w_out = (np.asarray(a) for a in make_case(5, 4, 2))
+    expected = np.zeros_like(x)
+    for t in range(5):
+        for k in range(2):
+            e = expert[t, k]
+            hidden = np.asarray(gelu(jnp.asarray(x[t] @ w_in[e])))
+            expected[t] += gate[t, k] * (hidden @ w_out[e])
+    actual = reference(*map(jnp.asarray, (x, expert, gate, w_in, w_out)), gelu)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_empty_expert_gets_exactly_zero_gradient():
+    case = make_case(64, 4, 1, choose=lambda e: np.where(e == 3, 0, e))
+    result = gradients(blocked, case)
+    assert not np.asarray(result["dw_in"][3]).any()
+    assert not np.asarray(result["dw_out"][3]).any()
+
+
+@pytest.mark.parametrize("block", [8, 64])
+def test_block_size_does_not_matter(block):
+    x, expert, gate, w_in, w_out = make_case(100, 4, 2)
+    expected = blocked(x, expert, gate, w_in, w_out, gelu)
+    actual = blocked(x, expert, gate, w_in, w_out, gelu, block)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)

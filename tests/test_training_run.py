@@ -1,0 +1,213 @@
+"""Whole runs of launch/train.py: resumed = uninterrupted, 8 devices = 1 device, refusals.
+
+The runs share a compilation cache, so most of them take seconds.
+"""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import synthetic_data
+from conftest import ROOT, python_environment, run_python
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def config(data_dir, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(synthetic_data.config_text(data_dir, steps=STEPS, eval_every=12))
+    return path
+
+
+def train(config, workdir, *flags, cache, devices=1):
+    arguments = ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+    return run_python(arguments, devices=devices, **cache)
+
+
+@pytest.fixture(scope="module")
+def whole_run(config, cache, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = train(config, workdir, cache=cache)
+    assert result.returncode == 0, result.stderr
+    (workdir / "stdout.txt").write_text(result.stdout)
+    return workdir
+
+
+def losses(workdir) -> np.ndarray:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["loss"] for line in lines])
+
+
+def assert_same_checkpoint(a, b, step=STEPS):
+    for item in ("params", "optimizer"):
+        trees = [
+            ocp.StandardCheckpointer().restore(path / "checkpoints" / str(step) / item)
+            for path in (a, b)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_the_run_tells_what_it_does(whole_run):
+    out = (whole_run / "stdout.txt").read_text()
+    assert "mesh        data=1 x fsdp=1 x expert=1 on 1 cpu device(s), 1 process(es)" in out
+    assert re.search(r"model +[\d,]+ parameters, [\d,]+ active per token", out)
+    assert "negatives   each query against the 15 other documents" in out
+    assert f"schedule    {STEPS} steps" in out
+    for word in ("BM25", "untrained", "trained", "translations", "descriptions", "query:"):
+        assert word in out
+    assert (whole_run / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((whole_run / "tensorboard").glob("events.*"))
+    records = [json.loads(s) for s in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(record["utilisation"] > 0.6 for record in records)
+    assert all(np.isclose(np.sum(record["expert_load"], axis=1), 1).all() for record in records)
+    results = json.loads((whole_run / "results.json").read_text())
+    assert set(results) == {"BM25", "untrained", "trained"}
+    assert len(results["trained"]) == 6
+    evaluations = [
+        json.loads(s) for s in (whole_run / "evaluations.jsonl").read_text().splitlines()
+    ]
+    assert [(e["step"], e["complete"]) for e in evaluations] == [(0, True), (12, False), (24, True)]
+
+
+def test_it_learns(whole_run):
+    curve = losses(whole_run)
+    assert curve[-6:].mean() < curve[:6].mean() - 0.3
+
+
+def start_and_signal(config, workdir, cache, signal_number, after_steps):
+    """Starts a run, signals it when `after_steps` steps are in its journal; (status, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=python_environment(1, **cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or metrics.read_text().count("\n") < after_steps:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=120)
+    assert metrics.read_text().count("\n") < STEPS, "the signal came too late to test anything"
+    return process.returncode, output
+
+
+def test_resume_after_sigterm_is_bitwise(config, cache, whole_run, tmp_path):
+    status, output = start_and_signal(config, tmp_path, cache, signal.SIGTERM, after_steps=9)
+    assert status == 0
+    assert "stopped by SIGTERM after step" in output
+    result = train(config, tmp_path, cache=cache)
+    assert result.returncode == 0, result.stderr
+    assert "resuming" in result.stdout
+    metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
+    assert metrics[0] == metrics[1]
+    assert_same_checkpoint(whole_run, tmp_path)
+
+
+def test_resume_after_kill_9_is_bitwise(config, cache, whole_run, tmp_path):
+    status, _ = start_and_signal(config, tmp_path, cache, signal.SIGKILL, after_steps=9)
+    assert status == -9
+    # A line cut short by the kill must not matter either.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "gro')
+    result = train(config, tmp_path, cache=cache)
+    assert result.returncode == 0, result.stderr
+    metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
+    assert metrics[0] == metrics[1]
+    assert_same_checkpoint(whole_run, tmp_path)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(config, cache, whole_run, tmp_path, mesh):
+    flags = [
+        f"--config.mesh.{axis}={n}"
+        for axis, n in zip(("data", "fsdp", "expert"), mesh, strict=True)
+    ]
+    result = train(config, tmp_path, *flags, cache=cache, devices=8)
+    assert result.returncode == 0, result.stderr
+    one, eight = losses(whole_run), losses(tmp_path)
+    assert len(one) >= 20
+    np.testing.assert_allclose(eight[:20], one[:20], atol=1e-5, rtol=0)
+
+
+def test_checkpoint_moves_to_another_mesh(config, cache, whole_run, tmp_path):
+    """A run stopped on one device continues on eight with the same batches."""
+    status, _ = start_and_signal(config, tmp_path, cache, signal.SIGTERM, after_steps=9)
+    assert status == 0
+    result = train(config, tmp_path, "--config.mesh.expert=2", cache=cache, devices=8)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(tmp_path), losses(whole_run), atol=2e-5, rtol=0)
+
+
+def assert_refused(result, message):
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.stderr
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.num_expert=4"], "unknown config key model.num_expert; did you mean"),
+        (["--config.steps=many"], "config key steps='many' is a str; it must be a int"),
+        (["--config.batch_size=15"], "batch_size=15 is not divisible by the 8 devices"),
+        (["--config.mesh.expert=3"], "expert=3 does not fit 8 devices"),
+        (["--config.data.row_length=8"], "row_length=8 is shorter than the longest prepared text"),
+        (["--config.model.vocab_size=100"], "vocab_size=100 is smaller than the vocabulary"),
+    ],
+)
+def test_bad_config_is_one_line(config, cache, tmp_path, flags, message):
+    assert_refused(train(config, tmp_path, *flags, cache=cache, devices=8), message)
+
+
+def test_work_directory_of_another_config_is_refused(config, cache, whole_run):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    result = train(config, whole_run, "--config.optimizer.b1=0.8", cache=cache)
+    assert_refused(result, r"belongs to another config \(optimizer.b1: 0.9 -> 0.8\)")
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_data_is_refused(cache, whole_run, tmp_path):
+    """Same config, but the prepared data behind it is not what the checkpoint was trained on."""
+    other_data = tmp_path / "data"
+    rows = dict(synthetic_data.GROUP_ROWS, descriptions=(64, 50, 10))
+    synthetic_data.write_data(other_data, rows)
+    config = tmp_path / "config.py"
+    config.write_text(synthetic_data.config_text(other_data, steps=STEPS, eval_every=12))
+    result = train(config, whole_run, cache=cache)
+    assert_refused(result, "the data changed since the checkpoint .*descriptions/cc 9 rows")
+
+
+def test_damaged_record_stops_the_run_with_its_name(cache, tmp_path):
+    data = synthetic_data.write_data(tmp_path / "data")
+    shard = next(data.glob("tokens/*/shard-*.array_record"))
+    content = bytearray(shard.read_bytes())
+    content[2000:4000] = bytes(2000)  # the records start after a header of 64 bytes
+    shard.write_bytes(content)
+    config = tmp_path / "config.py"
+    config.write_text(synthetic_data.config_text(data))
+    assert_refused(train(config, tmp_path / "run", cache=cache), re.escape(shard.name))
