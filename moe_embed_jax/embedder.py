@@ -55,6 +55,8 @@ class Embedder:
         abstract = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
         )
+        if not (folder / CHECKPOINTS).is_dir():
+            raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
         checkpoints = Checkpoints(folder / CHECKPOINTS)
         try:
             step = checkpoints.latest_step() if step is None else step

@@ -48,6 +48,7 @@ def parse_with_config(flags: argparse.ArgumentParser, config_class, argv=None):
 def run(main) -> int:
     """Runs `main()`; returns the exit status: 0, or 2 after one line that says what is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+    logging.getLogger("bm25s").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:

@@ -120,6 +120,7 @@ class Journal:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Ends the bar's line and closes the files; a second call does nothing."""
         if self.is_writer:
             self._bar.close()
             self._file.close()

@@ -1,5 +1,6 @@
 """The training run, read from top to bottom."""
 
+import contextlib
 import pathlib
 import signal
 
@@ -33,7 +34,11 @@ def train(config: RunConfig, workdir) -> bool:
     Returns True when all steps are done, False when SIGTERM ended the run early (its state is
     saved; the same command continues it).
     """
-    workdir = pathlib.Path(workdir)
+    with contextlib.ExitStack() as on_exit:  # whatever happens, finish saving and the journal
+        return _train(config, pathlib.Path(workdir), on_exit)
+
+
+def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool:
     is_writer = jax.process_index() == 0
     preemption = _Preemption()
 
@@ -62,6 +67,7 @@ def train(config: RunConfig, workdir) -> bool:
 
     ### State: the newest checkpoint of this work directory, else fresh
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
+    on_exit.callback(checkpoints.close)
     start = checkpoints.latest_step()
     if start is None:
         start = 0
@@ -85,6 +91,7 @@ def train(config: RunConfig, workdir) -> bool:
             print(f"resuming    {workdir} after step {start}", flush=True)
     judge = report.Judge(workdir, config, start, is_writer)
     journal = Journal(workdir, start, config.steps, is_writer)
+    on_exit.callback(journal.close)
 
     def evaluate(step: int, every_language: bool) -> None:
         lengths = {"query": config.data.query_length, "document": config.data.document_length}
@@ -117,14 +124,11 @@ def train(config: RunConfig, workdir) -> bool:
     checkpoints.wait()
     if step < config.steps:
         journal.say(f"stopped by SIGTERM after step {step}: saved; the same command continues here")
-        journal.close()
-        checkpoints.close()
         return False
 
     ### Judge the result
     evaluate(step, every_language=True)
     journal.close()
-    checkpoints.close()
     if is_writer:
         judge.report()
     return True

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from moe_embed_jax.errors import UserError
@@ -30,12 +31,13 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> learning rate, for a run of `steps` steps; step 0 is the first update."""
     peak, warmup = config.peak_learning_rate, config.warmup_steps
+    unit = max(warmup, 1)
     if warmup >= steps:
         raise UserError(f"optimizer.warmup_steps={warmup} must be below steps={steps}")
     after = {
         "cosine": optax.cosine_decay_schedule(peak, steps - warmup),
         "linear": optax.linear_schedule(peak, 0.0, steps - warmup),
-        "inverse_sqrt": lambda step: peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
+        "inverse_sqrt": lambda step: peak * jnp.sqrt(unit / (jnp.maximum(step, 0) + unit)),
         "constant": optax.constant_schedule(peak),
     }[config.schedule]
     # A warm-up that starts at 0 would make the first step a no-op.

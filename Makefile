@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine with python3 (3.11 to 3.13):
+#   make quickstart   prepare the default data, train a small MoE embedder, search with it
+#   make test         lint, format check and the whole test suite
+# Another Python: make PYTHON=python3.12 quickstart
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/python$(VERSION).txt
+PIP_INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/base-$(VERSION)
+	$(RUN) launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/test-$(VERSION)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+$(VENV)/base-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -m venv --help > /dev/null || (echo "error: $(PYTHON) has no venv module (Debian: apt install python3-venv)"; exit 2)
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV): about two minutes"
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/test-$(VERSION): $(VENV)/base-$(VERSION)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[test]
+	@touch $@
+
+$(CONSTRAINTS):
+	@echo "error: $(PYTHON) is Python $(VERSION); supported are 3.11, 3.12 and 3.13: make PYTHON=python3.11 ..."; exit 2
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,132 @@
+import dataclasses
+import pathlib
+
+import pytest
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax import launching
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.run_config import RunConfig
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def write(tmp_path, text) -> str:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    return str(path)
+
+
+def load(tmp_path, values: dict, **overrides) -> RunConfig:
+    path = write(tmp_path, f"def get_config(variant=''):\n    return {values!r}\n")
+    return config_page.load(RunConfig, path, overrides)
+
+
+TRAINED = {"data": {"vocabulary": {"kind": "train", "size": 100}}}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_a_smoke_variant_and_says_how_to_run_it(path):
+    given = {"data.vocabulary.path": "sentencepiece.model"} if "pretrain" in path.stem else {}
+    full = config_page.load(RunConfig, str(path), given)
+    smoke = config_page.load(RunConfig, f"{path}:smoke", {})
+    assert smoke.steps <= 10 < full.steps
+    assert f"launch/train.py --config=configs/{path.name}" in path.read_text()
+    with pytest.raises(UserError, match="unknown variant 'nonsense'"):
+        config_page.load(RunConfig, f"{path}:nonsense", given)
+
+
+def test_pretrain_has_the_papers_figures():
+    """paper_facts (c): stage 2 hyper-parameters; (a): architecture."""
+    path = CONFIGS[0].parent / "pretrain.py"
+    config = config_page.load(RunConfig, str(path), {"data.vocabulary.path": "x"})
+    assert config.batch_size == 16_384
+    assert (config.data.query_length, config.data.document_length) == (32, 256)
+    optimizer = config.optimizer
+    assert optimizer.peak_learning_rate == 8e-5
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("cosine", 1000)
+    assert (optimizer.b1, optimizer.b2, optimizer.epsilon) == (0.9, 0.999, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.01, 1.0)
+    assert config.steps == 1_600_000_000 // 16_384  # one epoch of 1.6 B pairs
+    assert (config.loss.temperature, config.loss.balance) == (0.02, 1.0)
+    model = dataclasses.asdict(config.model)
+    released = dict(
+        vocab_size=250_048,
+        num_layers=12,
+        width=768,
+        num_heads=12,
+        ffn_width=3072,
+        num_experts=8,
+        experts_per_token=2,
+        moe_every=2,
+        rotary_base=10_000.0,
+        norm_epsilon=1e-5,
+    )
+    assert {key: model[key] for key in released} == released
+
+
+def test_unknown_keys_are_named_with_the_nearest_known(tmp_path):
+    with pytest.raises(
+        UserError, match=r"unknown config key model\.widht; did you mean model\.width"
+    ):
+        load(tmp_path, TRAINED | {"model": {"widht": 3}})
+    with pytest.raises(UserError, match=r"unknown config key loss\.zzz; known keys: temperature"):
+        load(tmp_path, TRAINED, **{"loss.zzz": "1"})
+
+
+def test_types_are_checked_and_integers_become_floats(tmp_path):
+    config = load(tmp_path, TRAINED, **{"loss.temperature": "1", "optimizer.schedule": "linear"})
+    assert config.loss.temperature == 1.0 and isinstance(config.loss.temperature, float)
+    assert config.optimizer.schedule == "linear"
+    with pytest.raises(UserError, match=r"steps='ten' is a str; it must be a int"):
+        load(tmp_path, TRAINED, steps="ten")
+    with pytest.raises(UserError, match=r"model=3 must be a section with keys"):
+        load(tmp_path, TRAINED | {"model": 3})
+    with pytest.raises(UserError, match=r"remat=1 is a int; it must be a bool"):
+        load(tmp_path, TRAINED, **{"model.remat": "1"})
+
+
+def test_files_that_are_no_configs(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.py does not exist"):
+        config_page.load(RunConfig, str(tmp_path / "nothing.py"), {})
+    with pytest.raises(UserError, match=r"does not define get_config"):
+        config_page.load(RunConfig, write(tmp_path, "x = 1\n"), {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"optimizer": {"schedule": "magic"}}, "optimizer.schedule='magic'"),
+        ({"data": {"vocabulary": {"kind": "hub"}}}, "data.vocabulary.kind='hub'"),
+        ({"data": {"vocabulary": {"kind": "file"}}}, "data.vocabulary.path is empty"),
+    ],
+)
+def test_impossible_values(tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, TRAINED | values)
+
+
+def test_command_line(tmp_path):
+    path = write(tmp_path, f"def get_config(variant=''):\n    return {TRAINED!r}\n")
+    flags = launching.parser("test")
+    flags.add_argument("--workdir", required=True)
+    arguments = ["--config", path, "--workdir=w", "--config.steps", "7", "--config.model.width=96"]
+    namespace, config = launching.parse_with_config(flags, RunConfig, arguments)
+    assert (namespace.workdir, config.steps, config.model.width) == ("w", 7, 96)
+    for bad, message in [
+        (["--confg=x"], "the following arguments are required: --config"),
+        ([f"--config={path}", "--stps=3"], "unknown argument --stps=3"),
+        ([f"--config={path}", "--config.steps"], "--config.steps needs a value"),
+    ]:
+        flags = launching.parser("test")
+        with pytest.raises(UserError, match=message):
+            launching.parse_with_config(flags, RunConfig, bad)
+
+
+def test_differences_and_atomic_json(tmp_path):
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
+    assert config_page.differences(old, new) == ["b.c: 2 -> 4", "e: (absent) -> 5"]
+    config_page.save_json(tmp_path / "x" / "y.json", new)
+    assert (tmp_path / "x" / "y.json").read_text().startswith("{")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["y.json"]

@@ -1,0 +1,123 @@
+"""Exact search against a NumPy oracle, on one device and on eight fake ones."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_embed_jax.mesh import MeshConfig, make_mesh
+from moe_embed_jax.search import knn
+from moe_embed_jax.search.knn import top_k
+
+
+def oracle(query_BD, document_ND, k):
+    """All scores, then a stable sort: equal scores stay in index order."""
+    score_BN = query_BD.astype(np.float64) @ document_ND.astype(np.float64).T
+    index_Bk = np.argsort(-score_BN, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(score_BN, index_Bk, axis=1), index_Bk
+
+
+def whole_numbers(count, width=8, seed=0):
+    """Small integers: scores are exact in float32 and full of ties."""
+    return np.random.default_rng(seed).integers(-2, 3, (count, width)).astype(np.float32)
+
+
+def check_against_oracle(mesh):
+    for B, N, k, block in [
+        (1, 1, 1, 8192),
+        (3, 7, 10, 8192),  # k > N
+        (70, 300, 100, 8192),
+        (5, 1000, 400, 64),  # k > block
+        (9, 2500, 7, 256),
+        (1100, 513, 101, 8192),  # more than one block of queries
+        (4, 9, 9, 1),
+    ]:
+        query_BD, document_ND = whole_numbers(B, seed=B), whole_numbers(N, seed=N + 1)
+        score_Bk, index_Bk = top_k(query_BD, document_ND, k, mesh, block=block)
+        expected_score, expected_index = oracle(query_BD, document_ND, k)
+        assert score_Bk.dtype == np.float32 and index_Bk.dtype == np.int32
+        assert score_Bk.shape == index_Bk.shape == (B, min(k, N))
+        np.testing.assert_array_equal(score_Bk, expected_score)
+        np.testing.assert_array_equal(index_Bk, expected_index)
+
+
+def test_equals_oracle_with_ties():
+    check_against_oracle(None)
+
+
+def test_equals_oracle_on_real_numbers():
+    rng = np.random.default_rng(0)
+    query_BD, document_ND = rng.normal(size=(20, 96)), rng.normal(size=(3000, 96))
+    score_Bk, index_Bk = top_k(query_BD, document_ND, 50, block=512)
+    expected_score, expected_index = oracle(query_BD, document_ND, 50)
+    np.testing.assert_allclose(score_Bk, expected_score, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(index_Bk, expected_index)
+
+
+def test_ties_take_the_lowest_index_across_blocks():
+    _, index_Bk = top_k(np.ones((2, 4)), np.ones((1000, 4)), 300, block=64)
+    np.testing.assert_array_equal(index_Bk, np.tile(np.arange(300), (2, 1)))
+
+
+def test_negative_scores_are_not_displaced_by_padding():
+    score_Bk, index_Bk = top_k(-np.ones((1, 4)), np.ones((5, 4)), 100)
+    np.testing.assert_array_equal(index_Bk, [[0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(score_Bk, np.full((1, 5), -4.0))
+
+
+def test_overflowing_scores_are_not_displaced_by_padding():
+    huge = np.full((3, 4), 1e30, np.float32)
+    _, index_Bk = top_k(-huge[:1], huge, 3)
+    np.testing.assert_array_equal(index_Bk, [[0, 1, 2]])
+
+
+@pytest.mark.parametrize(("B", "N"), [(0, 5), (5, 0), (0, 0)])
+def test_empty(B, N):
+    score_Bk, index_Bk = top_k(np.zeros((B, 4)), np.zeros((N, 4)), 3)
+    assert score_Bk.shape == index_Bk.shape == (B, min(3, N))
+
+
+def test_many_small_sets_share_compilations():
+    before = knn._search._cache_size()
+    for N in range(90, 1000, 45):
+        top_k(whole_numbers(N % 200 + 1, 16), whole_numbers(N, 16), 101)
+    assert knn._search._cache_size() - before <= 4
+
+
+@pytest.mark.parametrize(
+    ("query_shape", "document_shape", "k", "message"),
+    [
+        ((2, 3), (2, 4), 1, r"queries \(2, 3\) and documents \(2, 4\)"),
+        ((3,), (2, 3), 1, r"query array must be \[count, width\], got shape \(3,\)"),
+        ((2, 3), (2, 3), 0, "k=0"),
+    ],
+)
+def test_refuses(query_shape, document_shape, k, message):
+    with pytest.raises(ValueError, match=message):
+        top_k(np.zeros(query_shape), np.zeros(document_shape), k)
+
+
+def test_refuses_values_that_are_not_finite():
+    document_ND = np.zeros((4, 3))
+    document_ND[2, 1] = np.nan
+    with pytest.raises(ValueError, match="document 2 holds a value that is not finite"):
+        top_k(np.zeros((1, 3)), document_ND, 1)
+
+
+def test_eight_devices():
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=120)
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    check_against_oracle(make_mesh(MeshConfig()))
+    check_against_oracle(make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))

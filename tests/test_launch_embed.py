@@ -1,0 +1,238 @@
+"""launch/embed.py and launch/evaluate.py, with a stand-in for the model."""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_embed_jax import embedder as embedder_module
+from moe_embed_jax import launching
+from moe_embed_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 64
+
+
+class StandIn:
+    """Embeds a text as the normalised sum of its words' random vectors; the prompt is a word."""
+
+    calls: list = []  # noqa: RUF012
+
+    @classmethod
+    def load(cls, folder, mesh=None):
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder} is not a model folder")
+        cls.calls = []
+        return cls()
+
+    def encode(self, texts, prompt="query", dim=None, batch_size=None, show_progress=False):
+        type(self).calls.append((prompt, len(texts)))
+        x = np.zeros((len(texts), WIDTH), np.float32)
+        for row, text in zip(x, texts, strict=True):
+            for word in [str(prompt)] * (not text) + text.lower().split():
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
+                row += np.random.default_rng(seed).normal(size=WIDTH)
+        x = x[:, :dim]
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path):
+    """launch("embed", "--flag=value", ...) -> exit status, in `tmp_path`, with a model folder."""
+    monkeypatch.setattr(embedder_module, "Embedder", StandIn)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+
+    def run(name, *arguments, chunk=None):
+        path = ROOT / "launch" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"launch_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if chunk:
+            monkeypatch.setattr(module, "TEXTS_PER_CHUNK", chunk)
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        return launching.run(module.main)
+
+    return run
+
+
+EMBED = ("--model=model", "--output=emb.npy", "--prompt=document")
+
+
+def one_line_error(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    assert not list(Path().glob("*.npy*")) and not list(Path().glob(".*.partial"))
+    return captured.err
+
+
+def test_embeds_in_order_and_in_chunks(launch, tmp_path):
+    texts = [f"word{i} and {'more ' * (i % 7)}" for i in range(25)]
+    lines = [json.dumps(t if i % 2 else {"text": t}) for i, t in enumerate(texts)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n")
+    assert launch("embed", *EMBED, "--input=texts.jsonl", chunk=10) == 0
+    found = np.load("emb.npy")
+    assert StandIn.calls == [("document", 0), ("document", 10), ("document", 10), ("document", 5)]
+    assert found.dtype == np.float32 and found.shape == (25, WIDTH)
+    np.testing.assert_array_equal(found, StandIn().encode(texts, prompt="document"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_titles_fields_and_dim(launch, tmp_path):
+    record = {"title": "A title", "text": "the text", "body": "the body"}
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
+    encode = StandIn().encode
+    assert launch("embed", *EMBED, "--input", "t.jsonl.gz", "--dim", "8") == 0
+    np.testing.assert_array_equal(np.load("emb.npy"), encode(["A title the text"], dim=8))
+    assert launch("embed", *EMBED, "--input=t.jsonl.gz", "--field=body") == 0
+    np.testing.assert_array_equal(np.load("emb.npy"), encode(["the body"]))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz"])
+def test_plain_text_keeps_empty_lines(launch, tmp_path, name):
+    data = "eins\n\n  drei\u2028drei\r\nvier".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert launch("embed", *EMBED, f"--input={name}") == 0
+    expected = StandIn().encode(["eins", "", "  drei\u2028drei", "vier"], prompt="document")
+    np.testing.assert_array_equal(np.load("emb.npy"), expected)
+
+
+def test_empty_file(launch, tmp_path):
+    (tmp_path / "t.jsonl").touch()
+    assert launch("embed", *EMBED, "--input=t.jsonl", "--dim=16") == 0
+    assert np.load("emb.npy").shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{", "t.jsonl:17: bad JSON at column 2"),
+        (b"", "t.jsonl:17: empty line"),
+        (b'"\xc3"', "t.jsonl:17: invalid UTF-8 at byte 2 of the line"),
+        (b"3", "t.jsonl:17: expected a JSON string or object, got 3"),
+        (b'{"txt": "x"}', "t.jsonl:17: field 'text' is missing (fields: txt)"),
+        (b'{"text": null}', "t.jsonl:17: field 'text' must be a string, got None"),
+        (b"[" * 100_000, "t.jsonl:17: bad JSON"),
+    ],
+)
+def test_bad_lines(launch, tmp_path, capsys, line, message):
+    (tmp_path / "t.jsonl").write_bytes(b'"fine"\n' * 16 + line + b'\n"fine"\n')
+    StandIn.calls = []
+    assert launch("embed", *EMBED, "--input=t.jsonl") == 2
+    assert message in one_line_error(capsys)
+    assert StandIn.calls == []  # found before anything was embedded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input=gone.jsonl"], "gone.jsonl: cannot be read: No such file"),
+        (["--input=model"], "model: unknown kind of file"),
+        (["--input=t.txt", "--model=nothing"], "nothing is not a model folder"),
+        (["--input=t.txt", "--output=emb.txt"], "must be a file named *.npy"),
+        (["--input=t.txt", "--output=t.txt/emb.npy"], "cannot be written"),
+        (["--input=t.txt", "--prompt=both"], "invalid choice: 'both'"),
+        (["--input=t.txt", "--inptu=x"], "unrecognized arguments: --inptu=x"),
+    ],
+)
+def test_bad_flags(launch, tmp_path, capsys, arguments, message):
+    (tmp_path / "t.txt").write_text("a\n")
+    assert launch("embed", *EMBED, *arguments) == 2
+    assert message in one_line_error(capsys)
+
+
+def test_an_earlier_output_survives_a_failure(launch, tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("a\n")
+    assert launch("embed", *EMBED, "--input=t.txt") == 0
+    before = (tmp_path / "emb.npy").read_bytes()
+
+    def fail(self, texts, **_):
+        if texts:
+            raise RuntimeError("device lost")
+        return np.zeros((0, WIDTH), np.float32)
+
+    monkeypatch.setattr(StandIn, "encode", fail)
+    with pytest.raises(RuntimeError, match="device lost"):
+        launch("embed", *EMBED, "--input=t.txt")
+    assert (tmp_path / "emb.npy").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["embed", "evaluate"])
+def test_as_a_command(tmp_path, name):
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+
+    assert run("--help").returncode == 0
+    (tmp_path / "t.jsonl").write_text("{\n")
+    flags = {"embed": ["--input=t.jsonl", "--prompt=query"], "evaluate": ["--dataset=t.jsonl"]}
+    result = run("--model=m", "--output=x.npy", *flags[name])
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: t.jsonl:") and result.stderr.count("\n") == 1
+
+
+def write_beir(folder, documents):
+    folder.mkdir(parents=True)
+    numbered = list(enumerate(documents))
+    lines = [json.dumps({"_id": f"d{i}", "title": "", "text": d}) for i, d in numbered]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"_id": f"q{i}", "text": d.split()[0]}) for i, d in numbered]
+    (folder / "queries.jsonl").write_text("\n".join(lines))
+    (folder / "qrels.tsv").write_text("".join(f"q{i}\td{i}\t1\n" for i, _ in numbered))
+
+
+def test_evaluates_folders_of_equal_and_other_names(launch, tmp_path, capsys):
+    write_beir(tmp_path / "a/de", ["rot rot gelb", "blau blau blau", "weiss weiss"])
+    write_beir(tmp_path / "b/de", ["eins eins", "zwei zwei"])
+    write_beir(tmp_path / "b/en", ["one one"])
+    status = launch(
+        "evaluate", "--model=model", "--dataset=a/de,b/de,b/en", "--output=out/results.json"
+    )
+    assert status == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["a/de"] == {
+        "ndcg_at_10": 1.0,
+        "recall_at_100": 1.0,
+        "mrr_at_10": 1.0,
+        "queries": 3,
+        "documents": 3,
+    }
+    assert [*results] == ["a/de", "b/de", "en"] and results["b/de"]["queries"] == 2
+    printed = capsys.readouterr().out
+    assert "ndcg_at_10" in printed and "a/de" in printed and "1.0000" in printed
+    assert {prompt for prompt, _ in StandIn.calls} == {"query", "document"}
+
+
+def test_evaluate_prompts(launch, tmp_path):
+    write_beir(tmp_path / "set", ["rot", "blau"])
+    flags = ["--model=model", "--dataset", "set", "--output", "r.json", "--query_prompt=none"]
+    assert launch("evaluate", *flags, "--document_prompt", "query") == 0
+    assert [prompt for prompt, _ in StandIn.calls] == [None, "query"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset=gone"], "error: gone: no such folder"),
+        (["--dataset=set,,./set"], "error: set: the same folder was named twice"),
+        (["--dataset=,"], "error: no folder of a retrieval set was named"),
+        (["--dataset=set", "--output=model"], "error: --output=model is a folder"),
+        (["--dataset=set", "--model=none"], "error: none is not a model folder"),
+    ],
+)
+def test_evaluate_refuses(launch, tmp_path, capsys, arguments, message):
+    write_beir(tmp_path / "set", ["rot", "blau"])
+    assert launch("evaluate", "--model=model", "--output=r.json", *arguments) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "r.json").exists()
