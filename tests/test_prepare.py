@@ -69,6 +69,12 @@ def builders(monkeypatch):
         rows, groups = data[config]
         return (rows, groups) if split == "train" else ([], {})
 
+    def prepare_sets(data_dir, **_):
+        data["calls"].append("sets")
+        (data_dir / "retrieval").mkdir(parents=True, exist_ok=True)
+        (data_dir / "retrieval" / "statistics.json").write_text("{}")
+
+    monkeypatch.setattr(prepare.retrieval_sets, "prepare", prepare_sets)
     monkeypatch.setattr(prepare.package_texts, "prepare", prepare_pairs)
     monkeypatch.setattr(prepare.package_texts, "open_split", open_split)
     return data
@@ -82,7 +88,7 @@ def rows_of(builders) -> list[dict]:
 
 def test_store_holds_every_pair(builders, tmp_path, capsys):
     folder = prepare.prepare(CONFIG, tmp_path, wheels_dir="w")
-    assert builders["calls"] == ["w"]
+    assert builders["calls"] == ["w", "sets"]
     assert folder == planned_store_path(CONFIG, tmp_path) == token_store_path(CONFIG, tmp_path)
     store = TokenStore.open(folder)
     vocabulary = Vocabulary.load(vocabulary_path(CONFIG, tmp_path))
@@ -113,10 +119,10 @@ def test_store_holds_every_pair(builders, tmp_path, capsys):
         np.testing.assert_array_equal(ids[0], content_id(row["query"]))
         np.testing.assert_array_equal(ids[1], content_id(row["document"]))
     assert store.lengths.max(axis=0).tolist() == [10, 20]
-    statistics = json.loads((tmp_path / "statistics.json").read_text())
-    assert statistics["tokens"]["aws_api"]["pairs"] == 2500
-    assert statistics["store"] == folder.name and statistics["pairs"] == {"pairs": 1}
-    assert json.loads((folder / "statistics.json").read_text()) == statistics["tokens"]
+    statistics = json.loads((tmp_path / "statistics.json").read_text())["tokens"]
+    assert statistics["tasks"]["aws_api"]["pairs"] == 2500
+    assert statistics["store"] == folder.name
+    assert json.loads((folder / "statistics.json").read_text()) == statistics["tasks"]
     assert "aws_api" in capsys.readouterr().out
 
 
@@ -125,7 +131,7 @@ def test_second_call_returns_at_once(builders, tmp_path, monkeypatch):
     spec = (first / "spec.json").stat().st_mtime_ns
     monkeypatch.setattr(prepare, "_write_store", None)
     assert prepare.prepare(dict(FEW), tmp_path) == first
-    assert len(builders["calls"]) == 1
+    assert len(builders["calls"]) == 2
     assert (first / "spec.json").stat().st_mtime_ns == spec
 
 
@@ -147,7 +153,9 @@ def test_empty_texts_are_left_out_and_named(builders, tmp_path, capsys):
     store = TokenStore.open(prepare.prepare(FEW, tmp_path))
     assert len(store) == 49 - 12
     assert ("translations", "ja") not in [(g["task"], g["language"]) for g in store.groups]
-    statistics = json.loads((tmp_path / "statistics.json").read_text())["tokens"]["translations"]
+    statistics = json.loads((tmp_path / "statistics.json").read_text())["tokens"]["tasks"][
+        "translations"
+    ]
     assert statistics["pairs"] == 37 and statistics["empty"] == {
         "de": {"pairs": 3, "rows": [3, 7, 20]},
         "ja": {"pairs": 9, "rows": list(range(40, 49))},
@@ -236,6 +244,7 @@ def test_store_path_follows_the_configuration(tmp_path, monkeypatch):
     assert token_store_path({}, tmp_path) is None
     assert path != planned_store_path({"query_length": 33}, tmp_path)
     assert path != planned_store_path({"rates": {"aws_api": 1}}, tmp_path)
+    assert prepare.package_texts.VERSION == data_spec.BUILDER_VERSION
     monkeypatch.setattr(data_spec, "source_checksums", lambda: {"other.whl": "0" * 64})
     assert path != planned_store_path({}, tmp_path)
 

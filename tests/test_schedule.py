@@ -1,7 +1,9 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from moe_embed_jax.data.schedule import Group, Schedule, group_weights
+from moe_embed_jax.data.schedule import Group, Schedule, group_weights, mixture_groups
 from moe_embed_jax.errors import UserError
 
 GROUPS = [
@@ -55,6 +57,15 @@ def test_the_first_steps_do_not_depend_on_how_many_follow():
     for step in range(20):
         assert short.group(step) == long.group(step)
         np.testing.assert_array_equal(short.rows(step), long.rows(step))
+
+
+def test_a_run_may_have_rates_of_its_own():
+    stored = [dataclasses.asdict(group) for group in GROUPS]
+    assert mixture_groups(stored, None) == GROUPS
+    groups = mixture_groups(stored, {"api": 2})
+    assert groups == [Group("api", "en", 137, 200, 2.0)]
+    with pytest.raises(UserError, match=r"there is no task apis; tasks: api, translations"):
+        mixture_groups(stored, {"apis": 1})
 
 
 def test_seed_changes_the_order():

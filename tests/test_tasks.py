@@ -166,7 +166,7 @@ def test_batches_equal_single_rows(builders, small):
     task = seqio.TaskRegistry.get("translations")
     single = list(task.get_dataset(split="train", shuffle=False).as_numpy_iterator())
     position = 0
-    for batch in tasks.batches_of(task, "train", batch_size=8):
+    for batch in tasks.read_tokens(task, "train", batch_size=8):
         queries, documents = batch["query"].to_list(), batch["document"].to_list()
         for query, document, row in zip(queries, documents, batch["row"].numpy(), strict=True):
             expected = single[position]
@@ -237,3 +237,42 @@ def test_invalid_text_in_the_data(builders, small):
     assert first["document_text"].decode() == "a\ufffdb"
     # An empty text is not dropped here; preparation counts and names it.
     assert second["query"].tolist() == [0, *small.encode(QUERY_PREFIX), 2]
+
+
+class TfdsLikeRows:
+    """Rows of serialised examples, as the builders give them."""
+
+    def __init__(self, records: list[bytes]):
+        self.data_source = self
+        self._records = records
+
+    def __getitems__(self, rows: list[int]) -> list[bytes]:
+        return [self._records[row] for row in rows]
+
+    def __getitem__(self, row: int) -> dict:
+        if self._records[row] == b"broken":
+            raise UserError(f"some.array_record: record {row}: damaged")
+        example = tf.train.Example.FromString(self._records[row])
+        features = example.features.feature
+        return {name: features[name].bytes_list.value[0] for name in features}
+
+
+def serialise(row: dict) -> bytes:
+    feature = {
+        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
+        for name, text in row.items()
+    }
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def test_serialised_examples_are_read_and_damage_is_named(builders, small):
+    rows = fake_rows("aws_api", "en", 3000)
+    records = [serialise(row) for row in rows]
+    builders["aws_api"] = (TfdsLikeRows(records), {"aws_api/en": (0, 3000)})
+    tasks.register("somewhere", small, 12, 24, rates={"aws_api": 1})
+    task = seqio.TaskRegistry.get("aws_api")
+    texts = [t for batch in tasks.read_tokens(task, "train") for t in batch["query_text"].numpy()]
+    assert [text.decode() for text in texts] == [row["query"] for row in rows]
+    records[2345] = b"broken"
+    with pytest.raises(UserError, match=r"some\.array_record: record 2345: damaged"):
+        list(tasks.read_tokens(task, "train"))

@@ -13,8 +13,10 @@ from pathlib import Path
 from moe_embed_jax.data.builders.wheels import WHEELS
 from moe_embed_jax.errors import UserError
 
-# Raise when the same configuration starts to give other tokens (builders, recipe, record format).
+# Raise when the same pairs start to give other tokens (vocabulary recipe, tasks, record format).
 PREPARATION_VERSION = 1
+# The builder's own, repeated because its module belongs to preparation; a test holds them together.
+BUILDER_VERSION = "1.0.0"
 # Mixture -> task -> the builder config that stores its rows.
 MIXTURES: dict[str, dict[str, str]] = {
     "package_texts": {
@@ -125,7 +127,7 @@ def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
         **complete,
         "vocabulary": _vocabulary_key(complete),
         "sources": source_checksums(),
-        "preparation": PREPARATION_VERSION,
+        "versions": [PREPARATION_VERSION, BUILDER_VERSION],
     }
     return Path(data_dir) / "tokens" / canonical_hash(key)[:16]
 
@@ -148,7 +150,7 @@ def _vocabulary_key(complete: dict) -> dict:
         **vocabulary,
         "mixture": complete["mixture"],
         "sources": source_checksums(),
-        "preparation": PREPARATION_VERSION,
+        "versions": [PREPARATION_VERSION, BUILDER_VERSION],
     }
 
 

@@ -7,18 +7,21 @@ Every part is cached by what it depends on: a second call finds the token store 
 importing TensorFlow. The training process runs this as a process of its own.
 """
 
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import tqdm
 from absl import app, flags
 
-from moe_embed_jax.data.builders import package_texts
+from moe_embed_jax.data import retrieval_sets
+from moe_embed_jax.data.builders import package_texts, statistics
 from moe_embed_jax.data.data_spec import (
     MIXTURES,
     complete_config,
@@ -57,27 +60,54 @@ def prepare(
     data_dir = Path(data_dir).expanduser()
     config = complete_config(config)
     folder = planned_store_path(config, data_dir)
-    if token_store_path(config, data_dir) and vocabulary_path(config, data_dir).is_file():
+    if _is_prepared(config, data_dir):
         print(f"data: prepared before, {folder}")
         return folder
     seconds = {}
     start = time.monotonic()
-    pairs = package_texts.prepare(data_dir, wheels_dir=wheels_dir)
+    package_texts.prepare(data_dir, wheels_dir=wheels_dir)
+    retrieval_sets.prepare(data_dir)
     seconds["pairs"] = time.monotonic() - start
+    with package_texts.preparation_lock(data_dir):
+        if _is_prepared(config, data_dir):  # by another process, while this one waited
+            return folder
+        start = time.monotonic()
+        vocabulary = _make_vocabulary(config, data_dir)
+        seconds["vocabulary"] = time.monotonic() - start
 
-    start = time.monotonic()
-    vocabulary = _make_vocabulary(config, data_dir)
-    seconds["vocabulary"] = time.monotonic() - start
-
-    start = time.monotonic()
-    tokens = _write_store(config, data_dir, vocabulary, folder)
-    seconds["tokens"] = time.monotonic() - start
-
-    statistics = {"pairs": pairs, "tokens": tokens, "store": folder.name, "seconds": seconds}
-    _write_json(data_dir / "statistics.json", statistics)
-    print(format_statistics(tokens))
+        start = time.monotonic()
+        tasks = _write_store(config, data_dir, vocabulary, folder)
+        seconds["tokens"] = time.monotonic() - start
+        section = {"store": folder.name, "tasks": tasks, "seconds": seconds}
+        statistics.store_section(data_dir, "tokens", section)
+    print(format_statistics(tasks))
     print("data: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     return folder
+
+
+def _is_prepared(config: dict, data_dir: Path) -> bool:
+    return (
+        token_store_path(config, data_dir) is not None
+        and vocabulary_path(config, data_dir).is_file()
+        and (data_dir / retrieval_sets.FOLDER / statistics.FILE_NAME).is_file()
+    )
+
+
+def _import_tasks() -> ModuleType:
+    """`data.tasks`, which imports TensorFlow: seconds that a cached call should not cost.
+
+    TensorFlow's libraries write notes about missing GPUs to file descriptor 2 as they are loaded,
+    whatever the log level; an import error is a Python exception and unaffected.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        return importlib.import_module("moe_embed_jax.data.tasks")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 # ---- Vocabulary ----------------------------------------------------------------------------------
@@ -101,7 +131,7 @@ def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
 
 def _training_texts(mixture: str, data_dir: Path) -> Iterator[str]:
     """Every training text of the mixture."""
-    from moe_embed_jax.data import tasks  # imports TensorFlow, which a cached call must not
+    tasks = _import_tasks()
 
     for task, builder_config in MIXTURES[mixture].items():
         for batch in tasks.PairSource(data_dir, task, builder_config).read_batches("train"):
@@ -114,7 +144,7 @@ def _training_texts(mixture: str, data_dir: Path) -> Iterator[str]:
 
 def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: Path) -> dict:
     """Runs the seqio tasks on the train split into a token store; returns its statistics."""
-    from moe_embed_jax.data import tasks  # imports TensorFlow, which a cached call must not
+    tasks = _import_tasks()
 
     mixture = tasks.register(
         data_dir,
@@ -141,19 +171,19 @@ def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: P
             f"the prefixes and specials alone take {empty[0]} and {empty[1]} tokens"
         )
     total_rate = sum(mixture.get_rate(task) for task in mixture.tasks)
-    statistics = {}
+    described = {}
     with TokenStoreWriter(folder, spec) as writer:
         for task in mixture.tasks:
-            statistics[task.name] = _write_task(
+            described[task.name] = _write_task(
                 task, mixture.get_rate(task) / total_rate, writer, empty, limits
             )
-        writer.write_json("statistics.json", statistics)
-    return statistics
+        writer.write_json(statistics.FILE_NAME, described)
+    return described
 
 
 def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> dict:
     """Tokenises one task into `writer`, one group per language."""
-    from moe_embed_jax.data import tasks
+    tasks = _import_tasks()
 
     groups = {
         language: bounds
@@ -169,7 +199,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
     group = -1
     title = f"tokenise {task.name}"
     with tqdm.tqdm(total=len(expected), desc=title, unit=" pairs", mininterval=0.5) as bar:
-        for batch in tasks.batches_of(task, "train"):
+        for batch in tasks.read_tokens(task, "train"):
             rows, ids, lengths, content = _arrays(batch)
             if not np.array_equal(rows, expected[position : position + len(rows)]):
                 raise RuntimeError(f"{task.name}: tf.data returned rows in another order")
@@ -230,14 +260,14 @@ def _describe_lengths(lengths: np.ndarray, limits: np.ndarray) -> dict:
     return described
 
 
-def format_statistics(statistics: Mapping[str, dict]) -> str:
-    """The token statistics as a table, one line per task and role, and one per dropped language."""
+def format_statistics(tasks: Mapping[str, dict]) -> str:
+    """A table with one line per task and role, then a line per language with empty texts."""
     quantiles = "".join(f"{f'p{q * 100:.0f}':>6}" for q in QUANTILES)
     lines = [
         f"{'task':<14}{'pairs':>9}{'lang.':>6}{'rate':>7}  {'tokens of':<9}"
         f"{'mean':>7}{quantiles}{'max':>6}{'at limit':>10}"
     ]
-    for task, entry in statistics.items():
+    for task, entry in tasks.items():
         head = f"{task:<14}{entry['pairs']:>9,}{entry['languages']:>6}{entry['rate']:>7.3f}"
         for name in ("query", "document"):
             values = entry.get(name)
@@ -249,7 +279,7 @@ def format_statistics(statistics: Mapping[str, dict]) -> str:
                 f"{head}  {name:<9}{values['mean']:>7.1f}{numbers}{values['max']:>6}{share:>10.1%}"
             )
             head = " " * len(head)
-    for task, entry in statistics.items():
+    for task, entry in tasks.items():
         for language, found in entry["empty"].items():
             rows = ", ".join(map(str, found["rows"]))
             lines.append(
@@ -257,13 +287,6 @@ def format_statistics(statistics: Mapping[str, dict]) -> str:
                 f"(rows {rows}{', ...' if found['pairs'] > len(found['rows']) else ''})"
             )
     return "\n".join(lines)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---- Command line --------------------------------------------------------------------------------

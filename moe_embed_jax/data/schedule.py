@@ -32,6 +32,25 @@ class Group:
         return self.stop - self.start
 
 
+def mixture_groups(stored: list[dict], rates: dict[str, float] | None) -> list[Group]:
+    """The groups of a token store, with the run's own `rates` where it gives some.
+
+    Tasks that `rates` does not name are left out. Raises `UserError` for a task that is not there.
+    """
+    groups = [Group(**group) for group in stored]
+    if rates is None:
+        return groups
+    tasks = sorted({group.task for group in groups})
+    for task in rates:
+        if task not in tasks:
+            raise UserError(f"data.rates: there is no task {task}; tasks: {', '.join(tasks)}")
+    return [
+        dataclasses.replace(group, rate=float(rates[group.task]))
+        for group in groups
+        if group.task in rates
+    ]
+
+
 def group_weights(groups: list[Group], language_exponent: float) -> np.ndarray:
     """Share of the batches of each group: its task's rate times p ~ rows**exponent inside the task.
 

@@ -4,11 +4,11 @@ Preparation only: importing this module imports TensorFlow.
 
 A Task is one source of (query, document) pairs in one or more languages. Its rows are tokenised by
 four preprocessors in a row, each of which works on single rows, as seqio's own `get_dataset` runs
-them, and on batches of rows as ragged tensors, as `batches_of` runs them several times faster.
+them, and on batches of rows as ragged tensors, as `read_tokens` runs them several times faster.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import seqio
@@ -32,9 +32,11 @@ class PairSource(seqio.FunctionDataSource):
 
     Attributes:
       groups: split -> language -> (start, stop) in the builder's split.
+      failure: the error that ended the last reading, if any.
     """
 
     def __init__(self, data_dir: str | os.PathLike, task: str, config: str):
+        self.failure: UserError | None = None
         self._sources = {}
         self.groups: dict[str, dict[str, tuple[int, int]]] = {}
         for split in ("train", "test"):
@@ -75,19 +77,25 @@ class PairSource(seqio.FunctionDataSource):
         for start, stop in self.groups[split].values():
             for first in range(start, stop, ROWS_PER_READ):
                 rows = np.arange(first, min(first + ROWS_PER_READ, stop))
-                texts = _read_texts(self._sources[split], rows)
+                try:
+                    texts = _read_texts(self._sources[split], rows)
+                except UserError as error:
+                    self.failure = error
+                    raise
                 yield {**texts, "row": rows}
 
 
-def _read_texts(source, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _read_texts(source: Sequence, rows: np.ndarray) -> dict[str, np.ndarray]:
     """The text features of `rows` as object arrays of UTF-8 bytes."""
-    records = getattr(source, "data_source", None)
-    if records is not None:
-        # A TFDS source: its records are tf.train.Examples, parsed ten times faster in one go.
+    if records := getattr(source, "data_source", None):
+        # Records are tf.train.Examples; one by one in Python they take ten times as long.
         features = {name: tf.io.FixedLenFeature([], tf.string) for name in _TEXT_FEATURES}
-        parsed = tf.io.parse_example(records.__getitems__(rows.tolist()), features)
-        return {name: tensor.numpy() for name, tensor in parsed.items()}
-    found = [source[int(row)] for row in rows]
+        try:
+            parsed = tf.io.parse_example(records.__getitems__(rows.tolist()), features)
+            return {name: tensor.numpy() for name, tensor in parsed.items()}
+        except tf.errors.InvalidArgumentError:
+            pass  # Damaged: reading it again, row by row, names the record.
+    found = [source[row] for row in rows.tolist()]
     return {
         name: np.array([clean_text(row[name]).encode() for row in found], dtype=object)
         for name in _TEXT_FEATURES
@@ -211,10 +219,21 @@ def register(
     return seqio.MixtureRegistry.add(mixture, list(weights.items()))
 
 
-def batches_of(task: seqio.Task, split: str, batch_size: int = ROWS_PER_READ) -> tf.data.Dataset:
+def read_tokens(
+    task: seqio.Task, split: str, batch_size: int = ROWS_PER_READ
+) -> Iterator[dict[str, tf.Tensor | tf.RaggedTensor]]:
     """The rows of `task.get_dataset(split=split, shuffle=False)`, in order, as ragged batches.
 
     The preprocessors are the task's own, run on batches of strings instead of single ones.
+
+    Raises:
+      UserError: a record is damaged.
     """
     rows = task.source.get_dataset(split=split, shuffle=False).batch(batch_size)
-    return task.preprocess_postcache(rows, sequence_length=None).prefetch(2)
+    try:
+        yield from task.preprocess_postcache(rows, sequence_length=None).prefetch(2)
+    except tf.errors.OpError as error:
+        # tf.data turns what a generator raises into pages of its own.
+        if task.source.failure is not None:
+            raise task.source.failure from error
+        raise

@@ -9,7 +9,7 @@ from absl import logging
 
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.batches import Batches
-from moe_embed_jax.data.schedule import Group, Schedule
+from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.embedder import CHECKPOINTS, Embedder
 from moe_embed_jax.mesh import make_mesh
 from moe_embed_jax.training import report
@@ -46,7 +46,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     mesh = make_mesh(config.mesh)
     workdir_module.claim(workdir, config, write=is_writer)
     store, vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
-    groups = [Group(**group) for group in store.groups]
+    groups = mixture_groups(store.groups, config.data.rates)
     schedule = Schedule(
         groups, config.batch_size, config.steps, config.seed, config.data.language_exponent
     )

@@ -36,7 +36,8 @@ class DataConfig:
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
     query_length: int = 32  # tokens, specials and prefix included
     document_length: int = 256
-    rates: dict[str, float] | None = None  # of the mixture's tasks; None: proportional to rows
+    # Of the mixture's tasks; tasks that are not named are left out. None: proportional to rows.
+    rates: dict[str, float] | None = None
     language_exponent: float = 1.0  # languages of a task are drawn ~ rows**exponent
     row_length: int = 256  # token slots per packed row, at least the longest text
     texts_per_row: int = 16  # most texts that share a row
@@ -49,7 +50,7 @@ class DataConfig:
             "vocabulary": {"kind": self.vocabulary.kind, key: getattr(self.vocabulary, key)},
             "query_length": self.query_length,
             "document_length": self.document_length,
-            "rates": self.rates,
+            "rates": None,  # every task is tokenised; a run's own rates need no new store
         }
 
 

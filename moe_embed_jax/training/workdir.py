@@ -107,6 +107,7 @@ def data_spec(store: TokenStore, config: RunConfig) -> dict:
         "batch_size": config.batch_size,
         "seed": config.seed,
         "language_exponent": config.data.language_exponent,
+        "rates": config.data.rates,
     }
 
 

