@@ -19,7 +19,7 @@ from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.sharding import rules_for, shardings
 
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX, None: ""}
-TOKENS_PER_CALL = 16_384  # slots per device and call
+TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
 SLOTS = 32  # most texts that share a row
 MODEL_CARD = "config.json"
 VOCABULARY_FILE = "sentencepiece.model"

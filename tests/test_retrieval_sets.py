@@ -16,6 +16,7 @@ def data_dir(tmp_path_factory):
     """Texts and retrieval sets of the synthetic wheels."""
     folder = tmp_path_factory.mktemp("retrieval_sets")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval_sets, "MIN_QUERIES", 10)  # the synthetic sets are small
         for name, wheel in synthetic_wheels.write_wheels(folder / "wheels").items():
             patch.setitem(wheels.WHEELS, name, wheel)
         package_texts.prepare(folder, folder / "wheels", progress=False)
@@ -62,6 +63,18 @@ def test_loader_of_the_evaluation_reads_them(data_dir):
     loaded = load_beir(data_dir / "retrieval" / "translations" / "de")
     assert len(loaded.queries) >= retrieval_sets.MIN_QUERIES
     assert set(loaded.qrels) == set(loaded.query_ids)
+
+
+def test_too_many_queries_are_thinned_out_but_documents_stay():
+    full = retrieval_sets.TestSet()
+    for i in range(10):
+        full.add(f"query {i}", f"document {i}")
+        full.add(f"query {i}", "document 0")
+    thinned = full.with_queries(4)
+    assert thinned.queries == {"query 0": 0, "query 2": 1, "query 5": 2, "query 7": 3}
+    assert thinned.documents == full.documents
+    assert thinned.relevant == {(0, 0), (1, 2), (1, 0), (2, 5), (2, 0), (3, 7), (3, 0)}
+    assert full.with_queries(10) is full
 
 
 def test_small_sets_are_left_out_and_named(data_dir, capsys):
