@@ -47,13 +47,14 @@ def test_duplicates_are_never_negatives():
     candidate = np.ones((6, 6), bool)
     for i, j in [(4, 1), (1, 4), (2, 3), (3, 2), (0, 5)]:
         candidate[i, j] = False
+    candidate[[0, 2, 3, 5], 4] = False  # documents 1 and 4 are one negative, not two
     expected_negatives = candidate & ~np.eye(6, dtype=bool)
     np.testing.assert_array_equal(negatives_mask(query_id, document_id), expected_negatives)
     result = infonce(query, document, query_id, document_id, 0.05)
     loss, accuracy = oracle(query, document, candidate, 0.05)
     np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, accuracy)
-    np.testing.assert_allclose(result.masked, 5 / 6)
+    np.testing.assert_allclose(result.masked, 9 / 6)
 
 
 def test_only_half_of_a_hash_equal_is_not_a_duplicate():

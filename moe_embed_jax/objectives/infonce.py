@@ -1,10 +1,12 @@
 """InfoNCE over global in-batch negatives (paper section 4; unidirectional, query -> document).
 
 What is a negative: for query i, every document of the global batch, on whatever device, except its
-own positive, and except documents that are known not to be wrong answers:
-  * any document with the same content as the positive (duplicates),
+own positive, and except
+  * any document with the same content as the positive,
   * the positive of another copy of the same query,
-  * a document with the same content as the query itself.
+  * a document with the same content as the query itself,
+  * a second copy of a document that is a candidate already (a small language fills a batch with
+    several copies of its rows; each counts once).
 Contents are compared by 64-bit hashes (two int32), which travel with the batch.
 """
 
@@ -32,12 +34,15 @@ def same_content(a_B2, b_C2):
 
 def negatives_mask(query_id_B2, document_id_B2):
     """[B, B] bool: document j is a negative of query i. The diagonal (the positive) is False."""
+    same_document_BB = same_content(document_id_B2, document_id_B2)
+    is_copy_B = jnp.any(jnp.tril(same_document_BB, k=-1), axis=-1)  # of an earlier document
     excluded_BB = (
-        same_content(document_id_B2, document_id_B2)
+        same_document_BB  # the diagonal included
         | same_content(query_id_B2, query_id_B2)
         | same_content(query_id_B2, document_id_B2)
+        | is_copy_B
     )
-    return ~excluded_BB & ~jnp.eye(query_id_B2.shape[0], dtype=bool)
+    return ~excluded_BB
 
 
 def infonce(query_BD, document_BD, query_id_B2, document_id_B2, temperature) -> InfoNCEResult:

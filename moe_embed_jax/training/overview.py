@@ -38,8 +38,8 @@ def describe_run(config: RunConfig, batches: Batches, mesh: jax.sharding.Mesh) -
             f"batches     {config.batch_size} pairs, {tokens:,.0f} real tokens on average, in "
             f"{batches.row_length}-token rows; row counts per device {batches.buckets}",
             f"negatives   each query against the {config.batch_size - 1} other documents of the "
-            "global batch, less those with the same content as its own document or query, and "
-            "those of equal queries",
+            "global batch, each distinct one once, less those with the content of its own document "
+            "or query, and those of equal queries",
             f"schedule    {config.steps} steps = {config.steps * config.batch_size:,} pairs = "
             f"{config.steps * config.batch_size / batches.store.lengths.shape[0]:.2f} epochs; "
             f"estimated {_duration(seconds * config.steps)} of training, from one timed matmul "
