@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
-PIP_INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test clean
