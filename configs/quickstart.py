@@ -16,11 +16,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.batch_size = 256  # pairs per step; every query sees the 255 other documents
-    config.steps = 170
+    config.steps = 130
     config.log_every = 10
-    config.eval_every = 60  # retrieval on some held-out languages
+    config.eval_every = 65  # retrieval on some held-out languages
     config.eval_languages = 6
-    config.checkpoint_every = 60
+    config.checkpoint_every = 65
 
     config.model = ConfigDict()
     config.model.vocab_size = 16_384  # as data.vocabulary.size

@@ -174,11 +174,12 @@ def _row_length(length: int) -> int:
 
 
 def _round_rows(rows: int, row_length: int, devices: int) -> int:
-    """The full call for big inputs, else a power of two: few shapes, few compilations."""
+    """The full call for big inputs, else 1, 8, 64, ... rows a device: few shapes, because a
+    compilation costs more than many half-empty calls."""
     full = max(TOKENS_PER_CALL // row_length, 1) * devices
     size = devices
     while size < rows and size < full:
-        size *= 2
+        size *= 8
     return max(min(size, full), rows)
 
 

@@ -228,7 +228,7 @@ def train_vocabulary(
     path: str | os.PathLike,
     size: int = 16384,
     num_threads: int = 2,
-    max_lines: int = 150_000,
+    max_lines: int = 80_000,
     max_line_characters: int = 150,
 ) -> Vocabulary:
     """Trains a SentencePiece unigram model with the id layout of `Vocabulary` and stores it.
