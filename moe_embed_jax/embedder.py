@@ -16,7 +16,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
 from moe_embed_jax.models.pooling import mean_pool
-from moe_embed_jax.sharding import rules_for, shardings
+from moe_embed_jax.sharding import rules_for, with_shardings
 
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX, None: ""}
 TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
@@ -50,11 +50,8 @@ class Embedder:
         card = json.loads(card_path.read_text())
         mesh = mesh or single_device_mesh()
         model = config_page.build(EncoderConfig, card["model"], "model")
-        abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        placed = shardings(abstract, rules_for(model.moe_every), mesh)
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed
-        )
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        abstract = with_shardings(shapes, rules_for(model.moe_every), mesh)
         if not (folder / CHECKPOINTS).is_dir():
             raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
         checkpoints = Checkpoints(folder / CHECKPOINTS)

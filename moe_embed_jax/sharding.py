@@ -88,3 +88,12 @@ def shardings(tree, rules, mesh: jax.sharding.Mesh) -> object:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules))
+
+
+def with_shardings(shapes, rules, mesh: jax.sharding.Mesh) -> object:
+    """ShapeDtypeStructs of `shapes` with their shardings: what restore and compilation take."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, rules, mesh),
+    )

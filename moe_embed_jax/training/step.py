@@ -16,7 +16,7 @@ from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_para
 from moe_embed_jax.models.pooling import mean_pool, normalize, take_texts
 from moe_embed_jax.objectives.balance import balance_loss
 from moe_embed_jax.objectives.infonce import infonce
-from moe_embed_jax.sharding import rules_for, shardings
+from moe_embed_jax.sharding import rules_for, with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,7 @@ def init_state(model: EncoderConfig, optimizer, seed: int) -> TrainState:
 def abstract_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    placed = shardings(shapes, rules_for(model.moe_every), mesh)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        placed,
-    )
+    return with_shardings(shapes, rules_for(model.moe_every), mesh)
 
 
 def create_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
