@@ -51,7 +51,7 @@ class Embedder:
         mesh = mesh or single_device_mesh()
         model = config_page.build(EncoderConfig, card["model"], "model")
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        abstract = with_shardings(shapes, rules_for(model.moe_every), mesh)
+        abstract = with_shardings(shapes, rules_for(model), mesh)
         if not (folder / CHECKPOINTS).is_dir():
             raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
         checkpoints = Checkpoints(folder / CHECKPOINTS)

@@ -14,27 +14,29 @@ from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
 
-# Parameters inside `groups` have a leading scan axis (G), which is never sharded.
+# Parameters of blocks have a leading scan axis (G), which is never sharded.
 DENSE_RULES = (
     (r"embeddings/token$", P("fsdp", None)),  # [V, D]
-    (r"embeddings/token_type$", P()),  # [1, D]
+    (r"embeddings/token_type$", P()),  # [token types, D]
     (r"embeddings/norm/(scale|bias)$", P()),
-    (r"groups/.*/attention/qkv/kernel$", P(None, "fsdp", None)),  # [G, D, 3D]
-    (r"groups/.*/attention/out/kernel$", P(None, None, "fsdp")),  # [G, D, D]
-    (r"groups/.*/attention/(qkv|out)/bias$", P()),
-    (r"groups/.*/norm_\d/(scale|bias)$", P()),
+    (r"(groups|tail)/.*/attention/qkv/kernel$", P(None, "fsdp", None)),  # [G, D, 3D]
+    (r"(groups|tail)/.*/attention/out/kernel$", P(None, None, "fsdp")),  # [G, D, D]
+    (r"(groups|tail)/.*/attention/(qkv|out)/bias$", P()),
+    (r"(groups|tail)/.*/norm_\d/(scale|bias)$", P()),
 )
 FEED_FORWARD_RULES = (
-    (r"groups/.*/feed_forward/up/kernel$", P(None, "fsdp", None)),  # [G, D, F]
-    (r"groups/.*/feed_forward/down/kernel$", P(None, None, "fsdp")),  # [G, F, D]
-    (r"groups/.*/feed_forward/(up|down)/bias$", P()),
+    (r"(groups|tail)/.*/feed_forward/up/kernel$", P(None, "fsdp", None)),  # [G, D, F]
+    (r"(groups|tail)/.*/feed_forward/down/kernel$", P(None, None, "fsdp")),  # [G, F, D]
+    (r"(groups|tail)/.*/feed_forward/(up|down)/bias$", P()),
 )
 EXPERT_RULES = (
-    (r"groups/.*/moe/router/kernel$", P()),  # [G, D, E]
-    (r"groups/.*/moe/w_in$", P(None, "expert", "fsdp", None)),  # [G, E, D, F]
-    (r"groups/.*/moe/w_out$", P(None, "expert", None, "fsdp")),  # [G, E, F, D]
-    (r"groups/.*/moe/bias$", P()),  # [G, D]
+    (r"(groups|tail)/.*/moe/router/kernel$", P()),  # [G, D, E]
+    (r"(groups|tail)/.*/moe/w_in$", P(None, "expert", "fsdp", None)),  # [G, E, D, F]
+    (r"(groups|tail)/.*/moe/w_out$", P(None, "expert", None, "fsdp")),  # [G, E, F, D]
+    (r"(groups|tail)/.*/moe/bias$", P()),  # [G, D]
 )
+EXPERT_BIAS_RULES = ((r"(groups|tail)/.*/moe/bias_in$", P(None, "expert", None)),)  # [G, E, F]
+LEARNED_POSITION_RULES = ((r"embeddings/position$", P()),)  # [positions, D]
 
 
 def path_of(key_path) -> str:
@@ -42,13 +44,16 @@ def path_of(key_path) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def rules_for(moe_every: int) -> tuple[tuple[str, P], ...]:
-    """The table of an encoder: `moe_every` 0 has no experts, 1 has no dense feed-forward."""
-    return (
-        DENSE_RULES
-        + (FEED_FORWARD_RULES if moe_every != 1 else ())
-        + (EXPERT_RULES if moe_every != 0 else ())
+def rules_for(model) -> tuple[tuple[str, P], ...]:
+    """The table of an encoder with configuration `model`: rules of the parts that it has."""
+    parts = (
+        (True, DENSE_RULES),
+        (model.positions == "learned", LEARNED_POSITION_RULES),
+        (model.num_moe_layers < model.num_layers, FEED_FORWARD_RULES),
+        (model.num_moe_layers > 0, EXPERT_RULES),
+        (model.num_moe_layers > 0 and model.expert_bias, EXPERT_BIAS_RULES),
     )
+    return tuple(rule for present, rules in parts if present for rule in rules)
 
 
 def specs(tree, rules) -> object:

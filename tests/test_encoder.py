@@ -68,9 +68,21 @@ def test_released_model_size():
     assert count_params(EncoderConfig(moe_every=1))[0] == 673_492_224
 
 
-@pytest.mark.parametrize("moe_every", [0, 1, 2, 4])
-def test_packed_equals_one_text_per_row(moe_every):
-    config = dataclasses.replace(TINY, moe_every=moe_every)
+@pytest.mark.parametrize(
+    ("moe_every", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (2, dict(num_layers=5)),  # a dense tail
+        (3, dict(num_layers=5)),  # a tail with experts
+        (4, dict(num_layers=2)),  # a tail only
+        (2, dict(positions="learned", max_positions=24, token_types=2)),
+        (2, dict(normalize_gates=True, expert_bias=True)),
+    ],
+)
+def test_packed_equals_one_text_per_row(moe_every, options):
+    config = dataclasses.replace(TINY, moe_every=moe_every, **options)
     params = make_params(config)
     slot_packed, rows_packed = packed(24)
     slot_alone, rows_alone = packed(24, slots=1, extra_rows=1)
@@ -80,7 +92,9 @@ def test_packed_equals_one_text_per_row(moe_every):
     b = np.asarray(pooled_alone).reshape(-1, 32)[slot_alone]
     np.testing.assert_allclose(a, b, atol=1e-5)
     if moe_every:
-        assert statistics_packed.assignments_E.shape == (4 // moe_every, 4)
+        layers = [i for i in range(config.num_layers) if i % moe_every == 1 % moe_every]
+        assert statistics_packed.assignments_E.shape == (len(layers), 4)
+        assert config.num_moe_layers == len(layers)
         assert (statistics_packed.tokens == sum(LENGTHS)).all()
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4),
@@ -167,7 +181,9 @@ def test_normalize_zero_vector_is_finite():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_layers=5), "num_layers=5 is not a multiple of moe_every=2"),
+        (dict(positions="sine"), "positions='sine': choose 'rotary' or 'learned'"),
+        (dict(positions="learned"), "max_positions=0 with positions='learned'"),
+        (dict(max_positions=9), "max_positions=9 with positions='rotary'"),
         (dict(width=30), "width=30 must be divisible"),
         (dict(experts_per_token=9), "experts_per_token=9 must be between 1 and num_experts=4"),
         (dict(expert_backend="magic"), "expert_backend='magic'"),

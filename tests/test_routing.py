@@ -13,7 +13,7 @@ from moe_embed_jax.routing.reference import reference
 WIDTH, FFN = 16, 24
 
 
-def make_case(tokens, experts, top_k, seed=0, choose=None):
+def make_case(tokens, experts, top_k, seed=0, choose=None, bias=False):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     expert = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
@@ -24,26 +24,36 @@ def make_case(tokens, experts, top_k, seed=0, choose=None):
         jnp.asarray(expert, jnp.int32),
         jnp.asarray(rng.uniform(0.1, 1, (tokens, top_k)), jnp.float32),
         normal(experts, WIDTH, FFN) / WIDTH**0.5,
+        normal(experts, FFN) if bias else None,
         normal(experts, FFN, WIDTH) / FFN**0.5,
     )
 
 
 def gradients(backend, case):
-    x, expert, gate, w_in, w_out = case
+    x, expert, gate, *weights = case
     weight = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
 
-    def scalar(x, gate, w_in, w_out):
-        y = backend(x, expert, gate, w_in, w_out, gelu)
+    def scalar(x, gate, *weights):
+        y = backend(x, expert, gate, *weights, gelu)
         return jnp.sum(y * weight), y
 
-    function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3), has_aux=True))
-    grads, y = function(x, gate, w_in, w_out)
-    return {"y": y, **dict(zip(("dx", "dgate", "dw_in", "dw_out"), grads, strict=True))}
+    function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    grads, y = function(x, gate, *weights)
+    names = ("dx", "dgate", "dw_in", "dbias_in", "dw_out")
+    return {"y": y, **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
 
 
 CASES = {
     "plain": dict(tokens=300, experts=8, top_k=2),
     "top_1": dict(tokens=100, experts=4, top_k=1),
+    "bias": dict(tokens=200, experts=4, top_k=2, bias=True),
+    "bias_and_padding": dict(
+        tokens=64,
+        experts=4,
+        top_k=2,
+        choose=lambda e: np.where(np.arange(64)[:, None] % 3, e, 4),
+        bias=True,
+    ),
     "top_4_of_64": dict(tokens=70, experts=64, top_k=4),
     "one_token": dict(tokens=1, experts=8, top_k=2),
     "not_a_multiple_of_the_block": dict(tokens=257, experts=3, top_k=1),
@@ -68,14 +78,15 @@ def test_equals_reference(backend, name):
 
 
 def test_reference_is_the_formula():
-    x, expert, gate, w_in, w_out = (np.asarray(a) for a in make_case(5, 4, 2))
+    case = make_case(5, 4, 2, bias=True)
+    x, expert, gate, w_in, bias_in, w_out = (np.asarray(a) for a in case)
     expected = np.zeros_like(x)
     for t in range(5):
         for k in range(2):
             e = expert[t, k]
-            hidden = np.asarray(gelu(jnp.asarray(x[t] @ w_in[e])))
+            hidden = np.asarray(gelu(jnp.asarray(x[t] @ w_in[e] + bias_in[e])))
             expected[t] += gate[t, k] * (hidden @ w_out[e])
-    actual = reference(*map(jnp.asarray, (x, expert, gate, w_in, w_out)), gelu)
+    actual = reference(*case, gelu)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -88,7 +99,7 @@ def test_empty_expert_gets_exactly_zero_gradient():
 
 @pytest.mark.parametrize("block", [8, 64])
 def test_block_size_does_not_matter(block):
-    x, expert, gate, w_in, w_out = make_case(100, 4, 2)
-    expected = blocked(x, expert, gate, w_in, w_out, gelu)
-    actual = blocked(x, expert, gate, w_in, w_out, gelu, block)
+    case = make_case(100, 4, 2)
+    expected = blocked(*case, gelu)
+    actual = blocked(*case, gelu, block)
     np.testing.assert_allclose(actual, expected, atol=1e-5)

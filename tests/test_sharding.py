@@ -15,12 +15,21 @@ from moe_embed_jax.training.step import abstract_state
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 
 
-@pytest.mark.parametrize("moe_every", [0, 1, 2])
-def test_the_table_covers_parameters_and_optimiser(moe_every):
-    config = EncoderConfig(num_layers=2, moe_every=moe_every)
+@pytest.mark.parametrize(
+    ("moe_every", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (0, dict(positions="learned", max_positions=16, token_types=2)),
+        (2, dict(expert_bias=True, normalize_gates=True)),
+    ],
+)
+def test_the_table_covers_parameters_and_optimiser(moe_every, options):
+    config = EncoderConfig(num_layers=2, moe_every=moe_every, **options)
     optimizer = make_optimizer(OptimizerConfig(), 2000)
     state = abstract_state(config, optimizer, single_device_mesh())
-    placed = specs(state, rules_for(moe_every))
+    placed = specs(state, rules_for(config))
     adam = placed.opt_state[1][0]
     assert jax.tree.leaves(adam.mu) == jax.tree.leaves(placed.params)  # moments lie like parameters
     assert placed.params["embeddings"]["token"] == P("fsdp", None)

@@ -1,4 +1,4 @@
-"""Bidirectional multi-head attention with rotary positions over packed rows."""
+"""Bidirectional multi-head attention over packed rows, with rotary or no positions."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ def rotary(x_RLHC, position_RL, base: float):
 class Attention(nnx.Module):
     """q, k, v in one matrix laid out [q | k | v], heads contiguous in each; all with bias."""
 
-    def __init__(self, width: int, num_heads: int, rotary_base: float, linear):
+    def __init__(self, width: int, num_heads: int, rotary_base: float | None, linear):
+        """`rotary_base` None: positions are in the embeddings (learned), nothing is rotated."""
         self.num_heads = num_heads
         self.rotary_base = rotary_base
         self.qkv = linear(width, 3 * width)
@@ -33,8 +34,9 @@ class Attention(nnx.Module):
         rows, length, width = x_RLD.shape
         qkv = self.qkv(x_RLD).reshape(rows, length, 3, self.num_heads, -1)
         q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
-        q_RLHC = rotary(q_RLHC, position_RL, self.rotary_base)
-        k_RLHC = rotary(k_RLHC, position_RL, self.rotary_base)
+        if self.rotary_base is not None:
+            q_RLHC = rotary(q_RLHC, position_RL, self.rotary_base)
+            k_RLHC = rotary(k_RLHC, position_RL, self.rotary_base)
         scale = q_RLHC.shape[-1] ** -0.5
         score_RHLM = jnp.einsum("RLHC,RMHC->RHLM", q_RLHC, k_RLHC).astype(jnp.float32) * scale
         # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.

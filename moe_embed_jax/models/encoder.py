@@ -1,8 +1,8 @@
 """The encoder: embeddings, then one scan over groups of post-norm blocks.
 
 A group is the shortest repeating run of blocks (`moe_every=2`: one dense block and one MoE block),
-so compile time does not grow with depth. Parameters are a plain nested dict; those of the blocks
-carry a leading group axis.
+so compile time does not grow with depth. Layers that do not fill a group form the `tail`, a group
+of its own. Parameters are a plain nested dict; those of the blocks carry a leading group axis.
 """
 
 import dataclasses
@@ -31,8 +31,13 @@ class EncoderConfig:
     ffn_width: int = 3072
     num_experts: int = 8
     experts_per_token: int = 2
-    moe_every: int = 2  # 0: all dense; 1: every layer MoE; n: layers n-1, 2n-1, ... (from 0)
+    moe_every: int = 2  # 0: all dense; 1: every layer MoE; n: layers 1, n+1, 2n+1, ... (from 0)
+    normalize_gates: bool = False  # gates of a token's experts sum to 1 (the paper: not)
+    expert_bias: bool = False  # a hidden bias in every expert (the paper: none)
+    positions: str = "rotary"  # or "learned": a table of max_positions rows, as BERT
+    max_positions: int = 0  # 0 with rotary positions, which know no limit
     rotary_base: float = 10_000.0
+    token_types: int = 1  # rows of BERT's table of token types; row 0 is added to every token
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     dtype: str = "float32"  # of activations and matmuls; parameters stay float32
@@ -40,15 +45,19 @@ class EncoderConfig:
     remat: bool = False  # recompute a group's activations in the backward pass
 
     def __post_init__(self):
-        group = max(self.moe_every, 1)
-        if self.num_layers % group:
+        if self.positions not in ("rotary", "learned"):
+            raise UserError(f"model.positions={self.positions!r}: choose 'rotary' or 'learned'")
+        if (self.positions == "learned") != (self.max_positions > 0):
             raise UserError(
-                f"model.num_layers={self.num_layers} is not a multiple of moe_every={group}"
+                f"model.max_positions={self.max_positions} with positions={self.positions!r}: "
+                "learned positions need a table size above 0, rotary ones need none (0)"
             )
-        if self.width % (2 * self.num_heads):
+        unit = self.num_heads * (2 if self.positions == "rotary" else 1)
+        if self.width % unit:
             raise UserError(
-                f"model.width={self.width} must be divisible by 2 * num_heads={self.num_heads} "
-                "(rotary positions turn pairs)"
+                f"model.width={self.width} must be divisible by {unit}: num_heads="
+                f"{self.num_heads}"
+                + (", and rotary positions turn pairs" * (unit > self.num_heads))
             )
         if self.moe_every and not 1 <= self.experts_per_token <= self.num_experts:
             raise UserError(
@@ -60,13 +69,24 @@ class EncoderConfig:
                 f"model.expert_backend={self.expert_backend!r}: choose from {sorted(BACKENDS)}"
             )
 
+    def is_moe(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""
+        return self.moe_every > 0 and layer % self.moe_every == 1 % self.moe_every
+
     @property
     def group_size(self) -> int:
         return max(self.moe_every, 1)
 
     @property
+    def parts(self) -> dict[str, tuple[int, int]]:
+        """{"groups": (G, blocks in a group), "tail": (1, blocks left over)}, without empty ones."""
+        full, rest = divmod(self.num_layers, self.group_size)
+        parts = {"groups": (full, self.group_size), "tail": (1, rest)}
+        return {name: (count, size) for name, (count, size) in parts.items() if count and size}
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.num_layers // self.moe_every if self.moe_every else 0
+        return sum(map(self.is_moe, range(self.num_layers)))
 
 
 def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -78,12 +98,18 @@ class Embeddings(nnx.Module):
         init = nnx.initializers.normal(config.initializer_range)
         self.dtype = config.dtype
         self.token = nnx.Param(init(rngs.params(), (config.vocab_size, config.width)))
-        # One row added to every token: the released layout keeps BERT's table of token types.
-        self.token_type = nnx.Param(init(rngs.params(), (1, config.width)))
+        # The released layout keeps BERT's table; a text that stands alone is of type 0.
+        self.token_type = nnx.Param(init(rngs.params(), (config.token_types, config.width)))
+        position_shape = (config.max_positions, config.width)
+        learned = config.positions == "learned"
+        self.position = nnx.Param(init(rngs.params(), position_shape)) if learned else None
         self.norm = _norm(config, rngs)
 
-    def __call__(self, token_RL):
-        return self.norm(self.token[...][token_RL] + self.token_type[...][0]).astype(self.dtype)
+    def __call__(self, token_RL, position_RL):
+        x_RLD = self.token[...][token_RL] + self.token_type[...][0]
+        if self.position is not None:
+            x_RLD += self.position[...][position_RL]
+        return self.norm(x_RLD).astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -92,7 +118,8 @@ class Block(nnx.Module):
     def __init__(self, config: EncoderConfig, is_moe: bool, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
         linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
-        self.attention = Attention(config.width, config.num_heads, config.rotary_base, linear)
+        rotary_base = config.rotary_base if config.positions == "rotary" else None
+        self.attention = Attention(config.width, config.num_heads, rotary_base, linear)
         self.norm_1 = _norm(config, rngs)
         if is_moe:
             self.moe = MoE(config, init, rngs)
@@ -114,18 +141,19 @@ class Block(nnx.Module):
 
 
 class Group(nnx.Module):
-    """The repeating unit: `moe_every` blocks, the last of which is the MoE block."""
+    """The repeating unit: the first `size` blocks, of which at most one has experts."""
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        self.size = config.group_size
-        for i in range(self.size):
-            is_moe = config.moe_every > 0 and i == self.size - 1
-            setattr(self, f"block_{i}", Block(config, is_moe, rngs))
+    def __init__(self, config: EncoderConfig, size: int, rngs: nnx.Rngs):
+        self.size = size
+        for i in range(size):
+            setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
     def __call__(self, x_RLD, text_index_RL, position_RL):
+        statistics = None
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, statistics = block(x_RLD, text_index_RL, position_RL)
+            x_RLD, of_block = block(x_RLD, text_index_RL, position_RL)
+            statistics = statistics if of_block is None else of_block
         return x_RLD, statistics
 
 
@@ -134,13 +162,16 @@ def _pure(module: nnx.Module) -> dict:
 
 
 def init_params(config: EncoderConfig, key: jax.Array) -> dict:
-    """{"embeddings": ..., "groups": ...}; group leaves have a leading axis G. float32."""
+    """{"embeddings": ..., "groups": ..., "tail": ...}; block leaves have a leading axis G."""
     embeddings_key, groups_key = jax.random.split(key)
-    keys_G = jax.random.split(groups_key, config.num_layers // config.group_size)
-    return {
-        "embeddings": _pure(Embeddings(config, nnx.Rngs(embeddings_key))),
-        "groups": jax.vmap(lambda key: _pure(Group(config, nnx.Rngs(key))))(keys_G),
-    }
+    params = {"embeddings": _pure(Embeddings(config, nnx.Rngs(embeddings_key)))}
+    for name, (count, size) in config.parts.items():
+        keys_G = jax.random.split(groups_key, count)
+        params[name] = jax.vmap(lambda key, size=size: _pure(Group(config, size, nnx.Rngs(key))))(
+            keys_G
+        )
+        groups_key = jax.random.fold_in(groups_key, 1)
+    return params
 
 
 def _module(make, params: dict) -> nnx.Module:
@@ -164,20 +195,28 @@ def encode_tokens(
       leading axis of MoE layers, or None without experts. Needs a mesh in context.
     """
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
+    x_RLD = embeddings(token_RL, position_RL)
+    statistics = []
+    for name, (_, size) in config.parts.items():
 
-    def one_group(x_RLD, group_params):
-        group = _module(lambda: Group(config, nnx.Rngs(0)), group_params)
-        return group(x_RLD, text_index_RL, position_RL)
+        def one_group(x_RLD, group_params, size=size):
+            group = _module(lambda: Group(config, size, nnx.Rngs(0)), group_params)
+            return group(x_RLD, text_index_RL, position_RL)
 
-    if config.remat:
-        one_group = jax.checkpoint(one_group)
-    return jax.lax.scan(one_group, embeddings(token_RL), params["groups"])
+        if config.remat:
+            one_group = jax.checkpoint(one_group)
+        x_RLD, of_part = jax.lax.scan(one_group, x_RLD, params[name])
+        if of_part is not None:
+            statistics.append(of_part)
+    if not statistics:
+        return x_RLD, None
+    return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
 
 
 def count_params(config: EncoderConfig) -> tuple[int, int]:
     """(total, active per token): a token uses K of the E experts of each MoE layer."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    expert = 2 * config.width * config.ffn_width
+    expert = (2 * config.width + config.expert_bias) * config.ffn_width
     idle = config.num_experts - config.experts_per_token
     return total, total - config.num_moe_layers * idle * expert

@@ -9,13 +9,15 @@ from moe_embed_jax.objectives.balance import RoutingStatistics, routing_statisti
 from moe_embed_jax.routing.exchange import apply_experts
 
 
-def route(logits_RLE, valid_RL, experts_per_token: int):
-    """Top-k of the softmax over all experts, weights not renormalised (they sum to < 1).
+def route(logits_RLE, valid_RL, experts_per_token: int, normalize_gates: bool = False):
+    """Top-k of the softmax over all experts; gates sum to < 1, or to 1 with `normalize_gates`.
 
     Returns `expert_RLK` int32 (E for padding: not routed), `gate_RLK` float32 and the statistics.
     """
     probability_RLE = jax.nn.softmax(logits_RLE.astype(jnp.float32), axis=-1)
     gate_RLK, expert_RLK = jax.lax.top_k(probability_RLE, experts_per_token)
+    if normalize_gates:
+        gate_RLK /= jnp.sum(gate_RLK, axis=-1, keepdims=True)
     statistics = routing_statistics(probability_RLE, expert_RLK, valid_RL)
     expert_RLK = jnp.where(valid_RL[..., None], expert_RLK, logits_RLE.shape[-1])
     return expert_RLK, gate_RLK, statistics
@@ -27,6 +29,7 @@ class MoE(nnx.Module):
     def __init__(self, config, kernel_init, rngs: nnx.Rngs):
         experts, width, ffn = config.num_experts, config.width, config.ffn_width
         self.experts_per_token = config.experts_per_token
+        self.normalize_gates = config.normalize_gates
         self.backend = config.expert_backend
         self.router = nnx.Linear(
             width,
@@ -39,11 +42,15 @@ class MoE(nnx.Module):
         )
         self.w_in = nnx.Param(kernel_init(rngs.params(), (experts, width, ffn)))
         self.w_out = nnx.Param(kernel_init(rngs.params(), (experts, ffn, width)))
+        self.bias_in = nnx.Param(jnp.zeros((experts, ffn))) if config.expert_bias else None
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x_RLD, valid_RL) -> tuple[jax.Array, RoutingStatistics]:
         logits_RLE = self.router(x_RLD.astype(jnp.float32))
-        expert_RLK, gate_RLK, statistics = route(logits_RLE, valid_RL, self.experts_per_token)
-        w_in, w_out = (w[...].astype(x_RLD.dtype) for w in (self.w_in, self.w_out))
-        y_RLD = apply_experts(x_RLD, expert_RLK, gate_RLK, w_in, w_out, gelu, self.backend)
+        expert_RLK, gate_RLK, statistics = route(
+            logits_RLE, valid_RL, self.experts_per_token, self.normalize_gates
+        )
+        weights = (self.w_in, self.bias_in, self.w_out)
+        weights = [None if w is None else w[...].astype(x_RLD.dtype) for w in weights]
+        y_RLD = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.backend)
         return y_RLD + self.bias[...].astype(x_RLD.dtype), statistics

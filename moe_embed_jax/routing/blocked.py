@@ -44,7 +44,9 @@ def _rows(array_AX, index, per_row: int = 1):
     return array_AX.at[index // per_row].get(mode="fill", fill_value=0)
 
 
-def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD, activation, block, keep_hidden):
+def _forward(
+    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block, keep_hidden
+):
     experts, _, ffn = w_in_EDF.shape
     top_k = expert_TK.shape[1]
     layout = _layout(expert_TK, experts, block)
@@ -52,13 +54,15 @@ def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD, activation, block, k
     slots = assignment_S.shape[0]
 
     def one_expert(buffers, expert):
-        w_in_DF, w_out_FD, first, count = expert
+        w_in_DF, bias_in_F, w_out_FD, first, count = expert
 
         def one_block(i, buffers):
             y_SD, pre_SF = buffers
             start = (first + i) * block
             assignment = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
             pre = _rows(x_TD, assignment, top_k) @ w_in_DF
+            if bias_in_F is not None:
+                pre += bias_in_F
             y = activation(pre) @ w_out_FD
             y_SD = jax.lax.dynamic_update_slice_in_dim(y_SD, y, start, 0)
             if keep_hidden:
@@ -72,38 +76,38 @@ def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD, activation, block, k
         jnp.zeros((slots if keep_hidden else 0, ffn), x_TD.dtype),
     )
     (y_SD, pre_SF), _ = jax.lax.scan(
-        one_expert, buffers, (w_in_EDF, w_out_EFD, first_block_E, blocks_E)
+        one_expert, buffers, (w_in_EDF, bias_in_EF, w_out_EFD, first_block_E, blocks_E)
     )
     y_TKD = _rows(y_SD, slot_A).reshape(*expert_TK.shape, -1)
     y_TD = jnp.einsum("TKD,TK->TD", y_TKD, gate_TK.astype(x_TD.dtype))
     return y_TD, (pre_SF, layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def blocked(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD, activation, block=BLOCK):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=BLOCK):
     """Same arguments and result as `reference.reference`; `block` rows are computed at a time."""
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD)
+    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
     return _forward(*args, activation, block, keep_hidden=False)[0]
 
 
-def _blocked_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD, activation, block):
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD)
+def _blocked_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block):
+    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
     y_TD, saved = _forward(*args, activation, block, keep_hidden=True)
     return y_TD, (args, saved)
 
 
 def _blocked_bwd(activation, block, residuals, dy_TD):
-    (x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD), (pre_SF, layout) = residuals
+    (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD), (pre_SF, layout) = residuals
     assignment_S, slot_A, first_block_E, blocks_E = layout
     top_k = expert_TK.shape[1]
     slots = assignment_S.shape[0]
     gate_A = gate_TK.reshape(-1).astype(x_TD.dtype)
 
     def one_expert(buffers, expert):
-        w_in_DF, w_out_FD, first, count = expert
+        w_in_DF, bias_in_F, w_out_FD, first, count = expert
 
         def one_block(i, carry):
-            dx_SD, dgate_S, dw_in_DF, dw_out_FD = carry
+            dx_SD, dgate_S, dw_in_DF, dbias_in_F, dw_out_FD = carry
             start = (first + i) * block
             assignment = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
             pre = jax.lax.dynamic_slice_in_dim(pre_SF, start, block)
@@ -116,21 +120,25 @@ def _blocked_bwd(activation, block, residuals, dy_TD):
             (dpre,) = activation_vjp(gate[:, None] * dhidden)
             dw_out_FD += hidden.T @ (gate[:, None] * dy)
             dw_in_DF += x.T @ dpre
+            if dbias_in_F is not None:
+                dbias_in_F += dpre.sum(axis=0)
             dx_SD = jax.lax.dynamic_update_slice_in_dim(dx_SD, dpre @ w_in_DF.T, start, 0)
             dgate_S = jax.lax.dynamic_update_slice_in_dim(dgate_S, dgate, start, 0)
-            return dx_SD, dgate_S, dw_in_DF, dw_out_FD
+            return dx_SD, dgate_S, dw_in_DF, dbias_in_F, dw_out_FD
 
-        zeros = (jnp.zeros_like(w_in_DF), jnp.zeros_like(w_out_FD))
-        *buffers, dw_in_DF, dw_out_FD = jax.lax.fori_loop(0, count, one_block, (*buffers, *zeros))
-        return tuple(buffers), (dw_in_DF, dw_out_FD)
+        zeros = jax.tree.map(jnp.zeros_like, (w_in_DF, bias_in_F, w_out_FD))
+        *buffers, dw_in_DF, dbias_in_F, dw_out_FD = jax.lax.fori_loop(
+            0, count, one_block, (*buffers, *zeros)
+        )
+        return tuple(buffers), (dw_in_DF, dbias_in_F, dw_out_FD)
 
     buffers = (jnp.zeros((slots, x_TD.shape[1]), x_TD.dtype), jnp.zeros(slots, x_TD.dtype))
-    (dx_SD, dgate_S), (dw_in_EDF, dw_out_EFD) = jax.lax.scan(
-        one_expert, buffers, (w_in_EDF, w_out_EFD, first_block_E, blocks_E)
+    (dx_SD, dgate_S), dweights = jax.lax.scan(
+        one_expert, buffers, (w_in_EDF, bias_in_EF, w_out_EFD, first_block_E, blocks_E)
     )
     dx_TD = _rows(dx_SD, slot_A).reshape(*expert_TK.shape, -1).sum(axis=1)
     dgate_TK = _rows(dgate_S, slot_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
-    return dx_TD, None, dgate_TK, dw_in_EDF, dw_out_EFD
+    return dx_TD, None, dgate_TK, *dweights
 
 
 blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -15,22 +15,24 @@ from moe_embed_jax.routing.reference import reference
 BACKENDS = {"reference": reference, "blocked": blocked}
 
 
-def apply_experts(x_RLD, expert_RLK, gate_RLK, w_in_EDF, w_out_EFD, activation, backend: str):
+def apply_experts(
+    x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD, activation, backend: str
+):
     """Weighted expert outputs y_RLD; needs a mesh in context (`jax.set_mesh`).
 
     `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
     """
 
-    def local(x_RLD, expert_RLK, gate_RLK, w_in_EDF, w_out_EFD):
+    def local(x_RLD, expert_RLK, gate_RLK, *weights):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
-        y_TD = BACKENDS[backend](*flat, w_in_EDF, w_out_EFD, activation)
+        y_TD = BACKENDS[backend](*flat, *weights, activation)
         return y_TD.reshape(x_RLD.shape)
 
     # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
     # sums the cotangents of replicated inputs over the mesh itself.
     return jax.shard_map(
         local,
-        in_specs=(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, P(), P()),
+        in_specs=(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, P(), P(), P()),
         out_specs=BATCH_SPEC,
         check_vma=False,
-    )(x_RLD, expert_RLK, gate_RLK, w_in_EDF, w_out_EFD)
+    )(x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD)

@@ -54,7 +54,7 @@ def decay_mask(params: dict) -> dict:
 
     def decays(key_path, leaf) -> bool:
         path = path_of(key_path)
-        shape = leaf.shape[1:] if path.startswith("groups/") else leaf.shape
+        shape = leaf.shape[1:] if path.startswith(("groups/", "tail/")) else leaf.shape
         return "bias" not in path and sum(n > 1 for n in shape) >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -111,7 +111,7 @@ def init_state(model: EncoderConfig, optimizer, seed: int) -> TrainState:
 def abstract_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    return with_shardings(shapes, rules_for(model.moe_every), mesh)
+    return with_shardings(shapes, rules_for(model), mesh)
 
 
 def create_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
