@@ -1,7 +1,8 @@
 """Orbax checkpoints: async, atomic, always restored into an explicit abstract tree.
 
-A checkpoint is a folder per step with the items `params`, `optimizer` (both sharded trees) and
-`data` (JSON: the data spec, by which a resumed run proves that it would read the same batches).
+A checkpoint is a folder per step with sharded trees (`params`; of a training run also `optimizer`;
+`mlm_head` where there is one) and `data` (JSON: the data spec, by which a resumed run proves that
+it would read the same batches).
 Because restore is given shapes and shardings, any mesh can read a checkpoint of any other.
 """
 
@@ -12,6 +13,8 @@ import orbax.checkpoint as ocp
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.sharding import path_of
+
+TREES = ("params", "optimizer", "mlm_head")
 
 
 class Checkpoints:
@@ -26,8 +29,7 @@ class Checkpoints:
             self.folder,
             options=options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
+                **{name: ocp.StandardCheckpointHandler() for name in TREES},
                 "data": ocp.JsonCheckpointHandler(),
             },
         )
@@ -35,16 +37,18 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, params, optimizer, data: dict) -> None:
-        """Starts writing in the background; a step that exists already is left alone."""
+    def save(self, step: int, data: dict, **trees) -> None:
+        """Starts writing `trees` (names in `TREES`) in the background.
+
+        A step that exists already is left alone.
+        """
         if step in self._manager.all_steps():
             return
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
                 data=ocp.args.JsonSave(data),
+                **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
             ),
         )
 
@@ -52,17 +56,18 @@ class Checkpoints:
         args = ocp.args.Composite(data=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["data"]
 
-    def restore(self, step: int, abstract_params, abstract_optimizer=None):
-        """(params, optimizer) in the shapes and shardings of the abstract trees.
+    def items(self, step: int) -> set[str]:
+        """Names of the trees that the checkpoint holds."""
+        metadata = self._manager.item_metadata(step)
+        return {name for name in TREES if name in metadata and metadata[name] is not None}
 
-        Without `abstract_optimizer` only the parameters are read (optimizer is None).
-        """
-        items = {"params": ocp.args.StandardRestore(abstract_params)}
-        if abstract_optimizer is not None:
-            items["optimizer"] = ocp.args.StandardRestore(abstract_optimizer)
-        self._check_shapes(step, "params", abstract_params)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return restored["params"], restored.get("optimizer")
+    def restore(self, step: int, **abstract) -> dict:
+        """{name: tree} in the shapes and shardings of the abstract trees (names in `TREES`)."""
+        for name, tree in abstract.items():
+            self._check_shapes(step, name, tree)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        return {name: restored[name] for name in abstract}
 
     def _check_shapes(self, step: int, item: str, abstract) -> None:
         """Name what differs before Orbax fails on it with a long trace."""

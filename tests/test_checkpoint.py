@@ -18,7 +18,7 @@ def abstract(tree):
 def saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     for step in (3, 5, 7):
-        checkpoints.save(step, PARAMS, OPTIMIZER, {"spec": {"rows": step}})
+        checkpoints.save(step, {"spec": {"rows": step}}, params=PARAMS, optimizer=OPTIMIZER)
     checkpoints.wait()
     yield checkpoints
     checkpoints.close()
@@ -28,30 +28,30 @@ def test_round_trip_and_retention(saved):
     assert saved.latest_step() == 7
     assert sorted(int(p.name) for p in saved.folder.iterdir() if p.name.isdigit()) == [5, 7]
     assert saved.data(5) == {"spec": {"rows": 5}}
-    params, optimizer = saved.restore(7, abstract(PARAMS), abstract(OPTIMIZER))
-    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, optimizer, OPTIMIZER)
+    restored = saved.restore(7, params=abstract(PARAMS), optimizer=abstract(OPTIMIZER))
+    expected = {"params": PARAMS, "optimizer": OPTIMIZER}
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert saved.items(7) == {"params", "optimizer"}
 
 
 def test_parameters_alone(saved):
-    params, optimizer = saved.restore(7, abstract(PARAMS))
-    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
-    assert optimizer is None
+    restored = saved.restore(7, params=abstract(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, restored, {"params": PARAMS})
 
 
 def test_saving_a_step_again_changes_nothing(saved):
-    saved.save(7, jax.tree.map(jnp.zeros_like, PARAMS), OPTIMIZER, {})
+    saved.save(7, {}, params=jax.tree.map(jnp.zeros_like, PARAMS), optimizer=OPTIMIZER)
     saved.wait()
-    params, _ = saved.restore(7, abstract(PARAMS))
-    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    restored = saved.restore(7, params=abstract(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, restored, {"params": PARAMS})
 
 
 def test_other_architecture_is_named(saved):
     wrong = {"a": jnp.zeros((2, 4)), "b": PARAMS["b"]}
     with pytest.raises(UserError, match=r"params/a is \(2, 3\) there and \(2, 4\) in this config"):
-        saved.restore(7, abstract(wrong))
+        saved.restore(7, params=abstract(wrong))
     with pytest.raises(UserError, match=r"params/extra is None there and \(1,\)"):
-        saved.restore(7, abstract(PARAMS | {"extra": jnp.zeros(1)}))
+        saved.restore(7, params=abstract(PARAMS | {"extra": jnp.zeros(1)}))
 
 
 def test_unfinished_checkpoint_is_not_seen(saved):

@@ -90,7 +90,13 @@ class EncoderConfig:
 
 
 def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(
+        config.width,
+        epsilon=config.norm_epsilon,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
 
 
 class Embeddings(nnx.Module):
