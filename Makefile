@@ -2,6 +2,8 @@
 #   make quickstart   prepare the default data, train a small MoE embedder, search with it
 #   make test         lint, format check and the whole test suite
 # Another Python: make PYTHON=python3.12 quickstart
+# Without PyTorch (on Linux its wheel brings CUDA, several GB): make test TEST_EXTRAS=test; the tests
+# that compare with PyTorch are then skipped.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +11,7 @@ RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
+TEST_EXTRAS ?= test,pytorch
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test clean
@@ -29,7 +32,7 @@ $(VENV)/base-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/test-$(VERSION): $(VENV)/base-$(VERSION)
-	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[test]
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[$(TEST_EXTRAS)]
 	@touch $@
 
 $(CONSTRAINTS):

@@ -1,7 +1,7 @@
 """Embeds the texts of a file into a .npy array, one row per line, in the order of the file.
 
     python launch/embed.py --model=DIR --input=texts.jsonl --output=emb.npy \\
-        --prompt=query|document [--dim=N] [--field=NAME]
+        --prompt=query|document|none|"PREFIX: " [--dim=N] [--field=NAME]
 
 Input: .jsonl (a line is a JSON string, or an object with "text", after "title" if there is one, or
 with --field) or .txt (a line is a text), plain or .gz, UTF-8. Output: float32 [lines, dim] of unit
@@ -25,7 +25,7 @@ def main():
     flags.add_argument("--model", required=True, help="folder of the model")
     flags.add_argument("--input", required=True, help="texts: .jsonl or .txt, plain or .gz")
     flags.add_argument("--output", required=True, help="array to write: .npy")
-    flags.add_argument("--prompt", required=True, choices=("query", "document"))
+    flags.add_argument("--prompt", required=True, help=launching.PROMPT_HELP)
     flags.add_argument("--dim", type=int, help="keep the first features only (Matryoshka)")
     flags.add_argument("--field", help='JSON field of the text; default "text" after "title"')
     arguments = flags.parse_args()
@@ -44,9 +44,10 @@ def main():
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
     embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
+    prompt = launching.prompt(arguments.prompt)
     start = time.monotonic()
     shape = write_embeddings(
-        lambda texts: embedder.encode(texts, prompt=arguments.prompt, dim=arguments.dim),
+        lambda texts: embedder.encode(texts, prompt=prompt, dim=arguments.dim),
         read_texts(arguments.input, arguments.field),
         count,
         output,

@@ -1,12 +1,13 @@
 """Scores a model on retrieval sets in BEIR's layout.
 
     python launch/evaluate.py --model=DIR --dataset=BEIR_FOLDER[,BEIR_FOLDER] \\
-        --output=results.json [--dim=N] [--query_prompt=query] [--document_prompt=document]
+        --output=results.json [--dim=N] [--query_prompt=query|none|"PREFIX: "] \\
+        [--document_prompt=document|none|"PREFIX: "]
 
 A folder holds corpus.jsonl, queries.jsonl and qrels.tsv (or qrels/test.tsv), plain or .gz. The
 results map each folder's name (as much of its path as makes it unique) to ndcg_at_10,
-recall_at_100, mrr_at_10, queries and documents. The search is exact; a prompt of "none" leaves the
-texts without prefix.
+recall_at_100, mrr_at_10, queries and documents. The search is exact. A prompt is a name that the
+model's folder knows ("query" and "document" always), "none", or the prefix itself.
 """
 
 import json
@@ -22,9 +23,8 @@ def main():
     flags.add_argument("--dataset", required=True, help="folders, separated by commas")
     flags.add_argument("--output", required=True, help="results to write: .json")
     flags.add_argument("--dim", type=int, help="keep the first features only (Matryoshka)")
-    prompts = ("query", "document", "none")
-    flags.add_argument("--query_prompt", choices=prompts, default="query")
-    flags.add_argument("--document_prompt", choices=prompts, default="document")
+    flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
+    flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
     arguments = flags.parse_args()
 
     from moe_embed_jax.data.text_files import written_whole
@@ -50,7 +50,7 @@ def main():
     embedder = Embedder.load(arguments.model, mesh=mesh)
 
     def encoder(prompt):
-        prompt = None if prompt == "none" else prompt
+        prompt = launching.prompt(prompt)
         bar = sys.stderr.isatty()
         return lambda texts: embedder.encode(
             texts, prompt=prompt, dim=arguments.dim, show_progress=bar

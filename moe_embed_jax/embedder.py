@@ -1,73 +1,63 @@
 """What an application imports: `Embedder.load(folder).encode(texts)`."""
 
 import functools
-import json
-import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax import config as config_page
-from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.packing import fill_rows, pack
-from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
-from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
+from moe_embed_jax.model_folder import PROMPTS, load_model
+from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
 from moe_embed_jax.models.pooling import mean_pool
-from moe_embed_jax.sharding import rules_for, with_shardings
+from moe_embed_jax.shapes import PADDING
 
-PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX, None: ""}
 TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
 SLOTS = 32  # most texts that share a row
-MODEL_CARD = "config.json"
-VOCABULARY_FILE = "sentencepiece.model"
-CHECKPOINTS = "checkpoints"
+PAD_ID = 1  # what fills empty slots; nothing reads it
 
 
 class Embedder:
-    """Texts in, unit-norm embeddings out, on one device or on a training run's mesh."""
+    """Texts in, unit-norm embeddings out, on one device or on a training run's mesh.
 
-    def __init__(self, model: EncoderConfig, params, vocabulary: Vocabulary, max_lengths, mesh):
-        """`max_lengths`: {"query": tokens, "document": tokens}; longer texts are truncated."""
+    Attributes:
+      prompts: name -> prefix, "query" and "document" among them.
+      max_lengths: {"query": tokens, "document": tokens}; longer texts are truncated.
+    """
+
+    def __init__(
+        self,
+        model: EncoderConfig,
+        params,
+        vocabulary,
+        max_lengths: Mapping[str, int],
+        mesh,
+        prompts: Mapping[str, str] = PROMPTS,
+    ):
+        """`vocabulary`: None if the model came without one; then only ids can be encoded."""
         self.model = model
         self.params = params
         self.vocabulary = vocabulary
-        self.max_lengths = max_lengths
+        self.max_lengths = dict(max_lengths)
         self.mesh = mesh
+        self.prompts = dict(prompts)
 
     @classmethod
     def load(cls, folder, step: int | None = None, mesh=None) -> "Embedder":
-        """From the work directory of a training run; `step` None: the newest checkpoint.
+        """From any model folder: a training run's work directory (`step` None: its newest
+        checkpoint), an imported model, or a published checkpoint as safetensors (the layout of
+        nomic-embed-text-v2-moe, BERT, XLM-RoBERTa).
 
         Raises `UserError` when the folder is not a model, naming what is missing.
         """
-        folder = pathlib.Path(folder)
-        card_path = folder / MODEL_CARD
-        if not card_path.is_file():
-            raise UserError(f"{folder} is not a model folder: {MODEL_CARD} is missing")
-        card = json.loads(card_path.read_text())
         mesh = mesh or single_device_mesh()
-        model = config_page.build(EncoderConfig, card["model"], "model")
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        abstract = with_shardings(shapes, rules_for(model), mesh)
-        if not (folder / CHECKPOINTS).is_dir():
-            raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
-        checkpoints = Checkpoints(folder / CHECKPOINTS)
-        try:
-            step = checkpoints.latest_step() if step is None else step
-            if step is None:
-                raise UserError(f"{folder / CHECKPOINTS} holds no finished checkpoint yet")
-            params, _ = checkpoints.restore(step, abstract)
-        finally:
-            checkpoints.close()
-        vocabulary = Vocabulary.load(folder / VOCABULARY_FILE)
-        lengths = {
-            "query": card["data"]["query_length"],
-            "document": card["data"]["document_length"],
-        }
-        return cls(model, params, vocabulary, lengths, mesh)
+        loaded = load_model(folder, mesh, step)
+        return cls(
+            loaded.model, loaded.params, loaded.vocabulary, loaded.max_lengths, mesh, loaded.prompts
+        )
 
     @property
     def width(self) -> int:
@@ -85,30 +75,133 @@ class Embedder:
 
         Args:
           texts: list of str; any lengths, may be empty. An empty text is embedded as its prompt.
-          prompt: "query", "document" or None (no prefix).
+          prompt: a name in `prompts` ("query", "document", ...), None (no prefix), or a prefix
+            itself, which has a colon or a space ("query: ").
           dim: keep the first `dim` features, then normalise again (Matryoshka).
           batch_size: texts per device call at most; None lets the token budget decide.
         """
+        width = self._width(dim)
+        sequences = self.tokenize(texts, prompt)
+        pooled = self.embed_sequences(sequences, None, batch_size, show_progress)
+        return _unit(pooled[:, :width])
+
+    def tokenize(self, texts, prompt: str | None) -> list[np.ndarray]:
+        """Token ids (specials included) of the prompted texts, truncated at their side's length."""
         if isinstance(texts, str):
             raise UserError("encode takes a list of texts, not one str: use encode([text])")
-        if prompt not in PROMPTS:
-            raise UserError(f"prompt={prompt!r}: choose 'query', 'document' or None")
-        width = self.width if dim is None else dim
-        if not 1 <= width <= self.width:
-            raise UserError(f"dim={dim} must be between 1 and the model's width {self.width}")
+        if self.vocabulary is None:
+            raise UserError(
+                "the model's folder has no tokenizer (sentencepiece.bpe.model or tokenizer.json): "
+                "put one there, or tokenise yourself and use encode_ids"
+            )
+        prefix = self.prefix(prompt)
         texts = list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a str")
-        limit = self.max_lengths[prompt or "document"]
-        prefix = PROMPTS[prompt]
-        sequences = self.vocabulary.encode_texts([prefix + text for text in texts], limit)
-        embeddings = self.embed_sequences(sequences, batch_size, show_progress)[:, :width]
-        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        return embeddings / np.maximum(norms, 1e-12)
+        limit = self.max_lengths["query" if prompt == "query" else "document"]
+        return self.vocabulary.encode_texts([prefix + text for text in texts], limit)
 
-    def embed_sequences(self, sequences, batch_size=None, show_progress=False) -> np.ndarray:
-        """Mean-pooled, not normalised embeddings of token id sequences: float32 [n, D]."""
+    def prefix(self, prompt: str | None) -> str:
+        """What stands before each text for `prompt`, see `encode`."""
+        if prompt is None:
+            return ""
+        if prompt in self.prompts:
+            return self.prompts[prompt]
+        if ":" in prompt or " " in prompt:
+            return prompt
+        raise UserError(
+            f"prompt={prompt!r}: choose one of {', '.join(sorted(self.prompts))}, None, or a "
+            "prefix with a colon or a space"
+        )
+
+    def _width(self, dim: int | None) -> int:
+        width = self.width if dim is None else dim
+        if not 1 <= width <= self.width:
+            raise UserError(f"dim={dim} must be between 1 and the model's width {self.width}")
+        return width
+
+    def encode_ids(
+        self, input_ids, attention_mask, dim: int | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """Embeddings of texts that the caller tokenised: float32 [batch, dim or width].
+
+        The mean over the tokens with mask 1, cut to `dim`, then normalised. A row without tokens
+        gives zeros.
+
+        Args:
+          input_ids, attention_mask: integers [batch, length]; a token's position is its column.
+
+        Raises:
+          UserError: other shapes, a mask that is not 0 or 1, ids outside the word table, more
+            columns than the model has positions.
+        """
+        width = self._width(dim)
+        ids_BL, mask_BL = self._checked(input_ids, attention_mask)
+        sequences = [ids[mask] for ids, mask in zip(ids_BL, mask_BL, strict=True)]
+        positions = [np.flatnonzero(mask).astype(np.int32) for mask in mask_BL]
+        pooled = self.embed_sequences(sequences, positions)[:, :width]
+        return _unit(pooled) if normalize else pooled
+
+    def hidden_states(self, input_ids, attention_mask) -> np.ndarray:
+        """Last hidden states: float32 [batch, length, width], zeros where the mask is 0.
+
+        Arguments and errors as in `encode_ids`.
+        """
+        ids_BL, mask_BL = self._checked(input_ids, attention_mask)
+        batch, length = ids_BL.shape
+        result = np.zeros((batch, length, self.width), np.float32)
+        # A few shapes only: lengths in powers of two, rows by the token budget.
+        padded = max(16, 1 << (length - 1).bit_length()) if length else 16
+        rows = _round_rows(batch, padded, self.mesh.size)
+        position_RL = np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded))
+        if self.model.max_positions:
+            position_RL = np.minimum(position_RL, self.model.max_positions - 1)
+        for begin in range(0, batch, rows):
+            part = slice(begin, min(begin + rows, batch))
+            count = part.stop - part.start
+            token_RL = np.full((rows, padded), PAD_ID, np.int32)
+            text_index_RL = np.full((rows, padded), PADDING, np.int32)
+            token_RL[:count, :length] = np.where(mask_BL[part], ids_BL[part], PAD_ID)
+            text_index_RL[:count, :length] = np.where(mask_BL[part], 0, PADDING)
+            x_RLD = self._call(_encode_rows, token_RL, text_index_RL, position_RL)
+            result[part] = np.asarray(x_RLD, np.float32)[:count, :length]
+        return result * mask_BL[..., None]
+
+    def _checked(self, input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
+        """int32 ids and bool mask, both [batch, length]."""
+        ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
+        if ids.ndim != 2 or ids.shape != mask.shape:
+            raise UserError(
+                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} must both be "
+                "[batch, length]"
+            )
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"input_ids are {ids.dtype}; they must be integers")
+        if not np.isin(mask, (0, 1)).all():
+            raise UserError("attention_mask must hold 0 (padding) and 1 (token) only")
+        mask = mask.astype(bool)
+        outside = mask & ((ids < 0) | (ids >= self.model.vocab_size))
+        if outside.any():
+            row, column = (int(i) for i in np.argwhere(outside)[0])
+            raise UserError(
+                f"input_ids[{row}, {column}] = {ids[row, column]} is outside the word table "
+                f"[0, {self.model.vocab_size})"
+            )
+        if self.model.max_positions and mask[:, self.model.max_positions :].any():
+            raise UserError(
+                f"a text has tokens beyond column {self.model.max_positions}, the model's last "
+                "position: truncate it"
+            )
+        return ids.astype(np.int32), mask
+
+    def embed_sequences(
+        self, sequences, positions=None, batch_size=None, show_progress=False
+    ) -> np.ndarray:
+        """Mean-pooled, not normalised embeddings of token id sequences: float32 [n, D].
+
+        `positions`: of each token; None counts from 0. An empty sequence gives zeros.
+        """
         pooled = np.zeros((len(sequences), self.width), np.float32)
         lengths = np.array([len(s) for s in sequences], np.int64)
         bar = tqdm(
@@ -119,13 +212,16 @@ class Embedder:
             leave=False,
         )
 
-        def collect(members, slot, pooled_RSD, _):
+        def collect(members, slot, pooled_RSD):
             pooled[members] = np.asarray(pooled_RSD).reshape(-1, self.width)[slot]
             bar.update(len(members))
 
         pending = None
         for members, row_length in _calls(lengths, batch_size, self.mesh.size):
-            call = (members, *self._run([sequences[i] for i in members], row_length))
+            own_positions = None if positions is None else [positions[i] for i in members]
+            own_sequences = [sequences[i] for i in members]
+            slot, (pooled_RSD, _) = self._run(own_sequences, row_length, own_positions)
+            call = (members, slot, pooled_RSD)
             # Fetch one call behind, so that packing overlaps with the device.
             if pending is not None:
                 collect(*pending)
@@ -137,31 +233,42 @@ class Embedder:
 
     def expert_shares(self, texts, prompt: str | None = "document") -> np.ndarray:
         """Share of the token assignments that each expert gets: float32 [MoE layers, E]."""
-        if not self.model.moe_every:
+        if not self.model.num_moe_layers:
             raise UserError("this model has no experts (moe_every=0)")
-        texts = [PROMPTS[prompt] + text for text in texts]
-        sequences = self.vocabulary.encode_texts(texts, self.max_lengths[prompt or "document"])
+        sequences = self.tokenize(texts, prompt)
         lengths = np.array([len(s) for s in sequences], np.int64)
         assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
         for members, row_length in _calls(lengths, None, self.mesh.size):
-            *_, statistics = self._run([sequences[i] for i in members], row_length)
+            _, (_, statistics) = self._run([sequences[i] for i in members], row_length)
             assigned_ME += np.asarray(statistics.assignments_E)
         return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
 
-    def _run(self, sequences, row_length: int):
-        """One device call: slot of each text, pooled_RSD and routing statistics (device arrays)."""
+    def _run(self, sequences, row_length: int, positions=None):
+        """One packed device call: slot of each text, (pooled_RSD, routing statistics)."""
         packing = pack([len(s) for s in sequences], row_length, SLOTS)
         rows = _round_rows(packing.rows, row_length, self.mesh.size)
-        arrays = fill_rows(packing, sequences, rows, row_length, self.vocabulary.pad_id)
+        arrays = fill_rows(packing, sequences, rows, row_length, PAD_ID, positions)
+        return packing.slot(SLOTS), self._call(_pool_rows, *arrays)
+
+    def _call(self, function, *arrays):
         arrays = [jax.device_put(array, batch_sharding(self.mesh)) for array in arrays]
         with jax.set_mesh(self.mesh):
-            return packing.slot(SLOTS), *_pool_rows(self.model, self.params, *arrays)
+            return function(self.model, self.params, *arrays)
+
+
+def _unit(x_ND: np.ndarray) -> np.ndarray:
+    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pool_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_RL):
     x_RLD, statistics = encode_tokens(model, params, token_RL, text_index_RL, position_RL)
     return mean_pool(x_RLD, text_index_RL, SLOTS), statistics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_RL):
+    return encode_tokens(model, params, token_RL, text_index_RL, position_RL)[0]
 
 
 def _row_length(length: int) -> int:
@@ -183,7 +290,7 @@ def _round_rows(rows: int, row_length: int, devices: int) -> int:
 def _calls(lengths, batch_size: int | None, devices: int):
     """Splits texts, shortest first, into calls of at most the token budget (and `batch_size`)."""
     order = np.argsort(lengths, kind="stable")
-    begin = 0
+    begin = int((lengths == 0).sum())  # empty sequences need no device
     while begin < order.size:
         budget = TOKENS_PER_CALL * devices
         end, used = begin, 0

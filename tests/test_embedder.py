@@ -33,7 +33,7 @@ def folder(data_dir, tmp_path_factory):
     (folder / "sentencepiece.model").write_bytes(source.read_bytes())
     checkpoints = Checkpoints(folder / "checkpoints")
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    checkpoints.save(1, params, {"step": np.zeros(1)}, {})
+    checkpoints.save(1, {}, params=params, optimizer={"step": np.zeros(1)})
     checkpoints.close()
     return folder
 

@@ -33,6 +33,8 @@ class StandIn:
         return cls()
 
     def encode(self, texts, prompt="query", dim=None, batch_size=None, show_progress=False):
+        if prompt == "both":
+            raise UserError("prompt='both': choose query or document")
         type(self).calls.append((prompt, len(texts)))
         x = np.zeros((len(texts), WIDTH), np.float32)
         for row, text in zip(x, texts, strict=True):
@@ -138,7 +140,7 @@ def test_bad_lines(launch, tmp_path, capsys, line, message):
         (["--input=t.txt", "--model=nothing"], "nothing is not a model folder"),
         (["--input=t.txt", "--output=emb.txt"], "must be a file named *.npy"),
         (["--input=t.txt", "--output=t.txt/emb.npy"], "cannot be written"),
-        (["--input=t.txt", "--prompt=both"], "invalid choice: 'both'"),
+        (["--input=t.txt", "--prompt=both"], "prompt='both': choose"),
         (["--input=t.txt", "--inptu=x"], "unrecognized arguments: --inptu=x"),
     ],
 )

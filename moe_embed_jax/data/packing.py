@@ -56,15 +56,20 @@ def pack(lengths, row_length: int, slots: int) -> Packing:
     return Packing(row, index, start, len(texts_in_row))
 
 
-def fill_rows(packing: Packing, sequences, rows: int, row_length: int, pad_id: int):
-    """token_RL, text_index_RL, position_RL (int32) with R = `rows` >= packing.rows."""
+def fill_rows(packing: Packing, sequences, rows: int, row_length: int, pad_id: int, positions=None):
+    """token_RL, text_index_RL, position_RL (int32) with R = `rows` >= packing.rows.
+
+    `positions`: of the tokens of each sequence; None counts from 0.
+    """
     token_RL = np.full((rows, row_length), pad_id, np.int32)
     text_index_RL = np.full((rows, row_length), PADDING, np.int32)
     position_RL = np.zeros((rows, row_length), np.int32)
     places = zip(packing.row.tolist(), packing.index.tolist(), packing.start.tolist(), strict=True)
-    for (row, index, start), sequence in zip(places, sequences, strict=True):
+    if positions is None:
+        positions = (np.arange(len(sequence)) for sequence in sequences)
+    for (row, index, start), sequence, position in zip(places, sequences, positions, strict=True):
         span = slice(start, start + len(sequence))
         token_RL[row, span] = sequence
         text_index_RL[row, span] = index
-        position_RL[row, span] = np.arange(len(sequence))
+        position_RL[row, span] = position
     return token_RL, text_index_RL, position_RL

@@ -10,9 +10,10 @@ from absl import logging
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.batches import Batches
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
-from moe_embed_jax.embedder import CHECKPOINTS, Embedder
+from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.mesh import make_mesh
-from moe_embed_jax.training import report
+from moe_embed_jax.model_folder import CHECKPOINTS
+from moe_embed_jax.training import init, report
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.journal import Journal
 from moe_embed_jax.training.optimizer import make_optimizer
@@ -25,6 +26,7 @@ from moe_embed_jax.training.step import (
     abstract_state,
     create_state,
     jit_train_step,
+    state_from_params,
 )
 
 
@@ -44,6 +46,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
 
     ### Mesh, work directory, data
     mesh = make_mesh(config.mesh)
+    config, changed = init.resolve(config, workdir)
     workdir_module.claim(workdir, config, write=is_writer)
     store, vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
     groups = mixture_groups(store.groups, config.data.rates)
@@ -71,22 +74,31 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     start = checkpoints.latest_step()
     if start is None:
         start = 0
-        state = create_state(config.model, optimizer, mesh, config.seed)
+        params = init.initial_params(config, mesh)
+        if params is None:
+            state = create_state(config.model, optimizer, mesh, config.seed)
+        else:
+            state = state_from_params(config.model, optimizer, mesh, params)
     else:
         workdir_module.check_data_spec(checkpoints.data(start), data_spec)
         abstract = abstract_state(config.model, optimizer, mesh)
-        params, rest = checkpoints.restore(
-            start, abstract.params, {"step": abstract.step, "opt_state": abstract.opt_state}
+        restored = checkpoints.restore(
+            start,
+            params=abstract.params,
+            optimizer={"step": abstract.step, "opt_state": abstract.opt_state},
         )
-        state = TrainState(rest["step"], params, rest["opt_state"])
+        state = TrainState(params=restored["params"], **restored["optimizer"])
 
     def save(step: int) -> None:
         optimizer_items = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, state.params, optimizer_items, data_spec)
+        checkpoints.save(step, data_spec, params=state.params, optimizer=optimizer_items)
 
     ### Say what will happen
     if is_writer:
         print(describe_run(config, batches, mesh), flush=True)
+        if config.init.source:
+            upcycled = f", upcycled ({config.init.upcycle})" if config.init.upcycle else ""
+            print(f"init        {config.init.source}{upcycled}; it decides {', '.join(changed)}")
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
     judge = report.Judge(workdir, config, start, is_writer)

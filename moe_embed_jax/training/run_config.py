@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.upcycle import RULES as UPCYCLE_RULES
 from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig
@@ -55,6 +56,24 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Start from a model folder instead of random numbers; it decides `model` and the vocabulary
+    (see training/init.py)."""
+
+    source: str = ""  # a run's work directory, an imported or published model, hf://OWNER/NAME
+    upcycle: str = ""  # "paper" or "preserving": make `model`'s experts of a dense source
+    noise: float = 0.0  # added to the experts, relative to their weights
+
+    def __post_init__(self):
+        if self.upcycle not in ("", *UPCYCLE_RULES):
+            raise UserError(
+                f"init.upcycle={self.upcycle!r}: choose 'paper', 'preserving' or '' (as it is)"
+            )
+        if self.upcycle and not self.source:
+            raise UserError(f"init.upcycle={self.upcycle!r} needs init.source, the dense model")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     seed: int = 0
     batch_size: int = 16_384  # pairs per step over all devices
@@ -64,6 +83,7 @@ class RunConfig:
     eval_languages: int = 8  # of the periodic evaluation (the final one takes all)
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     model: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -121,6 +121,16 @@ def create_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, seed:
         return jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=placed)()
 
 
+def state_from_params(
+    model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, params: dict
+) -> TrainState:
+    """A state at step 0 around given parameters, which are in their shardings."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, opt_state)
+
+
 def jit_train_step(config: StepConfig, optimizer, mesh: jax.sharding.Mesh):
     """The compiled form: `step(state, batch) -> (state, metrics)`; `state` is donated."""
     state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config.model, optimizer, mesh))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from moe_embed_jax import config as config_page
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
@@ -16,8 +17,8 @@ from moe_embed_jax.data.data_spec import (
 )
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.data.vocabulary import Vocabulary
-from moe_embed_jax.embedder import MODEL_CARD, VOCABULARY_FILE
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.model_folder import MODEL_CARD, VOCABULARY_FILE
 from moe_embed_jax.training.run_config import RunConfig
 
 # A run may move to another mesh, folder or rhythm of reports; everything else changes its numbers.
@@ -34,7 +35,9 @@ FREE_DATA_KEYS = ("dir", "wheels_dir")
 
 def _identity(card: dict) -> dict:
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
-    kept["data"] = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
+    data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
+    # Where the vocabulary lies is free; its content is part of the data spec.
+    kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
     return kept
 
 
@@ -46,7 +49,8 @@ def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
     path = workdir / MODEL_CARD
     card = dataclasses.asdict(config)
     if path.exists():
-        lines = differences(_identity(json.loads(path.read_text())), _identity(card))
+        saved = config_page.build(RunConfig, json.loads(path.read_text()))  # new keys: defaults
+        lines = differences(_identity(dataclasses.asdict(saved)), _identity(card))
         if lines:
             raise UserError(
                 f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "

@@ -1,0 +1,65 @@
+"""Brings models in, takes them out, and makes sparse models of dense ones.
+
+    python launch/convert.py import  --source=FOLDER --target=DIR
+    python launch/convert.py export  --source=DIR --target=FOLDER
+    python launch/convert.py upcycle --source=DIR --target=DIR --mode=paper|preserving
+
+import: a published checkpoint (safetensors; nomic-embed-text-v2-moe, BERT, XLM-RoBERTa) becomes a
+folder that training configs (init.source) and all launchers read. export: any model folder becomes
+a self-contained one for PyTorch. upcycle: any dense encoder becomes an MoE encoder. A source is a
+model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not exist.
+--dry_run checks all that can be checked without writing. Nothing is ever unpickled.
+"""
+
+import functools
+import sys
+import time
+
+from moe_embed_jax import launching
+
+
+def main():
+    flags = launching.parser(__doc__)
+    actions = flags.add_subparsers(dest="action", required=True)
+    parsers = {
+        name: actions.add_parser(name, allow_abbrev=False)
+        for name in ("import", "export", "upcycle")
+    }
+    for parser in parsers.values():
+        parser.add_argument("--source", required=True, help="model folder, or hf://OWNER/NAME")
+        parser.add_argument("--target", required=True, help="folder to write; must not exist")
+        parser.add_argument("--dry_run", action="store_true", help="check, write nothing")
+        parser.add_argument("--vocabulary", help="tokenizer file, where the source has none")
+        parser.add_argument("--query_prefix", help='default: what the source says; e.g. "query: "')
+        parser.add_argument("--document_prefix", help='e.g. "passage: "')
+    for name in ("export", "upcycle"):
+        parsers[name].add_argument("--step", type=int, help="of a training run; default: newest")
+    parsers["import"].add_argument(
+        "--positions",
+        choices=("learned", "rotary"),
+        help="learned: keep the position table (exact). rotary: drop it, for stage 1 (the default "
+        "for XLM-RoBERTa with its language-model head)",
+    )
+    upcycling = parsers["upcycle"]
+    upcycling.add_argument("--mode", required=True, choices=("paper", "preserving"))
+    upcycling.add_argument("--num_experts", type=int, default=8)
+    upcycling.add_argument("--experts_per_token", type=int, default=2)
+    upcycling.add_argument("--moe_every", type=int, default=2)
+    upcycling.add_argument("--noise", type=float, default=0.0, help="on the experts, relative")
+    upcycling.add_argument("--seed", type=int, default=0, help="of the routers and the noise")
+    options = vars(flags.parse_args())
+
+    from tqdm import tqdm
+
+    from moe_embed_jax import conversion
+
+    start = time.monotonic()
+    action = getattr(conversion, f"{options.pop('action')}_model")
+    bar = functools.partial(tqdm, unit=" tensors", disable=not sys.stderr.isatty(), leave=False)
+    action(**options, progress=bar)
+    done = "checked, nothing written" if options["dry_run"] else f"wrote {options['target']}"
+    print(f"{done}, {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run(main))

@@ -1,0 +1,154 @@
+"""What launch/convert.py does: import, export and upcycle model folders."""
+
+import pathlib
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import export, nomic
+from moe_embed_jax.interop.published import has_mlm_head
+from moe_embed_jax.interop.source import local_folder
+from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
+from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.model_folder import ModelFolder, is_run, open_model, place, save_model
+from moe_embed_jax.models.encoder import EncoderConfig, count_params
+
+
+def import_model(
+    source,
+    target,
+    positions: str | None = None,
+    vocabulary: str | None = None,
+    query_prefix: str | None = None,
+    document_prefix: str | None = None,
+    dry_run: bool = False,
+    progress=iter,
+) -> None:
+    """A published checkpoint to a folder of ours. `progress` wraps an iterable, as tqdm does."""
+    folder = local_folder(source)
+    _refuse_existing(target)
+    if is_run(folder):
+        raise UserError(f"{source} is a model folder of ours already: nothing to import")
+    opened = open_model(folder, None, positions or _default_positions(folder), vocabulary)
+    _set_prompts(opened, query_prefix, document_prefix)
+    _say(opened)
+    if opened.unused:
+        print(f"not needed  {', '.join(opened.unused)}")
+    if not dry_run:
+        loaded = opened.load(single_device_mesh(), progress)
+        save_model(pathlib.Path(target), loaded, origin=str(source))
+
+
+def _default_positions(folder: pathlib.Path) -> str:
+    """XLM-RoBERTa with its language-model head is stage 1's start; other encoders are kept exact.
+
+    Raises `UserError` for XLM-RoBERTa without the head: it may be either.
+    """
+    head = has_mlm_head(folder)
+    if head is None:
+        return "learned"
+    if head:
+        return "rotary"
+    raise UserError(
+        f"{folder} is an XLM-RoBERTa encoder without a language-model head: say "
+        "--positions=learned (an embedding model, kept exactly) or --positions=rotary (the "
+        "position table is dropped; the encoder then needs stage 1)"
+    )
+
+
+def export_model(
+    source,
+    target,
+    step: int | None = None,
+    vocabulary: str | None = None,
+    query_prefix: str | None = None,
+    document_prefix: str | None = None,
+    dry_run: bool = False,
+    progress=iter,
+) -> None:
+    """Any model folder to a self-contained one for PyTorch, see `interop.export`."""
+    _refuse_existing(target)
+    opened = open_model(source, step, "learned", vocabulary)
+    _set_prompts(opened, query_prefix, document_prefix)
+    _say(opened)
+    as_bert = export.leaves_as_bert(opened.model)
+    print("layout      " + ("bert" if as_bert else "nomic_bert, needs trust_remote_code"))
+    if opened.vocabulary is None:
+        print(
+            "note        no tokenizer: the exported model takes token ids only (--vocabulary=...)"
+        )
+    if not as_bert and (special := nomic.extensions(opened.model)):
+        print(f"note        {', '.join(special)}: only the folder's own PyTorch code knows that")
+    if not dry_run:
+        loaded = opened.load(single_device_mesh())
+        export.write_folder(
+            target, loaded.model, loaded.params, loaded.vocabulary, loaded.prompts, progress
+        )
+
+
+def upcycle_model(
+    source,
+    target,
+    mode: str,
+    num_experts: int = 8,
+    experts_per_token: int = 2,
+    moe_every: int = 2,
+    noise: float = 0.0,
+    seed: int = 0,
+    step: int | None = None,
+    vocabulary: str | None = None,
+    query_prefix: str | None = None,
+    document_prefix: str | None = None,
+    dry_run: bool = False,
+    progress=iter,
+) -> None:
+    """A dense encoder to an MoE encoder in a folder of ours, see `interop.upcycle`."""
+    _refuse_existing(target)
+    config = UpcycleConfig(mode, num_experts, experts_per_token, moe_every, noise, seed)
+    opened = open_model(source, step, "learned", vocabulary)
+    _set_prompts(opened, query_prefix, document_prefix)
+    model = upcycled_model(opened.model, config)
+    _say(opened, model)
+    if mode == "paper":
+        print(
+            "note        as the paper's code: biases dropped, gates sum to less than 1, so the MoE"
+        )
+        print("            branches start at about 0.4 of the dense ones and outputs change")
+    if dry_run:
+        return
+    mesh = single_device_mesh()
+    loaded = opened.load(mesh, progress)
+    loaded.model, params = upcycle(loaded.model, loaded.params, config)
+    loaded.params = place(params, loaded.model, mesh)
+    origin = f"{source}, upcycled: {mode}, seed {seed}, noise {noise}"
+    save_model(pathlib.Path(target), loaded, origin)
+
+
+def _refuse_existing(target) -> None:
+    if pathlib.Path(target).exists():
+        raise UserError(f"{target} exists already: name a new folder, nothing is overwritten")
+
+
+def _set_prompts(opened: ModelFolder, query: str | None, document: str | None) -> None:
+    if query is not None:
+        opened.prompts["query"] = query
+    if document is not None:
+        opened.prompts = {n: t for n, t in opened.prompts.items() if n not in ("passage", "corpus")}
+        opened.prompts["document"] = document
+
+
+def _say(opened: ModelFolder, model: EncoderConfig | None = None) -> None:
+    model = model or opened.model
+    total, active = count_params(model)
+    experts = (
+        f"{model.num_moe_layers} with {model.num_experts} experts, top-{model.experts_per_token}"
+        if model.num_moe_layers
+        else "dense"
+    )
+    ids = "no tokenizer" if opened.vocabulary is None else f"{opened.vocabulary.size:,} ids"
+    lengths = sorted(set(opened.max_lengths.values()))
+    print(f"model       {total:,} parameters, {active:,} active per token")
+    print(
+        f"            {model.num_layers} layers of width {model.width} ({experts}), "
+        f"{model.positions} positions, {model.vocab_size:,} rows of words"
+    )
+    print(f"tokenizer   {ids}; up to {' / '.join(map(str, lengths))} tokens")
+    print(f"prompts     {', '.join(f'{n} {t!r}' for n, t in sorted(opened.prompts.items()))}")

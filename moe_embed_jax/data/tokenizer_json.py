@@ -1,0 +1,245 @@
+"""Text to token ids by a Hugging Face `tokenizer.json`: WordPiece (BERT), BPE or Unigram.
+
+`TokenizerJson` has the interface of `Vocabulary`, so a model with a published tokenizer embeds and
+trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for the
+same file with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token there,
+and so it is here. What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
+
+Neither transformers nor PyTorch is needed.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, clean_text
+from moe_embed_jax.errors import UserError
+
+TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+
+# Steps after which what stands before a space has become the same ids whatever follows the space.
+_LOCAL_NORMALIZERS = frozenset(
+    ["BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Precompiled", "StripAccents"]
+)
+_SPLITTING_PRE_TOKENIZERS = frozenset(["BertPreTokenizer", "Whitespace", "WhitespaceSplit"])
+
+
+class TokenizerJson:
+    """A tokenizer that puts one special token before a text and one behind it.
+
+    Attributes:
+      size: number of ids, added tokens included (the highest id + 1).
+      bos_id, eos_id: what the post-processor puts around a text; [CLS] and [SEP] for BERT.
+      pad_id: of the file's padding or of its padding token; `eos_id` if it names neither (padding
+        is never attended to, so any id would do).
+      unk_id, mask_id: None for a tokenizer without such a token.
+      content_hash: SHA-256 of the file, hexadecimal.
+      model_bytes: the file.
+    """
+
+    def __init__(self, model_bytes: bytes, name: str = "tokenizer.json"):
+        """`name` is what errors call the tokenizer, e.g. its path. See also `load`."""
+        content = _read_json(model_bytes, name)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
+        except BaseException as error:  # a panic of the library is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise UserError(
+                f"{name} cannot be read by tokenizers {tokenizers.__version__} ({error}); give the "
+                "tokenizer.json of a Hugging Face model, or install a newer tokenizers"
+            ) from error
+        # Files keep the settings of whoever saved them: a length, or a padding to 128 tokens.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if (content.get("truncation") or {}).get("direction") == "Left":
+            raise UserError(f"{name} truncates texts at their beginning; here only the end is cut")
+        self.model_bytes = model_bytes
+        self.content_hash = hashlib.sha256(model_bytes).hexdigest()
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.bos_id, self.eos_id = self._ids_around_a_text(name)
+        padding = content.get("padding") or {}
+        padding_token = _special_id(content, "pad", "padding")
+        self.pad_id = padding.get("pad_id", self.eos_id if padding_token is None else padding_token)
+        self.mask_id = _special_id(content, "mask")
+        unknown = content["model"].get("unk_token")
+        self.unk_id = content["model"].get("unk_id")
+        if self.unk_id is None and unknown is not None:
+            self.unk_id = self._tokenizer.token_to_id(unknown)
+        self._cut_at_spaces = _is_local(content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TokenizerJson":
+        """Reads a tokenizer.json.
+
+        Raises:
+          UserError: no such file, not a tokenizer, or one that does not add exactly one token at
+            each end of a text.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(
+                f"tokenizer file {path} does not exist; give the path of a tokenizer.json"
+            )
+        return cls(path.read_bytes(), name=str(path))
+
+    def encode(self, text: str | bytes, max_ids: int | None = None) -> list[int]:
+        """The token ids of `text` without special tokens; at most the first `max_ids` of them."""
+        return self.encode_batch([text], max_ids)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str | bytes], max_ids: int | None = None
+    ) -> list[list[int]]:
+        """`encode` of every text, in order."""
+        texts = [clean_text(text) for text in texts]
+        if max_ids is not None:
+            texts = [self.head(text, max_ids) for text in texts]
+        rows = []
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            batch = texts[start : start + TEXTS_PER_CALL]
+            rows += [encoding.ids[:max_ids] for encoding in self._encode_plain(batch)]
+        return rows
+
+    def encode_flat(
+        self, texts: Sequence[str | bytes], max_ids: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_batch` as arrays: ids of all texts, int32 [sum], and their lengths, int64 [N]."""
+        rows = self.encode_batch(texts, max_ids)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
+        return flat, lengths
+
+    def encode_text(self, text: str | bytes, max_length: int) -> np.ndarray:
+        """int32 [<= max_length]: `bos_id`, the first `max_length - 2` ids, `eos_id`."""
+        return self.encode_texts([text], max_length)[0]
+
+    def encode_texts(self, texts: Sequence[str | bytes], max_length: int) -> list[np.ndarray]:
+        """`encode_text` of every text, in order."""
+        if max_length < 2:
+            raise UserError(
+                f"max_length {max_length} has no room for the two special tokens: give 2 or more"
+            )
+        return [
+            np.array([self.bos_id, *ids, self.eos_id], dtype=np.int32)
+            for ids in self.encode_batch(texts, max_ids=max_length - 2)
+        ]
+
+    def head(self, text: str, max_ids: int) -> str:
+        """A beginning of `text` with the same first `max_ids` ids, short where that is sure.
+
+        That is so for tokenizers which split texts at white space and whose normaliser does not
+        look beyond a space (those of BERT and XLM-R); other texts stay whole, and one megabyte
+        takes about a second.
+        """
+        cut = max(CUT_ABOVE_CHARACTERS, 16 * max_ids)
+        while cut < len(text) and self._cut_at_spaces:
+            end = text.find(" ", cut)
+            if end < 0:
+                break
+            if len(self._encode_plain([text[:end]])[0]) >= max_ids:
+                return text[:end]
+            cut = 2 * end
+        return text
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens are left out.
+
+        Raises:
+          UserError: an id outside [0, size).
+        """
+        ids = [int(i) for i in ids]
+        outside = [i for i in ids if not 0 <= i < self.size]
+        if outside:
+            raise UserError(f"token id {outside[0]} is outside the tokenizer [0, {self.size})")
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_of(self, token_id: int) -> str:
+        """The token as the file writes it, e.g. "[CLS]"."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def _encode_plain(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+    def _ids_around_a_text(self, name: str) -> tuple[int, int]:
+        """The special tokens, found by encoding a text: there are a dozen ways to write them."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False)
+        full = self._tokenizer.encode("a")
+        if len(full) != len(plain) + 2 or full.ids[1:-1] != plain.ids:
+            raise UserError(
+                f"{name} turns the tokens {plain.tokens} into {full.tokens}; what is needed is one "
+                "special token at each end, as [CLS] and [SEP]: correct its post_processor"
+            )
+        return full.ids[0], full.ids[-1]
+
+
+def _read_json(model_bytes: bytes, name: str) -> dict:
+    try:
+        content = json.loads(model_bytes)
+    except ValueError as error:
+        raise UserError(
+            f"{name} is not JSON ({error}); it may be cut short: copy it again"
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(
+            f'{name} has no section "model"; give the tokenizer.json of a Hugging Face model, not '
+            "its tokenizer_config.json or vocab.json"
+        )
+    return content
+
+
+def _special_id(content: dict, *names: str) -> int | None:
+    """The id of the special token called e.g. "pad", however it is dressed: [PAD], <|pad|>."""
+    for token in content.get("added_tokens") or []:
+        if token.get("special") and re.sub(r"[\W_]", "", token["content"]).lower() in names:
+            return token["id"]
+    return None
+
+
+def _is_local(content: dict) -> bool:
+    """Whether a text may be cut before a space, see `TokenizerJson.head`."""
+
+    def types(step: dict | None, inner: str) -> list[str]:
+        if step is None:
+            return []
+        if step["type"] == "Sequence":
+            return [name for part in step[inner] for name in types(part, inner)]
+        return [step["type"]]
+
+    splitting = types(content.get("pre_tokenizer"), "pretokenizers")[:1]
+    return (
+        _LOCAL_NORMALIZERS.issuperset(types(content.get("normalizer"), "normalizers"))
+        and bool(_SPLITTING_PRE_TOKENIZERS.intersection(splitting))
+        and not any(" " in token["content"] for token in content.get("added_tokens") or [])
+    )
+
+
+# ---- Forks ---------------------------------------------------------------------------------------
+# The library's threads do not survive a fork. It notices, goes on with one thread in the child and
+# prints a warning there, unless the environment says what is wanted: say so while a fork lasts.
+
+_set_for_fork = False
+
+
+def _before_fork() -> None:
+    global _set_for_fork
+    if PARALLELISM not in os.environ:
+        os.environ[PARALLELISM] = "false"
+        _set_for_fork = True
+
+
+def _after_fork_in_parent() -> None:
+    global _set_for_fork
+    if _set_for_fork:
+        os.environ.pop(PARALLELISM, None)
+        _set_for_fork = False
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)

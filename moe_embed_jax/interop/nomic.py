@@ -1,0 +1,212 @@
+"""The layout of `nomic-embed-text-v2-moe` (148 tensors for 12 layers), in both directions.
+
+Names, shapes and traps: the released checkpoint's contract. Two of them: `experts.mlp.w2` is used
+untransposed, and `experts.bias` is one output bias per layer, added once after the weighted sum.
+
+Extensions of ours, absent from the published model and unknown to other runtimes, each with a key
+in config.json: `moe_expert_bias` (tensor `experts.mlp.b1`), `moe_normalize_expert_weights` true,
+`moe_every_n_layers` 1, and learned positions (`rotary_emb_fraction` 0, tensor
+`embeddings.position_embeddings.weight`; the reference code knows these). Such a model calls itself
+`moe_embed`, so that a runtime with code of its own for `nomic_bert` refuses it instead of
+computing something else.
+"""
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.rules import Rule
+from moe_embed_jax.models.encoder import EncoderConfig
+
+_LAYER = "encoder.layers.{i}."
+RULES = (
+    Rule("embeddings/token", ("embeddings.word_embeddings.weight",)),
+    Rule("embeddings/token_type", ("embeddings.token_type_embeddings.weight",)),
+    Rule("embeddings/position", ("embeddings.position_embeddings.weight",)),
+    Rule("embeddings/norm/scale", ("emb_ln.weight",)),
+    Rule("embeddings/norm/bias", ("emb_ln.bias",)),
+    Rule("layers/{i}/attention/qkv/kernel", (_LAYER + "attn.Wqkv.weight",), "linear"),
+    Rule("layers/{i}/attention/qkv/bias", (_LAYER + "attn.Wqkv.bias",)),
+    Rule("layers/{i}/attention/out/kernel", (_LAYER + "attn.out_proj.weight",), "linear"),
+    Rule("layers/{i}/attention/out/bias", (_LAYER + "attn.out_proj.bias",)),
+    Rule("layers/{i}/norm_1/scale", (_LAYER + "norm1.weight",)),
+    Rule("layers/{i}/norm_1/bias", (_LAYER + "norm1.bias",)),
+    Rule("layers/{i}/norm_2/scale", (_LAYER + "norm2.weight",)),
+    Rule("layers/{i}/norm_2/bias", (_LAYER + "norm2.bias",)),
+    Rule("layers/{i}/feed_forward/up/kernel", (_LAYER + "mlp.fc1.weight",), "linear"),
+    Rule("layers/{i}/feed_forward/up/bias", (_LAYER + "mlp.fc1.bias",)),
+    Rule("layers/{i}/feed_forward/down/kernel", (_LAYER + "mlp.fc2.weight",), "linear"),
+    Rule("layers/{i}/feed_forward/down/bias", (_LAYER + "mlp.fc2.bias",)),
+    Rule("layers/{i}/moe/router/kernel", (_LAYER + "mlp.router.layer.weight",), "linear"),
+    Rule("layers/{i}/moe/w_in", (_LAYER + "mlp.experts.mlp.w1",), "experts_in"),
+    Rule("layers/{i}/moe/bias_in", (_LAYER + "mlp.experts.mlp.b1",), "experts_bias"),
+    Rule("layers/{i}/moe/w_out", (_LAYER + "mlp.experts.mlp.w2",), "experts_out"),
+    Rule("layers/{i}/moe/bias", (_LAYER + "mlp.experts.bias",)),
+)
+# The head of the backbone (nomic-xlm-2048): names as its code has them, unverified on the file.
+HEAD_RULES = (
+    Rule("mlm_head/dense/kernel", ("cls.predictions.transform.dense.weight",), "linear"),
+    Rule("mlm_head/dense/bias", ("cls.predictions.transform.dense.bias",)),
+    Rule("mlm_head/norm/scale", ("cls.predictions.transform.layer_norm.weight",)),
+    Rule("mlm_head/norm/bias", ("cls.predictions.transform.layer_norm.bias",)),
+    Rule("mlm_head/bias", ("cls.predictions.decoder.bias",)),
+)
+PREFIXES = ("bert.", "trunk.")
+TIED = ("cls.predictions.decoder.weight",)  # to the word embeddings
+IGNORED = ()
+
+# transformers from 5.5 on has a class of its own for model_type "nomic_bert", which knows neither
+# experts nor biases and takes random weights in their place, without an error. It wants a string in
+# `hidden_act`, which no other reader of this layout uses (they read `activation_function`): a list
+# stops it, and its error shows these words. The same text stands in torch_model.py.
+NATIVE_CLASS_GUARD = [
+    "the nomic_bert class inside transformers cannot run this checkpoint (mixture of experts): "
+    "pass trust_remote_code=True to use modeling_moe_embed.py of this folder"
+]
+
+# What the encoder can be: config.json key -> values that mean it; absent means the first.
+_FIXED = {
+    "activation_function": ("gelu",),
+    "prenorm": (False,),
+    "parallel_block": (False,),
+    "causal": (False,),
+    "qkv_proj_bias": (True,),
+    "mlp_fc1_bias": (True,),
+    "mlp_fc2_bias": (True,),
+    "use_rms_norm": (None, False),
+    "rotary_emb_interleaved": (False,),
+    "rotary_emb_scale_base": (None,),
+    "rotary_scaling_factor": (None,),
+    "expert_choice_router": (False,),
+    "num_shared_experts": (0, None),
+    "ffn_div": (1, 1.0),
+}
+
+
+def model_from_config(config: dict, names, where: str) -> EncoderConfig:
+    """The encoder that a `nomic_bert` config.json describes.
+
+    Args:
+      names: the names of the checkpoint's tensors. They decide what `moe_every_n_layers: 1` means:
+        the reference code then builds no expert at all, we write it for experts in every layer.
+      where: what messages call the file.
+
+    Raises:
+      UserError: a value that this encoder cannot be, or a missing key, named.
+    """
+    for key, allowed in _FIXED.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(
+                f"{where}: {key}={config[key]!r} is an architecture that this encoder is not "
+                f"({key} must be {allowed[0]!r})"
+            )
+    fraction = config.get("rotary_emb_fraction", 0.0)
+    if fraction not in (0, 1):
+        raise UserError(f"{where}: rotary_emb_fraction={fraction!r} must be 1 (or 0: learned)")
+    moe_every = config.get("moe_every_n_layers") or 0
+    if not config.get("num_experts"):
+        moe_every = 0
+    if moe_every == 1 and "encoder.layers.0.mlp.router.layer.weight" not in names:
+        moe_every = 0
+    try:
+        width = config["n_embd"]
+        experts = {}
+        if moe_every:
+            experts = {
+                "num_experts": config["num_experts"],
+                "experts_per_token": config.get("moe_top_k", 1),
+                "normalize_gates": bool(config.get("moe_normalize_expert_weights", False)),
+                "expert_bias": bool(config.get("moe_expert_bias", False)),
+            }
+        return EncoderConfig(
+            vocab_size=config["vocab_size"],
+            num_layers=config["n_layer"],
+            width=width,
+            num_heads=config["n_head"],
+            ffn_width=config.get("n_inner") or 4 * width,
+            moe_every=moe_every,
+            positions="rotary" if fraction else "learned",
+            max_positions=0 if fraction else config["n_positions"],
+            rotary_base=float(config.get("rotary_emb_base", 10_000)),
+            token_types=config.get("type_vocab_size", 1),
+            norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+            **experts,
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: key {error.args[0]} is missing") from None
+
+
+def config_from_model(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
+    """The published config.json's fields for `model`; without what belongs to the folder."""
+    learned = model.positions == "learned"
+    # llama.cpp's converter takes no other pair than 2048 / 2048 with rotary positions.
+    positions = model.max_positions if learned else max(2048, max_length)
+    ours = bool(extensions(model))
+    config = {
+        "architectures": ["MoeEmbedModel" if ours else "NomicBertModel"],
+        "model_type": "moe_embed" if ours else "nomic_bert",
+        "hidden_act": NATIVE_CLASS_GUARD,
+        "activation_function": "gelu",
+        "add_pooling_layer": False,
+        "n_layer": model.num_layers,
+        "n_head": model.num_heads,
+        "n_embd": model.width,
+        "n_inner": model.ffn_width,
+        "n_positions": positions,
+        "max_trained_positions": positions,
+        "vocab_size": model.vocab_size,
+        "pad_vocab_size_multiple": 64 if model.vocab_size % 64 == 0 else 1,
+        "pad_token_id": pad_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "type_vocab_size": model.token_types,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "initializer_range": model.initializer_range,
+        "prenorm": False,
+        "parallel_block": False,
+        "parallel_block_tied_norm": False,
+        "causal": False,
+        "qkv_proj_bias": True,
+        "mlp_fc1_bias": True,
+        "mlp_fc2_bias": True,
+        "use_rms_norm": None,
+        "rotary_emb_fraction": 0.0 if learned else 1.0,
+        "rotary_emb_base": _number(model.rotary_base),
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+        "num_experts": model.num_experts if model.moe_every else 0,
+        "moe_top_k": model.experts_per_token,
+        "moe_every_n_layers": model.moe_every,
+        "moe_impl": "megablocks",
+        "moe_normalize_expert_weights": model.normalize_gates,
+        "expert_choice_router": False,
+        "num_shared_experts": 0,
+        "ffn_div": 1,
+        "router_aux_loss_coef": 0.1,
+        "resid_pdrop": 0.0,
+        "moe_resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "dense_seq_output": True,
+        "fused_bias_fc": True,
+        "fused_dropout_add_ln": True,
+        "use_flash_attn": True,
+        "use_xentropy": True,
+        "torch_dtype": "float32",
+    }
+    if model.moe_every and model.expert_bias:
+        config["moe_expert_bias"] = True
+    return config
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def extensions(model: EncoderConfig) -> list[str]:
+    """What of `model` the published architecture does not have, in words; empty: nothing."""
+    present = {
+        "a hidden bias in every expert": model.moe_every and model.expert_bias,
+        "normalised gates": model.moe_every and model.normalize_gates,
+        "experts in every layer": model.moe_every == 1,
+        "learned positions": model.positions == "learned",
+    }
+    return [what for what, is_present in present.items() if is_present]

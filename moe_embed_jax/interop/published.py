@@ -1,0 +1,193 @@
+"""Model folders as others publish them: config.json and safetensors of a known architecture."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import bert, nomic
+from moe_embed_jax.interop.layers import from_layers, shapes_by_layer
+from moe_embed_jax.interop.rules import Entry, Rule, entries, to_ours
+from moe_embed_jax.interop.tensors import Tensors
+from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.heads import mlm_head_shapes
+from moe_embed_jax.sharding import path_of
+
+CONFIG_FILE = "config.json"
+# model_type -> module with the table, rules of the language-model head.
+LAYOUTS = {
+    "nomic_bert": (nomic, nomic.HEAD_RULES),
+    "moe_embed": (nomic, nomic.HEAD_RULES),
+    "bert": (bert, bert.BERT_HEAD_RULES),
+    "roberta": (bert, bert.ROBERTA_HEAD_RULES),
+    "xlm-roberta": (bert, bert.ROBERTA_HEAD_RULES),
+}
+VOCABULARY_MULTIPLE = 64  # of the word table of a stage 1 encoder, as the reference pads it
+UNREACHABLE_BIAS = -100.0  # of the head's outputs for ids that no text has
+
+
+@dataclasses.dataclass
+class PublishedModel:
+    """A checked checkpoint whose values are read by `read`.
+
+    Attributes:
+      model: the encoder as it will be (positions and vocabulary padding applied).
+      has_mlm_head: whether the folder holds a language-model head.
+      unused: tensors that an encoder with mean pooling does not need.
+      model_type: as config.json names it.
+    """
+
+    model: EncoderConfig
+    has_mlm_head: bool
+    unused: list[str]
+    model_type: str
+    _tensors: Tensors
+    _table: list[Entry]
+
+    def read(self, progress=iter) -> tuple[dict, dict | None]:
+        """(encoder parameters, head or None), NumPy float32.
+
+        `progress` wraps the iterable of parameters, as tqdm does.
+
+        Raises `UserError` for NaN or infinite weights, naming the tensor.
+        """
+        head: dict = {}
+        arrays = progress(self._adapted(head))
+        params = from_layers(self.model, arrays)
+        return params, _head_tree(head) if self.has_mlm_head else None
+
+    def _adapted(self, head: dict) -> Iterator[tuple[str, np.ndarray]]:
+        """The encoder's arrays as `model` wants them; those of the head are put into `head`."""
+        model = self.model
+        for path, array in to_ours(self._table, self._tensors):
+            if path == "embeddings/position":
+                if model.positions == "rotary":
+                    continue
+                array = array[array.shape[0] - model.max_positions :]
+            elif path == "embeddings/token":
+                array = _pad_rows(array, model.vocab_size, 0.0)
+            elif path == "mlm_head/bias":
+                array = _pad_rows(array, model.vocab_size, UNREACHABLE_BIAS)
+            if path.startswith("mlm_head/"):
+                head[path] = array
+            else:
+                yield path, array
+
+
+def read_config(folder: pathlib.Path) -> dict:
+    """config.json of a model folder. Raises `UserError`: there is none, or it is no JSON object."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a model folder: {CONFIG_FILE} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must be a JSON object")
+    return config
+
+
+def has_mlm_head(folder: pathlib.Path) -> bool | None:
+    """Whether a RoBERTa checkpoint holds its language-model head; None for other architectures."""
+    if "roberta" not in str(read_config(folder).get("model_type")):
+        return None
+    return bert.ROBERTA_HEAD_RULES[0].keys[0] in Tensors(folder).names
+
+
+def open_published(folder, positions: str = "learned") -> PublishedModel:
+    """Checks config.json, every tensor's name and shape; reads no weights yet.
+
+    Args:
+      positions: what becomes of learned positions: "learned" keeps them, which is exact; "rotary"
+        drops the table for a rotary encoder, which is stage 1's start (paper 4.1: it needs masked
+        language modelling before it is good for anything), and pads the word table to a multiple
+        of 64.
+
+    Raises:
+      UserError: an unknown architecture, pickle files, and whatever does not fit.
+    """
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    where = str(folder / CONFIG_FILE)
+    model_type = config.get("model_type")
+    if model_type not in LAYOUTS:
+        raise UserError(
+            f"{where}: model_type={model_type!r} is not known here; there are "
+            f"{', '.join(sorted(LAYOUTS))}, and the work directories of training runs"
+        )
+    layout, head_rules = LAYOUTS[model_type]
+    tensors = Tensors(folder)
+    tensors.drop_prefix(layout.PREFIXES, "embeddings.word_embeddings.weight")
+    # Names of LayerNorm parameters in files that were converted from TensorFlow.
+    tensors.rename(lambda name: re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)))
+    file_model = layout.model_from_config(config, tensors.names, where)
+
+    shapes = shapes_by_layer(file_model)
+    has_head = head_rules[0].keys[0] in tensors.names
+    rules: tuple[Rule, ...] = layout.RULES
+    if has_head:
+        rules += head_rules
+        flat = jax.tree_util.tree_flatten_with_path(mlm_head_shapes(file_model))[0]
+        shapes |= {f"mlm_head/{path_of(path)}": leaf.shape for path, leaf in flat}
+    unused = _set_aside(tensors, layout, has_head)
+    table = entries(rules, shapes)
+    to_ours(table, tensors)  # raises what does not fit
+
+    model = file_model
+    if file_model.positions == "learned":
+        first = bert.ROBERTA_FIRST_POSITION if "roberta" in model_type else 0
+        if positions == "rotary":
+            padded = -(-file_model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            model = dataclasses.replace(
+                file_model, positions="rotary", max_positions=0, vocab_size=padded
+            )
+        else:
+            size = file_model.max_positions - first
+            model = dataclasses.replace(file_model, max_positions=size)
+    return PublishedModel(model, has_head, unused, model_type, tensors, table)
+
+
+def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
+    """Takes out what the encoder does not need; returns the names.
+
+    Raises `UserError` for an output matrix of its own: our head's is the word table.
+    """
+    unused = []
+    for name in list(tensors.names):
+        if name in layout.TIED:
+            word = tensors.read("embeddings.word_embeddings.weight")
+            if has_head and not np.array_equal(tensors.read(name), word):
+                raise UserError(
+                    f"{tensors.origin}: {name} is not tied to the word embeddings; such a "
+                    "language-model head cannot be kept"
+                )
+        elif not any(re.fullmatch(pattern, name) for pattern in layout.IGNORED):
+            continue
+        unused.append(name)
+        tensors.discard(name)
+    return unused
+
+
+def _pad_rows(array: np.ndarray, rows: int, value: float) -> np.ndarray:
+    if array.shape[0] == rows:
+        return array
+    padding = np.full((rows - array.shape[0], *array.shape[1:]), value, array.dtype)
+    return np.concatenate([array, padding])
+
+
+def _head_tree(flat: dict[str, np.ndarray]) -> dict:
+    """{"mlm_head/dense/kernel": array} to the nested tree of `models.heads`."""
+    tree: dict = {}
+    for path, array in flat.items():
+        *parents, name = path.split("/")[1:]
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = np.ascontiguousarray(array)
+    return tree

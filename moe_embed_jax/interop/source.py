@@ -1,0 +1,37 @@
+"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`."""
+
+import pathlib
+
+from moe_embed_jax.errors import UserError
+
+HUB = "hf://"
+# Weights as safetensors, configuration and tokenizer; never code and never pickles.
+PATTERNS = ("*.safetensors", "*.json", "*.model", "1_Pooling/*", "*.txt")
+
+
+def local_folder(source: str | pathlib.Path) -> pathlib.Path:
+    """The folder of `source`, downloaded into the hub's cache first if it is on the hub.
+
+    Raises:
+      UserError: no such folder; a hub name that is not OWNER/NAME, or that cannot be fetched.
+    """
+    text = str(source)
+    if not text.startswith(HUB):
+        folder = pathlib.Path(text)
+        if not folder.is_dir():
+            hint = f"; on the hub? then {HUB}{text}" if text.count("/") == 1 else ""
+            raise UserError(f"model folder {text} does not exist{hint}")
+        return folder
+    name, _, revision = text.removeprefix(HUB).partition("@")
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"{text}: write {HUB}OWNER/NAME, with @REVISION for a fixed version")
+    import huggingface_hub
+
+    try:
+        path = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(PATTERNS)
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds, all with a clear first line
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{text} cannot be fetched: {first_line}") from None
+    return pathlib.Path(path)

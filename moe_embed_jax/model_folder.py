@@ -1,0 +1,229 @@
+"""A model in a folder, whoever wrote it: a training run's work directory, an imported model, or a
+published checkpoint (safetensors). Everything that loads a model goes through here.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax.checkpoint import Checkpoints
+from moe_embed_jax.config import save_json
+from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.published import CONFIG_FILE, open_published, read_config
+from moe_embed_jax.interop.sentence_transformers import read_settings
+from moe_embed_jax.interop.source import local_folder
+from moe_embed_jax.interop.tokenizer_files import find_tokenizer, load_tokenizer
+from moe_embed_jax.mesh import replicated
+from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.models.heads import mlm_head_shapes
+from moe_embed_jax.sharding import rules_for, shardings, with_shardings
+
+MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them from others
+VOCABULARY_FILE = "sentencepiece.model"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
+NO_PROMPTS = {"query": "", "document": ""}
+LONGEST = 2048  # tokens, where neither the folder nor a position table limits them
+# A tokenizer with far fewer ids than the word table has rows belongs to another model.
+MOST_UNUSED_ROWS = 1024
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """An encoder with what it needs to read text.
+
+    params: on the mesh it was loaded for. mlm_head: arrays, None without.
+    vocabulary: None where the folder has none (then only token ids can be encoded).
+    prompts: name -> prefix. max_lengths: {"query": tokens, "document": tokens}.
+    """
+
+    model: EncoderConfig
+    params: dict
+    mlm_head: dict | None
+    vocabulary: Vocabulary | None
+    prompts: dict[str, str]
+    max_lengths: dict[str, int]
+
+
+@dataclasses.dataclass
+class ModelFolder:
+    """A checked model folder whose weights are read by `load`; fields as in `LoadedModel`.
+
+    unused: names of tensors that the encoder does not need.
+    """
+
+    model: EncoderConfig
+    vocabulary: Vocabulary | None
+    vocabulary_path: pathlib.Path | None
+    prompts: dict[str, str]
+    max_lengths: dict[str, int]
+    unused: list[str]
+    _read: Callable[..., tuple[dict, dict | None]]
+
+    def load(self, mesh: jax.sharding.Mesh, progress=iter) -> LoadedModel:
+        """Parameters sharded over `mesh` by the table of rules; `progress` as tqdm."""
+        params, mlm_head = self._read(mesh, progress)
+        return LoadedModel(
+            self.model, params, mlm_head, self.vocabulary, self.prompts, self.max_lengths
+        )
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether `folder` is ours (a work directory or an import), not a published checkpoint."""
+    return isinstance(read_config(folder).get("model"), dict)
+
+
+def open_model(
+    folder, step: int | None = None, positions: str = "learned", vocabulary: str | None = None
+) -> ModelFolder:
+    """Checks any model folder, weights apart.
+
+    Args:
+      folder: or `hf://OWNER/NAME`.
+      step: of a training run; None: the newest checkpoint.
+      positions: of BERT and XLM-RoBERTa, see `interop.published.open_published`.
+      vocabulary: tokenizer file to use instead of the folder's own.
+
+    Raises:
+      UserError: not a model folder, or one that cannot be loaded exactly, with the reason.
+    """
+    folder = local_folder(folder)
+    if is_run(folder):
+        opened = _open_run(folder, step)
+    elif step is None:
+        opened = _open_published(folder, positions)
+    else:
+        raise UserError(f"step={step}: {folder} is a published checkpoint, which has no steps")
+    path = find_tokenizer(folder) if vocabulary is None else pathlib.Path(vocabulary)
+    if path is not None:
+        opened.vocabulary, opened.vocabulary_path = load_tokenizer(path), path
+        check_vocabulary(opened.vocabulary, opened.model, path)
+    return opened
+
+
+def load_model(folder, mesh: jax.sharding.Mesh, step: int | None = None) -> LoadedModel:
+    """`open_model(folder, step).load(mesh)`."""
+    return open_model(folder, step).load(mesh)
+
+
+def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
+    published = open_published(folder, positions)
+    settings = read_settings(folder)
+    default = PROMPTS if published.model_type == "nomic_bert" else NO_PROMPTS
+    length = max_length(published.model, settings.max_length)
+
+    def read(mesh, progress):
+        params, mlm_head = published.read(progress)
+        return place(params, published.model, mesh), mlm_head
+
+    return ModelFolder(
+        published.model,
+        None,
+        None,
+        with_document(settings.prompts or default),
+        {"query": length, "document": length},
+        published.unused,
+        read,
+    )
+
+
+def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
+    card = read_config(folder)
+    model = config_page.build(EncoderConfig, card["model"], "model")
+    if not (folder / CHECKPOINTS).is_dir():
+        raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
+    with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"{folder / CHECKPOINTS} holds no finished checkpoint yet")
+        items = checkpoints.items(step)
+
+    def read(mesh, progress):
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        abstract = {"params": with_shardings(shapes, rules_for(model), mesh)}
+        if "mlm_head" in items:
+            everywhere = replicated(mesh)
+            abstract["mlm_head"] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+                mlm_head_shapes(model),
+            )
+        with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
+            for restored in progress([checkpoints.restore(step, **abstract)]):
+                return restored["params"], restored.get("mlm_head")
+
+    data = card["data"]
+    return ModelFolder(
+        model,
+        None,
+        None,
+        with_document(card.get("prompts") or PROMPTS),
+        {"query": data["query_length"], "document": data["document_length"]},
+        [],
+        read,
+    )
+
+
+def place(params: dict, model: EncoderConfig, mesh: jax.sharding.Mesh) -> dict:
+    """NumPy parameters (the same on every process) to device arrays in their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: leaf[index]
+        ),
+        params,
+        shardings(params, rules_for(model), mesh),
+    )
+
+
+def check_vocabulary(vocabulary, model: EncoderConfig, where) -> None:
+    """Raises `UserError` if the vocabulary is another model's, by its size."""
+    spare = model.vocab_size - vocabulary.size
+    if spare < 0 or spare > MOST_UNUSED_ROWS:
+        raise UserError(
+            f"the tokenizer {where} has {vocabulary.size} ids, the model's word table "
+            f"{model.vocab_size} rows: it is another model's"
+        )
+
+
+def max_length(model: EncoderConfig, said: int | None) -> int:
+    """Longest text in tokens: what the folder said, within the table of positions."""
+    limit = model.max_positions or LONGEST
+    return limit if said is None else min(said, limit)
+
+
+def with_document(prompts: dict[str, str]) -> dict[str, str]:
+    """sentence-transformers calls documents "passage" or "corpus" too; here both names work."""
+    names = [name for name in ("document", "passage", "corpus") if name in prompts]
+    return {"query": "", "document": prompts[names[0]] if names else "", **prompts}
+
+
+def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
+    """Writes a folder of ours that `load_model` and `init.source` of a training config read.
+
+    The card is written last: a folder without it is not a model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if loaded.vocabulary is not None:
+        sentencepiece = isinstance(loaded.vocabulary, Vocabulary)
+        name = VOCABULARY_FILE if sentencepiece else TOKENIZER_FILE
+        (folder / name).write_bytes(loaded.vocabulary.model_bytes)
+    trees = {"params": loaded.params}
+    if loaded.mlm_head is not None:
+        trees["mlm_head"] = loaded.mlm_head
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints.save(0, {"origin": origin}, **trees)
+    checkpoints.close()
+    save_json(
+        folder / MODEL_CARD,
+        {
+            "model": dataclasses.asdict(loaded.model),
+            "data": {f"{side}_length": n for side, n in loaded.max_lengths.items()},
+            "prompts": loaded.prompts,
+            "origin": origin,
+        },
+    )

@@ -1,0 +1,94 @@
+"""launch/convert.py as a user meets it, and models named on the hub."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_python
+from published_models import NOMIC, nomic_shapes, random_tensors, write_folder
+
+from moe_embed_jax import Embedder
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.source import local_folder
+
+DENSE = NOMIC | dict(num_experts=0)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    return write_folder(folder, DENSE, random_tensors(nomic_shapes(DENSE)))
+
+
+def convert(*arguments):
+    return run_python(["launch/convert.py", *arguments])
+
+
+def test_import_upcycle_and_export(dense, tmp_path):
+    ours, sparse, out = (tmp_path / name for name in ("ours", "sparse", "out"))
+    for action, source, target, *flags in (
+        ("import", dense, ours),
+        ("upcycle", ours, sparse, "--mode=preserving", "--num_experts=4"),
+        ("export", sparse, out),
+    ):
+        dry = convert(action, f"--source={source}", f"--target={target}", "--dry_run", *flags)
+        assert dry.returncode == 0, dry.stderr
+        assert "checked, nothing written" in dry.stdout and not target.exists()
+        result = convert(action, f"--source={source}", f"--target={target}", *flags)
+        assert result.returncode == 0, result.stderr
+        assert f"wrote {target}" in result.stdout
+    assert "2 with 4 experts, top-2" in result.stdout
+    assert "a hidden bias in every expert, normalised gates" in result.stdout
+    assert json.loads((out / "config.json").read_text())["model_type"] == "moe_embed"
+    ids = np.random.default_rng(0).integers(0, 128, (3, 9))
+    embeddings = [Embedder.load(f).encode_ids(ids, ids >= 0) for f in (dense, sparse, out)]
+    for other in embeddings[1:]:
+        np.testing.assert_allclose(other, embeddings[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "--source=nowhere", "--target=x"], "model folder nowhere does not exist"),
+        (["import", "--source=some/name", "--target=x"], "on the hub? then hf://some/name"),
+        (["import", "--source=DENSE", "--target=DENSE"], "exists already"),
+        (["upcycle", "--source=DENSE", "--target=x"], "--mode"),
+        (["upcycle", "--source=DENSE", "--target=x", "--mode=paper", "--noise=-1"], "noise=-1.0"),
+        (["export", "--source=DENSE", "--target=x", "--step=3"], "which has no steps"),
+        (["import", "--source=DENSE", "--target=x", "--vocabulary=v"], "v does not exist"),
+        (["improt"], "invalid choice: 'improt'"),
+    ],
+)
+def test_refusals_are_one_line(dense, tmp_path, arguments, message):
+    arguments = [a.replace("DENSE", str(dense)) for a in arguments]
+    arguments = [a.replace("--target=x", f"--target={tmp_path / 'x'}") for a in arguments]
+    result = convert(*arguments)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_on_the_hub(dense, monkeypatch):
+    """hf:// goes through the hub's client, which is asked for no code and no pickles."""
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        calls.append((name, revision))
+        assert not any(pattern.endswith((".py", ".bin")) for pattern in allow_patterns)
+        if name == "no/such":
+            raise OSError("Repository Not Found\nfor url ...")
+        return str(dense)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert local_folder("hf://nomic-ai/nomic-embed-text-v2-moe") == dense
+    assert local_folder("hf://a/b@main") == dense
+    assert calls == [("nomic-ai/nomic-embed-text-v2-moe", None), ("a/b", "main")]
+    assert Embedder.load("hf://a/b").width == 32
+    with pytest.raises(UserError, match=r"hf://no/such cannot be fetched: Repository Not Found$"):
+        local_folder("hf://no/such")
+    with pytest.raises(UserError, match="write hf://OWNER/NAME"):
+        local_folder("hf://name")
