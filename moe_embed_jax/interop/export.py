@@ -1,0 +1,130 @@
+"""A self-contained folder for PyTorch: weights, config, tokenizer, sentence-transformers modules.
+
+Experts or rotary positions: the layout of nomic-embed-text-v2-moe with our modelling file, which
+needs `trust_remote_code=True` and no network. A dense encoder with learned positions leaves as
+transformers' BERT, which needs nothing of ours.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import safetensors.numpy
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import bert, nomic
+from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
+from moe_embed_jax.interop.published import CONFIG_FILE
+from moe_embed_jax.interop.rules import entries, to_theirs
+from moe_embed_jax.interop.sentence_transformers import write_settings
+from moe_embed_jax.interop.tensors import WEIGHTS_FILE
+from moe_embed_jax.interop.tokenizer_files import write_tokenizer
+from moe_embed_jax.models.encoder import EncoderConfig
+
+MAX_LENGTH = 512  # tokens, as the released model
+MODELING_FILE = "modeling_moe_embed.py"  # torch_model.py under the name that config.json gives
+
+
+def leaves_as_bert(model: EncoderConfig) -> bool:
+    return model.positions == "learned" and not model.num_moe_layers
+
+
+def export_tensors(
+    model: EncoderConfig, arrays: Mapping[str, np.ndarray]
+) -> Iterable[tuple[str, np.ndarray]]:
+    """(name, array) of the published layout from {path by layer: array}."""
+    rules = bert.RULES if leaves_as_bert(model) else nomic.RULES
+    return to_theirs(entries(rules, shapes_by_layer(model)), arrays)
+
+
+def export_config(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
+    if leaves_as_bert(model):
+        return bert.config_from_model(model, pad_id)
+    config = nomic.config_from_model(model, max_length, pad_id)
+    module = MODELING_FILE.removesuffix(".py")
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.NomicBertConfig",
+        "AutoModel": f"{module}.NomicBertModel",
+    }
+    return config
+
+
+def write_folder(
+    folder, model: EncoderConfig, params: dict, vocabulary, prompts: dict, progress=iter
+) -> None:
+    """Writes `folder`, which appears when it is complete.
+
+    Args:
+      vocabulary: None leaves the tokenizer out (then only token ids can be embedded).
+      prompts: name -> prefix; "document" is there as "passage" too.
+      progress: wraps the iterable of tensors, as tqdm does.
+
+    Raises `UserError` if `folder` exists.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")
+    max_length = min(MAX_LENGTH, model.max_positions or MAX_LENGTH)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors = export_tensors(model, by_layer(model, params))
+        contiguous = {name: np.ascontiguousarray(x) for name, x in progress(tensors)}
+        safetensors.numpy.save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        del contiguous
+        config = export_config(model, max_length, 1 if vocabulary is None else vocabulary.pad_id)
+        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        if not leaves_as_bert(model):
+            source = pathlib.Path(__file__).with_name("torch_model.py")
+            shutil.copyfile(source, partial / MODELING_FILE)
+        if vocabulary is not None:
+            write_tokenizer(vocabulary, partial, max_length)
+        # sentence-transformers' encode_document looks for "document" first and takes no prefix
+        # at all where it is missing; the published model says "passage".
+        prompts = {"passage": prompts["document"], **prompts}
+        write_settings(partial, model.width, prompts, max_length)
+        (partial / "README.md").write_text(model_card(model, prompts, max_length))
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_card(model: EncoderConfig, prompts: Mapping[str, str], max_length: int) -> str:
+    """README.md of the folder: how to load it and what it needs."""
+    trust = "" if leaves_as_bert(model) else ", trust_remote_code=True"
+    lines = [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: sentence-similarity",
+        "---",
+        "# Text embedding model",
+        "",
+        f"{model.num_layers} layers of width {model.width}, mean pooling, unit norm, up to "
+        f"{max_length} tokens.",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        f'model = SentenceTransformer("FOLDER"{trust})',
+        'queries = model.encode(["..."], prompt_name="query")',
+        'documents = model.encode(["..."], prompt_name="passage")',
+        "```",
+        "",
+        *(f"* prompt `{name}`: `{text}`" for name, text in prompts.items()),
+    ]
+    if trust:
+        lines += [
+            "",
+            f"The model is defined by `{MODELING_FILE}` in this folder, plain PyTorch; without "
+            "`trust_remote_code=True` loading is an error.",
+        ]
+    if special := nomic.extensions(model) if trust else []:
+        lines += [
+            "",
+            f"Beyond the published architecture it has {', '.join(special)}: runtimes with code of "
+            "their own for that (vLLM, text-embeddings-inference, llama.cpp) do not take it.",
+        ]
+    return "\n".join(lines) + "\n"
