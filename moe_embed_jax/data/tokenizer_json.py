@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, clean_text
+from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, Vocabulary, clean_text
 from moe_embed_jax.errors import UserError
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
@@ -243,3 +243,8 @@ def _after_fork_in_parent() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+
+
+def open_vocabulary(path: str | os.PathLike) -> Vocabulary | TokenizerJson:
+    """A SentencePiece model, or a tokenizer.json by its ending. Raises `UserError`."""
+    return TokenizerJson.load(path) if Path(path).suffix == ".json" else Vocabulary.load(path)
