@@ -251,7 +251,8 @@ def test_e5_small_finds_the_paragraphs_of_xquad(e5_small, tmp_path):
             f"--output={tmp_path / 'results.json'}",
             "--query_prompt=query: ",
             "--document_prompt=passage: ",
-        ]
+        ],
+        timeout=1800,
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
