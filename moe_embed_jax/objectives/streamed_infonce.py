@@ -1,0 +1,123 @@
+"""InfoNCE over global in-batch negatives, streamed (paper section 4 and equation 3).
+
+`contents.py` says what a negative is, `contrast.py` what the loss is made of, `reference.py` the
+same with all logits in memory. Here the sums over negatives come from `streaming.py`, and the rest
+is plain arithmetic on a handful of numbers per pair.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_embed_jax.objectives.contents import Contents, compare_contents
+from moe_embed_jax.objectives.contrast import (
+    ContrastConfig,
+    ContrastResult,
+    prepare,
+    score_scale,
+    summarize,
+    unit,
+)
+from moe_embed_jax.objectives.streaming import TILE, streamed_log_sum_exp
+
+
+def infonce(
+    config: ContrastConfig,
+    query_BD,
+    document_BMD,
+    query_id_B2,
+    document_id_BM2,
+    valid_BM=None,
+    log_scale=None,
+    *,
+    tile: int = TILE,
+) -> ContrastResult:
+    """The contrastive loss of a batch of B pairs, with a gradient to vectors and `log_scale`.
+
+    Args:
+      query_BD: pooled vectors, of any length: they are normalised here, once per Matryoshka width.
+      document_BMD: the own document of each query in slot 0, then its N = M - 1 hard negatives.
+      query_id_B2, document_id_BM2: 64-bit content ids as two int32.
+      valid_BM: which slots are filled, default all; slot 0 always is.
+      log_scale: scalar, only with `config.learn_temperature`, see `initial_log_scale`.
+      tile: most texts per side that are scored at once on a device.
+
+    Leading axes are sharded over the mesh in context, whose size must divide B.
+    """
+    query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
+    scale = score_scale(config, log_scale)
+    contents = compare_contents(query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives)
+    widths = config.widths(query_BD.shape[-1])
+    parts = [
+        _one_width(
+            config,
+            scale,
+            unit(query_BD[:, :width]),
+            unit(document_BMD[..., :width]),
+            contents,
+            tile,
+        )
+        for width, _ in widths
+    ]
+    return summarize(config, valid_BM, widths, parts)
+
+
+def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, tile: int):
+    """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
+    d_BD = d_BMD[:, 0]
+    own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
+    limit_B = jnp.full_like(own_B, jnp.inf)
+    if config.margin is not None:
+        limit_B = jax.lax.stop_gradient(own_B + config.margin * scale)
+
+    def against_documents(x_BD):
+        """Summands of the denominator [B, ...], their maximum and number."""
+        lse_B, top_B, count_B = streamed_log_sum_exp(
+            tile,
+            scale * x_BD,
+            contents.queries.own(),
+            limit_B,
+            d_BMD[:, : contents.documents.number.shape[1]],
+            contents.documents,
+            contents.partner_P,
+        )
+        hard_BND = d_BMD[:, d_BMD.shape[1] - contents.own_negative_BN.shape[1] :]
+        hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
+        counts_BN = contents.own_negative_BN & (hard_BN <= limit_B[:, None])
+        hard_BN = jnp.where(counts_BN, hard_BN, -jnp.inf)
+        top_B = jnp.maximum(top_B, jnp.max(hard_BN, axis=1, initial=-jnp.inf))
+        summands_BK = jnp.concatenate([lse_B[:, None], hard_BN], axis=1)
+        return summands_BK, top_B, count_B + counts_BN.sum(axis=1)
+
+    def against_queries(x_BD):
+        lse_B, _, _ = streamed_log_sum_exp(
+            tile,
+            scale * x_BD,
+            contents.documents.own(),
+            limit_B,
+            q_BD[:, None],
+            contents.queries,
+            contents.partner_P,
+        )
+        return lse_B[:, None]
+
+    from_documents_BK, top_B, count_B = against_documents(q_BD)
+    by_query = [from_documents_BK]
+    if config.has("q->q"):
+        by_query.append(against_queries(q_BD))
+    by_document = []
+    if config.has("d->q"):
+        by_document.append(against_queries(d_BD))
+    if config.has("d->d"):
+        by_document.append(against_documents(d_BD)[0])
+
+    def surprise(summands):
+        """-log(o / (o + all summands)), taken relative to o: exactly 0 without any negative, and
+        never NaN."""
+        relative_BK = jnp.concatenate(summands, axis=1) - own_B[:, None]
+        return jax.nn.logsumexp(jnp.pad(relative_BK, ((0, 0), (1, 0))), axis=1)
+
+    if config.partition == "joint" or not by_document:
+        loss_B = surprise(by_query + by_document)
+    else:
+        loss_B = (surprise(by_query) + surprise(by_document)) / 2
+    return loss_B, own_B, top_B, count_B

@@ -1,0 +1,198 @@
+"""Log-sum-exp of the scores of anchors against travelling candidates; no B x C array ever exists.
+
+Every device keeps its anchors. The candidates of all devices travel round a ring over the flattened
+mesh, and each device meets them in tiles, keeping a running maximum and sum per anchor (online
+softmax, as in FlashAttention, arXiv 2205.14135, and Inf-CL, arXiv 2410.17243). The backward pass
+sends them round again, scores them again, and their gradients travel with them until both are home.
+Memory per device is a few copies of its own vectors, and one tile of scores.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from moe_embed_jax.mesh import AXES, BATCH_SPEC
+from moe_embed_jax.objectives.contents import Texts
+
+TILE = 2048  # anchors or candidates; a tile of float32 scores has 16 MB
+SPECS = (BATCH_SPEC,) * 5 + (P(),)  # of the arguments
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def streamed_log_sum_exp(
+    tile: int, anchor_BD, other: Texts, limit_B, candidate_BMD, candidates: Texts, partner_P
+):
+    """Log-sum-exp, maximum and number of each anchor's scores with its negatives.
+
+    Args:
+      tile: most anchors, and most candidates, that are scored at once.
+      anchor_BD: float32; scores are inner products, so the scale must be in here.
+      other: [B], the text of each anchor's pair that decides what is no negative: its query where
+        documents are scored, its document where queries are (`contents.py`).
+      limit_B: scores above it are left out; inf for no limit.
+      candidate_BMD, candidates: the texts that are scored, float32 and [B, M].
+      partner_P: partner lists, see `Contents`.
+
+    Returns:
+      lse_B (-inf where there is no negative), top_B (the same) and count_B, float32. Only lse_B has
+      a gradient, to anchor_BD and candidate_BMD. All sharded like the batch; needs a mesh in
+      context whose size divides B.
+    """
+    return _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_P)[0]
+
+
+def _forward(tile, *arguments):
+    def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P):
+        anchors = _cut(tile, (anchor_bD, other, limit_b))
+        travellers = _cut(tile, _flat((candidate_bMD, candidates)))
+
+        def meet(stats, travellers):
+            def one_anchor_tile(_, tiles):
+                anchor, stats = tiles
+
+                def one_candidate_tile(stats, candidate):
+                    logits_ac = _logits(anchor, candidate, partner_P)
+                    return _accumulate(stats, logits_ac), None
+
+                return None, jax.lax.scan(one_candidate_tile, stats, travellers)[0]
+
+            return jax.lax.scan(one_anchor_tile, None, (anchors, stats))[1]
+
+        def step(carry, _):
+            stats, travellers = carry
+            # Sent before it is used, so that the transfer can hide behind the matmuls.
+            return (meet(stats, travellers), _pass_on(travellers)), None
+
+        empty = jnp.zeros_like(anchors[2])
+        stats = (jnp.full_like(empty, -jnp.inf), empty, empty)
+        carry, _ = jax.lax.scan(step, (stats, travellers), length=jax.lax.axis_size(AXES))
+        top_b, total_b, count_b = (x.reshape(-1)[: len(anchor_bD)] for x in carry[0])
+        return top_b + jnp.log(total_b), top_b, count_b
+
+    results = jax.shard_map(local, in_specs=SPECS, out_specs=(BATCH_SPEC,) * 3)(*arguments)
+    return results, (arguments, results[0])
+
+
+def _backward(tile, residuals, cotangents):
+    arguments, lse_B = residuals
+
+    def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P, lse_b, dlse_b):
+        anchors = _cut(tile, (anchor_bD, other, limit_b))
+        travellers = _cut(tile, _flat((candidate_bMD, candidates)))
+        # An anchor without negatives has lse -inf and logits that are all -inf: 0 keeps exp at 0.
+        lse, dlse = _cut(tile, (jnp.where(lse_b == -jnp.inf, 0.0, lse_b), dlse_b))
+
+        def meet(danchors, travellers, dtravellers):
+            def one_candidate_tile(danchors, tiles):
+                candidate, dcandidate_cD = tiles
+
+                def one_anchor_tile(dcandidate_cD, tiles):
+                    anchor, lse_a, dlse_a, danchor_aD = tiles
+                    logits_ac = _logits(anchor, candidate, partner_P)
+                    dlogits_ac = jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]
+                    danchor_aD += _matmul("ac,cD->aD", dlogits_ac, candidate[0])
+                    dcandidate_cD += _matmul("ac,aD->cD", dlogits_ac, anchor[0])
+                    return dcandidate_cD, danchor_aD
+
+                dcandidate_cD, danchors = jax.lax.scan(
+                    one_anchor_tile, dcandidate_cD, (anchors, lse, dlse, danchors)
+                )
+                return danchors, dcandidate_cD
+
+            return jax.lax.scan(one_candidate_tile, danchors, (travellers, dtravellers))
+
+        def step(carry, _):
+            danchors, travellers, dtravellers = carry
+            danchors, dtravellers = meet(danchors, travellers, dtravellers)
+            return (danchors, *_pass_on((travellers, dtravellers))), None
+
+        carry = (jnp.zeros_like(anchors[0]), travellers, jnp.zeros_like(travellers[0]))
+        # As many steps as devices bring everything home.
+        (danchors, _, dtravellers), _ = jax.lax.scan(step, carry, length=jax.lax.axis_size(AXES))
+        M, D = candidate_bMD.shape[1:]
+        danchor_bD = danchors.reshape(-1, D)[: len(anchor_bD)]
+        return danchor_bD, dtravellers.reshape(-1, D)[: len(anchor_bD) * M].reshape(-1, M, D)
+
+    danchor_BD, dcandidate_BMD = jax.shard_map(
+        local, in_specs=SPECS + (BATCH_SPEC,) * 2, out_specs=(BATCH_SPEC, BATCH_SPEC)
+    )(*arguments, lse_B, cotangents[0])
+    return danchor_BD, None, None, dcandidate_BMD, None, None
+
+
+streamed_log_sum_exp.defvjp(_forward, _backward)
+
+
+def _matmul(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, precision="highest")
+
+
+def _logits(anchor, candidate, partner_P):
+    """logits_ac of one tile, -inf where the candidate is no negative of the anchor."""
+    x_aD, other, limit_a = anchor
+    y_cD, text = candidate
+    # Partners are looked up in the candidates' lists or in the anchors', where the longest list of
+    # this tile is shorter. It nearly always has one entry; but a label may answer all queries.
+    longest_c = jnp.max(jnp.where(text.counts, text.partners, 0))
+    longest_a = jnp.max(other.partners)
+    by_candidate = longest_c <= longest_a
+
+    def is_partner(k):
+        left_a = jnp.where(by_candidate, other.number, _partner(other, k, partner_P))
+        right_c = jnp.where(by_candidate, _partner(text, k, partner_P), text.number)
+        return left_a[:, None] == right_c[None, :]
+
+    left_out_ac = ~text.counts | (other.number[:, None] == text.number) | is_partner(0)
+    left_out_ac = jax.lax.fori_loop(
+        1,
+        jnp.minimum(longest_c, longest_a),
+        lambda k, left_out_ac: left_out_ac | is_partner(k),
+        left_out_ac,
+    )
+    logits_ac = _matmul("aD,cD->ac", x_aD, y_cD)
+    return jnp.where(left_out_ac | (logits_ac > limit_a[:, None]), -jnp.inf, logits_ac)
+
+
+def _partner(texts: Texts, k, partner_P):
+    """Number of the k-th partner of each text, -1 for none."""
+    number = partner_P.at[texts.first_partner + k].get(mode="clip")
+    return jnp.where(k < texts.partners, number, -1)
+
+
+def _accumulate(stats, logits_ac):
+    top_a, total_a, count_a = stats
+    new_top_a = jnp.maximum(top_a, jnp.max(logits_ac, axis=1))
+    base_a = jnp.where(new_top_a == -jnp.inf, 0.0, new_top_a)  # no negative yet: -inf - -inf
+    total_a = total_a * jnp.exp(top_a - base_a)
+    total_a += jnp.sum(jnp.exp(logits_ac - base_a[:, None]), axis=1)
+    return new_top_a, total_a, count_a + jnp.sum(logits_ac > -jnp.inf, axis=1)
+
+
+def _pass_on(travellers):
+    """To the next device of the ring."""
+    devices = jax.lax.axis_size(AXES)
+    if devices == 1:
+        return travellers
+    ring = [(device, (device + 1) % devices) for device in range(devices)]
+    return jax.lax.ppermute(travellers, AXES, ring)
+
+
+def _flat(tree):
+    """[b, M, ...] -> [b * M, ...]"""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _cut(tile, tree):
+    """[b, ...] -> [n, t, ...], n tiles of t <= `tile` rows, as equal as they can be.
+
+    Padding is zero: such an anchor is cut off in the end, and such a candidate does not count.
+    """
+
+    def cut(x):
+        tiles = -(-len(x) // tile)
+        size = -(-len(x) // tiles)
+        padding = [(0, tiles * size - len(x))] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(tiles, size, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
