@@ -172,6 +172,18 @@ def print_table(title: str, columns: list[str], rows: list[list]) -> None:
     Console(width=max(100, Console().width)).print(table)
 
 
+def circumstances(arguments, results: dict, ready: dict, made: dict) -> dict:
+    """What every report says besides its figures: the raw turns, the model, the machine."""
+    return {
+        "others_cpu_share": others_share(results),
+        "rounds": results,
+        "ready": ready,
+        "model": made,
+        "arguments": vars(arguments),
+        "machine": machine(),
+    }
+
+
 def write_report(path: str | None, report: dict) -> None:
     if path:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -176,12 +176,7 @@ def main():
         "texts": len(texts),
         "tokens": sum(lengths),
         "length_quantiles": np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]).tolist(),
-        "others_cpu_share": contestants.others_share(results),
-        "rounds": results,
-        "ready": ready,
-        "model": made,
-        "arguments": vars(arguments),
-        "machine": contestants.machine(),
+        **contestants.circumstances(arguments, results, ready, made),
     }
     contestants.print_table(
         f"Encoding {len(texts)} texts, {sum(lengths):,} tokens",

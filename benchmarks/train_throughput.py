@@ -387,12 +387,7 @@ def main():
         "compares_plain": "ours / SentenceTransformerTrainer with MultipleNegativesRankingLoss",
         "tokens_per_second": table,
         "utilisation": utilisation,
-        "others_cpu_share": contestants.others_share(results),
-        "rounds": results,
-        "ready": ready,
-        "model": made,
-        "arguments": vars(arguments),
-        "machine": contestants.machine(),
+        **contestants.circumstances(arguments, results, ready, made),
     }
     contestants.print_table(
         f"Training, {arguments.batch_size} pairs a step, width {arguments.width}",

@@ -24,11 +24,10 @@ def import_model(
 ) -> None:
     """A published checkpoint to a folder of ours. `progress` wraps an iterable, as tqdm does."""
     folder = local_folder(source)
-    _refuse_existing(target)
     if is_run(folder):
         raise UserError(f"{source} is a model folder of ours already: nothing to import")
-    opened = open_model(folder, None, positions or _default_positions(folder), vocabulary)
-    _set_prompts(opened, query_prefix, document_prefix)
+    positions = positions or _default_positions(folder)
+    opened = _open(folder, target, vocabulary, query_prefix, document_prefix, positions=positions)
     _say(opened)
     if opened.unused:
         print(f"not needed  {', '.join(opened.unused)}")
@@ -65,9 +64,7 @@ def export_model(
     progress=iter,
 ) -> None:
     """Any model folder to a self-contained one for PyTorch, see `interop.export`."""
-    _refuse_existing(target)
-    opened = open_model(source, step, "learned", vocabulary)
-    _set_prompts(opened, query_prefix, document_prefix)
+    opened = _open(source, target, vocabulary, query_prefix, document_prefix, step=step)
     _say(opened)
     as_bert = export.leaves_as_bert(opened.model)
     print("layout      " + ("bert" if as_bert else "nomic_bert, needs trust_remote_code"))
@@ -101,10 +98,8 @@ def upcycle_model(
     progress=iter,
 ) -> None:
     """A dense encoder to an MoE encoder in a folder of ours, see `interop.upcycle`."""
-    _refuse_existing(target)
     config = UpcycleConfig(mode, num_experts, experts_per_token, moe_every, noise, seed)
-    opened = open_model(source, step, "learned", vocabulary)
-    _set_prompts(opened, query_prefix, document_prefix)
+    opened = _open(source, target, vocabulary, query_prefix, document_prefix, step=step)
     model = upcycled_model(opened.model, config)
     _say(opened, model)
     if mode == "paper":
@@ -122,17 +117,24 @@ def upcycle_model(
     save_model(pathlib.Path(target), loaded, origin)
 
 
-def _refuse_existing(target) -> None:
-    if pathlib.Path(target).exists():
-        raise UserError(f"{target} exists already: name a new folder, nothing is overwritten")
-
-
-def _set_prompts(opened: ModelFolder, query: str | None, document: str | None) -> None:
-    if query is not None:
-        opened.prompts["query"] = query
-    if document is not None:
-        opened.prompts = {n: t for n, t in opened.prompts.items() if n not in ("passage", "corpus")}
-        opened.prompts["document"] = document
+def _open(
+    source,
+    target,
+    vocabulary: str | None,
+    query_prefix: str | None,
+    document_prefix: str | None,
+    **options,
+) -> ModelFolder:
+    """The checked source with the prompts of the command line; refuses a target that exists."""
+    export.refuse_existing(target)
+    opened = open_model(source, vocabulary=vocabulary, **options)
+    if query_prefix is not None:
+        opened.prompts["query"] = query_prefix
+    if document_prefix is not None:
+        for name in ("passage", "corpus"):
+            opened.prompts.pop(name, None)
+        opened.prompts["document"] = document_prefix
+    return opened
 
 
 def _say(opened: ModelFolder, model: EncoderConfig | None = None) -> None:

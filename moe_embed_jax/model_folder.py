@@ -17,15 +17,18 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.published import CONFIG_FILE, open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import read_settings
 from moe_embed_jax.interop.source import local_folder
-from moe_embed_jax.interop.tokenizer_files import find_tokenizer, load_tokenizer
+from moe_embed_jax.interop.tokenizer_files import (
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    find_tokenizer,
+    load_tokenizer,
+)
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.sharding import rules_for, shardings, with_shardings
 
 MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them from others
-VOCABULARY_FILE = "sentencepiece.model"
-TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
@@ -210,7 +213,7 @@ def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if loaded.vocabulary is not None:
         sentencepiece = isinstance(loaded.vocabulary, Vocabulary)
-        name = VOCABULARY_FILE if sentencepiece else TOKENIZER_FILE
+        name = SENTENCEPIECE_FILE if sentencepiece else JSON_FILE
         (folder / name).write_bytes(loaded.vocabulary.model_bytes)
     trees = {"params": loaded.params}
     if loaded.mlm_head is not None:

@@ -5,13 +5,11 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss, routing_statistics
 from moe_embed_jax.objectives.contrast import (
     ContrastConfig,
     clip_log_scale,
@@ -270,42 +268,3 @@ def test_negatives_in_words():
     assert "up to 10 hard negatives of its own, each distinct one once" in own
     assert "all that score over 0.1 above its own document" in own
     assert "also q->q, d->q under the same rules" in own
-
-
-def statistics(probability, expert, valid):
-    return routing_statistics(jnp.asarray(probability), jnp.asarray(expert), jnp.asarray(valid))
-
-
-def stack(s: RoutingStatistics) -> RoutingStatistics:
-    return jax.tree.map(lambda x: x[None], s)
-
-
-def test_balance_is_one_when_uniform_and_e_when_collapsed():
-    tokens, experts = 32, 8
-    uniform = np.full((tokens, experts), 1 / experts, np.float32)
-    spread = np.stack([np.arange(tokens) % 8, (np.arange(tokens) + 1) % 8], axis=1)
-    valid = np.ones(tokens, bool)
-    assert balance_loss(stack(statistics(uniform, spread, valid))) == pytest.approx(1)
-    collapsed = np.zeros((tokens, experts), np.float32)
-    collapsed[:, 3] = 1
-    one = np.full((tokens, 1), 3)
-    assert balance_loss(stack(statistics(collapsed, one, valid))) == pytest.approx(experts)
-
-
-def test_balance_statistics_add_up_and_ignore_padding():
-    """Global statistics: chunks or devices are summed before the product, padding is not there."""
-    rng = np.random.default_rng(3)
-    probability = rng.dirichlet(np.ones(4), 40).astype(np.float32)
-    expert = np.stack([rng.permutation(4)[:2] for _ in range(40)])
-    valid = rng.uniform(size=40) > 0.3
-    whole = statistics(probability, expert, valid)
-    chunks = [
-        statistics(probability[s], expert[s], valid[s]) for s in (slice(0, 13), slice(13, 40))
-    ]
-    summed = jax.tree.map(lambda a, b: a + b, *chunks)
-    only_valid = statistics(probability[valid], expert[valid], np.ones(valid.sum(), bool))
-    for other in (summed, only_valid):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, other)
-    fraction = np.bincount(expert[valid].ravel(), minlength=4) / expert[valid].size
-    expected = 4 * np.sum(fraction * probability[valid].mean(0))
-    np.testing.assert_allclose(balance_loss(stack(whole)), expected, rtol=1e-5)

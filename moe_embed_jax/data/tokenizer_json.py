@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, Vocabulary, clean_text
+from moe_embed_jax.data.vocabulary import Vocabulary, clean_text, cut_before_space
 from moe_embed_jax.errors import UserError
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
@@ -130,15 +130,9 @@ class TokenizerJson:
         look beyond a space (those of BERT and XLM-R); other texts stay whole, and one megabyte
         takes about a second.
         """
-        cut = max(CUT_ABOVE_CHARACTERS, 16 * max_ids)
-        while cut < len(text) and self._cut_at_spaces:
-            end = text.find(" ", cut)
-            if end < 0:
-                break
-            if len(self._encode_plain([text[:end]])[0]) >= max_ids:
-                return text[:end]
-            cut = 2 * end
-        return text
+        if not self._cut_at_spaces:
+            return text
+        return cut_before_space(text, max_ids, lambda head: self._encode_plain([head])[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens are left out.

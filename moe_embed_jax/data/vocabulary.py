@@ -24,7 +24,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -168,16 +168,9 @@ class Vocabulary:
         before a space is exact once the head has `max_ids` ids. A text without spaces stays whole;
         one megabyte takes about a tenth of a second.
         """
-        cut = max(CUT_ABOVE_CHARACTERS, 16 * max_ids)
-        while cut < len(text) and self._space_is_boundary:
-            end = text.find(" ", cut)
-            if end < 0:
-                break
-            if len(self._processor.encode(text[:end])) >= max_ids:
-                return text[:end]
-            # Long runs of spaces or of unknown characters make few ids.
-            cut = 2 * end
-        return text
+        if not self._space_is_boundary:
+            return text
+        return cut_before_space(text, max_ids, self._processor.encode)
 
     @functools.cached_property
     def _space_is_boundary(self) -> bool:
@@ -197,6 +190,23 @@ class Vocabulary:
         silent = (self.bos_id, self.pad_id, self.eos_id, self.mask_id)
         pieces = [0 if i == self.unk_id else i - 1 for i in ids if i not in silent]
         return self._processor.decode(pieces)
+
+
+def cut_before_space(text: str, max_ids: int, encode: Callable[[str], Sequence]) -> str:
+    """The shortest beginning of `text` that was tried, ends before a space and has `max_ids` ids.
+
+    The whole text if there is none. Exact where a space ends what `encode` looks at.
+    """
+    cut = max(CUT_ABOVE_CHARACTERS, 16 * max_ids)
+    while cut < len(text):
+        end = text.find(" ", cut)
+        if end < 0:
+            break
+        if len(encode(text[:end])) >= max_ids:
+            return text[:end]
+        # Long runs of spaces or of unknown characters make few ids.
+        cut = 2 * end
+    return text
 
 
 def _shift(pieces: list[int]) -> list[int]:

@@ -54,6 +54,11 @@ def export_config(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
     return config
 
 
+def refuse_existing(folder) -> None:
+    if pathlib.Path(folder).exists():
+        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")
+
+
 def write_folder(
     folder, model: EncoderConfig, params: dict, vocabulary, prompts: dict, progress=iter
 ) -> None:
@@ -67,8 +72,7 @@ def write_folder(
     Raises `UserError` if `folder` exists.
     """
     folder = pathlib.Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")
+    refuse_existing(folder)
     max_length = min(MAX_LENGTH, model.max_positions or MAX_LENGTH)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import bert, nomic
@@ -59,7 +60,7 @@ class PublishedModel:
         head: dict = {}
         arrays = progress(self._adapted(head))
         params = from_layers(self.model, arrays)
-        return params, _head_tree(head) if self.has_mlm_head else None
+        return params, unflatten_dict(head, sep="/") if self.has_mlm_head else None
 
     def _adapted(self, head: dict) -> Iterator[tuple[str, np.ndarray]]:
         """The encoder's arrays as `model` wants them; those of the head are put into `head`."""
@@ -74,7 +75,7 @@ class PublishedModel:
             elif path == "mlm_head/bias":
                 array = _pad_rows(array, model.vocab_size, UNREACHABLE_BIAS)
             if path.startswith("mlm_head/"):
-                head[path] = array
+                head[path.removeprefix("mlm_head/")] = np.ascontiguousarray(array)
             else:
                 yield path, array
 
@@ -161,8 +162,7 @@ def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
     unused = []
     for name in list(tensors.names):
         if name in layout.TIED:
-            word = tensors.read("embeddings.word_embeddings.weight")
-            if has_head and not np.array_equal(tensors.read(name), word):
+            if has_head and not _equal(tensors, name, "embeddings.word_embeddings.weight"):
                 raise UserError(
                     f"{tensors.origin}: {name} is not tied to the word embeddings; such a "
                     "language-model head cannot be kept"
@@ -174,20 +174,12 @@ def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
     return unused
 
 
+def _equal(tensors: Tensors, name: str, other: str) -> bool:
+    return np.array_equal(tensors.read(name), tensors.read(other))
+
+
 def _pad_rows(array: np.ndarray, rows: int, value: float) -> np.ndarray:
     if array.shape[0] == rows:
         return array
     padding = np.full((rows - array.shape[0], *array.shape[1:]), value, array.dtype)
     return np.concatenate([array, padding])
-
-
-def _head_tree(flat: dict[str, np.ndarray]) -> dict:
-    """{"mlm_head/dense/kernel": array} to the nested tree of `models.heads`."""
-    tree: dict = {}
-    for path, array in flat.items():
-        *parents, name = path.split("/")[1:]
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = np.ascontiguousarray(array)
-    return tree

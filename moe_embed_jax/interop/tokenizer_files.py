@@ -34,7 +34,7 @@ from tokenizers import (
     processors,
 )
 
-from moe_embed_jax.data.tokenizer_json import TokenizerJson
+from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.data.vocabulary import WORD_START, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.combining_marks import BOUNDARY, boundary_pattern
@@ -67,9 +67,9 @@ def load_tokenizer(path: str | os.PathLike) -> Vocabulary | TokenizerJson | None
     if path.is_dir():
         found = find_tokenizer(path)
         return None if found is None else load_tokenizer(found)
-    if path.suffix == ".json":
-        return TokenizerJson.load(path)
-    vocabulary = Vocabulary.load(path)
+    vocabulary = open_vocabulary(path)
+    if isinstance(vocabulary, TokenizerJson):
+        return vocabulary
     other = path.with_name(JSON_FILE)
     pieces = [piece.piece for piece in _read(vocabulary).pieces[3:]]
     # Models such as CamemBERT ship a file of the same name for another layout of ids.

@@ -13,8 +13,9 @@ import optax
 
 from moe_embed_jax.mesh import batch_sharding, replicated
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
-from moe_embed_jax.models.pooling import mean_pool, normalize, take_texts
+from moe_embed_jax.models.pooling import mean_pool, take_texts
 from moe_embed_jax.objectives.balance import balance_loss
+from moe_embed_jax.objectives.contrast import unit
 from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.sharding import rules_for, with_shardings
 
@@ -69,8 +70,8 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
         config.model, params, batch.token_RL, batch.text_index_RL, batch.position_RL
     )
     pooled_RSD = mean_pool(x_RLD, batch.text_index_RL, config.slots)
-    query_BD = normalize(take_texts(pooled_RSD, batch.query_slot_B))
-    document_BD = normalize(take_texts(pooled_RSD, batch.document_slot_B))
+    query_BD = unit(take_texts(pooled_RSD, batch.query_slot_B))
+    document_BD = unit(take_texts(pooled_RSD, batch.document_slot_B))
     contrast = infonce(
         query_BD, document_BD, batch.query_id_B2, batch.document_id_B2, config.loss.temperature
     )
