@@ -13,16 +13,19 @@ import optax
 
 from moe_embed_jax.mesh import batch_sharding, replicated
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
-from moe_embed_jax.models.pooling import mean_pool, normalize, take_texts
+from moe_embed_jax.models.pooling import mean_pool, take_texts
 from moe_embed_jax.objectives.balance import balance_loss
+from moe_embed_jax.objectives.contrast import ContrastConfig
 from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.sharding import rules_for, with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    temperature: float = 0.02
-    balance: float = 1.0  # coefficient of the load-balancing loss (perfect balance = 1)
+class LossConfig(ContrastConfig):
+    """The contrastive loss, and `balance`: coefficient of the load-balancing loss (perfect
+    balance = 1)."""
+
+    balance: float = 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -69,10 +72,12 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
         config.model, params, batch.token_RL, batch.text_index_RL, batch.position_RL
     )
     pooled_RSD = mean_pool(x_RLD, batch.text_index_RL, config.slots)
-    query_BD = normalize(take_texts(pooled_RSD, batch.query_slot_B))
-    document_BD = normalize(take_texts(pooled_RSD, batch.document_slot_B))
     contrast = infonce(
-        query_BD, document_BD, batch.query_id_B2, batch.document_id_B2, config.loss.temperature
+        config.loss,
+        take_texts(pooled_RSD, batch.query_slot_B),
+        take_texts(pooled_RSD, batch.document_slot_B)[:, None],  # no hard negatives yet
+        batch.query_id_B2,
+        batch.document_id_B2[:, None],
     )
     valid_RL = batch.text_index_RL >= 0
     metrics = {
