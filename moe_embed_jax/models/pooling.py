@@ -30,9 +30,3 @@ def take_texts(pooled_CRSD, slot_BN):
     return jax.shard_map(local, in_specs=(ROWS_SPEC, BATCH_SPEC), out_specs=BATCH_SPEC)(
         pooled_CRSD, slot_BN
     )
-
-
-def normalize(x_BD):
-    """Unit L2 norm over the last axis; a zero vector stays zero, with zero gradient."""
-    square = jnp.sum(jnp.square(x_BD), axis=-1, keepdims=True)
-    return x_BD * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
