@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_embed_jax.data.data_spec import planned_store_path, source_checksums, vocabulary_path
 from moe_embed_jax.data.token_store import TokenStoreWriter
+from moe_embed_jax.data.tokenizer_json import open_vocabulary
 from moe_embed_jax.data.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
@@ -76,7 +77,7 @@ def write_tokens(data_dir: pathlib.Path, preparation: dict) -> None:
     path = vocabulary_path(preparation, data_dir)
     path.parent.mkdir(parents=True)
     path.write_bytes(source.read_bytes())
-    vocabulary = Vocabulary.load(path)
+    vocabulary = open_vocabulary(path)
     write_store(planned_store_path(preparation, data_dir), _train_pairs(GROUP_ROWS), vocabulary)
 
 

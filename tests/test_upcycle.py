@@ -11,14 +11,21 @@ from conftest import run_python
 from published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
 from moe_embed_jax import Embedder
+from moe_embed_jax import config as config_page
+from moe_embed_jax.conversion import export_model
 from moe_embed_jax.data.data_spec import vocabulary_path
+from moe_embed_jax.data.tokenizer_json import TokenizerJson
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.layers import by_layer
+from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import load_model, place
 from moe_embed_jax.models.moe import route
+from moe_embed_jax.training import init, workdir
+from moe_embed_jax.training.run_config import RunConfig
 
+LENGTHS = dict(query_length=16, document_length=24)
 DENSE = NOMIC | dict(num_experts=0, vocab_size=512)
 
 
@@ -215,6 +222,24 @@ def test_a_source_without_a_tokenizer_cannot_train(train, tmp_path):
     result = train(tmp_path / "run", f"--config.init.source={tmp_path / 'bare'}")
     assert result.returncode == 2
     assert "has no tokenizer" in result.stderr
+
+
+def test_a_tokenizer_json_can_be_trained_on(source, data_dir, tmp_path):
+    """Sources that bring only that file, as BERT folders do: data and work directory keep it."""
+    folder = tmp_path / "source"
+    export_model(source, folder)
+    find_tokenizer(folder).unlink()
+    path = find_tokenizer(folder)
+    assert path.name == "tokenizer.json"
+    preparation = synthetic_data.PREPARATION | {"vocabulary": {"kind": "file", "path": str(path)}}
+    synthetic_data.write_tokens(data_dir, preparation)
+    page = {"init": {"source": str(folder)}, "data": {"dir": str(data_dir), **LENGTHS}}
+    config, changed = init.resolve(config_page.build(RunConfig, page), tmp_path / "run")
+    assert "data.vocabulary.path" in " ".join(changed)
+    (tmp_path / "run").mkdir()
+    _, vocabulary = workdir.open_data(tmp_path / "run", config, write=True)
+    assert isinstance(vocabulary, TokenizerJson)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == path.read_bytes()
 
 
 ### Real weights

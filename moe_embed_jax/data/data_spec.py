@@ -51,8 +51,9 @@ def complete_config(config: Mapping) -> dict:
     """`config` with defaults filled in.
 
     Keys: `mixture` (name), `vocabulary` (`{"kind": "train", "size": ids}` or
-    `{"kind": "file", "path": SentencePiece model}`), `query_length` and `document_length` (maximum
-    tokens, prefix and specials included), `rates` (task -> weight, or None: by rows).
+    `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json), `query_length` and
+    `document_length` (maximum tokens, prefix and specials included), `rates` (task -> weight, or
+    None: by rows).
 
     Raises:
       UserError: unknown key or a value of the wrong kind; names it.
@@ -111,9 +112,13 @@ def chosen_tasks(mixture: str, rates: Mapping[str, float] | None) -> dict[str, s
 
 
 def vocabulary_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
-    """Where the SentencePiece model of `config` lies, or will lie once prepared."""
-    key = canonical_hash(_vocabulary_key(complete_config(config)))
-    return Path(data_dir) / "vocabulary" / key[:16] / "sentencepiece.model"
+    """Where the vocabulary of `config` lies, or will lie once prepared: a SentencePiece model, or
+    the tokenizer.json that the config names."""
+    complete = complete_config(config)
+    is_json = str(complete["vocabulary"].get("path", "")).endswith(".json")
+    key = canonical_hash(_vocabulary_key(complete))
+    name = "tokenizer.json" if is_json else "sentencepiece.model"
+    return Path(data_dir) / "vocabulary" / key[:16] / name
 
 
 def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:

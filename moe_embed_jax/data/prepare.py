@@ -31,6 +31,7 @@ from moe_embed_jax.data.data_spec import (
     vocabulary_path,
 )
 from moe_embed_jax.data.token_store import TokenStoreWriter
+from moe_embed_jax.data.tokenizer_json import open_vocabulary
 from moe_embed_jax.data.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
@@ -116,9 +117,9 @@ def _import_tasks() -> ModuleType:
 def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
     path = vocabulary_path(config, data_dir)
     if path.is_file():
-        return Vocabulary.load(path)
+        return open_vocabulary(path)
     if config["vocabulary"]["kind"] == "file":
-        vocabulary = Vocabulary.load(config["vocabulary"]["path"])
+        vocabulary = open_vocabulary(config["vocabulary"]["path"])
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         temporary.write_bytes(vocabulary.model_bytes)

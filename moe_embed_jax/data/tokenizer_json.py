@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, clean_text
+from moe_embed_jax.data.vocabulary import CUT_ABOVE_CHARACTERS, Vocabulary, clean_text
 from moe_embed_jax.errors import UserError
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
@@ -48,33 +48,24 @@ class TokenizerJson:
     def __init__(self, model_bytes: bytes, name: str = "tokenizer.json"):
         """`name` is what errors call the tokenizer, e.g. its path. See also `load`."""
         content = _read_json(model_bytes, name)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
-        except BaseException as error:  # a panic of the library is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise UserError(
-                f"{name} cannot be read by tokenizers {tokenizers.__version__} ({error}); give the "
-                "tokenizer.json of a Hugging Face model, or install a newer tokenizers"
-            ) from error
-        # Files keep the settings of whoever saved them: a length, or a padding to 128 tokens.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         if (content.get("truncation") or {}).get("direction") == "Left":
             raise UserError(f"{name} truncates texts at their beginning; here only the end is cut")
         self.model_bytes = model_bytes
         self.content_hash = hashlib.sha256(model_bytes).hexdigest()
-        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.eos_id = self._ids_around_a_text(name)
-        padding = content.get("padding") or {}
-        padding_token = _special_id(content, "pad", "padding")
-        self.pad_id = padding.get("pad_id", self.eos_id if padding_token is None else padding_token)
-        self.mask_id = _special_id(content, "mask")
-        unknown = content["model"].get("unk_token")
-        self.unk_id = content["model"].get("unk_id")
-        if self.unk_id is None and unknown is not None:
-            self.unk_id = self._tokenizer.token_to_id(unknown)
-        self._cut_at_spaces = _is_local(content)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
+            # Files keep the settings of whoever saved them: a length, or a padding to 128 tokens.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._read_ids(content, name)
+            self._cut_at_spaces = _is_local(content)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
+            raise UserError(
+                f"{name} cannot be read by tokenizers {tokenizers.__version__} ({error!r}); give "
+                "the tokenizer.json of a Hugging Face model, or install a newer tokenizers"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenizerJson":
@@ -168,16 +159,26 @@ class TokenizerJson:
     def _encode_plain(self, texts: list[str]) -> list[tokenizers.Encoding]:
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
-    def _ids_around_a_text(self, name: str) -> tuple[int, int]:
-        """The special tokens, found by encoding a text: there are a dozen ways to write them."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False)
-        full = self._tokenizer.encode("a")
+    def _read_ids(self, content: dict, name: str) -> None:
+        """Finds the special tokens by encoding a text: there are a dozen ways to write them."""
+        text = "a \u1bc0"  # a word, and a letter (Batak) that hardly any vocabulary has
+        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        full = self._tokenizer.encode(text)
         if len(full) != len(plain) + 2 or full.ids[1:-1] != plain.ids:
             raise UserError(
                 f"{name} turns the tokens {plain.tokens} into {full.tokens}; what is needed is one "
                 "special token at each end, as [CLS] and [SEP]: correct its post_processor"
             )
-        return full.ids[0], full.ids[-1]
+        self.bos_id, self.eos_id = full.ids[0], full.ids[-1]
+        self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        padding = content.get("padding") or {}
+        padding_token = _special_id(content, "pad", "padding")
+        self.pad_id = padding.get("pad_id", self.eos_id if padding_token is None else padding_token)
+        self.mask_id = _special_id(content, "mask")
+        unknown = content["model"].get("unk_token")
+        self.unk_id = content["model"].get("unk_id")
+        if self.unk_id is None and unknown is not None:
+            self.unk_id = self._tokenizer.token_to_id(unknown)
 
 
 def _read_json(model_bytes: bytes, name: str) -> dict:
@@ -243,3 +244,8 @@ def _after_fork_in_parent() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+
+
+def open_vocabulary(path: str | os.PathLike) -> Vocabulary | TokenizerJson:
+    """A SentencePiece model, or a tokenizer.json by its ending. Raises `UserError`."""
+    return TokenizerJson.load(path) if Path(path).suffix == ".json" else Vocabulary.load(path)

@@ -40,9 +40,12 @@ def export_tensors(
 
 
 def export_config(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
+    # Without a version transformers 4 takes every large tokenizer for one with a known fault, and
+    # its advice (fix_mistral_regex) would break this one.
+    version = {"transformers_version": "5.0.0"}
     if leaves_as_bert(model):
-        return bert.config_from_model(model, pad_id)
-    config = nomic.config_from_model(model, max_length, pad_id)
+        return bert.config_from_model(model, pad_id) | version
+    config = nomic.config_from_model(model, max_length, pad_id) | version
     module = MODELING_FILE.removesuffix(".py")
     config["auto_map"] = {
         "AutoConfig": f"{module}.NomicBertConfig",

@@ -4,6 +4,7 @@
 resumed and of an uninterrupted run are equal byte for byte.
 """
 
+import importlib
 import json
 import pathlib
 import sys
@@ -11,12 +12,27 @@ import time
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from moe_embed_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def _import_summary_writer():
+    """tensorboardX without PyTorch, which it would import where it finds it: seconds and memory
+    that a training process has no use for. None in sys.modules stands for "not installed"."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        return importlib.import_module("tensorboardX").SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+SummaryWriter = _import_summary_writer()
 
 
 class Journal:

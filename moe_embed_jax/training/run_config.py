@@ -12,8 +12,8 @@ from moe_embed_jax.training.step import LossConfig
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyConfig:
-    """`file`: an XLM-R style SentencePiece model at `path`; `train`: a unigram model of `size`
-    ids trained on the corpus."""
+    """`file`: an XLM-R style SentencePiece model or a tokenizer.json at `path`; `train`: a unigram
+    model of `size` ids trained on the corpus."""
 
     kind: str = "file"
     path: str = ""
@@ -22,11 +22,6 @@ class VocabularyConfig:
     def __post_init__(self):
         if self.kind not in ("file", "train"):
             raise UserError(f"data.vocabulary.kind={self.kind!r}: choose 'file' or 'train'")
-        if self.kind == "file" and not self.path:
-            raise UserError(
-                "data.vocabulary.path is empty: give the sentencepiece.bpe.model of XLM-RoBERTa "
-                "(FacebookAI/xlm-roberta-base on the Hugging Face hub) or use kind='train'"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +91,13 @@ class RunConfig:
     def __post_init__(self):
         if self.data.chunk_rows < 0:
             raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
+        vocabulary = self.data.vocabulary
+        if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
+            raise UserError(
+                "data.vocabulary.path is empty: give the sentencepiece.bpe.model of XLM-RoBERTa "
+                "(FacebookAI/xlm-roberta-base on the Hugging Face hub), use kind='train', or start "
+                "from a model (init.source), which brings its own"
+            )
         for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")

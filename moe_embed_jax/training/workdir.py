@@ -16,9 +16,10 @@ from moe_embed_jax.data.data_spec import (
     vocabulary_path,
 )
 from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.model_folder import MODEL_CARD, VOCABULARY_FILE
+from moe_embed_jax.model_folder import MODEL_CARD
 from moe_embed_jax.training.run_config import RunConfig
 
 # A run may move to another mesh, folder, chunk size or rhythm of reports; everything else changes
@@ -63,7 +64,7 @@ def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
 
 def open_data(
     workdir: pathlib.Path, config: RunConfig, write: bool
-) -> tuple[TokenStore, Vocabulary]:
+) -> tuple[TokenStore, Vocabulary | TokenizerJson]:
     """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
 
     Preparation runs in a process of its own: it needs TensorFlow, which training must not load.
@@ -80,8 +81,8 @@ def open_data(
         prepare(config)
     store = TokenStore.open(path)
     if write:
-        shutil.copyfile(source, workdir / VOCABULARY_FILE)
-    vocabulary = Vocabulary.load(source)
+        shutil.copyfile(source, workdir / source.name)
+    vocabulary = open_vocabulary(source)
     if vocabulary.size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary "
