@@ -9,6 +9,7 @@ An array is named after its axes, as in `x_RLD`; docstrings use the same letters
     E  experts                                  K  experts per token
     V  vocabulary                               N  negatives per query
     G  groups of blocks (the unit of the layer scan)
+    C  chunks of a batch (encoded one after the other)
 
 Padding is text index -1; it is never attended to, routed, pooled or counted.
 """

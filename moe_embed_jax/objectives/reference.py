@@ -1,0 +1,117 @@
+"""The contrastive loss with all its logits in memory: what the streamed form must equal.
+
+Content ids are compared text by text, so this costs O(C^2) memory in the number of documents; it
+is meant to be read, and to test `infonce.infonce` against.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from moe_embed_jax.objectives.contrast import (
+    ContrastConfig,
+    ContrastResult,
+    prepare,
+    score_scale,
+    summarize,
+    unit,
+)
+
+
+def same_content(a_A2, b_C2):
+    """[A, C] bool: equal 64-bit content ids."""
+    return jnp.all(a_A2[:, None, :] == b_C2[None, :, :], axis=-1)
+
+
+def exists(a_AK, b_KC):
+    """[A, C] bool: some k with a[a, k] and b[k, c]."""
+    return jnp.matmul(a_AK.astype(jnp.float32), b_KC.astype(jnp.float32)) > 0
+
+
+def negative_documents(query_id_B2, document_id_BM2, valid_BM, share_hard_negatives: bool):
+    """[B, B * M] bool: document c is a negative of pair i (rules: `contents.py`)."""
+    B, M = valid_BM.shape
+    document_id_C2 = document_id_BM2.reshape(B * M, 2)
+    pair_C, slot_C = jnp.divmod(jnp.arange(B * M), M)
+    own_BC = jnp.arange(B)[:, None] == pair_C[None, :]
+    offered_BC = valid_BM.reshape(-1) & ((slot_C == 0) | own_BC | share_hard_negatives)
+
+    order_C = slot_C * B + pair_C
+    same_CC = same_content(document_id_C2, document_id_C2)
+    copy_BC = exists(offered_BC, same_CC & (order_C[:, None] < order_C[None, :]))
+
+    same_query_BB = same_content(query_id_B2, query_id_B2)
+    right_answer_BC = exists(same_query_BB, same_content(document_id_BM2[:, 0], document_id_C2))
+    return offered_BC & ~copy_BC & ~right_answer_BC & ~same_content(query_id_B2, document_id_C2)
+
+
+def negative_queries(query_id_B2, document_id_B2):
+    """[B, B] bool: query j is a negative of pair i; `document_id_B2` of the own documents."""
+    same_query_BB = same_content(query_id_B2, query_id_B2)
+    copy_B = jnp.any(jnp.triu(same_query_BB, k=1), axis=0)  # of an earlier query
+    same_document_BB = same_content(document_id_B2, document_id_B2)
+    asks_for_BB = exists(same_document_BB, same_query_BB)
+    return ~copy_B & ~asks_for_BB & ~same_content(document_id_B2, query_id_B2)
+
+
+def dense_infonce(
+    config: ContrastConfig,
+    query_BD,
+    document_BMD,
+    query_id_B2,
+    document_id_BM2,
+    valid_BM=None,
+    log_scale=None,
+) -> ContrastResult:
+    """Arguments and result of `infonce.infonce`; needs no mesh."""
+    query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
+    scale = score_scale(config, log_scale)
+    documents_BC = negative_documents(
+        query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives
+    )
+    queries_BB = negative_queries(query_id_B2, document_id_BM2[:, 0])
+    widths = config.widths(query_BD.shape[-1])
+    parts = [
+        _one_width(
+            config,
+            scale,
+            unit(query_BD[:, :width]),
+            unit(document_BMD[..., :width]),
+            documents_BC,
+            queries_BB,
+        )
+        for width, _ in widths
+    ]
+    return summarize(config, valid_BM, widths, parts)
+
+
+def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BC, queries_BB):
+    """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
+    d_BD, d_CD = d_BMD[:, 0], d_BMD.reshape(-1, d_BMD.shape[-1])
+    own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
+
+    def logits(x_BD, y_CD, negative_BC):
+        logits_BC = scale * jnp.einsum("BD,CD->BC", x_BD, y_CD, precision="highest")
+        if config.margin is not None:
+            negative_BC &= logits_BC <= (own_B + config.margin * scale)[:, None]
+        return jnp.where(negative_BC, logits_BC, -jnp.inf)
+
+    logits_of = {
+        "q->d": logits(q_BD, d_CD, documents_BC),
+        "q->q": logits(q_BD, q_BD, queries_BB),
+        "d->d": logits(d_BD, d_CD, documents_BC),
+        "d->q": logits(d_BD, q_BD, queries_BB),
+    }
+
+    def surprise(*terms):
+        chosen_BC = jnp.concatenate([logits_of[term] for term in terms if config.has(term)], axis=1)
+        relative_BC = jnp.pad(chosen_BC - own_B[:, None], ((0, 0), (1, 0)))  # 0: the own document
+        return jax.nn.logsumexp(relative_BC, axis=1)
+
+    if config.partition == "joint":
+        loss_B = surprise("q->d", "q->q", "d->d", "d->q")
+    elif config.has("d->q") or config.has("d->d"):
+        loss_B = (surprise("q->d", "q->q") + surprise("d->q", "d->d")) / 2
+    else:
+        loss_B = surprise("q->d", "q->q")
+    found_BC = logits_of["q->d"]
+    return loss_B, own_B, jnp.max(found_BC, axis=1), jnp.sum(found_BC > -jnp.inf, axis=1)
