@@ -11,9 +11,9 @@ and for the terms that score queries, a query of the batch is a negative except
   * one with the content of d_i itself,
   * a second copy of a query.
 
-No B x B array is needed for this. Sorting the ids numbers the distinct contents; a text knows its
-partners (the queries that a document answers, the documents that answer a query) as a range of one
-sorted table of the batch's pairs. Both are small, and replicated: 12 bytes a text.
+No B x B array is needed for this. Sorting the ids numbers the distinct contents, and the partners
+of a text (the queries that a document answers, the documents that answer a query) are a range of
+one sorted table. All of it is small, and known to every device: about 16 bytes a text.
 """
 
 import dataclasses
@@ -25,39 +25,41 @@ from jax.sharding import PartitionSpec as P
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Candidates:
-    """Texts that are scored, M per pair; a candidate is a negative of pair i if it counts, and
-    neither its number nor that of any partner is the number of the other text of pair i.
+class Texts:
+    """What the masks need to know about some texts; four arrays of one shape.
 
-    number_BM: int32, equal for equal contents, over queries and documents alike.
-    counts_BM: whether this is a real text, and the first with its content.
-    first_partner_BM, partners_BM: its partners' numbers are
-      `partner_B[first_partner : first_partner + partners]`; none for texts that do not count.
-    partner_B: numbers, by partnership; replicated.
+    number: int32, equal for equal contents, over queries and documents alike.
+    counts: whether it is a real text, and the first with its content.
+    first_partner, partners: the numbers of its partners are a range of `Contents.partner_P`, from
+      `first_partner`, `partners` long.
     """
 
-    number_BM: jax.Array
-    counts_BM: jax.Array
-    first_partner_BM: jax.Array
-    partners_BM: jax.Array
-    partner_B: jax.Array
+    number: jax.Array
+    counts: jax.Array
+    first_partner: jax.Array
+    partners: jax.Array
+
+    def own(self) -> "Texts":
+        """[B] of slot 0."""
+        return jax.tree.map(lambda x_BM: x_BM[:, 0], self)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Contents:
-    """Numbers of the B pairs and their two kinds of candidates.
+    """The texts of B pairs. A document is a negative of a pair if it counts, and is neither the
+    pair's query (by number) nor one of its partners; a query likewise, with the pair's document.
 
-    documents: [B, M] if hard negatives are shared, else the own documents only, [B, 1].
+    documents: [B, M], the own document in slot 0; [B, 1] if hard negatives are not shared.
     queries: [B, 1].
-    own_negative_BN: hard negatives of the pair itself that are not among `documents`, and are
-      negatives of their pair; [B, 0] if hard negatives are shared.
+    partner_P: numbers of partners, int32; P = 2 B, every pair in both directions.
+    own_negative_BN: which hard negatives that are not among `documents` are negatives of their own
+      pair; [B, 0] if hard negatives are shared.
     """
 
-    query_number_B: jax.Array
-    document_number_B: jax.Array
-    documents: Candidates
-    queries: Candidates
+    documents: Texts
+    queries: Texts
+    partner_P: jax.Array
     own_negative_BN: jax.Array
 
 
@@ -74,19 +76,28 @@ def compare_contents(
     )
     B, M = valid_BM.shape
     number_X = number_contents(jnp.concatenate([query_id_B2, document_id_BM2.reshape(B * M, 2)]))
-    query_B, document_BM = number_X[:B], number_X[B:].reshape(B, M)
-    own_B, X = document_BM[:, 0], len(number_X)
+    query_BM, document_BM = number_X[:B, None], number_X[B:].reshape(B, M)
+    query_B, own_B, X = query_BM[:, 0], document_BM[:, 0], len(number_X)
+    # A content can be a document of one pair and the query of another: two lists, two keys.
+    first_Y, length_Y, partner_P = _lists(
+        jnp.concatenate([own_B, query_B + X]), jnp.concatenate([query_B, own_B]), 2 * X
+    )
+
+    def texts(number_BM, valid_BM, key_BM):
+        counts_BM = _is_first(number_BM, valid_BM, X)
+        return Texts(number_BM, counts_BM, first_Y[key_BM], length_Y[key_BM])
+
     shared = M if share_hard_negatives else 1
-    documents = _candidates(document_BM[:, :shared], valid_BM[:, :shared], own_B, query_B, X)
-    queries = _candidates(query_B[:, None], jnp.ones((B, 1), bool), query_B, own_B, X)
+    documents = texts(document_BM[:, :shared], valid_BM[:, :shared], document_BM[:, :shared])
+    queries = texts(query_BM, valid_BM[:, :1], query_BM + X)
 
     hard_BN, valid_BN = document_BM[:, shared:], valid_BM[:, shared:]
     earlier_NN = jnp.tri(M - shared, k=-1, dtype=bool)
     same_BNN = hard_BN[:, :, None] == hard_BN[:, None, :]
     copy_BN = jnp.any(same_BNN & earlier_NN & valid_BN[:, None, :], axis=-1)
-    is_own_X = jnp.zeros_like(number_X, bool).at[own_B].set(True)  # those count as own documents
-    own_negative_BN = valid_BN & ~copy_BN & ~is_own_X[hard_BN] & (hard_BN != query_B[:, None])
-    return Contents(query_B, own_B, documents, queries, own_negative_BN)
+    is_own_X = jnp.zeros(X, bool).at[own_B].set(True)  # those count as own documents
+    own_negative_BN = valid_BN & ~copy_BN & ~is_own_X[hard_BN] & (hard_BN != query_BM)
+    return Contents(documents, queries, partner_P, own_negative_BN)
 
 
 def number_contents(ids_X2):
@@ -97,28 +108,24 @@ def number_contents(ids_X2):
 
 
 def _is_new(sorted_X2):
+    """[X] bool: the row differs from the row before it."""
     differs_X = jnp.any(sorted_X2[1:] != sorted_X2[:-1], axis=-1)
     return jnp.concatenate([jnp.ones(1, bool), differs_X])
 
 
-def _candidates(number_BM, valid_BM, text_B, partner_B, numbers: int) -> Candidates:
-    """Candidates; pair i makes the texts `text_B[i]` and `partner_B[i]` partners."""
+def _is_first(number_BM, valid_BM, numbers: int):
+    """[B, M] bool: a valid text, and the first with its number, slot by slot."""
     B, M = number_BM.shape
     order_BM = jnp.arange(M)[None, :] * B + jnp.arange(B)[:, None]
     first_X = jnp.full(numbers, B * M).at[number_BM].min(jnp.where(valid_BM, order_BM, B * M))
-    counts_BM = valid_BM & (order_BM == first_X[number_BM])
+    return valid_BM & (order_BM == first_X[number_BM])
 
-    pair_B2 = jnp.stack([text_B, partner_B], axis=1)
-    pair_B2 = pair_B2[jnp.lexsort((partner_B, text_B))]
-    is_new_B = _is_new(pair_B2)
-    slot_B = jnp.where(is_new_B, jnp.cumsum(is_new_B) - 1, B)  # B: dropped
-    table_B = jnp.full(B, -1, jnp.int32).at[slot_B].set(pair_B2[:, 1], mode="drop")
-    partners_X = jnp.zeros(numbers, jnp.int32).at[pair_B2[:, 0]].add(is_new_B)
-    first_partner_X = jnp.cumsum(partners_X, dtype=jnp.int32) - partners_X
-    return Candidates(
-        number_BM,
-        counts_BM,
-        first_partner_X[number_BM],
-        jnp.where(counts_BM, partners_X[number_BM], 0),
-        table_B,
-    )
+
+def _lists(key_P, value_P, keys: int):
+    """The distinct values of each key: first_Y, length_Y (Y keys), and all values, by key."""
+    sorted_P2 = jnp.stack([key_P, value_P], axis=1)[jnp.lexsort((value_P, key_P))]
+    is_new_P = _is_new(sorted_P2)
+    slot_P = jnp.where(is_new_P, jnp.cumsum(is_new_P) - 1, len(key_P))  # past the end: dropped
+    values_P = jnp.zeros_like(value_P).at[slot_P].set(sorted_P2[:, 1], mode="drop")
+    length_Y = jnp.zeros(keys, jnp.int32).at[sorted_P2[:, 0]].add(is_new_P)
+    return jnp.cumsum(length_Y, dtype=jnp.int32) - length_Y, length_Y, values_P

@@ -163,6 +163,9 @@ def unit(x_D):
 
 def prepare(query_BD, document_BMD, valid_BM):
     """float32 vectors and a mask; nothing in an empty slot is ever read, in either direction."""
+    B, D = query_BD.shape
+    if document_BMD.ndim != 3 or (len(document_BMD), document_BMD.shape[2]) != (B, D):
+        raise ValueError(f"documents {document_BMD.shape} must be [B, M, D], as queries are {B, D}")
     if valid_BM is None:
         valid_BM = jnp.ones(document_BMD.shape[:2], bool)
     valid_BM = valid_BM.astype(bool).at[:, 0].set(True)

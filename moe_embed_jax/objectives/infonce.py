@@ -74,10 +74,11 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
         lse_B, top_B, count_B = streamed_log_sum_exp(
             tile,
             scale * x_BD,
-            contents.query_number_B,
+            contents.queries.own(),
             limit_B,
-            d_BMD[:, : contents.documents.number_BM.shape[1]],
+            d_BMD[:, : contents.documents.number.shape[1]],
             contents.documents,
+            contents.partner_P,
         )
         hard_BND = d_BMD[:, d_BMD.shape[1] - contents.own_negative_BN.shape[1] :]
         hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
@@ -91,10 +92,11 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
         lse_B, _, _ = streamed_log_sum_exp(
             tile,
             scale * x_BD,
-            contents.document_number_B,
+            contents.documents.own(),
             limit_B,
             q_BD[:, None],
             contents.queries,
+            contents.partner_P,
         )
         return lse_B[:, None]
 
