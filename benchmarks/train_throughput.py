@@ -1,0 +1,416 @@
+"""Training throughput in real tokens per second: ours, ours without packing, sentence-transformers.
+
+    python benchmarks/train_throughput.py [--width=384] [--batch_size=128] [--output=FILE.json]
+
+All contestants train the same architecture from the same weights on the same pairs in the same
+order, in float32, with InfoNCE at temperature 0.02 over the batch, AdamW and a clipped gradient:
+
+* ours: the training step, several texts packed into each row.
+* ours, padded: the same step with the fixed shapes of the paper's code, [B, query_length] and
+  [B, document_length]: documents one to a row, queries side by side in slots of query_length.
+* sentence-transformers: its own SentenceTransformerTrainer on the exported folder with
+  CachedMultipleNegativesRankingLoss (GradCache). It computes no load-balancing loss, which ours
+  does. The mini-batch size is the fastest of --mini_batch_sizes on the first batch.
+* sentence-transformers, plain: MultipleNegativesRankingLoss, the whole batch at once: more memory,
+  no second forward pass.
+
+Real tokens are those of queries and documents, specials and prefixes included, padding not. The
+texts given to sentence-transformers are decoded from the token store, so both truncate alike; its
+own count of tokens is checked against ours. Reading, tokenising (theirs) and packing (ours) count.
+
+Needs `pip install -e .[pytorch,benchmark]`.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import statistics
+import time
+
+import contestants
+import numpy as np
+
+OURS, PADDED = "ours", "ours, padded"
+CACHED, PLAIN = "sentence-transformers", "sentence-transformers, plain"
+NAMES = (OURS, PADDED, CACHED, PLAIN)
+OPTIMIZER = dict(lr=8e-5, beta_1=0.9, beta_2=0.999, epsilon=1e-8, decay=0.01, clip=1.0)
+TEMPERATURE = 0.02
+MOST_TOKEN_DIFFERENCE = 0.02  # relative, between the tokenizers of the two sides
+
+
+def schedule_of(store, batch_size: int, steps: int, seed: int):
+    from moe_embed_jax.data.schedule import Schedule, mixture_groups
+
+    return Schedule(mixture_groups(store.groups, None), batch_size, steps, seed)
+
+
+### Ours
+
+
+def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool):
+    """`sizes`: batch_size, steps (a turn), rounds, seed, query_length, document_length, slots."""
+    import jax
+
+    from moe_embed_jax.data.token_store import TokenStore
+    from moe_embed_jax.mesh import single_device_mesh
+    from moe_embed_jax.models.encoder import EncoderConfig
+    from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from moe_embed_jax.training.step import (
+        Batch,
+        LossConfig,
+        StepConfig,
+        create_state,
+        jit_train_step,
+    )
+
+    store = TokenStore.open(store)
+    timed = sizes["steps"] * sizes["rounds"]
+    schedule = schedule_of(store, sizes["batch_size"], timed + 1, sizes["seed"])
+    mesh = single_device_mesh()
+    batches = make_batches(store, schedule, mesh, pad_id, sizes, padded)
+    model = EncoderConfig(**fields)
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            peak_learning_rate=OPTIMIZER["lr"],
+            schedule="constant",
+            warmup_steps=0,
+            b1=OPTIMIZER["beta_1"],
+            b2=OPTIMIZER["beta_2"],
+            epsilon=OPTIMIZER["epsilon"],
+            weight_decay=OPTIMIZER["decay"],
+            clip_norm=OPTIMIZER["clip"],
+        ),
+        timed + 1,
+    )
+    step = jit_train_step(
+        StepConfig(model, LossConfig(temperature=TEMPERATURE), batches.slots), optimizer, mesh
+    )
+    state = create_state(model, optimizer, mesh, sizes["seed"])
+
+    # Batch 0 gives the loss that is compared; then one batch of every other shape, to compile it.
+    state, metrics = step(state, Batch(**batches.at(0).arrays))
+    first_loss = float(metrics["contrastive_loss"])
+    seen = {needed_bucket(batches, 0)}
+    for index in range(1, timed + 1):
+        if (bucket := needed_bucket(batches, index)) not in seen:
+            seen.add(bucket)
+            state, metrics = step(state, Batch(**batches.at(index).arrays))
+    jax.block_until_ready(state)
+
+    batch_of_step = prefetched(batches.at, range(1, timed + 1))
+    result = {"first_loss": first_loss, "row_counts": sorted(seen)}
+    while True:
+        turns.wait(result)
+        tokens, slots = 0, 0
+        for batch in itertools.islice(batch_of_step, sizes["steps"]):
+            state, metrics = step(state, Batch(**batch.arrays))
+            tokens += batch.tokens
+            slots += batch.arrays["token_RL"].size
+        jax.block_until_ready(state)
+        result = turns.seconds() | {
+            "tokens": tokens,
+            "slots": slots,
+            "loss": float(metrics["contrastive_loss"]),
+        }
+
+
+def needed_bucket(batches, step: int) -> int:
+    needed = max(packing.rows for packing in batches._packings(step)[1])
+    return next(bucket for bucket in batches.buckets if bucket >= needed)
+
+
+def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
+    from moe_embed_jax.data.batches import Batches
+    from moe_embed_jax.data.packing import Packing
+
+    query_length, row_length = sizes["query_length"], sizes["document_length"]
+    per_row = row_length // query_length  # queries side by side
+
+    class PaddedBatches(Batches):
+        """Every text in a place of fixed length; one device."""
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.buckets = (self._packings(0)[1][0].rows,)
+
+        def _packings(self, step: int):
+            pairs = np.arange(self.pairs_per_device)
+            first = -(-pairs.size // per_row)  # rows of queries
+            zeros = np.zeros_like(pairs)
+            packing = Packing(
+                row=np.concatenate([pairs // per_row, first + pairs]),
+                index=np.concatenate([pairs % per_row, zeros]),
+                start=np.concatenate([pairs % per_row * query_length, zeros]),
+                rows=first + pairs.size,
+            )
+            return self.schedule.rows(step), [packing]
+
+    if padded:
+        return PaddedBatches(store, schedule, mesh, row_length, per_row, pad_id)
+    return Batches(store, schedule, mesh, row_length, sizes["slots"], pad_id)
+
+
+def prefetched(function, arguments, ahead: int = 2):
+    """As `Batches.iterate`: the next batches are prepared in a thread."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        arguments = iter(arguments)
+        pending = [executor.submit(function, a) for a in itertools.islice(arguments, ahead)]
+        while pending:
+            result = pending.pop(0).result()
+            pending += [executor.submit(function, a) for a in itertools.islice(arguments, 1)]
+            yield result
+
+
+### sentence-transformers
+
+
+def sentence_transformers(turns, folder: str, batches: list, sizes: dict, cached: bool):
+    """`batches`: of every step the (query, document) texts and their number of tokens by us."""
+    contestants.quiet_torch()
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+        losses,
+    )
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from transformers import TrainerCallback
+
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    model.max_seq_length = sizes["document_length"]
+    counted = {"real": 0, "slots": 0, "passes": 0}
+
+    def count(module, args):
+        mask = args[0]["attention_mask"]
+        counted["real"] += int(mask.sum())
+        counted["slots"] += mask.numel()
+
+    model[0].register_forward_pre_hook(count)
+    make = (
+        losses.CachedMultipleNegativesRankingLoss if cached else losses.MultipleNegativesRankingLoss
+    )
+    loss = make(model, scale=1 / TEMPERATURE)
+    candidates = list(sizes["mini_batch_sizes"]) if cached else [sizes["batch_size"]]
+    # The first batch once to warm up and, if there is a choice, once for every candidate.
+    trials = len(candidates) if len(candidates) > 1 else 0
+    order = [0] * (1 + trials) + list(range(1, len(batches)))
+    texts = [pair for step in order for pair in batches[step][0]]
+    tokens = [batches[step][1] for step in order]
+    dataset = Dataset.from_dict(
+        {"query": [query for query, _ in texts], "document": [doc for _, doc in texts]}
+    )
+
+    class InOrder(DefaultBatchSampler):
+        def __iter__(self):
+            rows = range(len(texts))
+            return iter([list(rows[i : i + self.batch_size]) for i in rows[:: self.batch_size]])
+
+    class Rounds(TrainerCallback):
+        """Tries the candidates, then sleeps between turns; never between step and next batch."""
+
+        def __init__(self):
+            self.done = 0
+            self.seconds = []
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.done += 1
+            if self.done <= 1 + trials:
+                now = time.perf_counter()
+                self.seconds.append(now - self.begin)
+                if self.done <= trials:
+                    loss.mini_batch_size = candidates[self.done - 1]
+                elif cached:
+                    trial_seconds = dict(zip(candidates, self.seconds[1:], strict=False))
+                    best = min(trial_seconds, key=trial_seconds.get) if trials else candidates[0]
+                    loss.mini_batch_size = best
+                if self.done == 1 + trials:
+                    result = {"trials": dict(zip(candidates, self.seconds[1:], strict=False))}
+                    result["first_loss"] = first_loss[0]
+                    result["mini_batch_size"] = loss.mini_batch_size if cached else None
+                    self.next_turn(result)
+                self.begin = time.perf_counter()
+                return
+            played = self.done - 1 - trials
+            if played % sizes["steps"] == 0:
+                seconds = turns.seconds()
+                ours = sum(tokens[self.done - sizes["steps"] : self.done])
+                theirs = counted["real"] / (2 if cached else 1)
+                if abs(theirs / ours - 1) > MOST_TOKEN_DIFFERENCE:
+                    raise RuntimeError(f"{theirs} tokens by their tokenizer, {ours} by ours")
+                result = seconds | {"tokens": ours, "tokens_by_their_tokenizer": theirs}
+                result |= {"slots": counted["slots"] / (2 if cached else 1), "loss": last_loss[0]}
+                self.next_turn(result)
+
+        def next_turn(self, result):
+            turns.wait(result)
+            counted.update(real=0, slots=0)
+
+    first_loss, last_loss = [], [None]
+
+    class Trainer(SentenceTransformerTrainer):
+        def compute_loss(self, *args, **kwargs):
+            value = super().compute_loss(*args, **kwargs)
+            last_loss[0] = value.detach().item()
+            if not first_loss:
+                first_loss.append(last_loss[0])
+            return value
+
+    with contestants.temporary_folder() as output:
+        trainer = Trainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                output_dir=output,
+                per_device_train_batch_size=sizes["batch_size"],
+                max_steps=len(order),
+                learning_rate=OPTIMIZER["lr"],
+                lr_scheduler_type="constant",
+                adam_beta1=OPTIMIZER["beta_1"],
+                adam_beta2=OPTIMIZER["beta_2"],
+                adam_epsilon=OPTIMIZER["epsilon"],
+                weight_decay=OPTIMIZER["decay"],
+                max_grad_norm=OPTIMIZER["clip"],
+                batch_sampler=InOrder,
+                prompts={"query": sizes["prefixes"][0], "document": sizes["prefixes"][1]},
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                logging_strategy="no",
+                eval_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=dataset,
+            loss=loss,
+            callbacks=[Rounds()],
+        )
+        trainer.train()
+
+
+### The run
+
+
+def settings(arguments) -> tuple[dict, dict]:
+    """(settings of `ours`, of `sentence_transformers`), without what tells their variants apart."""
+    from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX
+
+    store, vocabulary, path = contestants.open_store(arguments)
+    sizes = dict(
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        seed=arguments.seed,
+        query_length=arguments.query_length,
+        document_length=arguments.document_length,
+        slots=arguments.texts_per_row,
+        mini_batch_sizes=[int(n) for n in arguments.mini_batch_sizes.split(",")],
+        prefixes=(QUERY_PREFIX, DOCUMENT_PREFIX),
+    )
+    fields = contestants.model_fields(arguments, vocabulary.size)
+    steps = 1 + arguments.steps * arguments.rounds
+    schedule = schedule_of(store, arguments.batch_size, steps, arguments.seed)
+    batches = []
+    for step in range(steps):
+        rows = schedule.rows(step)
+        pairs = [
+            tuple(
+                contestants.text_of(vocabulary, ids, prefix)
+                for ids, prefix in zip(pair, sizes["prefixes"], strict=True)
+            )
+            for pair in store.read(rows)
+        ]
+        batches.append((pairs, int(store.lengths[rows].sum())))
+    own = dict(store=str(store.folder), fields=fields, pad_id=vocabulary.pad_id, sizes=sizes)
+    return own | {"vocabulary": str(path)}, dict(batches=batches, sizes=sizes)
+
+
+def main():
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    contestants.add_flags(flags)
+    flags.add_argument("--batch_size", type=int, default=128, help="pairs a step")
+    flags.add_argument("--steps", type=int, default=2, help="in each turn")
+    flags.add_argument("--texts_per_row", type=int, default=16, help="most texts in a packed row")
+    flags.add_argument("--mini_batch_sizes", default="16,32,64", help="tried for GradCache")
+    flags.add_argument("--remat", action="store_true", help="ours recomputes activations")
+    flags.add_argument(
+        "--contestants", default=";".join(NAMES), help="';'-separated; fewer need less memory"
+    )
+    arguments = flags.parse_args()
+    names = arguments.contestants.split(";")
+    if OURS not in names or CACHED not in names or not set(names) <= set(NAMES):
+        flags.error(f"--contestants must hold {OURS!r} and {CACHED!r}, may hold all of {NAMES}")
+
+    own, theirs = settings(arguments)
+    lengths = {"query": arguments.query_length, "document": arguments.document_length}
+    with contestants.temporary_folder() as folder:
+        made = contestants.call(
+            contestants.random_model,
+            folder=folder,
+            fields=own["fields"],
+            vocabulary=own.pop("vocabulary"),
+            lengths=lengths,
+            seed=arguments.seed,
+        )
+        own["fields"]["remat"] = arguments.remat
+        theirs["folder"] = f"{folder}/exported"
+        functions = {
+            OURS: (ours, own | {"padded": False}),
+            PADDED: (ours, own | {"padded": True}),
+            CACHED: (sentence_transformers, theirs | {"cached": True}),
+            PLAIN: (sentence_transformers, theirs | {"cached": False}),
+        }
+        functions = {name: functions[name] for name in names}
+        with contestants.contestants(functions) as started:
+            results = contestants.play(started, arguments.rounds)
+            ready = {name: first for name, (_, first) in started.items()}
+
+    table = contestants.rates(results, "tokens")
+    utilisation = {
+        name: sum(t["tokens"] for t in turns) / sum(t["slots"] for t in turns)
+        for name, turns in results.items()
+    }
+    report = {
+        "ratio": contestants.median_ratio(table, OURS, CACHED),
+        "compares": "real tokens/s of a training step: ours / SentenceTransformerTrainer with "
+        "CachedMultipleNegativesRankingLoss (without a balance loss), median over rounds",
+        "ratio_cpu": contestants.median_ratio(table, OURS, CACHED, "cpu"),
+    }
+    for key, name in (("ratio_padded", PADDED), ("ratio_plain", PLAIN)):
+        if name in results:
+            report[key] = contestants.median_ratio(table, OURS, name)
+            report[f"{key}_cpu"] = contestants.median_ratio(table, OURS, name, "cpu")
+    report |= {
+        "compares_padded": "ours / ours with one text in each place of fixed length",
+        "compares_plain": "ours / SentenceTransformerTrainer with MultipleNegativesRankingLoss",
+        "tokens_per_second": table,
+        "utilisation": utilisation,
+        "others_cpu_share": contestants.others_share(results),
+        "rounds": results,
+        "ready": ready,
+        "model": made,
+        "arguments": vars(arguments),
+        "machine": contestants.machine(),
+    }
+    contestants.print_table(
+        f"Training, {arguments.batch_size} pairs a step, width {arguments.width}",
+        ["", "real tokens/s", "per CPU second", "real slots", "s/step", "ours is faster by"],
+        [
+            [
+                name,
+                table[name]["wall"]["median"],
+                table[name]["cpu"]["median"],
+                utilisation[name],
+                statistics.median(t["wall"] for t in results[name]) / arguments.steps,
+                contestants.median_ratio(table, OURS, name),
+            ]
+            for name in results
+        ],
+    )
+    contestants.write_report(arguments.output, report)
+
+
+if __name__ == "__main__":
+    main()
