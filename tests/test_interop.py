@@ -301,7 +301,7 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "model-2.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"model-2\.safetensors is not a readable safetensors"):
         Embedder.load(folder)
-    index.write_text(json.dumps({"weight_map": weight_map | {"x": "../../etc/passwd"}}))
+    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"} | weight_map}))
     with pytest.raises(UserError, match="not a file of ours"):
         Embedder.load(folder)
     index.write_text("{")
