@@ -9,7 +9,7 @@ streamed at the largest batch. Time: both run on one of the devices, in turns; m
 
 "dense" is the least that a loss with its logits in memory needs: normalise, multiply, log-softmax,
 sharded by rows, differentiated by JAX, no duplicates masked. "streamed" is
-`objectives.streamed_infonce.infonce` as the training step calls it, duplicates and all.
+`objectives.infonce.infonce` as the training step calls it, duplicates and all.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def compile_loss(name: str, batch: int, width: int, mesh):
 
     from moe_embed_jax.mesh import batch_sharding, replicated
     from moe_embed_jax.objectives.contrast import ContrastConfig
-    from moe_embed_jax.objectives.streamed_infonce import infonce
+    from moe_embed_jax.objectives.infonce import infonce
 
     config = ContrastConfig()
 

@@ -82,10 +82,9 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
         ),
         timed + 1,
     )
-    step = jit_train_step(
-        StepConfig(model, LossConfig(temperature=TEMPERATURE), batches.slots), optimizer, mesh
-    )
-    state = create_state(model, optimizer, mesh, sizes["seed"])
+    config = StepConfig(model, LossConfig(temperature=TEMPERATURE), batches.slots)
+    step = jit_train_step(config, optimizer, mesh)
+    state = create_state(config, optimizer, mesh, sizes["seed"])
 
     # Batch 0 gives the loss that is compared; then one batch of every other shape, to compile it.
     state, metrics = step(state, Batch(**batches.at(0).arrays))
@@ -105,7 +104,7 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
         for batch in itertools.islice(batch_of_step, sizes["steps"]):
             state, metrics = step(state, Batch(**batch.arrays))
             tokens += batch.tokens
-            slots += batch.arrays["token_RL"].size
+            slots += batch.arrays["token_CRL"].size
         jax.block_until_ready(state)
         result = turns.seconds() | {
             "tokens": tokens,

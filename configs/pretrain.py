@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.language_exponent = 1.0  # every pair equally often
     config.data.row_length = 256
     config.data.texts_per_row = 16
+    config.data.chunk_rows = 128  # rows a device encodes at a time (code: no GradCache in this run)
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_learning_rate = 8e-5
@@ -85,6 +86,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.vocabulary = ConfigDict(dict(kind="train", size=16_384))
         config.data.document_length = 64  # shares prepared data with configs/quickstart.py
         config.data.row_length = 64
+        config.data.chunk_rows = 8
         config.optimizer.warmup_steps = 1
     elif variant:
         raise UserError(f"unknown variant {variant!r} of configs/pretrain.py; there is: smoke")

@@ -9,7 +9,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_embed_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert")
-BATCH_SPEC = PartitionSpec(AXES)  # leading axis of every batch array
+BATCH_SPEC = PartitionSpec(AXES)  # leading axis of arrays per pair
+ROWS_SPEC = PartitionSpec(
+    None, AXES
+)  # [chunks, rows, ...]: every device has its rows of each chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,11 @@ def single_device_mesh() -> jax.sharding.Mesh:
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch (or the packed rows)."""
     return NamedSharding(mesh, BATCH_SPEC)
+
+
+def rows_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of packed rows in chunks, [C, R, ...]."""
+    return NamedSharding(mesh, ROWS_SPEC)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

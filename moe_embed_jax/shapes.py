@@ -9,8 +9,9 @@ An array is named after its axes, as in `x_RLD`; docstrings use the same letters
     E  experts                                  K  experts per token
     V  vocabulary                               N  negatives per query
     G  groups of blocks (the unit of the layer scan)
+    C  chunks of a batch, encoded in turn; in the loss: candidates, the documents of a batch
     M  documents of a pair: its own, then N negatives
-    C  candidates, the documents of a batch       X  all texts of a batch
+    X  all texts of a batch
 
 Padding is text index -1; it is never attended to, routed, pooled or counted.
 """

@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import synthetic_data
 
-from moe_embed_jax.data.batches import MAX_BUCKETS, Batches, choose_buckets
+from moe_embed_jax.data.batches import MAX_BUCKETS, Batches, choose_buckets, in_chunks
 from moe_embed_jax.data.data_spec import planned_store_path
+from moe_embed_jax.data.packing import pack
 from moe_embed_jax.data.schedule import Group, Schedule
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
@@ -17,28 +20,36 @@ def store(data_dir):
     return TokenStore.open(planned_store_path(synthetic_data.PREPARATION, data_dir))
 
 
-def make_batches(store, steps=60, batch_size=16, row_length=48):
+def make_batches(store, steps=60, batch_size=16, row_length=48, chunk_rows=0):
     schedule = Schedule([Group(**group) for group in store.groups], batch_size, steps, seed=0)
-    return Batches(store, schedule, single_device_mesh(), row_length, SLOTS, pad_id=1)
+    return Batches(store, schedule, single_device_mesh(), row_length, SLOTS, 1, chunk_rows)
 
 
-def test_a_batch_holds_exactly_its_pairs(store):
-    batches = make_batches(store)
+@pytest.mark.parametrize("chunk_rows", [0, 4])
+def test_a_batch_holds_exactly_its_pairs(store, chunk_rows):
+    batches = make_batches(store, chunk_rows=chunk_rows)
     for step in (0, 7, 59):
         batch = batches.at(step)
         rows = batches.schedule.rows(step)
         arrays = {name: np.asarray(array) for name, array in batch.arrays.items()}
-        assert batch.tokens == (arrays["text_index_RL"] >= 0).sum()
-        for side, name in enumerate(("query", "document")):
-            np.testing.assert_array_equal(arrays[f"{name}_id_B2"], store.content_ids[rows, side])
-            for pair, slot in enumerate(arrays[f"{name}_slot_B"]):
+        chunks, chunk, length = arrays["token_CRL"].shape
+        assert chunk <= chunk_rows or (chunk_rows, chunks) == (0, 1)
+        token_RL, text_index_RL, position_RL = (
+            arrays[f"{name}_CRL"].reshape(-1, length)
+            for name in ("token", "text_index", "position")
+        )
+        assert batch.tokens == (text_index_RL >= 0).sum()
+        assert arrays["valid_BM"].all()
+        slots = (arrays["query_slot_B"], arrays["document_slot_BM"][:, 0])
+        ids = (arrays["query_id_B2"], arrays["document_id_BM2"][:, 0])
+        for side in range(2):
+            np.testing.assert_array_equal(ids[side], store.content_ids[rows, side])
+            for pair, slot in enumerate(slots[side]):
                 row, index = divmod(int(slot), SLOTS)
-                mine = arrays["text_index_RL"][row] == index
+                mine = text_index_RL[row] == index
                 expected = store.read([rows[pair]])[0][side]
-                np.testing.assert_array_equal(arrays["token_RL"][row, mine], expected)
-                np.testing.assert_array_equal(
-                    arrays["position_RL"][row, mine], np.arange(len(expected))
-                )
+                np.testing.assert_array_equal(token_RL[row, mine], expected)
+                np.testing.assert_array_equal(position_RL[row, mine], np.arange(len(expected)))
 
 
 def test_batches_are_a_function_of_the_step(store):
@@ -54,9 +65,9 @@ def test_batches_are_a_function_of_the_step(store):
 
 def test_few_shapes(store):
     batches = make_batches(store, steps=200)
-    shapes = {batches.at(step).arrays["token_RL"].shape for step in range(0, 200, 3)}
+    shapes = {batches.at(step).arrays["token_CRL"].shape for step in range(0, 200, 3)}
     assert len(shapes) <= MAX_BUCKETS
-    assert {shape[0] for shape in shapes} <= set(batches.buckets)
+    assert {shape[0] * shape[1] for shape in shapes} <= set(batches.buckets)
 
 
 def test_buckets_are_few_sorted_and_cover_everything():
@@ -74,3 +85,28 @@ def test_buckets_are_few_sorted_and_cover_everything():
 def test_what_the_mesh_cannot_do_is_refused(store):
     with pytest.raises(UserError, match="row_length=16 is shorter than the longest prepared text"):
         make_batches(store, row_length=16)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 8, 32])
+@pytest.mark.parametrize("pairs", [128, 1024])
+def test_rows_are_well_filled(pairs, chunk_rows):
+    """Queries of 3 to 32 and documents of 20 to 256 tokens: at least 0.9 of the slots are real."""
+    rng = np.random.default_rng(0)
+    needed, tokens = [], 0
+    for _ in range(48):
+        lengths = np.concatenate([rng.integers(3, 33, pairs), rng.integers(20, 257, pairs)])
+        needed.append(pack(lengths, 256, 16).rows)
+        tokens += lengths.sum()
+    buckets = choose_buckets(needed[:24], 2 * pairs, chunk_rows)  # the rest was not sampled
+    assert len(buckets) <= MAX_BUCKETS
+    used = [next(b for b in buckets if b >= rows) for rows in needed]
+    assert all(math.prod(in_chunks(rows, chunk_rows)) == rows for rows in used)
+    assert tokens / (256 * sum(used)) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk_rows", "expected"),
+    [(10, 0, (1, 10)), (10, 4, (3, 4)), (8, 4, (2, 4)), (9, 8, (2, 5)), (3, 8, (1, 3))],
+)
+def test_equal_chunks(rows, chunk_rows, expected):
+    assert in_chunks(rows, chunk_rows) == expected

@@ -10,7 +10,7 @@ from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.sharding import rules_for, shardings, specs
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_embed_jax.training.step import abstract_state
+from moe_embed_jax.training.step import LossConfig, StepConfig, abstract_state
 
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 
@@ -28,7 +28,7 @@ TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 def test_the_table_covers_parameters_and_optimiser(moe_every, options):
     config = EncoderConfig(num_layers=2, moe_every=moe_every, **options)
     optimizer = make_optimizer(OptimizerConfig(), 2000)
-    state = abstract_state(config, optimizer, single_device_mesh())
+    state = abstract_state(StepConfig(config, LossConfig(), 4), optimizer, single_device_mesh())
     placed = specs(state, rules_for(config))
     adam = placed.opt_state[1][0]
     assert jax.tree.leaves(adam.mu) == jax.tree.leaves(placed.params)  # moments lie like parameters

@@ -14,9 +14,13 @@ from moe_embed_jax.training.step import (
     Batch,
     LossConfig,
     StepConfig,
+    abstract_state,
+    batch_shardings,
     create_state,
+    from_items,
     jit_train_step,
     loss_and_metrics,
+    to_items,
 )
 
 PAIRS, ROW_LENGTH, SLOTS = 12, 40, 5
@@ -33,17 +37,34 @@ GOLDEN = [
 ]
 
 
-def make_batch(row_length=ROW_LENGTH, slots=SLOTS, order=None) -> Batch:
+def make_batch(
+    row_length=ROW_LENGTH, slots=SLOTS, order=None, chunks=1, negatives=0, ragged=True
+) -> Batch:
+    """PAIRS pairs, each with up to `negatives` hard negatives (ragged: from none to all)."""
     rng = np.random.default_rng(0)
-    sequences = [rng.integers(4, 128, n) for n in rng.integers(3, 20, 2 * PAIRS)]
-    ids = rng.integers(-(2**31), 2**31, (2, PAIRS, 2)).astype(np.int32)
+    width = 2 + negatives  # query, document, hard negatives
+    lengths = rng.integers(3, 20, (width, PAIRS))
+    sequences = [[rng.integers(4, 128, n) for n in side] for side in lengths]
+    ids = rng.integers(-(2**31), 2**31, (width, PAIRS, 2)).astype(np.int32)
+    there = np.ones((PAIRS, 1 + negatives), bool)
+    if negatives and ragged:
+        there[:, 1:] = np.arange(negatives) < rng.integers(0, negatives + 1, PAIRS)[:, None]
     if order is not None:
-        sequences = [sequences[i] for i in order] + [sequences[PAIRS + i] for i in order]
-        ids = ids[:, order]
-    packing = pack([len(s) for s in sequences], row_length, slots)
-    arrays = fill_rows(packing, sequences, packing.rows + 1, row_length, 1)
-    slot = packing.slot(slots)
-    return Batch(*arrays, slot[:PAIRS], slot[PAIRS:], ids[0], ids[1])
+        sequences = [[side[i] for i in order] for side in sequences]
+        ids, there = ids[:, order], there[order]
+    flat = [sequence for side in sequences for sequence in side]
+    packing = pack([len(sequence) for sequence in flat], row_length, slots)
+    rows = -(-(packing.rows + 1) // chunks) * chunks
+    arrays = fill_rows(packing, flat, rows, row_length, 1)
+    slot = packing.slot(slots).reshape(width, PAIRS)
+    return Batch(
+        *(array.reshape(chunks, -1, row_length) for array in arrays),
+        slot[0],
+        slot[1:].T,
+        ids[0],
+        ids[1:].swapaxes(0, 1),
+        there,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +75,7 @@ def optimizer():
 def test_golden_numbers(optimizer):
     mesh = single_device_mesh()
     step = jit_train_step(CONFIG, optimizer, mesh)
-    state = create_state(MODEL, optimizer, mesh, seed=0)
+    state = create_state(CONFIG, optimizer, mesh, seed=0)
     actual = []
     for _ in range(3):
         state, metrics = step(state, make_batch())
@@ -65,33 +86,118 @@ def test_golden_numbers(optimizer):
     np.testing.assert_allclose(actual, GOLDEN, rtol=2e-4)
 
 
+def gradients(config, params, batch):
+    """(loss, metrics, gradients) on one device."""
+    function = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
+    with jax.set_mesh(single_device_mesh()):
+        (loss, metrics), grads = jax.jit(function, static_argnums=0)(config, params, batch)
+    return loss, metrics, grads
+
+
+def assert_close_gradients(actual, expected, relative=1e-4):
+    """Every parameter's gradient to `relative` of its own largest entry."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(np.abs(b).max(), 1e-3))
+
+
+EVERYTHING = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True, margin=0.3)
+
+
 def test_order_and_packing_of_the_pairs_do_not_matter(optimizer):
-    mesh = single_device_mesh()
-    params = create_state(MODEL, optimizer, mesh, seed=0).params
-    grad_fn = jax.jit(
-        jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True), static_argnums=0
-    )
+    config = dataclasses.replace(CONFIG, loss=EVERYTHING)
+    params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     rng = np.random.default_rng(3)
-    batches = {
-        "packed": (make_batch(), SLOTS),
-        "shuffled": (make_batch(order=rng.permutation(PAIRS)), SLOTS),
-        "one text per row": (make_batch(slots=1), 1),
-    }
-    results = {}
-    with jax.set_mesh(mesh):
-        for name, (batch, slots) in batches.items():
-            (loss, _), grads = grad_fn(dataclasses.replace(CONFIG, slots=slots), params, batch)
-            results[name] = (loss, grads)
-    for name in ("shuffled", "one text per row"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4),
-            results["packed"],
-            results[name],
-        )
+    loss, _, grads = gradients(config, params, make_batch(negatives=2))
+    shuffled = make_batch(order=rng.permutation(PAIRS), negatives=2)
+    alone = make_batch(slots=1, negatives=2)
+    for batch, slots in ((shuffled, SLOTS), (alone, 1)):
+        other = gradients(dataclasses.replace(config, slots=slots), params, batch)
+        np.testing.assert_allclose(other[0], loss, rtol=1e-5)
+        assert_close_gradients(other[2], grads)
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_chunks_change_nothing(optimizer, chunks):
+    """GradCache: loss, gradients and balance of the whole batch, whatever the chunk size."""
+    config = dataclasses.replace(CONFIG, loss=EVERYTHING)
+    params = create_state(config, optimizer, single_device_mesh(), seed=0).params
+    loss, metrics, grads = gradients(config, params, make_batch(negatives=3))
+    other_loss, other_metrics, other_grads = gradients(
+        config, params, make_batch(negatives=3, chunks=chunks)
+    )
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    del metrics["utilisation"], other_metrics["utilisation"]  # chunks are whole rows
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_metrics, metrics
+    )
+    assert_close_gradients(other_grads, grads)
+    assert float(np.abs(grads["log_scale"])) > 1e-3
+
+
+def test_memory_is_flat_in_the_batch_at_a_fixed_chunk(optimizer):
+    """Temporaries of the compiled step: what grows with the batch is one vector per text."""
+    mesh = single_device_mesh()
+    model = dataclasses.replace(MODEL, width=64, ffn_width=256)
+    config = StepConfig(model, LossConfig(), 4)
+    temporaries = {}
+    for chunks in (2, 4, 16):
+        shapes = abstract_batch(mesh, pairs=128 * chunks, chunks=chunks, rows=64, row_length=64)
+        state = abstract_state(config, optimizer, mesh)
+        step = jit_train_step(config, optimizer, mesh)
+        with jax.set_mesh(mesh):
+            compiled = step.jitted.lower(state, shapes).compile()
+        temporaries[chunks] = compiled.memory_analysis().temp_size_in_bytes
+    growth = (temporaries[16] - temporaries[4]) / (12 * 256 * 64 * 4)  # in vectors per text
+    assert growth < 16, f"{growth:.1f} vectors of a text, {temporaries}"
+    assert temporaries[16] < 2 * temporaries[2], temporaries
+
+
+def abstract_batch(mesh, pairs, chunks, rows, row_length) -> Batch:
+    placed = batch_shardings(mesh)
+    shapes = dict.fromkeys(
+        ("token_CRL", "text_index_CRL", "position_CRL"), (chunks, rows, row_length)
+    )
+    shapes |= {"query_slot_B": (pairs,), "document_slot_BM": (pairs, 1)}
+    shapes |= {"query_id_B2": (pairs, 2), "document_id_BM2": (pairs, 1, 2), "valid_BM": (pairs, 1)}
+    return Batch(
+        **{
+            name: jax.ShapeDtypeStruct(
+                shape, bool if name == "valid_BM" else np.int32, sharding=getattr(placed, name)
+            )
+            for name, shape in shapes.items()
+        }
+    )
+
+
+def test_the_learned_temperature_moves_and_stays_in_its_bounds(optimizer):
+    loss = LossConfig(learn_temperature=True, temperature_min=0.0199, temperature_max=0.0201)
+    config = dataclasses.replace(CONFIG, loss=loss)
+    mesh = single_device_mesh()
+    step = jit_train_step(config, optimizer, mesh)
+    state = create_state(config, optimizer, mesh, seed=0)
+    for _ in range(20):
+        state, metrics = step(state, make_batch())
+    assert 0.0199 * 0.9999 <= metrics["temperature"] <= 0.0201 * 1.0001
+    assert metrics["temperature"] != pytest.approx(0.02, abs=1e-6)
+    items = to_items(state)
+    assert "log_scale" not in items["params"] and "log_scale" in items["optimizer"]
+    jax.tree.map(np.testing.assert_array_equal, from_items(items), state)
+
+
+def test_hard_negatives_raise_the_loss_only_where_they_are(optimizer):
+    params = create_state(CONFIG, optimizer, single_device_mesh(), seed=0).params
+    plain, _, _ = gradients(CONFIG, params, make_batch())
+    batch = make_batch(negatives=2)
+    nobody = dataclasses.replace(batch, valid_BM=batch.valid_BM & (np.arange(3) == 0))
+    with_none, metrics, _ = gradients(CONFIG, params, nobody)
+    with_some, _, _ = gradients(CONFIG, params, batch)
+    assert with_some > with_none
+    assert metrics["masked_candidates"] == 0
+    assert abs(float(plain) - float(with_none)) < 1.0  # other lengths, the same kind of batch
 
 
 def test_balance_coefficient_scales_the_balance_loss_only(optimizer):
-    params = create_state(MODEL, optimizer, single_device_mesh(), seed=0).params
+    params = create_state(CONFIG, optimizer, single_device_mesh(), seed=0).params
     with jax.set_mesh(single_device_mesh()):
         losses = {}
         for coefficient in (0.0, 1.0, 3.0):
@@ -106,8 +212,8 @@ def test_balance_coefficient_scales_the_balance_loss_only(optimizer):
 
 def test_a_dense_model_has_no_balance(optimizer):
     model = dataclasses.replace(MODEL, moe_every=0)
-    params = create_state(model, optimizer, single_device_mesh(), seed=0).params
     config = dataclasses.replace(CONFIG, model=model)
+    params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     with jax.set_mesh(single_device_mesh()):
         loss, metrics = jax.jit(loss_and_metrics, static_argnums=0)(config, params, make_batch())
     assert "balance" not in metrics

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
 from moe_embed_jax.objectives.contrast import ContrastConfig, initial_log_scale
+from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.objectives.reference import dense_infonce
-from moe_embed_jax.objectives.streamed_infonce import infonce
 from moe_embed_jax.objectives.streaming import TILE
 
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0}  # of LLVM; half the time, same numbers

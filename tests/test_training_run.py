@@ -68,7 +68,7 @@ def test_the_run_tells_what_it_does(whole_run):
     out = (whole_run / "stdout.txt").read_text()
     assert "mesh        data=1 x fsdp=1 x expert=1 on 1 cpu device(s), 1 process(es)" in out
     assert re.search(r"model +[\d,]+ parameters, [\d,]+ active per token", out)
-    assert "negatives   each query against the 15 other documents" in out
+    assert "negatives   each query against the 15 other pairs' documents" in out
     assert f"schedule    {STEPS} steps" in out
     for word in ("BM25", "untrained", "trained", "translations", "descriptions", "query:"):
         assert word in out
@@ -77,6 +77,8 @@ def test_the_run_tells_what_it_does(whole_run):
     records = [json.loads(s) for s in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert all(record["utilisation"] > 0.6 for record in records)
+    assert all(r["expert_load_min"] <= 1 <= r["expert_load_max"] for r in records)
+    assert all(0 < r["router_entropy"] <= np.log(4) + 1e-5 for r in records)
     assert all(np.isclose(np.sum(record["expert_load"], axis=1), 1).all() for record in records)
     results = json.loads((whole_run / "results.json").read_text())
     assert set(results) == {"BM25", "untrained", "trained"}
@@ -139,14 +141,17 @@ def test_resume_after_kill_9_is_bitwise(config, cache, whole_run, tmp_path):
     assert_same_checkpoint(whole_run, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_equal_one(config, cache, whole_run, tmp_path, mesh):
+@pytest.mark.parametrize(("mesh", "chunk_rows"), [((8, 1, 1), 0), ((2, 2, 2), 1)])
+def test_eight_devices_equal_one(config, cache, whole_run, tmp_path, mesh, chunk_rows):
+    """Sharded, and in one case in chunks too: the same losses as on one device in one piece."""
     flags = [
         f"--config.mesh.{axis}={n}"
         for axis, n in zip(("data", "fsdp", "expert"), mesh, strict=True)
     ]
+    flags.append(f"--config.data.chunk_rows={chunk_rows}")
     result = train(config, tmp_path, *flags, cache=cache, devices=8)
     assert result.returncode == 0, result.stderr
+    assert bool(chunk_rows) == (f"encoded {chunk_rows} at a time" in result.stdout)
     one, eight = losses(whole_run), losses(tmp_path)
     assert len(one) >= 20
     np.testing.assert_allclose(eight[:20], one[:20], atol=1e-5, rtol=0)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.schedule import Group, Schedule
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import batch_sharding, local_device_positions
+from moe_embed_jax.mesh import batch_sharding, local_device_positions, rows_sharding
 
 MAX_BUCKETS = 4  # row counts, hence compilations, per run
 SAMPLED_STEPS = 64  # to choose the buckets from
@@ -27,18 +28,28 @@ class BatchArrays:
     tokens: int  # real tokens of the global batch
 
 
-def choose_buckets(rows_needed, most_rows: int) -> tuple[int, ...]:
+def in_chunks(rows: int, chunk_rows: int) -> tuple[int, int]:
+    """(number of chunks, rows of each): the fewest equal chunks of at most `chunk_rows` rows that
+    hold `rows`, so that at most `chunks - 1` rows are added."""
+    chunks = -(-rows // chunk_rows) if chunk_rows else 1
+    return chunks, -(-rows // chunks)
+
+
+def choose_buckets(rows_needed, most_rows: int, chunk_rows: int = 0) -> tuple[int, ...]:
     """At most `MAX_BUCKETS` row counts that waste least on a sample of steps.
 
     Args:
       rows_needed: rows per device of the sampled steps.
       most_rows: one text per row; the last bucket, so that every step fits one.
+      chunk_rows: buckets are whole numbers of equal chunks, see `in_chunks`.
 
     The exact optimum over thresholds taken from the sample, by dynamic programming; each threshold
     gets 3 % of head room for steps that were not sampled. A threshold more is a compilation more,
     so it has to save 2 % of all slots.
     """
     needed = np.minimum(np.ceil(np.asarray(rows_needed) * 1.03), most_rows).astype(int)
+    needed = np.array([math.prod(in_chunks(rows, chunk_rows)) for rows in needed.tolist()])
+    most_rows = math.prod(in_chunks(most_rows, chunk_rows))
     values, counts = np.unique(needed, return_counts=True)
     best = {(0, 0): (0, ())}  # (values covered, thresholds used) -> (slots wasted, thresholds)
     for used in range(1, MAX_BUCKETS):
@@ -76,7 +87,9 @@ class Batches:
         row_length: int,
         slots: int,
         pad_id: int,
+        chunk_rows: int = 0,
     ):
+        """`chunk_rows`: rows that a device encodes at a time, at most; 0: all of them."""
         if schedule.batch_size % mesh.size:
             raise UserError(
                 f"batch_size={schedule.batch_size} is not divisible by the {mesh.size} devices of "
@@ -94,12 +107,16 @@ class Batches:
         self.row_length = row_length
         self.slots = slots
         self.pad_id = pad_id
+        self.chunk_rows = chunk_rows
         self.pairs_per_device = schedule.batch_size // mesh.size
         sample = np.unique(np.linspace(0, schedule.steps - 1, SAMPLED_STEPS).astype(int)).tolist()
         self.buckets = choose_buckets(
             [max(packing.rows for packing in self._packings(step)[1]) for step in sample],
-            most_rows=2 * self.pairs_per_device,
+            2 * self.pairs_per_device,
+            chunk_rows,
         )
+        # A shape is a compilation; nobody waits for a fifth one by surprise.
+        assert len(self.buckets) <= MAX_BUCKETS
         # Real tokens per global batch, for estimates.
         self.mean_tokens = float(
             np.mean([store.lengths[schedule.rows(step)].sum() for step in sample])
@@ -126,13 +143,12 @@ class Batches:
             self._device_arrays(rows, packings, position, bucket)
             for position in local_device_positions(self.mesh)
         ]
-        sharding = batch_sharding(self.mesh)
-        arrays = {
-            name: jax.make_array_from_process_local_data(
-                sharding, np.concatenate([part[name] for part in parts])
-            )
-            for name in parts[0]
-        }
+        arrays = {}
+        for name in parts[0]:
+            is_rows = name.endswith("_CRL")
+            sharding = rows_sharding(self.mesh) if is_rows else batch_sharding(self.mesh)
+            own = np.concatenate([part[name] for part in parts], axis=int(is_rows))
+            arrays[name] = jax.make_array_from_process_local_data(sharding, own)
         tokens = int(self.store.lengths[rows].sum())
         return BatchArrays(arrays, step, self.schedule.group(step), tokens)
 
@@ -142,19 +158,20 @@ class Batches:
         sequences = self.store.read(own_rows)
         texts = [pair[0] for pair in sequences] + [pair[1] for pair in sequences]
         packing = packings[position]
-        token_RL, text_index_RL, position_RL = fill_rows(
-            packing, texts, bucket, self.row_length, self.pad_id
-        )
+        rows_RL = fill_rows(packing, texts, bucket, self.row_length, self.pad_id)
+        shape = (*in_chunks(bucket, self.chunk_rows), self.row_length)
+        token_CRL, text_index_CRL, position_CRL = (array.reshape(shape) for array in rows_RL)
         slot = packing.slot(self.slots)
         content = self.store.content_ids[own_rows]
         return {
-            "token_RL": token_RL,
-            "text_index_RL": text_index_RL,
-            "position_RL": position_RL,
+            "token_CRL": token_CRL,
+            "text_index_CRL": text_index_CRL,
+            "position_CRL": position_CRL,
             "query_slot_B": slot[:pairs],
-            "document_slot_B": slot[pairs:],
+            "document_slot_BM": slot[pairs:, None],  # the store has no hard negatives: M = 1
             "query_id_B2": content[:, 0],
-            "document_id_B2": content[:, 1],
+            "document_id_BM2": content[:, 1:],
+            "valid_BM": np.ones((pairs, 1), bool),
         }
 
     def iterate(self, start: int, stop: int):

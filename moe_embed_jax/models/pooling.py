@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.mesh import BATCH_SPEC
+from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 
 
 def mean_pool(x_RLD, text_index_RL, slots: int):
@@ -17,16 +17,16 @@ def mean_pool(x_RLD, text_index_RL, slots: int):
     return sum_RSD / jnp.maximum(member_RLS.sum(axis=1), 1.0)[..., None]
 
 
-def take_texts(pooled_RSD, slot_B):
-    """Embeddings of a batch from packed rows: `slot_B` = row * S + text index, per device.
+def take_texts(pooled_CRSD, slot_BN):
+    """Embeddings [B, N, D] of a batch from packed rows: a slot is row * S + text index.
 
-    Each device packs its own texts, so `slot_B` counts from the device's first row and nothing
-    crosses devices. Needs a mesh in context.
+    Each device packs its own texts, so a slot counts from the device's first row, chunk by chunk,
+    and nothing crosses devices. Needs a mesh in context.
     """
 
-    def local(pooled_RSD, slot_B):
-        return pooled_RSD.reshape(-1, pooled_RSD.shape[-1])[slot_B]
+    def local(pooled_CRSD, slot_BN):
+        return pooled_CRSD.reshape(-1, pooled_CRSD.shape[-1])[slot_BN]
 
-    return jax.shard_map(local, in_specs=(BATCH_SPEC, BATCH_SPEC), out_specs=BATCH_SPEC)(
-        pooled_RSD, slot_B
+    return jax.shard_map(local, in_specs=(ROWS_SPEC, BATCH_SPEC), out_specs=BATCH_SPEC)(
+        pooled_CRSD, slot_BN
     )

@@ -1,6 +1,6 @@
 """What a contrastive loss is made of: its configuration, its temperature and its result.
 
-Both forms of the loss, `reference.dense_infonce` and `streamed_infonce.infonce`, take these.
+Both forms of the loss, `reference.dense_infonce` and `infonce.infonce`, take these.
 """
 
 import dataclasses

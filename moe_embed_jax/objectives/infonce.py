@@ -1,65 +1,123 @@
-"""InfoNCE over global in-batch negatives (paper section 4; unidirectional, query -> document).
+"""InfoNCE over global in-batch negatives, streamed (paper section 4 and equation 3).
 
-What is a negative: for query i, every document of the global batch, on whatever device, except its
-own positive, and except
-  * any document with the same content as the positive,
-  * the positive of another copy of the same query,
-  * a document with the same content as the query itself,
-  * a second copy of a document that is a candidate already (a small language fills a batch with
-    several copies of its rows; each counts once).
-Contents are compared by 64-bit hashes (two int32), which travel with the batch.
+`contents.py` says what a negative is, `contrast.py` what the loss is made of, `reference.py` the
+same with all logits in memory. Here the sums over negatives come from `streaming.py`, and the rest
+is plain arithmetic on a handful of numbers per pair.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class InfoNCEResult:
-    """loss: mean over queries, nats. accuracy: share of queries whose own document scores highest
-    among the candidates. masked: mean number of candidates excluded per query."""
-
-    loss: jax.Array
-    accuracy: jax.Array
-    masked: jax.Array
-
-
-def same_content(a_B2, b_C2):
-    """[B, C] bool: equal 64-bit content ids."""
-    return jnp.all(a_B2[:, None, :] == b_C2[None, :, :], axis=-1)
+from moe_embed_jax.objectives.contents import Contents, compare_contents
+from moe_embed_jax.objectives.contrast import (
+    ContrastConfig,
+    ContrastResult,
+    prepare,
+    score_scale,
+    summarize,
+    unit,
+)
+from moe_embed_jax.objectives.streaming import TILE, streamed_log_sum_exp
 
 
-def negatives_mask(query_id_B2, document_id_B2):
-    """[B, B] bool: document j is a negative of query i. The diagonal (the positive) is False."""
-    same_document_BB = same_content(document_id_B2, document_id_B2)
-    is_copy_B = jnp.any(jnp.tril(same_document_BB, k=-1), axis=-1)  # of an earlier document
-    excluded_BB = (
-        same_document_BB  # the diagonal included
-        | same_content(query_id_B2, query_id_B2)
-        | same_content(query_id_B2, document_id_B2)
-        | is_copy_B
-    )
-    return ~excluded_BB
+def infonce(
+    config: ContrastConfig,
+    query_BD,
+    document_BMD,
+    query_id_B2,
+    document_id_BM2,
+    valid_BM=None,
+    log_scale=None,
+    *,
+    tile: int = TILE,
+) -> ContrastResult:
+    """The contrastive loss of a batch of B pairs, with a gradient to vectors and `log_scale`.
 
+    Args:
+      query_BD: pooled vectors, of any length: they are normalised here, once per Matryoshka width.
+      document_BMD: the own document of each query in slot 0, then its N = M - 1 hard negatives.
+      query_id_B2, document_id_BM2: 64-bit content ids as two int32.
+      valid_BM: which slots are filled, default all; slot 0 always is.
+      log_scale: scalar, only with `config.learn_temperature`, see `initial_log_scale`.
+      tile: most texts per side that are scored at once on a device.
 
-def infonce(query_BD, document_BD, query_id_B2, document_id_B2, temperature) -> InfoNCEResult:
-    """-log softmax of each query's own document among its candidates.
-
-    `query_BD` and `document_BD` are unit-norm float32; row i of both is a pair. The [B, B] logits
-    exist here: this is the plain reference form.
+    Leading axes are sharded over the mesh in context, whose size must divide B.
     """
-    batch = query_BD.shape[0]
-    logits_BB = jnp.einsum("BD,CD->BC", query_BD, document_BD, precision="highest") / temperature
-    own_BB = jnp.eye(batch, dtype=bool)
-    candidate_BB = negatives_mask(query_id_B2, document_id_B2) | own_BB
-    logits_BB = jnp.where(candidate_BB, logits_BB, -jnp.inf)
-    own_B = jnp.sum(jnp.where(own_BB, logits_BB, 0.0), axis=-1)
-    loss_B = jax.nn.logsumexp(logits_BB, axis=-1) - own_B
-    return InfoNCEResult(
-        loss=jnp.mean(loss_B),
-        accuracy=jnp.mean(own_B >= jnp.max(logits_BB, axis=-1)),
-        masked=jnp.mean(jnp.sum(~candidate_BB, axis=-1).astype(jnp.float32)),
-    )
+    query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
+    scale = score_scale(config, log_scale)
+    contents = compare_contents(query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives)
+    widths = config.widths(query_BD.shape[-1])
+    parts = [
+        _one_width(
+            config,
+            scale,
+            unit(query_BD[:, :width]),
+            unit(document_BMD[..., :width]),
+            contents,
+            tile,
+        )
+        for width, _ in widths
+    ]
+    return summarize(config, valid_BM, widths, parts)
+
+
+def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, tile: int):
+    """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
+    d_BD = d_BMD[:, 0]
+    own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
+    limit_B = jnp.full_like(own_B, jnp.inf)
+    if config.margin is not None:
+        limit_B = jax.lax.stop_gradient(own_B + config.margin * scale)
+
+    def against_documents(x_BD):
+        """Summands of the denominator [B, ...], their maximum and number."""
+        lse_B, top_B, count_B = streamed_log_sum_exp(
+            tile,
+            scale * x_BD,
+            contents.queries.own(),
+            limit_B,
+            d_BMD[:, : contents.documents.number.shape[1]],
+            contents.documents,
+            contents.partner_P,
+        )
+        hard_BND = d_BMD[:, d_BMD.shape[1] - contents.own_negative_BN.shape[1] :]
+        hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
+        counts_BN = contents.own_negative_BN & (hard_BN <= limit_B[:, None])
+        hard_BN = jnp.where(counts_BN, hard_BN, -jnp.inf)
+        top_B = jnp.maximum(top_B, jnp.max(hard_BN, axis=1, initial=-jnp.inf))
+        summands_BK = jnp.concatenate([lse_B[:, None], hard_BN], axis=1)
+        return summands_BK, top_B, count_B + counts_BN.sum(axis=1)
+
+    def against_queries(x_BD):
+        lse_B, _, _ = streamed_log_sum_exp(
+            tile,
+            scale * x_BD,
+            contents.documents.own(),
+            limit_B,
+            q_BD[:, None],
+            contents.queries,
+            contents.partner_P,
+        )
+        return lse_B[:, None]
+
+    from_documents_BK, top_B, count_B = against_documents(q_BD)
+    by_query = [from_documents_BK]
+    if config.has("q->q"):
+        by_query.append(against_queries(q_BD))
+    by_document = []
+    if config.has("d->q"):
+        by_document.append(against_queries(d_BD))
+    if config.has("d->d"):
+        by_document.append(against_documents(d_BD)[0])
+
+    def surprise(summands):
+        """-log(o / (o + all summands)), taken relative to o: exactly 0 without any negative, and
+        never NaN."""
+        relative_BK = jnp.concatenate(summands, axis=1) - own_B[:, None]
+        return jax.nn.logsumexp(jnp.pad(relative_BK, ((0, 0), (1, 0))), axis=1)
+
+    if config.partition == "joint" or not by_document:
+        loss_B = surprise(by_query + by_document)
+    else:
+        loss_B = (surprise(by_query) + surprise(by_document)) / 2
+    return loss_B, own_B, top_B, count_B

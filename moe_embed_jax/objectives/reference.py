@@ -1,7 +1,7 @@
 """The contrastive loss with all its logits in memory: what the streamed form must equal.
 
 Content ids are compared text by text, so this costs O(C^2) memory in the number of documents; it
-is meant to be read, and to test `streamed_infonce.infonce` against.
+is meant to be read, and to test `infonce.infonce` against.
 """
 
 import jax
@@ -62,7 +62,7 @@ def dense_infonce(
     valid_BM=None,
     log_scale=None,
 ) -> ContrastResult:
-    """Arguments and result of `streamed_infonce.infonce`; needs no mesh."""
+    """Arguments and result of `infonce.infonce`; needs no mesh."""
     query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
     scale = score_scale(config, log_scale)
     documents_BC = negative_documents(

@@ -22,11 +22,12 @@ from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.step import (
     Batch,
     StepConfig,
-    TrainState,
     abstract_state,
     create_state,
+    from_items,
     jit_train_step,
     state_from_params,
+    to_items,
 )
 
 
@@ -60,6 +61,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         config.data.row_length,
         config.data.texts_per_row,
         vocabulary.pad_id,
+        config.data.chunk_rows,
     )
     data_spec = workdir_module.data_spec(store, config)
 
@@ -76,22 +78,16 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         start = 0
         params = init.initial_params(config, mesh)
         if params is None:
-            state = create_state(config.model, optimizer, mesh, config.seed)
+            state = create_state(step_config, optimizer, mesh, config.seed)
         else:
-            state = state_from_params(config.model, optimizer, mesh, params)
+            state = state_from_params(step_config, optimizer, mesh, params)
     else:
         workdir_module.check_data_spec(checkpoints.data(start), data_spec)
-        abstract = abstract_state(config.model, optimizer, mesh)
-        restored = checkpoints.restore(
-            start,
-            params=abstract.params,
-            optimizer={"step": abstract.step, "opt_state": abstract.opt_state},
-        )
-        state = TrainState(params=restored["params"], **restored["optimizer"])
+        abstract = to_items(abstract_state(step_config, optimizer, mesh))
+        state = from_items(checkpoints.restore(start, **abstract))
 
     def save(step: int) -> None:
-        optimizer_items = {"step": state.step, "opt_state": state.opt_state}
-        checkpoints.save(step, data_spec, params=state.params, optimizer=optimizer_items)
+        checkpoints.save(step, data_spec, **to_items(state))
 
     ### Say what will happen
     if is_writer:

@@ -9,6 +9,7 @@ from moe_embed_jax import mesh as mesh_module
 from moe_embed_jax.data.batches import Batches
 from moe_embed_jax.data.schedule import group_weights
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
+from moe_embed_jax.objectives.contrast import describe_negatives
 from moe_embed_jax.training.run_config import RunConfig
 
 
@@ -36,10 +37,9 @@ def describe_run(config: RunConfig, batches: Batches, mesh: jax.sharding.Mesh) -
             f"data        {batches.store.lengths.shape[0]:,} pairs in {len(groups)} groups of one "
             f"source and language; batches from {sources}",
             f"batches     {config.batch_size} pairs, {tokens:,.0f} real tokens on average, in "
-            f"{batches.row_length}-token rows; row counts per device {batches.buckets}",
-            f"negatives   each query against the {config.batch_size - 1} other documents of the "
-            "global batch, each distinct one once, less those with the content of its own document "
-            "or query, and those of equal queries",
+            f"{batches.row_length}-token rows; row counts per device {batches.buckets}"
+            + (f", encoded {batches.chunk_rows} at a time" if batches.chunk_rows else ""),
+            f"negatives   {describe_negatives(config.loss, config.batch_size, negatives=0)}",
             f"schedule    {config.steps} steps = {config.steps * config.batch_size:,} pairs = "
             f"{config.steps * config.batch_size / batches.store.lengths.shape[0]:.2f} epochs; "
             f"estimated {_duration(seconds * config.steps)} of training, from one timed matmul "

@@ -37,6 +37,9 @@ class DataConfig:
     language_exponent: float = 1.0  # languages of a task are drawn ~ rows**exponent
     row_length: int = 256  # token slots per packed row, at least the longest text
     texts_per_row: int = 16  # most texts that share a row
+    # Rows that a device encodes at a time (GradCache): memory for activations of one chunk only, at
+    # the price of a second forward pass; the numbers are the same. 0: all rows at once.
+    chunk_rows: int = 0
 
     def preparation(self) -> dict:
         """What decides the content of the token store (arguments of data.prepare)."""
@@ -86,6 +89,8 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        if self.data.chunk_rows < 0:
+            raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
         vocabulary = self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
             raise UserError(

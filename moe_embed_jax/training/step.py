@@ -11,44 +11,66 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_embed_jax.mesh import batch_sharding, replicated
+from moe_embed_jax.mesh import batch_sharding, replicated, rows_sharding
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
 from moe_embed_jax.models.pooling import mean_pool, take_texts
-from moe_embed_jax.objectives.balance import balance_loss
-from moe_embed_jax.objectives.contrast import unit
+from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss
+from moe_embed_jax.objectives.contrast import ContrastConfig, clip_log_scale, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.sharding import rules_for, with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    temperature: float = 0.02
-    balance: float = 1.0  # coefficient of the load-balancing loss (perfect balance = 1)
+class LossConfig(ContrastConfig):
+    """The contrastive loss, and `balance`: coefficient of the load-balancing loss (perfect
+    balance = 1)."""
+
+    balance: float = 1.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Batch:
-    """A global batch of B pairs, packed per device; every leading axis is sharded over the mesh.
+    """A global batch of B pairs, packed per device into rows, and rows in chunks.
 
-    token_RL, text_index_RL, position_RL: packed rows (text index -1: padding).
-    query_slot_B, document_slot_B: where each text was packed (device-local row * S + text index).
-    query_id_B2, document_id_B2: 64-bit content ids as two int32.
+    token_CRL, text_index_CRL, position_CRL: packed rows (text index -1: padding). Every device has
+      R / devices rows of each chunk; one chunk is encoded at a time.
+    query_slot_B: where each query was packed (device-local row * S + text index).
+    document_slot_BM: the same of its own document, then its M - 1 hard negatives.
+    query_id_B2, document_id_BM2: 64-bit content ids as two int32.
+    valid_BM: which documents are there (a query may have fewer hard negatives); the first always.
+
+    Arrays with B are sharded over the mesh by pairs, those with C by rows.
     """
 
-    token_RL: jax.Array
-    text_index_RL: jax.Array
-    position_RL: jax.Array
+    token_CRL: jax.Array
+    text_index_CRL: jax.Array
+    position_CRL: jax.Array
     query_slot_B: jax.Array
-    document_slot_B: jax.Array
+    document_slot_BM: jax.Array
     query_id_B2: jax.Array
-    document_id_B2: jax.Array
+    document_id_BM2: jax.Array
+    valid_BM: jax.Array
+
+
+def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
+    """The sharding of every field."""
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(
+        **{
+            name: rows_sharding(mesh) if name.endswith("_CRL") else batch_sharding(mesh)
+            for name in fields
+        }
+    )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything a checkpoint holds. `step` counts finished updates."""
+    """Everything a checkpoint holds. `step` counts finished updates.
+
+    `params` are the encoder's, and "log_scale" where the temperature is learned.
+    """
 
     step: jax.Array
     params: dict
@@ -64,34 +86,71 @@ class StepConfig:
     slots: int
 
 
+def encode_batch(config: StepConfig, params: dict, batch: Batch):
+    """(pooled_CRSD, routing statistics of the whole batch or None).
+
+    Chunks are encoded under a scan of rematerialised calls: GradCache by construction. The backward
+    pass encodes a chunk again when its gradient is due, so activations of one chunk exist at a
+    time; gradients and statistics are those of the whole batch.
+    """
+
+    def one_chunk(_, rows):
+        token_RL, text_index_RL, position_RL = rows
+        x_RLD, statistics = encode_tokens(
+            config.model, params, token_RL, text_index_RL, position_RL
+        )
+        return None, (mean_pool(x_RLD, text_index_RL, config.slots), statistics)
+
+    if batch.token_CRL.shape[0] > 1:
+        one_chunk = jax.checkpoint(one_chunk)
+    rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
+    _, (pooled_CRSD, statistics) = jax.lax.scan(one_chunk, None, rows)
+    return pooled_CRSD, jax.tree.map(lambda of_chunk: of_chunk.sum(axis=0), statistics)
+
+
 def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
     """Total loss (float32 scalar) and metrics of one batch."""
-    x_RLD, statistics = encode_tokens(
-        config.model, params, batch.token_RL, batch.text_index_RL, batch.position_RL
-    )
-    pooled_RSD = mean_pool(x_RLD, batch.text_index_RL, config.slots)
-    query_BD = unit(take_texts(pooled_RSD, batch.query_slot_B))
-    document_BD = unit(take_texts(pooled_RSD, batch.document_slot_B))
+    pooled_CRSD, statistics = encode_batch(config, params, batch)
     contrast = infonce(
-        query_BD, document_BD, batch.query_id_B2, batch.document_id_B2, config.loss.temperature
+        config.loss,
+        take_texts(pooled_CRSD, batch.query_slot_B),
+        take_texts(pooled_CRSD, batch.document_slot_BM),
+        batch.query_id_B2,
+        batch.document_id_BM2,
+        batch.valid_BM,
+        params.get("log_scale"),
     )
-    valid_RL = batch.text_index_RL >= 0
+    valid_CRL = batch.text_index_CRL >= 0
     metrics = {
         "contrastive_loss": contrast.loss,
         "accuracy": contrast.accuracy,
         "masked_candidates": contrast.masked,
-        "utilisation": jnp.mean(valid_RL.astype(jnp.float32)),
-        "tokens": jnp.sum(valid_RL),
+        "utilisation": jnp.mean(valid_CRL.astype(jnp.float32)),
+        "tokens": jnp.sum(valid_CRL),
     }
+    if len(contrast.loss_of_width) > 1:
+        metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
+    if config.loss.learn_temperature:
+        metrics["temperature"] = jnp.exp(-clip_log_scale(config.loss, params["log_scale"]))
     loss = contrast.loss
     if statistics is not None:
         balance = balance_loss(statistics)
         loss += config.loss.balance * balance
-        assigned_ME = statistics.assignments_E
-        metrics["balance"] = balance
-        metrics["router_entropy"] = jnp.mean(statistics.entropy / statistics.tokens)
-        metrics["expert_load"] = assigned_ME / assigned_ME.sum(-1, keepdims=True)  # [M, E]
+        metrics |= {"balance": balance} | _routing_metrics(statistics)
     return loss, metrics | {"loss": loss}
+
+
+def _routing_metrics(statistics: RoutingStatistics) -> dict:
+    """Load of an expert: its share of the assignments over the share at balance (1 / E)."""
+    assigned_ME = statistics.assignments_E
+    share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
+    load_ME = share_ME * assigned_ME.shape[-1]
+    return {
+        "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
+        "expert_load": share_ME,
+        "expert_load_max": jnp.max(load_ME),
+        "expert_load_min": jnp.min(load_ME),
+    }
 
 
 def train_step(config: StepConfig, optimizer, state: TrainState, batch: Batch):
@@ -100,33 +159,57 @@ def train_step(config: StepConfig, optimizer, state: TrainState, batch: Batch):
     grads, metrics = grad_fn(state.params, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if config.loss.learn_temperature:
+        params["log_scale"] = clip_log_scale(config.loss, params["log_scale"])
     metrics["grad_norm"] = optax.global_norm(grads)
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def init_state(model: EncoderConfig, optimizer, seed: int) -> TrainState:
-    params = init_params(model, jax.random.key(seed))
+def to_items(state: TrainState) -> dict:
+    """The trees of a checkpoint: the encoder alone, which others read, and all that training needs
+    besides."""
+    encoder = {name: tree for name, tree in state.params.items() if name != "log_scale"}
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    rest |= {name: tree for name, tree in state.params.items() if name not in encoder}
+    return {"params": encoder, "optimizer": rest}
+
+
+def from_items(items: dict) -> TrainState:
+    """The inverse of `to_items`."""
+    rest = dict(items["optimizer"])
+    step, opt_state = rest.pop("step"), rest.pop("opt_state")
+    return TrainState(step, items["params"] | rest, opt_state)
+
+
+def init_state(config: StepConfig, optimizer, seed: int) -> TrainState:
+    params = init_params(config.model, jax.random.key(seed)) | loss_params(config.loss)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+def loss_params(loss: LossConfig) -> dict:
+    """Parameters of the loss, beside the encoder's."""
+    return {"log_scale": initial_log_scale(loss)} if loss.learn_temperature else {}
+
+
+def abstract_state(config: StepConfig, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0))
-    return with_shardings(shapes, rules_for(model), mesh)
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer, 0))
+    return with_shardings(shapes, rules_for(config.model), mesh)
 
 
-def create_state(model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
+def create_state(config: StepConfig, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
     """A fresh state, initialised in its final sharding; the same numbers on any mesh."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=placed)()
+        return jax.jit(lambda: init_state(config, optimizer, seed), out_shardings=placed)()
 
 
 def state_from_params(
-    model: EncoderConfig, optimizer, mesh: jax.sharding.Mesh, params: dict
+    config: StepConfig, optimizer, mesh: jax.sharding.Mesh, params: dict
 ) -> TrainState:
-    """A state at step 0 around given parameters, which are in their shardings."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, mesh))
+    """A state at step 0 around given encoder parameters, which are in their shardings."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    params = params | jax.device_put(loss_params(config.loss), replicated(mesh))
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, opt_state)
@@ -134,10 +217,10 @@ def state_from_params(
 
 def jit_train_step(config: StepConfig, optimizer, mesh: jax.sharding.Mesh):
     """The compiled form: `step(state, batch) -> (state, metrics)`; `state` is donated."""
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config.model, optimizer, mesh))
+    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
     step = jax.jit(
         functools.partial(train_step, config, optimizer),
-        in_shardings=(state, batch_sharding(mesh)),
+        in_shardings=(state, batch_shardings(mesh)),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )

@@ -22,7 +22,8 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import MODEL_CARD
 from moe_embed_jax.training.run_config import RunConfig
 
-# A run may move to another mesh, folder or rhythm of reports; everything else changes its numbers.
+# A run may move to another mesh, folder, chunk size or rhythm of reports; everything else changes
+# its numbers.
 FREE_KEYS = (
     "mesh",
     "log_every",
@@ -31,7 +32,7 @@ FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-FREE_DATA_KEYS = ("dir", "wheels_dir")
+FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows")
 
 
 def _identity(card: dict) -> dict:
