@@ -1,11 +1,15 @@
-"""Memory and time of the contrastive loss: all logits in one array, or streamed.
+"""Memory and time of the contrastive loss, all logits in one array or streamed; memory of the step.
 
     python benchmarks/loss_memory.py [--devices=8] [--width=768] [--batches=1024,16384,131072]
-        [--time_batches=256,2048] [--output=FILE.json]
+        [--time_batches=256,2048] [--step_batches=256,1024] [--output=FILE.json]
 
 Memory: loss and gradient are compiled, not run, for each batch size on fake CPU devices; what is
 compared are the temporaries per device in XLA's memory analysis. `ratio` in the JSON is dense over
 streamed at the largest batch. Time: both run on one of the devices, in turns; medians.
+
+The step: the whole training step of a 12-layer MoE encoder of that width (heads of 64, experts of 4
+widths), compiled for one device and a batch of `--step_batches` pairs, in one piece and in chunks
+of --chunk_rows rows of 256 tokens. Rows are as many as the batch needs when a pair has 128 tokens.
 
 "dense" is the least that a loss with its logits in memory needs: normalise, multiply, log-softmax,
 sharded by rows, differentiated by JAX, no duplicates masked. "streamed" is
@@ -20,6 +24,9 @@ import statistics
 import sys
 import time
 
+ROW_LENGTH, PAIR_TOKENS = 256, 128
+VOCABULARY = 16_384
+
 
 def parse(arguments):
     parser = argparse.ArgumentParser(
@@ -33,11 +40,19 @@ def parse(arguments):
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--batches", type=sizes, default="1024,4096,16384,65536,131072")
     parser.add_argument("--time_batches", type=sizes, default="256,512,1024,2048,4096")
+    parser.add_argument("--step_batches", type=sizes, default="128,512,2048,8192")
+    parser.add_argument("--chunk_rows", type=int, default=32)
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args(arguments)
     uneven = [batch for batch in options.batches if batch % options.devices]
     if uneven:
         parser.error(f"--batches: {uneven[0]} is not divisible by --devices={options.devices}")
+    per_chunk = options.chunk_rows * ROW_LENGTH // PAIR_TOKENS
+    uneven = [batch for batch in options.step_batches if batch % per_chunk]
+    if uneven:
+        parser.error(
+            f"--step_batches: {uneven[0]} is not divisible by {per_chunk}, a chunk's pairs"
+        )
     return options
 
 
@@ -79,6 +94,15 @@ def main(arguments) -> None:
         "time in its backward pass: four matmuls instead of three. Below, what it adds is the\n"
         "comparison of contents."
     )
+    step = []
+    print(f"\ntemporaries of the training step, in chunks of {options.chunk_rows} rows\n")
+    print(f"{'pairs':>9} {'whole MB':>10} {'chunked MB':>12} {'ratio':>7}")
+    for batch in options.step_batches:
+        rows_needed = batch * PAIR_TOKENS // ROW_LENGTH
+        whole = step_bytes(options.width, batch, rows_needed, single)
+        chunked = step_bytes(options.width, batch, options.chunk_rows, single)
+        step.append({"batch": batch, "whole_bytes": whole, "chunked_bytes": chunked})
+        print(f"{batch:9,} {whole / 1e6:10,.0f} {chunked / 1e6:12,.0f} {whole / chunked:7.1f}")
     summary = {
         "ratio": rows[-1]["dense_bytes"] / rows[-1]["streamed_bytes"],
         "compares": f"temporary bytes per device of loss and gradient, dense / streamed, for "
@@ -88,6 +112,10 @@ def main(arguments) -> None:
         f"{times[-1]['batch']} pairs on one CPU device",
         "memory": rows,
         "time": times,
+        "step_ratio": step[-1]["whole_bytes"] / step[-1]["chunked_bytes"],
+        "step_compares": f"temporary bytes of the training step, in one piece / in chunks, for "
+        f"{step[-1]['batch']} pairs of width {options.width} on one device",
+        "step": step,
         "jax": jax.__version__,
     }
     print(f"\n{summary['compares']}: {summary['ratio']:.1f}")
@@ -131,6 +159,33 @@ def compile_loss(name: str, batch: int, width: int, mesh):
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=outputs)
         return gradient.lower(*arguments).compile()
+
+
+def step_bytes(width: int, batch: int, rows: int, mesh) -> int:
+    """Temporaries of the compiled step that encodes `rows` rows at a time."""
+    import jax
+
+    from moe_embed_jax.models.encoder import EncoderConfig
+    from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from moe_embed_jax.training.step import (
+        LossConfig,
+        StepConfig,
+        abstract_batch,
+        abstract_state,
+        jit_train_step,
+    )
+
+    model = EncoderConfig(
+        vocab_size=VOCABULARY, width=width, num_heads=width // 64, ffn_width=4 * width
+    )
+    config = StepConfig(model, LossConfig(), slots=16)
+    optimizer = make_optimizer(OptimizerConfig(), steps=10_000)
+    chunks = batch * PAIR_TOKENS // ROW_LENGTH // rows
+    shapes = abstract_batch(mesh, batch, chunks, rows, ROW_LENGTH)
+    step = jit_train_step(config, optimizer, mesh).jitted
+    with jax.set_mesh(mesh):
+        compiled = step.lower(abstract_state(config, optimizer, mesh), shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def measure(batch: int, width: int, mesh, rounds: int = 9) -> dict[str, float]:

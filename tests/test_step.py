@@ -14,8 +14,8 @@ from moe_embed_jax.training.step import (
     Batch,
     LossConfig,
     StepConfig,
+    abstract_batch,
     abstract_state,
-    batch_shardings,
     create_state,
     from_items,
     jit_train_step,
@@ -150,23 +150,6 @@ def test_memory_is_flat_in_the_batch_at_a_fixed_chunk(optimizer):
     growth = (temporaries[16] - temporaries[4]) / (12 * 256 * 64 * 4)  # in vectors per text
     assert growth < 16, f"{growth:.1f} vectors of a text, {temporaries}"
     assert temporaries[16] < 2 * temporaries[2], temporaries
-
-
-def abstract_batch(mesh, pairs, chunks, rows, row_length) -> Batch:
-    placed = batch_shardings(mesh)
-    shapes = dict.fromkeys(
-        ("token_CRL", "text_index_CRL", "position_CRL"), (chunks, rows, row_length)
-    )
-    shapes |= {"query_slot_B": (pairs,), "document_slot_BM": (pairs, 1)}
-    shapes |= {"query_id_B2": (pairs, 2), "document_id_BM2": (pairs, 1, 2), "valid_BM": (pairs, 1)}
-    return Batch(
-        **{
-            name: jax.ShapeDtypeStruct(
-                shape, bool if name == "valid_BM" else np.int32, sharding=getattr(placed, name)
-            )
-            for name, shape in shapes.items()
-        }
-    )
 
 
 def test_the_learned_temperature_moves_and_stays_in_its_bounds(optimizer):

@@ -64,6 +64,28 @@ def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
     )
 
 
+def abstract_batch(
+    mesh: jax.sharding.Mesh, pairs: int, chunks: int, rows: int, row_length: int, negatives: int = 0
+) -> Batch:
+    """A batch of ShapeDtypeStructs: `pairs` (B) and `rows` (R, of a chunk) over all devices,
+    `negatives` (N) hard negatives a pair."""
+    placed = batch_shardings(mesh)
+    documents = 1 + negatives
+
+    def array(name, dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(placed, name))
+
+    tokens = ("token_CRL", "text_index_CRL", "position_CRL")
+    return Batch(
+        **{name: array(name, jnp.int32, chunks, rows, row_length) for name in tokens},
+        query_slot_B=array("query_slot_B", jnp.int32, pairs),
+        document_slot_BM=array("document_slot_BM", jnp.int32, pairs, documents),
+        query_id_B2=array("query_id_B2", jnp.int32, pairs, 2),
+        document_id_BM2=array("document_id_BM2", jnp.int32, pairs, documents, 2),
+        valid_BM=array("valid_BM", bool, pairs, documents),
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
