@@ -7,7 +7,9 @@ order, in float32, with InfoNCE at temperature 0.02 over the batch, AdamW and a 
 
 * ours: the training step, several texts packed into each row.
 * ours, padded: the same step with the fixed shapes of the paper's code, [B, query_length] and
-  [B, document_length]: documents one to a row, queries side by side in slots of query_length.
+  [B, document_length]: documents one to a row, queries side by side in slots of query_length. Its
+  rows go through the encoder in chunks (--padded_chunk_rows), which costs a second forward pass:
+  128 padded pairs at once need 26 GB.
 * sentence-transformers: its own SentenceTransformerTrainer on the exported folder with
   CachedMultipleNegativesRankingLoss (GradCache). It computes no load-balancing loss, which ours
   does. The mini-batch size is the fastest of --mini_batch_sizes on the first batch.
@@ -24,6 +26,7 @@ Needs `pip install -e .[pytorch,benchmark]`.
 import argparse
 import concurrent.futures
 import itertools
+import math
 import statistics
 import time
 
@@ -119,7 +122,7 @@ def needed_bucket(batches, step: int) -> int:
 
 
 def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
-    from moe_embed_jax.data.batches import Batches
+    from moe_embed_jax.data.batches import Batches, in_chunks
     from moe_embed_jax.data.packing import Packing
 
     query_length, row_length = sizes["query_length"], sizes["document_length"]
@@ -130,7 +133,8 @@ def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.buckets = (self._packings(0)[1][0].rows,)
+            rows = in_chunks(self._packings(0)[1][0].rows, self.chunk_rows)
+            self.buckets = (math.prod(rows),)
 
         def _packings(self, step: int):
             pairs = np.arange(self.pairs_per_device)
@@ -145,8 +149,9 @@ def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
             return self.schedule.rows(step), [packing]
 
     if padded:
-        return PaddedBatches(store, schedule, mesh, row_length, per_row, pad_id)
-    return Batches(store, schedule, mesh, row_length, sizes["slots"], pad_id)
+        chunk_rows = sizes["padded_chunk_rows"]
+        return PaddedBatches(store, schedule, mesh, row_length, per_row, pad_id, chunk_rows)
+    return Batches(store, schedule, mesh, row_length, sizes["slots"], pad_id, sizes["chunk_rows"])
 
 
 def prefetched(function, arguments, ahead: int = 2):
@@ -303,6 +308,8 @@ def settings(arguments) -> tuple[dict, dict]:
         query_length=arguments.query_length,
         document_length=arguments.document_length,
         slots=arguments.texts_per_row,
+        chunk_rows=arguments.chunk_rows,
+        padded_chunk_rows=arguments.padded_chunk_rows,
         mini_batch_sizes=[int(n) for n in arguments.mini_batch_sizes.split(",")],
         prefixes=(QUERY_PREFIX, DOCUMENT_PREFIX),
     )
@@ -331,7 +338,9 @@ def main():
     contestants.add_flags(flags)
     flags.add_argument("--batch_size", type=int, default=128, help="pairs a step")
     flags.add_argument("--steps", type=int, default=2, help="in each turn")
-    flags.add_argument("--texts_per_row", type=int, default=16, help="most texts in a packed row")
+    flags.add_argument("--texts_per_row", type=int, default=32, help="most texts in a packed row")
+    flags.add_argument("--chunk_rows", type=int, default=0, help="of ours; 0: the batch at once")
+    flags.add_argument("--padded_chunk_rows", type=int, default=48, help="of ours, padded")
     flags.add_argument("--mini_batch_sizes", default="16,32,64", help="tried for GradCache")
     flags.add_argument("--remat", action="store_true", help="ours recomputes activations")
     flags.add_argument(

@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.document_length = 256
     config.data.language_exponent = 1.0  # every pair equally often
     config.data.row_length = 256
-    config.data.texts_per_row = 16
+    config.data.texts_per_row = 32
     config.data.chunk_rows = 128  # rows a device encodes at a time (code: no GradCache in this run)
 
     config.optimizer = ConfigDict()

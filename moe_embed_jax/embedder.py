@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.data.calls import SLOTS, Call, call_rows, plan_calls
+from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, load_model
@@ -15,8 +16,6 @@ from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.shapes import PADDING
 
-TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
-SLOTS = 32  # most texts that share a row
 PAD_ID = 1  # what fills empty slots; nothing reads it
 
 
@@ -78,7 +77,7 @@ class Embedder:
           prompt: a name in `prompts` ("query", "document", ...), None (no prefix), or a prefix
             itself, which has a colon or a space ("query: ").
           dim: keep the first `dim` features, then normalise again (Matryoshka).
-          batch_size: texts per device call at most; None lets the token budget decide.
+          batch_size: most texts in a device call; None: the token budget decides.
         """
         width = self._width(dim)
         sequences = self.tokenize(texts, prompt)
@@ -153,13 +152,14 @@ class Embedder:
         result = np.zeros((batch, length, self.width), np.float32)
         # A few shapes only: lengths in powers of two, rows by the token budget.
         padded = max(16, 1 << (length - 1).bit_length()) if length else 16
-        rows = _round_rows(batch, padded, self.mesh.size)
-        position_RL = np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded))
+        position_L = np.arange(padded, dtype=np.int32)
         if self.model.max_positions:
-            position_RL = np.minimum(position_RL, self.model.max_positions - 1)
-        for begin in range(0, batch, rows):
+            position_L = np.minimum(position_L, self.model.max_positions - 1)
+        begin = 0
+        for rows in call_rows(batch, padded, self.mesh.size):
             part = slice(begin, min(begin + rows, batch))
-            count = part.stop - part.start
+            count, begin = part.stop - part.start, part.stop
+            position_RL = np.broadcast_to(position_L, (rows, padded))
             token_RL = np.full((rows, padded), PAD_ID, np.int32)
             text_index_RL = np.full((rows, padded), PADDING, np.int32)
             token_RL[:count, :length] = np.where(mask_BL[part], ids_BL[part], PAD_ID)
@@ -212,20 +212,18 @@ class Embedder:
             leave=False,
         )
 
-        def collect(members, slot, pooled_RSD):
-            pooled[members] = np.asarray(pooled_RSD).reshape(-1, self.width)[slot]
-            bar.update(len(members))
+        def collect(call, pooled_RSD):
+            slot = call.packing.slot(SLOTS)
+            pooled[call.members] = np.asarray(pooled_RSD).reshape(-1, self.width)[slot]
+            bar.update(len(call.members))
 
         pending = None
-        for members, row_length in _calls(lengths, batch_size, self.mesh.size):
-            own_positions = None if positions is None else [positions[i] for i in members]
-            own_sequences = [sequences[i] for i in members]
-            slot, (pooled_RSD, _) = self._run(own_sequences, row_length, own_positions)
-            call = (members, slot, pooled_RSD)
+        for call in plan_calls(lengths, self.mesh.size, batch_size):
+            pooled_RSD, _ = self._run(call, sequences, positions)
             # Fetch one call behind, so that packing overlaps with the device.
             if pending is not None:
                 collect(*pending)
-            pending = call
+            pending = call, pooled_RSD
         if pending is not None:
             collect(*pending)
         bar.close()
@@ -238,17 +236,17 @@ class Embedder:
         sequences = self.tokenize(texts, prompt)
         lengths = np.array([len(s) for s in sequences], np.int64)
         assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
-        for members, row_length in _calls(lengths, None, self.mesh.size):
-            _, (_, statistics) = self._run([sequences[i] for i in members], row_length)
+        for call in plan_calls(lengths, self.mesh.size):
+            _, statistics = self._run(call, sequences)
             assigned_ME += np.asarray(statistics.assignments_E)
         return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
 
-    def _run(self, sequences, row_length: int, positions=None):
-        """One packed device call: slot of each text, (pooled_RSD, routing statistics)."""
-        packing = pack([len(s) for s in sequences], row_length, SLOTS)
-        rows = _round_rows(packing.rows, row_length, self.mesh.size)
-        arrays = fill_rows(packing, sequences, rows, row_length, PAD_ID, positions)
-        return packing.slot(SLOTS), self._call(_pool_rows, *arrays)
+    def _run(self, call: Call, sequences, positions=None):
+        """(pooled_RSD, routing statistics) of one device call."""
+        sequences = [sequences[i] for i in call.members]
+        positions = None if positions is None else [positions[i] for i in call.members]
+        arrays = fill_rows(call.packing, sequences, call.rows, call.row_length, PAD_ID, positions)
+        return self._call(_pool_rows, *arrays)
 
     def _call(self, function, *arrays):
         arrays = [jax.device_put(array, batch_sharding(self.mesh)) for array in arrays]
@@ -269,38 +267,3 @@ def _pool_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_R
 @functools.partial(jax.jit, static_argnums=0)
 def _encode_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_RL):
     return encode_tokens(model, params, token_RL, text_index_RL, position_RL)[0]
-
-
-def _row_length(length: int) -> int:
-    """64, 128, 256, ...: twice the text at least, so that rows fill well, but no more, because
-    attention costs what the row is long."""
-    return max(64, 1 << (2 * length - 1).bit_length())
-
-
-def _round_rows(rows: int, row_length: int, devices: int) -> int:
-    """The full call for big inputs, else 1, 8, 64, ... rows a device: few shapes, because a
-    compilation costs more than many half-empty calls."""
-    full = max(TOKENS_PER_CALL // row_length, 1) * devices
-    size = devices
-    while size < rows and size < full:
-        size *= 8
-    return max(min(size, full), rows)
-
-
-def _calls(lengths, batch_size: int | None, devices: int):
-    """Splits texts, shortest first, into calls of at most the token budget (and `batch_size`)."""
-    order = np.argsort(lengths, kind="stable")
-    begin = int((lengths == 0).sum())  # empty sequences need no device
-    while begin < order.size:
-        budget = TOKENS_PER_CALL * devices
-        end, used = begin, 0
-        row_length = _row_length(int(lengths[order[begin]]))
-        while end < order.size and (batch_size is None or end - begin < batch_size):
-            length = int(lengths[order[end]])
-            used += length
-            # 0.9: packing leaves gaps; the rows of a call must stay within the full shape.
-            if end > begin and (_row_length(length) != row_length or used > 0.9 * budget):
-                break
-            end += 1
-        yield order[begin:end], row_length
-        begin = end

@@ -78,6 +78,8 @@ def test_buckets_are_few_sorted_and_cover_everything():
     assert buckets[-1] == 512
     slots = sum(next(b for b in buckets if b >= n) for n in needed)
     assert needed.sum() / slots > 0.9
+    every_step = choose_buckets(needed)
+    assert len(every_step) <= MAX_BUCKETS and every_step[-1] == needed.max()
     # A threshold that would save next to nothing is not worth a compilation.
     assert len(choose_buckets([100, 101, 100, 101], most_rows=512)) == 2
 
@@ -89,15 +91,17 @@ def test_what_the_mesh_cannot_do_is_refused(store):
 
 @pytest.mark.parametrize("chunk_rows", [0, 8, 32])
 @pytest.mark.parametrize("pairs", [128, 1024])
-def test_rows_are_well_filled(pairs, chunk_rows):
-    """Queries of 3 to 32 and documents of 20 to 256 tokens: at least 0.9 of the slots are real."""
+@pytest.mark.parametrize("known", [24, 48])
+def test_rows_are_well_filled(pairs, chunk_rows, known):
+    """Queries of 3 to 32 and documents of 20 to 256 tokens: at least 0.9 of the slots are real,
+    whether all 48 steps could be packed to choose the buckets, or half of them."""
     rng = np.random.default_rng(0)
     needed, tokens = [], 0
     for _ in range(48):
         lengths = np.concatenate([rng.integers(3, 33, pairs), rng.integers(20, 257, pairs)])
         needed.append(pack(lengths, 256, 16).rows)
         tokens += lengths.sum()
-    buckets = choose_buckets(needed[:24], 2 * pairs, chunk_rows)  # the rest was not sampled
+    buckets = choose_buckets(needed[:known], 2 * pairs if known < 48 else None, chunk_rows)
     assert len(buckets) <= MAX_BUCKETS
     used = [next(b for b in buckets if b >= rows) for rows in needed]
     assert all(math.prod(in_chunks(rows, chunk_rows)) == rows for rows in used)

@@ -14,7 +14,8 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, local_device_positions, rows_sharding
 
 MAX_BUCKETS = 4  # row counts, hence compilations, per run
-SAMPLED_STEPS = 64  # to choose the buckets from
+SAMPLED_TEXTS = 500_000  # packed once at the start, at least, to choose the buckets from
+SAMPLED_STEPS = 64  # at least
 PREFETCH = 2  # batches prepared ahead of the device
 
 
@@ -35,24 +36,24 @@ def in_chunks(rows: int, chunk_rows: int) -> tuple[int, int]:
     return chunks, -(-rows // chunks)
 
 
-def choose_buckets(rows_needed, most_rows: int, chunk_rows: int = 0) -> tuple[int, ...]:
-    """At most `MAX_BUCKETS` row counts that waste least on a sample of steps.
+def choose_buckets(
+    rows_needed, most_rows: int | None = None, chunk_rows: int = 0
+) -> tuple[int, ...]:
+    """At most `MAX_BUCKETS` row counts that waste least on these steps.
 
     Args:
-      rows_needed: rows per device of the sampled steps.
-      most_rows: one text per row; the last bucket, so that every step fits one.
+      rows_needed: rows per device of every step of the run, or of a sample of them.
+      most_rows: for a sample, the last bucket (one text per row), so that every step fits one; the
+        one before it gets 3 % of head room for steps that were not sampled.
       chunk_rows: buckets are whole numbers of equal chunks, see `in_chunks`.
 
-    The exact optimum over thresholds taken from the sample, by dynamic programming; each threshold
-    gets 3 % of head room for steps that were not sampled. A threshold more is a compilation more,
-    so it has to save 2 % of all slots.
+    The exact optimum over thresholds taken from `rows_needed`, by dynamic programming. A threshold
+    more is a compilation more, so it has to save 2 % of all slots.
     """
-    needed = np.minimum(np.ceil(np.asarray(rows_needed) * 1.03), most_rows).astype(int)
-    needed = np.array([math.prod(in_chunks(rows, chunk_rows)) for rows in needed.tolist()])
-    most_rows = math.prod(in_chunks(most_rows, chunk_rows))
+    needed = np.array([math.prod(in_chunks(int(rows), chunk_rows)) for rows in rows_needed])
     values, counts = np.unique(needed, return_counts=True)
     best = {(0, 0): (0, ())}  # (values covered, thresholds used) -> (slots wasted, thresholds)
-    for used in range(1, MAX_BUCKETS):
+    for used in range(1, MAX_BUCKETS + (most_rows is None)):
         for end in range(1, values.size + 1):
             options = []
             for begin in range(end):
@@ -68,7 +69,11 @@ def choose_buckets(rows_needed, most_rows: int, chunk_rows: int = 0) -> tuple[in
         for (end, used), (waste, thresholds) in best.items()
         if end == values.size
     )
-    return tuple(sorted({*thresholds, most_rows}))
+    if most_rows is None:
+        return thresholds
+    last = min(math.ceil(1.03 * thresholds[-1]), most_rows)
+    ends = {math.prod(in_chunks(rows, chunk_rows)) for rows in (last, most_rows)}
+    return tuple(sorted({*thresholds[:-1], *ends}))
 
 
 class Batches:
@@ -109,10 +114,12 @@ class Batches:
         self.pad_id = pad_id
         self.chunk_rows = chunk_rows
         self.pairs_per_device = schedule.batch_size // mesh.size
-        sample = np.unique(np.linspace(0, schedule.steps - 1, SAMPLED_STEPS).astype(int)).tolist()
+        affordable = max(SAMPLED_STEPS, SAMPLED_TEXTS // (2 * schedule.batch_size))
+        sample = np.linspace(0, schedule.steps - 1, min(affordable, schedule.steps))
+        sample = np.unique(sample.astype(int)).tolist()
         self.buckets = choose_buckets(
             [max(packing.rows for packing in self._packings(step)[1]) for step in sample],
-            2 * self.pairs_per_device,
+            None if len(sample) == schedule.steps else 2 * self.pairs_per_device,
             chunk_rows,
         )
         # A shape is a compilation; nobody waits for a fifth one by surprise.

@@ -21,6 +21,46 @@ class Packing:
         return (self.row * slots + self.index).astype(np.int32)
 
 
+class Rows:
+    """Rows of L slots for at most S texts each, filled one text at a time: best fit."""
+
+    def __init__(self, row_length: int, slots: int):
+        self.row_length = row_length
+        self.slots = slots
+        self._with_room = [[] for _ in range(row_length + 1)]  # free tokens -> rows, as stacks
+        self._frees = 0  # bit f: there is a row with f free tokens
+        self._texts = []  # of each row
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def open(self, rows: int = 1) -> None:
+        """Adds empty rows."""
+        for row in range(len(self), len(self) + rows):
+            self._add(row, self.row_length)
+        self._texts += [0] * rows
+
+    def _add(self, row: int, free: int) -> None:
+        self._with_room[free].append(row)
+        self._frees |= 1 << free
+
+    def place(self, length: int) -> tuple[int, int, int] | None:
+        """(row, index, start) in the fullest row that still takes the text; None: no row does."""
+        enough = self._frees >> length
+        if not enough:
+            return None
+        free = length + (enough & -enough).bit_length() - 1  # the lowest bit
+        rows = self._with_room[free]
+        row = rows.pop()
+        if not rows:
+            self._frees ^= 1 << free
+        index = self._texts[row]
+        self._texts[row] += 1
+        if index + 1 < self.slots and free > length:
+            self._add(row, free - length)
+        return row, index, self.row_length - free
+
+
 def pack(lengths, row_length: int, slots: int) -> Packing:
     """Best-fit decreasing: each text, longest first, goes to the fullest row that still takes it.
 
@@ -36,24 +76,15 @@ def pack(lengths, row_length: int, slots: int) -> Packing:
         raise ValueError(
             f"text {bad} has {lengths[bad]} tokens: a row takes 1 to {row_length} (row_length)"
         )
-    row = np.zeros(lengths.size, np.int32)
-    index = np.zeros(lengths.size, np.int32)
-    start = np.zeros(lengths.size, np.int32)
-    rows_with_room = [[] for _ in range(row_length + 1)]  # free tokens -> rows, used as stacks
-    texts_in_row: list[int] = []
+    rows = Rows(row_length, slots)
+    places = np.zeros((lengths.size, 3), np.int32)
     for text in np.argsort(-lengths, kind="stable").tolist():
-        need = int(lengths[text])
-        free = next((f for f in range(need, row_length + 1) if rows_with_room[f]), None)
-        if free is None:
-            free, chosen = row_length, len(texts_in_row)
-            texts_in_row.append(0)
-        else:
-            chosen = rows_with_room[free].pop()
-        row[text], index[text], start[text] = chosen, texts_in_row[chosen], row_length - free
-        texts_in_row[chosen] += 1
-        if texts_in_row[chosen] < slots and free > need:
-            rows_with_room[free - need].append(chosen)
-    return Packing(row, index, start, len(texts_in_row))
+        place = rows.place(int(lengths[text]))
+        if place is None:
+            rows.open()
+            place = rows.place(int(lengths[text]))
+        places[text] = place
+    return Packing(*places.T, len(rows))
 
 
 def fill_rows(packing: Packing, sequences, rows: int, row_length: int, pad_id: int, positions=None):

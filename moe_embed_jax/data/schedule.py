@@ -118,16 +118,14 @@ class Schedule:
         group_index = int(self._group_of_step[step])
         group = self.groups[group_index]
         first = int(self._use_of_step[step]) * self.batch_size
-        rows = np.empty(self.batch_size, np.int64)
-        for i in range(self.batch_size):
-            epoch, position = divmod(first + i, group.rows)
-            rows[i] = group.start + index_shuffle(
-                position,
-                max_index=group.rows - 1,
-                seed=self._permutation_seed(group_index, epoch),
-                rounds=4,
-            )
-        return rows
+        rows = []
+        while len(rows) < self.batch_size:
+            epoch, position = divmod(first + len(rows), group.rows)
+            seed = self._permutation_seed(group_index, epoch)
+            end = min(group.rows, position + self.batch_size - len(rows))
+            for i in range(position, end):
+                rows.append(index_shuffle(i, max_index=group.rows - 1, seed=seed, rounds=4))
+        return group.start + np.array(rows, np.int64)
 
     def _permutation_seed(self, group_index: int, epoch: int) -> int:
         """32-bit seed, different for every (run seed, group, epoch)."""

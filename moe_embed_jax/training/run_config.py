@@ -36,7 +36,7 @@ class DataConfig:
     rates: dict[str, float] | None = None
     language_exponent: float = 1.0  # languages of a task are drawn ~ rows**exponent
     row_length: int = 256  # token slots per packed row, at least the longest text
-    texts_per_row: int = 16  # most texts that share a row
+    texts_per_row: int = 32  # most texts that share a row
     # Rows that a device encodes at a time (GradCache): memory for activations of one chunk only, at
     # the price of a second forward pass; the numbers are the same. 0: all rows at once.
     chunk_rows: int = 0

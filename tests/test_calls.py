@@ -1,0 +1,55 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_embed_jax.data.calls import SLOTS, TOKENS_PER_CALL, call_rows, plan_calls
+from moe_embed_jax.data.packing import fill_rows
+
+
+@given(
+    lengths=st.lists(st.integers(0, 700), max_size=150),
+    devices=st.sampled_from([1, 3, 8]),
+    batch_size=st.sampled_from([None, 1, 7]),
+)
+def test_every_text_is_in_one_call_and_fits(lengths, devices, batch_size):
+    sequences = [np.full(n, 100 + i) for i, n in enumerate(lengths)]
+    seen = []
+    for call in plan_calls(lengths, devices, batch_size):
+        assert call.rows % devices == 0
+        assert call.rows * call.row_length <= max(TOKENS_PER_CALL, call.row_length) * devices
+        assert batch_size is None or len(call.members) <= batch_size
+        own = [sequences[i] for i in call.members]
+        token_RL, text_index_RL, _ = fill_rows(call.packing, own, call.rows, call.row_length, 1)
+        assert text_index_RL.max() < SLOTS
+        for i, slot in zip(call.members, call.packing.slot(SLOTS), strict=True):
+            row, index = divmod(int(slot), SLOTS)
+            mine = token_RL[row, text_index_RL[row] == index]
+            np.testing.assert_array_equal(mine, sequences[i])
+        seen += call.members.tolist()
+    assert sorted(seen) == [i for i, n in enumerate(lengths) if n > 0]
+
+
+def test_little_is_left_empty_and_shapes_are_few():
+    rng = np.random.default_rng(0)
+    for count, least in ((160, 0.85), (1_000, 0.9), (5_000, 0.95)):
+        lengths = np.exp(rng.uniform(np.log(4), np.log(257), count)).astype(int)
+        calls = list(plan_calls(lengths, 1))
+        slots = sum(call.rows * call.row_length for call in calls)
+        assert lengths.sum() / slots > least, (count, lengths.sum() / slots)
+        assert len({(call.rows, call.row_length) for call in calls}) <= 6
+
+
+@given(st.integers(0, 3_000), st.sampled_from([64, 256, 4_096, 16_384]), st.sampled_from([1, 8]))
+def test_a_call_is_at_least_half_full(rows, row_length, devices):
+    sizes = call_rows(rows, row_length, devices)
+    assert sum(sizes) >= rows > sum(sizes[:-1]) or rows == sum(sizes) == 0
+    if rows:
+        spare = sum(sizes) - rows
+        assert spare < devices or 2 * spare <= sizes[-1]
+
+
+def test_many_texts_are_planned_in_parts():
+    lengths = np.full(70_000, 3)
+    calls = list(plan_calls(lengths, 1))
+    members = np.concatenate([call.members for call in calls])
+    assert np.unique(members).size == members.size == 70_000
