@@ -12,7 +12,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-BLOCK = 256  # rows; smaller wastes less on small batches but multiplies worse
+
+def block_rows(assignments: int, experts: int) -> int:
+    """Rows of a block: a quarter of an expert's share, so that its last, half-empty block costs
+    little, but 16 at least and 256 at most, where a CPU multiplies well."""
+    share = assignments // (4 * experts)
+    return min(max(16, 1 << max(share.bit_length() - 1, 0)), 256)
 
 
 def _layout(expert_TK, experts: int, block: int):
@@ -49,6 +54,7 @@ def _forward(
 ):
     experts, _, ffn = w_in_EDF.shape
     top_k = expert_TK.shape[1]
+    block = block or block_rows(expert_TK.size, experts)
     layout = _layout(expert_TK, experts, block)
     assignment_S, slot_A, first_block_E, blocks_E = layout
     slots = assignment_S.shape[0]
@@ -84,8 +90,9 @@ def _forward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=BLOCK):
-    """Same arguments and result as `reference.reference`; `block` rows are computed at a time."""
+def blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=None):
+    """Same arguments and result as `reference.reference`; `block` rows are computed at a time
+    (None: `block_rows`)."""
     args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
     return _forward(*args, activation, block, keep_hidden=False)[0]
 
@@ -101,6 +108,7 @@ def _blocked_bwd(activation, block, residuals, dy_TD):
     assignment_S, slot_A, first_block_E, blocks_E = layout
     top_k = expert_TK.shape[1]
     slots = assignment_S.shape[0]
+    block = block or block_rows(expert_TK.size, len(w_in_EDF))
     gate_A = gate_TK.reshape(-1).astype(x_TD.dtype)
 
     def one_expert(buffers, expert):
