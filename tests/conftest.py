@@ -5,13 +5,10 @@ import sys
 import zipfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
-# Most of the suite's time is compilation; without LLVM's optimisations it takes two thirds.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import pytest
 import synthetic_data
 
-QUICK_COMPILATION = os.environ["XLA_FLAGS"]
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
 
@@ -25,7 +22,7 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 def python_environment(devices: int, **environment) -> dict[str, str]:
     return {
         **os.environ,
-        "XLA_FLAGS": f"{QUICK_COMPILATION} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         **environment,
     }
