@@ -126,7 +126,9 @@ def write_beir(folder: pathlib.Path, pairs_: list[tuple[str, str]]) -> None:
 def config_text(data_dir: pathlib.Path, **top) -> str:
     """A config file for a tiny model on this data; `top` replaces top-level values."""
     values = dict(
-        seed=3,
+        # A token whose second and third expert tie to rounding may go either way on another mesh;
+        # that moved a loss by 2e-4 with seed 3, and by more with 4. None does in 24 steps of 5.
+        seed=5,
         batch_size=16,
         steps=12,
         log_every=3,

@@ -50,9 +50,13 @@ def whole_run(config, cache, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def losses(workdir) -> np.ndarray:
+def metric(workdir, name: str) -> np.ndarray:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["loss"] for line in lines])
+    return np.array([json.loads(line)[name] for line in lines])
+
+
+def losses(workdir) -> np.ndarray:
+    return metric(workdir, "loss")
 
 
 def assert_same_checkpoint(a, b, step=STEPS):
@@ -154,6 +158,8 @@ def test_eight_devices_equal_one(config, cache, whole_run, tmp_path, mesh, chunk
     assert bool(chunk_rows) == (f"encoded {chunk_rows} at a time" in result.stdout)
     one, eight = losses(whole_run), losses(tmp_path)
     assert len(one) >= 20
+    loads = [metric(path, "expert_load")[:20] for path in (whole_run, tmp_path)]
+    np.testing.assert_allclose(*loads, atol=1e-6, err_msg="a router tie, see config_text's seed")
     np.testing.assert_allclose(eight[:20], one[:20], atol=1e-5, rtol=0)
 
 
