@@ -89,6 +89,21 @@ def test_pip_downloads_by_the_users_configuration(wheels_dir, tmp_path, monkeypa
     assert [path.name for path in cache.iterdir()] == [damaged.name]
 
 
+def test_progress_survives_folders_that_pip_removes(tmp_path, monkeypatch):
+    (tmp_path / "pip-unpack-1").mkdir()
+    (tmp_path / "done.whl").write_bytes(b"12345")
+    scandir = os.scandir
+
+    def scan_what_has_just_been_removed(path):
+        if os.fspath(path).endswith("pip-unpack-1"):
+            (tmp_path / "pip-unpack-1").rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan_what_has_just_been_removed)
+    assert wheels._bytes_in(tmp_path) == 5
+    assert not (tmp_path / "pip-unpack-1").exists()
+
+
 def test_other_content_from_pip_is_refused(wheels_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels_dir))

