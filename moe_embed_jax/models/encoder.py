@@ -17,7 +17,7 @@ from moe_embed_jax.models.attention import Attention
 from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.objectives.balance import RoutingStatistics
-from moe_embed_jax.routing.exchange import BACKENDS
+from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,9 @@ class EncoderConfig:
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     dtype: str = "float32"  # of activations and matmuls; parameters stay float32
-    expert_backend: str = "blocked"
+    expert_backend: str = "auto"  # grouped on TPU, blocked elsewhere; or one of routing.BACKENDS
+    expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
+    capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
     remat: bool = False  # recompute a group's activations in the backward pass
 
     def __post_init__(self):
@@ -64,10 +66,14 @@ class EncoderConfig:
                 f"model.experts_per_token={self.experts_per_token} must be between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        if self.expert_backend not in BACKENDS:
-            raise UserError(
-                f"model.expert_backend={self.expert_backend!r}: choose from {sorted(BACKENDS)}"
-            )
+        for name, known in (
+            ("expert_backend", ["auto", *BACKENDS]),
+            ("expert_exchange", list(EXCHANGES)),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name}={getattr(self, name)!r}: choose from {known}")
+        if not self.capacity_factor > 0:
+            raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""

@@ -163,12 +163,14 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
 
 
 def _routing_metrics(statistics: RoutingStatistics) -> dict:
-    """Load of an expert: its share of the assignments over the share at balance (1 / E)."""
+    """Load of an expert: its share of the assignments over the share at balance (1 / E). `dropped`
+    is the share of assignments that were not computed."""
     assigned_ME = statistics.assignments_E
     share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
     load_ME = share_ME * assigned_ME.shape[-1]
     return {
         "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
+        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_ME),
         "expert_load": share_ME,
         "expert_load_max": jnp.max(load_ME),
         "expert_load_min": jnp.min(load_ME),
