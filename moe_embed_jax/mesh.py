@@ -68,7 +68,7 @@ def local_device_positions(mesh: jax.sharding.Mesh) -> list[int]:
 
 
 def platform() -> str:
-    """"cpu", "tpu", ...: of the mesh in context, else of this process's devices."""
+    """ "cpu", "tpu", ...: of the mesh in context, else of this process's devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 

@@ -44,7 +44,11 @@ def gradients(backend, case):
     function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))
     grads, (y, dropped) = function(x, gate, *weights)
     names = ("dx", "dgate", "dw_in", "dbias_in", "dw_out")
-    return {"y": y, "dropped": dropped, **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
+    return {
+        "y": y,
+        "dropped": dropped,
+        **{n: g for n, g in zip(names, grads, strict=True) if g is not None},
+    }
 
 
 CASES = {
@@ -128,7 +132,7 @@ def test_capacity_drops_what_overflows_and_counts_it(capacity_factor):
     assert np.unique(np.asarray(slot)[kept]).size == kept.sum()
     for e in range(4):  # first choices before second ones, earlier tokens before later ones
         order = [tuple(i) for i in np.argwhere((np.asarray(expert) == e).T)]
-        assert [tuple(i) for i in np.argwhere((np.asarray(expert).T == e) & kept.T)] == order[:cell]
+        assert [tuple(i) for i in np.argwhere((e == np.asarray(expert).T) & kept.T)] == order[:cell]
     function = functools.partial(capacity, capacity_factor=capacity_factor)
     actual = gradients(function, (x, expert, gate, *weights))
     expected = gradients(reference, (x, jnp.where(kept, expert, 4), gate, *weights))

@@ -68,7 +68,7 @@ def capacity(
 
     Equals the reference on the assignments that were kept.
     """
-    experts, width, ffn = w_in_EDF.shape
+    experts, width, _ = w_in_EDF.shape
     cell = cell_size(expert_TK.size, experts, capacity_factor)
     slot_TK, dropped = fill_cells(expert_TK, experts, cell)
     x_ECD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)

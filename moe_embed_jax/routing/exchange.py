@@ -1,8 +1,8 @@
 """How a layer's tokens meet its experts on a mesh.
 
-Tokens are sharded over all mesh axes. Without an `expert` axis every device holds all experts (the
-partitioner gathers the weights from wherever the sharding table keeps them) and routes its own
-tokens; no token moves. With one, experts stay on their shard, and tokens travel to them:
+Tokens are sharded over all mesh axes. Without an `expert` axis every device has all experts and
+routes its own tokens; no token moves. With one, experts stay on their shard, and tokens travel to
+them:
 
   ring        Every device's tokens travel round the `expert` axis, and every shard adds what its
               experts make of them. Dropless; one step's activations at a time. Each device sends
@@ -10,7 +10,7 @@ tokens; no token moves. With one, experts stay on their shard, and tokens travel
   all_to_all  Every assignment is sent to its shard alone, in cells of fixed size; what overflows a
               cell is dropped, and counted.
 
-Both sort by expert inside a device, hence the `shard_map`.
+All of this runs inside the encoder's `shard_map`: sorting by expert never leaves a device.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from moe_embed_jax.mesh import BATCH_SPEC, platform
+from moe_embed_jax.mesh import platform
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import (
     capacity,
@@ -65,39 +64,25 @@ class Experts:
 
 
 def apply_experts(
-    x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD, activation, how: Experts
+    x_RLD, expert_RLK, gate_RLK, w_in_eDF, bias_in_eF, w_out_eFD, activation, how: Experts
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted expert outputs y_RLD and the number of dropped assignments (float32 scalar).
 
-    `expert_RLK == E` marks tokens that are not routed (padding): they get zero. Needs a mesh in
-    context (`jax.set_mesh`) whose `expert` axis divides E.
+    Inside shard_map: everything is this device's own, the weights those of its e = E / shards
+    experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
     """
-    shards = jax.sharding.get_abstract_mesh().shape["expert"]
     backend = how.resolve()
-    if shards > 1:
+    if jax.lax.axis_size("expert") > 1:
         backend = functools.partial(EXCHANGES[how.exchange], backend, how.capacity_factor)
-
-    def local(x_RLD, expert_RLK, gate_RLK, *weights):
-        flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
-        y_TD, dropped = backend(*flat, *weights, activation)
-        return y_TD.reshape(x_RLD.shape), dropped[None]
-
-    weights_spec = P("expert") if shards > 1 else P()
-    # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
-    # sums the cotangents of replicated inputs over the mesh itself.
-    y_RLD, dropped = jax.shard_map(
-        local,
-        in_specs=(BATCH_SPEC,) * 3 + (weights_spec,) * 3,
-        out_specs=(BATCH_SPEC, BATCH_SPEC),
-        check_vma=False,
-    )(x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return y_RLD, dropped.sum()
+    flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
+    y_TD, dropped = backend(*flat, w_in_eDF, bias_in_eF, w_out_eFD, activation)
+    return y_TD.reshape(x_RLD.shape), dropped
 
 
 def ring(
     backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
 ):
-    """Inside shard_map; the weights are those of this shard's e = E / shards experts."""
+    """Tokens go to the experts, one shard after the other."""
     del capacity_factor
     shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
     first = jax.lax.axis_index("expert") * own
@@ -123,7 +108,7 @@ def ring(
 def all_to_all(
     backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
 ):
-    """Inside shard_map; the weights are those of this shard's e = E / shards experts."""
+    """Every assignment goes to its shard, and back."""
     shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
     cell = cell_size(expert_TK.size, shards, capacity_factor)
     slots = shards * cell
