@@ -14,8 +14,23 @@ from moe_embed_jax.planning.matmul import matmul_flops
 
 # Take no time of their own: names, or work that is counted elsewhere.
 FREE = frozenset(
-    "parameter constant get-tuple-element tuple bitcast reshape after-all partition-id replica-id "
-    "copy-done slice-done async-done async-update optimization-barrier add-dependency".split()
+    [
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "reshape",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "copy-done",
+        "slice-done",
+        "async-done",
+        "async-update",
+        "optimization-barrier",
+        "add-dependency",
+    ]
 )
 FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
 PREFETCHES = ("copy-start", "slice-start", "async-start", "dynamic-slice-start")
@@ -39,7 +54,8 @@ class Cost:
 
     matmul_flops: dots and convolutions. cycles: the compiler's estimates. unestimated: (opcode,
     bytes of HBM, FLOPs) of instructions that it gives none for. prefetches: bytes of asynchronous
-    copies between HBM and on-chip memory. unknown_loops: loops whose body is counted once.
+    copies between HBM and on-chip memory. unknown_loops: loops whose trip count only the data
+    decide.
     """
 
     matmul_flops: float = 0.0
@@ -69,15 +85,17 @@ class Cost:
         return self.matmul_flops + self.kernel_flops
 
 
-def module_cost(module: Module, mesh) -> Cost:
-    """`mesh`: over whose devices the program is partitioned (names the axes of collectives)."""
-    return _Walk(module, mesh).computation(module.entry, timed=True)
+def module_cost(module: Module, mesh, unknown_trips: int = 1) -> Cost:
+    """`mesh`: over whose devices the program is partitioned (names the axes of collectives).
+    `unknown_trips`: how often loops are taken to run whose bounds only the data decide."""
+    return _Walk(module, mesh, unknown_trips).computation(module.entry, timed=True)
 
 
 class _Walk:
-    def __init__(self, module: Module, mesh):
+    def __init__(self, module: Module, mesh, unknown_trips: int):
         self.module = module
         self.mesh = mesh
+        self.unknown_trips = unknown_trips
         self.known: dict[tuple, Cost] = {}
 
     def computation(self, name: str, timed: bool, communicates: str = "sync") -> Cost:
@@ -132,6 +150,8 @@ class _Walk:
         opcode = it.opcode
         if opcode in FREE or opcode.endswith("-done") or cost.collectives:
             return
+        if it.name.startswith("async-collective-"):  # its two ends: the collective has the time
+            return
         if opcode == "custom-call" and any(name in it.rest for name in FREE_CUSTOM_CALLS):
             return
         if opcode in PREFETCHES:
@@ -169,7 +189,8 @@ class _Walk:
     def loop(self, parent: Computation, it: Instruction, timed: bool) -> Cost:
         trips = trip_count(self.module, parent, it)
         cost = Cost()
-        cost.add(self.computation(it.called["body"][0], timed), 1 if trips is None else trips)
+        times = self.unknown_trips if trips is None else trips
+        cost.add(self.computation(it.called["body"][0], timed), times)
         if trips is None:
             cost.unknown_loops[_source(it)] += 1
         return cost

@@ -66,9 +66,7 @@ class Instruction:
     @functools.cached_property
     def called(self) -> dict[str, list[str]]:
         """{"body": [...], "calls": [...], ...}: computations that this one runs."""
-        return {
-            kind: re.findall(r"[\w.\-]+", names) for kind, names in _CALLED.findall(self.rest)
-        }
+        return {kind: re.findall(r"[\w.\-]+", names) for kind, names in _CALLED.findall(self.rest)}
 
     def attribute(self, name: str) -> str | None:
         """Text of `name={...}` or `name=word`, braces left out; None without it."""
