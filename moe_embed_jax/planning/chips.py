@@ -8,10 +8,11 @@ a little less than the 16, 32, 32 and 95 GB of the pages.
 
 Clock, in which the compiler's `estimated_cycles` count: peak / (2 x multipliers of all matrix
 units), 4 units of 128 x 128 per core (v4 and v5p: two cores work as one device). The v6e page
-speaks of two units of 256 x 256, but the compiler's estimates pass their FLOPs per cycle: with four
-the clock is 1.75 GHz. Cross-checks with libtpu 0.0.42: at these clocks the compiler's estimate of an
-8192-cubed bfloat16 matmul is 88 % (v5e), 90 % (v5p), 93 % (v4), 70 % (v6e) of peak and of a float32
-addition in HBM 81 %, 72 %, 77 %, 86 % of the bandwidth. None was measured on hardware.
+speaks of two units of 256 x 256, but the compiler's estimates pass their FLOPs per cycle; with
+four, the clock is 1.75 GHz. Cross-checks with libtpu 0.0.42: at these clocks the compiler's
+estimate of an 8192-cubed bfloat16 matmul comes to 88 % (v5e), 90 % (v5p), 93 % (v4) and 70 % (v6e)
+of peak, and that of a float32 addition in HBM to 81 %, 72 %, 77 % and 86 % of the bandwidth. No
+number here was measured on hardware.
 """
 
 import dataclasses
@@ -44,4 +45,5 @@ CHIPS = {
         Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 2, 1.75e9, 8, 16, "v6e:2x2"),
     )
 }
+DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 HOP_SECONDS = 1e-6  # latency of one step of a ring: Austin et al., "How to Scale Your Model" (2025)

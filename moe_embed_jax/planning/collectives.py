@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from moe_embed_jax.planning.chips import HOP_SECONDS, Chip
+from moe_embed_jax.planning.chips import CHIPS, DEVICE_KINDS, HOP_SECONDS, Chip
 from moe_embed_jax.planning.hlo import Computation, Instruction
 
 KINDS = (
@@ -92,7 +92,8 @@ def device_groups(text: str, devices: int) -> np.ndarray:
     if iota:
         return _iota(iota.group(2)).reshape(_integers(iota.group(1)))
     axes = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\](?:T\([\d,]+\))?)\))? \{([^}]*)\}",
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\](?:T\([\d,]+\))?)\))?"
+        r" \{([^}]*)\}",
         text,
     )
     if axes:
@@ -127,19 +128,14 @@ def spanned_axes(groups: np.ndarray, mesh) -> tuple[str, ...]:
 
 def _links(groups: np.ndarray, mesh) -> int:
     """One per torus dimension that the groups spread over, two where it is closed to a ring."""
-    from moe_embed_jax.planning.chips import CHIPS
-
     devices = mesh.devices.reshape(-1)
     if not hasattr(devices[0], "coords"):  # fake CPU devices: no torus
         return 1
-    chip = CHIPS.get(_KINDS.get(devices[0].device_kind))
+    chip = CHIPS[DEVICE_KINDS[devices[0].device_kind]]
     coords = np.array([d.coords for d in devices])
     sizes = coords.max(axis=0) + 1
     members = coords[groups]
     spread = (members != members[:, :1]).any(axis=(0, 1))
-    closed = [chip is not None and size % chip.wraps_at == 0 for size in sizes]
+    closed = [size % chip.wraps_at == 0 for size in sizes]
     links = sum(1 + is_ring for used, is_ring in zip(spread, closed, strict=True) if used)
     return max(links, 1)
-
-
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}

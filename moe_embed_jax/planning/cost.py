@@ -1,7 +1,7 @@
 """What a compiled program does per step and device, loops multiplied out.
 
-One walk over the call graph. Instructions of the entry, of loop bodies and of branches run one after
-the other and take time; those inside a fusion only add FLOPs to it.
+One walk over the call graph. Instructions of the entry, of loop bodies and of branches run one
+after the other and take time; those inside a fusion only add FLOPs to it.
 """
 
 import collections

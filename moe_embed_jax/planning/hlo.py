@@ -142,10 +142,8 @@ def _parse_instruction(line: str) -> Instruction | None:
     if not start:
         return None
     begin = start.end()
-    if line[begin] == "(":
-        end = _closing(line, begin) + 1
-    else:
-        end = line.index(" ", begin)
+    is_tuple = line[begin] == "("
+    end = _closing(line, begin) + 1 if is_tuple else line.index(" ", begin)
     bracket = line.index("(", end)
     close = _closing(line, bracket)
     return Instruction(

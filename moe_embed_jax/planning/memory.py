@@ -44,7 +44,7 @@ class OutOfMemory:
 
 
 def memory_of(compiled, arguments: dict[str, object]) -> Memory:
-    """`arguments`: kind -> tree of ShapeDtypeStructs with shardings, as the step was lowered for."""
+    """`arguments`: kind -> tree of ShapeDtypeStructs with shardings, as in the lowering."""
     stats = compiled.memory_analysis()
     by_kind = {
         kind: sum(map(bytes_per_device, jax.tree.leaves(t))) for kind, t in arguments.items()
@@ -83,15 +83,11 @@ def parse_exhausted(message: str) -> OutOfMemory | None:
         return None
     space = "vmem" if "vmem" in message.lower() and "HBM" not in message else "hbm"
     needed, available = _sizes(message)
-    largest = re.findall(
-        r"\d+\. Size: ([^\n]*)\n(?:[^\n]*Operator: ([^\n]*)\n)?[^\n]*Shape: ([^\n]*)", message
-    )
-    if not largest:
-        largest = re.findall(
-            r"Size: ([^\n]*)\n\s*(?:Operator: ([^\n]*)\n\s*)?Shape: ([^\n]*)", message
-        )
-    lines = tuple(" ".join(part for part in found if part).strip() for found in largest[:5])
-    return OutOfMemory(space, needed, available, lines, message.splitlines()[0])
+    lines = []
+    for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:6]:
+        fields = re.findall(r"(?:Size|Operator|Shape): ([^\n]*)", block)
+        lines.append("; ".join(field.strip() for field in fields[:3]))
+    return OutOfMemory(space, needed, available, tuple(lines), message.splitlines()[0])
 
 
 def _sizes(message: str) -> tuple[int | None, int | None]:
@@ -111,7 +107,7 @@ def _sizes(message: str) -> tuple[int | None, int | None]:
 
 
 def advice(config, space: str, dominant: str | None) -> list[str]:
-    """What could make it fit, most promising first; `dominant`: largest kind of memory, if known."""
+    """What could make it fit, most promising first; `dominant`: the largest kind of memory."""
     if space == "vmem":
         return [
             "a kernel's tiles are too large for on-chip memory: change model.width, "

@@ -91,9 +91,8 @@ def _print_exhausted(plan: Plan, console: Console) -> None:
     found = plan.exhausted
     console.print(f"the compiler ran out of {found.space.upper()}: {found.message}", markup=False)
     if found.needed:
-        console.print(
-            f"predicted need {found.needed / GIB:.2f} GiB of {found.available / GIB:.2f} GiB per chip"
-        )
+        needed, available = found.needed / GIB, found.available / GIB
+        console.print(f"predicted need {needed:.2f} GiB of {available:.2f} GiB per chip")
     for line in found.largest:
         console.print(f"  allocation  {line}", markup=False)
     for path, size in largest_arguments(plan.step.arguments):
