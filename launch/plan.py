@@ -1,0 +1,53 @@
+"""Predicts memory, time and cost of a run on a TPU topology, without a TPU.
+
+    python launch/plan.py --config=configs/pretrain.py --topology=v5e:4x4 --set mesh.fsdp=4
+    python launch/plan.py --config=configs/pretrain.py --topology=v5e:4x4 --search
+
+Compiles the very step of training (or --step=encode, --step=knn) with the TPU compiler, which needs
+no TPU (pip install -e .[plan]), and reports what it says: docs/planning.md. A step that does not
+fit is a result, with advice, and exits with 0 as any other; scripts read `fits` of --output.
+"""
+
+import os
+import sys
+
+from moe_embed_jax import launching
+
+
+def main():
+    flags = launching.parser(__doc__)
+    flags.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1")
+    flags.add_argument("--step", default="train", help="train, encode or knn")
+    flags.add_argument("--set", metavar="KEY=VALUE", help="as --config.KEY=VALUE; may be repeated")
+    flags.add_argument("--output", help="write the plan as JSON")
+    flags.add_argument("--picture", help="write memory and time as PNG")
+    flags.add_argument("--search", action="store_true", help="find the fastest setting that fits")
+    flags.add_argument("--cache", help="JSON file of finished candidates; resumes a search")
+    flags.add_argument("--mean_query_tokens", type=float, help="where no data are prepared")
+    flags.add_argument("--mean_document_tokens", type=float, help="where no data are prepared")
+    flags.add_argument("--documents", type=int, default=1_000_000, help="of the kNN step")
+    flags.add_argument("--neighbours", type=int, default=100, help="of the kNN step")
+
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
+    from moe_embed_jax.planning.run import run
+    from moe_embed_jax.planning.workload import PlannedRun
+
+    argv = launching_arguments(sys.argv[1:])
+    arguments, config = launching.parse_with_config(flags, PlannedRun, argv)
+    run(config, arguments)
+
+
+def launching_arguments(argv: list[str]) -> list[str]:
+    """`--set key=value` -> `--config.key=value`, which every launcher understands."""
+    result = []
+    rest = list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if flag == "--set" and rest:
+            flag = f"--set={rest.pop(0)}"
+        result.append(flag.replace("--set=", "--config.", 1) if flag.startswith("--set=") else flag)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run(main))

@@ -1,0 +1,49 @@
+"""What the TPU generations can do: the constants of every prediction.
+
+Sources. Peak FLOP/s, HBM bandwidth, inter-chip bandwidth and chips per host: the "System
+architecture" pages of Google Cloud (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Those give
+the inter-chip bandwidth of a chip in both directions over all its ports; a link one way is that
+over 2 x ports. HBM bytes: what the compiler says is available ("exceeds available HBM (15.75G)"),
+a little less than the 16, 32, 32 and 95 GB of the pages.
+
+Clock, in which the compiler's `estimated_cycles` count: peak / (2 x multipliers of all matrix
+units), 4 units of 128 x 128 per core (v4 and v5p: two cores work as one device). The v6e page
+speaks of two units of 256 x 256, but the compiler's estimates pass their FLOPs per cycle; with
+four, the clock is 1.75 GHz. Cross-checks with libtpu 0.0.42: at these clocks the compiler's
+estimate of an 8192-cubed bfloat16 matmul comes to 88 % (v5e), 90 % (v5p), 93 % (v4) and 70 % (v6e)
+of peak, and that of a float32 addition in HBM to 81 %, 72 %, 77 % and 86 % of the bandwidth. No
+number here was measured on hardware.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip = one device of the topology."""
+
+    name: str
+    peak_flops: float  # bfloat16 FLOP/s
+    hbm_bytes: int  # available to a program
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s of one inter-chip link, one way
+    torus_dims: int
+    clock_hz: float
+    chips_per_host: int  # of multi-host slices
+    wraps_at: int  # a torus dimension that is a multiple of it is closed to a ring
+    example: str  # a topology that exists
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1.05e9, 4, 4, "v4:2x2x1"),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 1.5e9, 8, 16, "v5e:4x4"),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1.75e9, 4, 4, "v5p:2x2x1"),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 2, 1.75e9, 8, 16, "v6e:2x2"),
+    )
+}
+DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+HOP_SECONDS = 1e-6  # latency of one step of a ring: Austin et al., "How to Scale Your Model" (2025)

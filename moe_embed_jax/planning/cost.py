@@ -1,0 +1,231 @@
+"""What a compiled program does per step and device, loops multiplied out.
+
+One walk over the call graph. Instructions of the entry, of loop bodies and of branches run one
+after the other and take time; those inside a fusion only add FLOPs to it.
+"""
+
+import collections
+import dataclasses
+
+from moe_embed_jax.planning import collectives
+from moe_embed_jax.planning.hlo import Computation, Instruction, Module, Shape
+from moe_embed_jax.planning.loops import trip_count
+from moe_embed_jax.planning.matmul import matmul_flops
+
+# Take no time of their own: names, or work that is counted elsewhere.
+FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "reshape",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "copy-done",
+        "slice-done",
+        "async-done",
+        "async-update",
+        "optimization-barrier",
+        "add-dependency",
+    ]
+)
+FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
+PREFETCHES = ("copy-start", "slice-start", "async-start", "dynamic-slice-start")
+# Touch what they move, not all of the array they move it out of or into.
+GATHERS = ("gather", "dynamic-slice", "slice")
+SCATTERS = ("scatter", "dynamic-update-slice")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel call, by its own cost estimate; None: it declares none."""
+
+    name: str
+    flops: float | None
+    bytes: float | None
+
+
+@dataclasses.dataclass
+class Cost:
+    """Totals; Counters hold how often each thing happens.
+
+    matmul_flops: dots and convolutions. cycles: the compiler's estimates. unestimated: (opcode,
+    bytes of HBM, FLOPs) of instructions that it gives none for. prefetches: bytes of asynchronous
+    copies between HBM and on-chip memory. unknown_loops: loops whose trip count only the data
+    decide.
+    """
+
+    matmul_flops: float = 0.0
+    cycles: float = 0.0
+    unestimated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    prefetches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unknown_loops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, collections.Counter):
+                for key, count in theirs.items():
+                    mine[key] += count * times
+            else:
+                setattr(self, field.name, mine + theirs * times)
+
+    @property
+    def kernel_flops(self) -> float:
+        return sum((kernel.flops or 0.0) * count for kernel, count in self.kernels.items())
+
+    @property
+    def flops(self) -> float:
+        """Matrix products and Pallas kernels; element-wise work is left out."""
+        return self.matmul_flops + self.kernel_flops
+
+
+def module_cost(module: Module, mesh, unknown_trips: int = 1) -> Cost:
+    """`mesh`: over whose devices the program is partitioned (names the axes of collectives).
+    `unknown_trips`: how often loops are taken to run whose bounds only the data decide."""
+    return _Walk(module, mesh, unknown_trips).computation(module.entry, timed=True)
+
+
+class _Walk:
+    def __init__(self, module: Module, mesh, unknown_trips: int):
+        self.module = module
+        self.mesh = mesh
+        self.unknown_trips = unknown_trips
+        self.known: dict[tuple, Cost] = {}
+
+    def computation(self, name: str, timed: bool, communicates: str = "sync") -> Cost:
+        """`communicates`: "sync" or "async" collectives, or "continued": counted elsewhere."""
+        key = (name, timed, communicates)
+        if key not in self.known:
+            total = Cost()
+            computation = self.module.computations[name]
+            for instruction in computation.instructions.values():
+                total.add(self.instruction(computation, instruction, timed, communicates))
+            self.known[key] = total
+        return self.known[key]
+
+    def instruction(self, parent: Computation, it: Instruction, timed, communicates) -> Cost:
+        opcode = it.opcode
+        if opcode == "while":
+            return self.loop(parent, it, timed)
+        if opcode == "conditional":
+            return self.branches(it, timed)
+        if opcode == "call":
+            return self.computation(it.called["to_apply"][0], timed)
+        if collectives.kind_of(opcode):
+            cost = Cost()
+            if communicates != "continued":
+                scatters = opcode == "all-reduce" and parent.name.startswith("all-reduce-scatter")
+                is_async = communicates == "async"
+                found = collectives.describe(parent, it, self.mesh, is_async, scatters)
+                cost.collectives[found] += 1
+            return cost
+        cost = Cost()
+        if opcode == "fusion":
+            (inner,) = it.called["calls"]
+            cost.add(self.computation(inner, False, _communication(it, inner, communicates)))
+        elif opcode in ("dot", "convolution"):
+            lhs, rhs = (shapes[0] for shapes in parent.operand_shapes(it)[:2])
+            cost.matmul_flops += matmul_flops(it, lhs, rhs)
+        elif opcode == "custom-call" and "tpu_custom_call" in it.rest:
+            estimate = it.backend_config.get("custom_call_config", {}).get("cost_estimate")
+            name = it.name.split(".")[0]
+            flops, moved = (
+                None if estimate is None else float(estimate.get(key, 0))
+                for key in ("flops", "bytes_accessed")
+            )
+            cost.kernels[Kernel(name, flops, moved)] += 1
+            return cost
+        if timed:
+            self.time(parent, it, cost)
+        return cost
+
+    def time(self, parent: Computation, it: Instruction, cost: Cost) -> None:
+        """Adds what instruction `it` takes: cycles, or bytes and FLOPs for a roofline."""
+        opcode = it.opcode
+        if opcode in FREE or opcode.endswith("-done") or cost.collectives:
+            return
+        if it.name.startswith("async-collective-"):  # its two ends: the collective has the time
+            return
+        if opcode == "custom-call" and any(name in it.rest for name in FREE_CUSTOM_CALLS):
+            return
+        if opcode in PREFETCHES:
+            cost.prefetches[it.shapes[0].bytes if len(it.shapes) < 2 else it.shapes[1].bytes] += 1
+            return
+        cycles = it.backend_config.get("window_config", {}).get("estimated_cycles")
+        if cycles is not None:
+            cost.cycles += float(cycles)
+            return
+        label, moved = self.traffic(parent, it)
+        cost.unestimated[label, moved, cost.matmul_flops] += 1
+
+    def traffic(self, parent: Computation, it: Instruction) -> tuple[str, int]:
+        """(what it is, HBM bytes read and written) of an instruction without an estimate."""
+        operands = [s for shapes in parent.operand_shapes(it) for s in shapes]
+        label = it.opcode
+        if label == "fusion":
+            inside = self.opcodes(it.called["calls"][0])
+            label = next((kind for kind in (*SCATTERS, *GATHERS) if kind in inside), label)
+        result = _hbm(it.shapes)
+        if label in GATHERS:
+            return label, result + min(result, _hbm(operands))
+        if label in SCATTERS:  # the first operand is updated in place
+            return label, 3 * _hbm(operands[1:])
+        return label, result + _hbm(operands)
+
+    def opcodes(self, name: str) -> set[str]:
+        found = set()
+        for it in self.module.computations[name].instructions.values():
+            found.add(it.opcode)
+            for inner in it.called.get("calls", ()):
+                found |= self.opcodes(inner)
+        return found
+
+    def loop(self, parent: Computation, it: Instruction, timed: bool) -> Cost:
+        trips = trip_count(self.module, parent, it)
+        cost = Cost()
+        times = self.unknown_trips if trips is None else trips
+        cost.add(self.computation(it.called["body"][0], timed), times)
+        if trips is None:
+            cost.unknown_loops[_source(it)] += 1
+        return cost
+
+    def branches(self, it: Instruction, timed: bool) -> Cost:
+        """The dearest branch."""
+        names = it.called.get("branch_computations") or [
+            name
+            for kind in ("true_computation", "false_computation")
+            if (name := (it.attribute(kind) or "").lstrip("%"))
+        ]
+        costs = [self.computation(name, timed) for name in names]
+        return max(costs, key=lambda cost: (cost.cycles, cost.flops))
+
+
+def _communication(it: Instruction, inner: str, communicates: str) -> str:
+    """How collectives inside a fusion are to be counted.
+
+    TPUs weave an asynchronous collective into several fusions: `async-collective-start`, matmuls
+    that carry it on, `async-collective-done`. It is one collective.
+    """
+    if it.name.startswith("async-collective-start"):
+        return "async"
+    if it.name.startswith("async-collective-done") or inner.startswith("async_collective_fusion"):
+        return "continued"
+    return communicates
+
+
+def _hbm(shapes: list[Shape] | tuple[Shape, ...]) -> int:
+    return sum(shape.bytes for shape in shapes if not shape.fast)
+
+
+def _source(it: Instruction) -> str:
+    """Where the program says the loop comes from."""
+    start = it.rest.find('op_name="')
+    name = it.rest[start + 9 :].split('"')[0] if start >= 0 else it.name
+    parts = [p for p in name.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
+    return "/".join(parts[-3:])

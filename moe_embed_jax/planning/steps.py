@@ -1,0 +1,148 @@
+"""The steps that can be planned: the very functions that training, encoding and search run."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_embed_jax import embedder
+from moe_embed_jax.data import calls
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh import batch_sharding, replicated
+from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.planning.workload import workload
+from moe_embed_jax.search import knn
+from moe_embed_jax.sharding import rules_for, with_shardings
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.overview import training_flops_per_token
+from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.step import (
+    StepConfig,
+    abstract_batch,
+    abstract_state,
+    jit_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumptions:
+    """What a config does not say. Token counts are means over texts; see `workload`."""
+
+    query_tokens: float
+    document_tokens: float
+    documents: int  # searched by the kNN step, over all chips
+    neighbours: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step to compile.
+
+    lower: traces it. arguments: what it is given, by kind, for the memory table.
+    model_flops: of one step over all chips, for all token slots. real_share: tokens among slots.
+    unit, units: what a step works through ("tokens", "documents"), without padding.
+    repeats: how often a whole run does it; None if the config does not say.
+    unknown_trips: of loops that the data bound. notes: lines for the reader.
+    """
+
+    lower: object
+    arguments: dict
+    model_flops: float
+    real_share: float
+    unit: str
+    units: float
+    repeats: int | None
+    unknown_trips: int
+    notes: tuple[str, ...]
+
+
+def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+    load = workload(config, mesh, assumed.query_tokens, assumed.document_tokens)
+    step_config = StepConfig(config.model, config.loss, config.data.texts_per_row)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(step_config, optimizer, mesh)
+    rows = load.rows * mesh.size
+    batch = abstract_batch(mesh, config.batch_size, load.chunks, rows, config.data.row_length)
+    slots = load.chunks * rows * config.data.row_length
+    return Step(
+        lower=lambda: jit_train_step(step_config, optimizer, mesh).jitted.lower(state, batch),
+        arguments={
+            "parameters": state.params,
+            "optimiser state": state.opt_state,
+            "batch": batch,
+        },
+        model_flops=training_flops_per_token(config.model) * slots,
+        real_share=load.tokens / slots,
+        unit="tokens",
+        units=load.tokens,
+        repeats=config.steps,
+        unknown_trips=1,
+        notes=(
+            f"{config.batch_size} pairs in {load.chunks} chunk(s) of {load.rows} rows of "
+            f"{config.data.row_length} slots per chip; {load.source}",
+        ),
+    )
+
+
+def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+    """One full call of `Embedder.encode` for documents."""
+    row_length = calls.row_length_of(config.data.document_length)
+    (rows,) = calls.call_rows(
+        max(calls.TOKENS_PER_CALL // row_length, 1) * mesh.size, row_length, mesh.size
+    )
+    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    params = with_shardings(shapes, rules_for(config.model), mesh)
+    ids = jax.ShapeDtypeStruct((rows, row_length), jnp.int32, sharding=batch_sharding(mesh))
+    slots = rows * row_length
+
+    return Step(
+        # The embedder's own jitted function: a copy would be another step.
+        lower=lambda: embedder._pool_rows.lower(config.model, params, ids, ids, ids),
+        arguments={"parameters": params, "batch": (ids, ids, ids)},
+        model_flops=training_flops_per_token(config.model) / 3 * slots,
+        real_share=1.0,
+        unit="token slots",
+        units=slots,
+        repeats=None,
+        unknown_trips=1,
+        notes=(f"{rows // mesh.size} rows of {row_length} slots per chip and call, taken as full",),
+    )
+
+
+def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+    """One block of queries against all documents (`search.knn.top_k`)."""
+    width, count = config.model.width, assumed.documents
+    block = 8192
+    per_device = -(-count // mesh.size)
+    block = min(block, knn._bucket(per_device, knn.SMALLEST_DOCUMENTS))
+    blocks = knn._round_up_blocks(-(-per_device // block))
+    rows = mesh.size * blocks * block
+    queries = jax.ShapeDtypeStruct((knn.QUERY_BLOCK, width), jnp.float32, sharding=replicated(mesh))
+    documents = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=batch_sharding(mesh))
+    walked = math.ceil(per_device / block)
+    return Step(
+        lower=lambda: knn._search.lower(queries, documents, count, assumed.neighbours, block, mesh),
+        arguments={"queries": queries, "documents": documents},
+        model_flops=2.0 * knn.QUERY_BLOCK * count * width,
+        real_share=1.0,
+        unit="queries",
+        units=knn.QUERY_BLOCK,
+        repeats=None,
+        unknown_trips=walked,
+        notes=(
+            f"{knn.QUERY_BLOCK} queries, {count:,} documents of width {width}, "
+            f"{assumed.neighbours} neighbours; each chip walks {walked} blocks of {block}; float32 "
+            "products cost several bfloat16 ones, so MFU (of bfloat16 peak) cannot come near 100 %",
+        ),
+    )
+
+
+STEPS = {"train": train_step, "encode": encode_step, "knn": knn_step}
+
+
+def make_step(name: str, config: RunConfig, mesh, assumed: Assumptions) -> Step:
+    """`name`: a key of STEPS."""
+    if name not in STEPS:
+        raise UserError(f"--step={name}: choose from {', '.join(STEPS)}")
+    return STEPS[name](config, mesh, assumed)

@@ -1,0 +1,67 @@
+"""TPU topologies to compile for, without a TPU."""
+
+import importlib.util
+import math
+import os
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.planning.chips import CHIPS, Chip
+
+EXAMPLES = ", ".join(chip.example for chip in CHIPS.values())
+# libtpu asks the metadata server of a TPU VM, which is not there, what it runs on, and takes a lock
+# on the TPU, which is not there either.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """`v5e:4x4` -> (the chip, chips along each dimension of the torus)."""
+    kind, _, layout = name.partition(":")
+    sizes = layout.split("x")
+    if kind not in CHIPS or not all(size.isdecimal() and int(size) for size in sizes):
+        raise UserError(f"--topology={name} is no TPU topology; examples: {EXAMPLES}")
+    chip = CHIPS[kind]
+    if len(sizes) != chip.torus_dims:
+        raise UserError(
+            f"--topology={name}: {kind} has {chip.torus_dims} dimensions, as {chip.example}"
+        )
+    return chip, tuple(map(int, sizes))
+
+
+def topology_devices(name: str) -> tuple[Chip, list]:
+    """The chip and the devices of a topology, for `make_mesh` and ahead-of-time compilation.
+
+    Must be called before anything else touches libtpu. Raises `UserError` for a name that the
+    compiler does not know, and where libtpu is missing or held by another process.
+    """
+    chip, sizes = parse_topology(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "the TPU compiler (libtpu) is not installed: pip install -e .[plan] (Linux on x86-64)"
+        )
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    options = {}
+    if math.prod(sizes) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if chip.name == "v4":  # the default counts its two cores as two devices
+        options["chip_config_name"] = "megacore"
+    try:
+        topology = topologies.get_topology_desc(topology_name=name, platform="tpu", **options)
+    except Exception as error:
+        message = str(error).splitlines()[0]
+        if "lock" in message.lower() or "already in use" in message.lower():
+            raise UserError(
+                "another process holds libtpu (its lock is /tmp/libtpu_lockfile): wait for it to "
+                f"end, or remove the file if there is none ({message})"
+            ) from error
+        raise UserError(f"--topology={name}: {message}; examples: {EXAMPLES}") from error
+    return chip, list(topology.devices)

@@ -1,0 +1,84 @@
+"""The shape of a step's batch: from the prepared data if they are there, else from assumptions."""
+
+import dataclasses
+import math
+import pathlib
+
+from moe_embed_jax.data.batches import Batches, in_chunks
+from moe_embed_jax.data.data_spec import token_store_path
+from moe_embed_jax.data.schedule import Schedule, mixture_groups
+from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.run_config import RunConfig
+
+NO_VOCABULARY = "not needed to plan"
+PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
+MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun(RunConfig):
+    """A run of which nothing but shapes matters: its vocabulary file need not exist."""
+
+    def __post_init__(self):
+        vocabulary = self.data.vocabulary
+        if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
+            vocabulary = dataclasses.replace(vocabulary, path=NO_VOCABULARY)
+            data = dataclasses.replace(self.data, vocabulary=vocabulary)
+            object.__setattr__(self, "data", data)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """chunks (C) of `rows` rows per device, and real tokens of the global batch."""
+
+    chunks: int
+    rows: int
+    tokens: float
+    source: str
+
+
+def workload(config: RunConfig, mesh, query_tokens: float, document_tokens: float) -> Workload:
+    """Chunks and rows of a typical training step; `source` says where they come from.
+
+    Args:
+      query_tokens, document_tokens: mean lengths, used where no data are prepared.
+    """
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by the {mesh.size} chips of the "
+            f"topology; choose a multiple of {mesh.size}"
+        )
+    store = _prepared(config)
+    data = config.data
+    if store is not None:
+        groups = mixture_groups(store.groups, data.rates)
+        schedule = Schedule(
+            groups, config.batch_size, config.steps, config.seed, data.language_exponent
+        )
+        batches = Batches(
+            store, schedule, mesh, data.row_length, data.texts_per_row, 0, data.chunk_rows
+        )
+        needed = batches.mean_tokens / (mesh.size * data.row_length)
+        rows = next(bucket for bucket in batches.buckets if bucket >= needed)
+        source = f"the prepared data in {data.dir} (row counts {batches.buckets})"
+        return Workload(*in_chunks(rows, data.chunk_rows), batches.mean_tokens, source)
+    query_tokens = min(query_tokens, data.query_length)
+    document_tokens = min(document_tokens, data.document_length)
+    pairs = config.batch_size // mesh.size
+    tokens = pairs * (query_tokens + document_tokens)
+    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), 2 * pairs / data.texts_per_row))
+    source = (
+        f"assumed mean lengths of {query_tokens:g} and {document_tokens:g} tokens in rows "
+        f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
+    )
+    return Workload(*in_chunks(rows, data.chunk_rows), tokens * mesh.size, source)
+
+
+def _prepared(config: RunConfig) -> TokenStore | None:
+    vocabulary = config.data.vocabulary
+    if vocabulary.kind == "file" and not pathlib.Path(vocabulary.path).is_file():
+        return None  # the store is named by the content of the file
+    path = token_store_path(config.data.preparation(), config.data.dir)
+    return None if path is None else TokenStore.open(path)

@@ -1,0 +1,290 @@
+"""The planner's reading of compiled programs, against programs whose work is known."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run_python
+
+from moe_embed_jax.planning.collectives import device_groups, spanned_axes
+from moe_embed_jax.planning.cost import module_cost
+from moe_embed_jax.planning.hlo import parse_module, parse_shapes
+from moe_embed_jax.planning.matmul import matmul_flops
+from moe_embed_jax.planning.memory import parse_exhausted
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def cost_of(mesh, function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return module_cost(parse_module(text), mesh)
+
+
+def test_a_matmul_counts_twice_its_multiply_adds(mesh):
+    cost = cost_of(mesh, lambda x, w: x @ w, (24, 40), (40, 56))
+    assert cost.flops == 2 * 24 * 40 * 56
+
+
+def test_a_batched_matmul(mesh):
+    cost = cost_of(mesh, lambda x, w: jnp.einsum("bik,bjk->bij", x, w), (6, 24, 40), (6, 56, 40))
+    assert cost.flops == 2 * 6 * 24 * 40 * 56
+
+
+def test_the_body_of_a_scan_counts_as_often_as_it_runs(mesh):
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    cost = cost_of(mesh, scanned, (24, 40), (7, 40, 40))
+    assert cost.flops == 7 * 2 * 24 * 40 * 40
+    assert not cost.unknown_loops
+
+
+def test_nested_scans_multiply(mesh):
+    def inner(x, w):
+        return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x)
+
+    def outer(x, w):
+        return jax.lax.scan(lambda x, w: (inner(x, w), None), x, w)[0]
+
+    cost = cost_of(mesh, outer, (24, 40), (5, 40, 40))
+    assert cost.flops == 5 * 3 * 2 * 24 * 40 * 40
+
+
+def test_a_gradient_through_rematerialisation_counts_the_second_forward_pass(mesh):
+    def loss(w, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    cost = cost_of(mesh, jax.grad(loss), (6, 40, 40), (24, 40))
+    assert cost.flops == 4 * 6 * 2 * 24 * 40 * 40  # forward, forward again, dx, dw
+
+
+def test_a_loop_that_the_data_bound_counts_once_and_is_named(mesh):
+    def dynamic(x, w, count):
+        return jax.lax.fori_loop(0, count[0].astype(int), lambda i, x: jnp.tanh(x @ w), x)
+
+    cost = cost_of(mesh, dynamic, (24, 40), (40, 40), (1,))
+    assert cost.flops == 2 * 24 * 40 * 40
+    assert sum(cost.unknown_loops.values()) == 1
+
+
+def test_collectives_are_counted_with_bytes_and_axes():
+    program = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec as P, NamedSharding
+from moe_embed_jax.mesh import MeshConfig, make_mesh
+from moe_embed_jax.planning.cost import module_cost
+from moe_embed_jax.planning.hlo import parse_module
+
+mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=2))
+spec = P(("data", "expert"))
+
+def local(x):
+    x = jax.lax.psum(x, "expert")
+    def step(x, _):
+        return jax.lax.all_gather(x, "data").sum(0), None
+    x, _ = jax.lax.scan(step, x, length=5)
+    x = jax.lax.all_to_all(x.reshape(4, -1), ("data", "expert"), 0, 0)
+    return jax.lax.ppermute(x.reshape(-1, 8), "data", [(0, 1), (1, 0)])
+
+with jax.set_mesh(mesh):
+    step = jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = jax.jit(step).lower(x).compile().as_text()
+cost = module_cost(parse_module(text), mesh)
+print(json.dumps([[c.kind, c.bytes, c.axes, c.group_size, n] for c, n in cost.collectives.items()]))
+"""
+    result = run_python(["-c", program], devices=4)
+    assert result.returncode == 0, result.stderr
+    found = sorted(json.loads(result.stdout.splitlines()[-1]))
+    part = 16 * 8 * 4  # bytes of a device
+    assert found == [
+        ["all-gather", 2 * part, ["data"], 2, 5],
+        ["all-reduce", part, ["expert"], 2, 1],
+        ["all-to-all", part, ["data", "expert"], 4, 1],
+        ["collective-permute", part, ["data"], 4, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}, x", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,2}}, x", [[0, 1], [1, 2]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3]]),
+    ],
+)
+def test_every_form_of_device_groups(text, groups):
+    assert device_groups(text, 4).tolist() == groups
+
+
+def test_spanned_axes_are_those_that_vary_within_a_group():
+    class Mesh:
+        axis_names = ("data", "fsdp", "expert")
+        devices = np.empty((2, 1, 4))
+
+    assert spanned_axes(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), Mesh) == ("expert",)
+    assert spanned_axes(np.array([[0, 4]]), Mesh) == ("data",)
+    assert spanned_axes(np.array([[0, 5]]), Mesh) == ("data", "expert")
+
+
+# ---- What TPUs write, copied in form from libtpu's output ----------------------------------------
+
+TPU_MODULE = """HloModule step, is_scheduled=true
+
+%fused (p.0: bf16[64,32], p.1: bf16[32,48]) -> bf16[64,48] {
+  %p.0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[32,48]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %convolution.1 = bf16[64,48]{1,0:T(8,128)(2,1)} convolution(%p.0, %p.1), dim_labels=bf_io->bf
+}
+
+%gather_start (p.2: bf16[8,48]) -> bf16[32,48] {
+  %p.2 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[32,48]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=5, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
+}
+
+%async_collective_fusion.7 (p.3: bf16[8,48], p.4: bf16[64,32], p.5: bf16[32,48]) -> bf16[64,48] {
+  %p.3 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.2 = bf16[32,48]{1,0:T(8,128)(2,1)} all-gather(%p.3), channel_id=5, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
+  %p.4 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.5 = bf16[32,48]{1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %convolution.2 = bf16[64,48]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.5), dim_labels=bf_io->bf
+}
+
+%all-reduce-scatter.3 (p.6: f32[64,48]) -> f32[16,48] {
+  %p.6 = f32[64,48]{1,0:T(8,128)} parameter(0)
+  %all-reduce.4 = f32[64,48]{1,0:T(8,128)} all-reduce(%p.6), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  %constant.8 = u32[] constant(0)
+  ROOT %dynamic-slice.5 = f32[16,48]{1,0:T(8,128)} dynamic-slice(%all-reduce.4, %constant.8, %constant.8), dynamic_slice_sizes={16,48}
+}
+
+%body (state: (s32[], bf16[64,32], bf16[32,48])) -> (s32[], bf16[64,32], bf16[32,48]) {
+  %state = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) parameter(0)
+  %constant.1 = s32[]{:T(128)} constant(1)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %x = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %w = bf16[32,48]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=2
+  %matmul = bf16[64,48]{1,0:T(8,128)(2,1)} fusion(%x, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/dot"}, backend_config={"flag_configs":[],"window_config":{"estimated_cycles":"1000"}}
+  %next = s32[]{:T(128)} add(%i, %constant.1)
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) tuple(%next, %x, %w)
+}
+
+%condition (state.1: (s32[], bf16[64,32], bf16[32,48])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) parameter(0)
+  %constant.2 = s32[]{:T(128)} constant(11)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %constant.2), direction=LT
+}
+
+ENTRY %main (x.1: bf16[64,32], w.1: bf16[32,48], s.1: bf16[8,48], g.1: f32[64,48]) -> bf16[64,48] {
+  %x.1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %w.1 = bf16[32,48]{1,0:T(8,128)(2,1)} parameter(1)
+  %s.1 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(2)
+  %g.1 = f32[64,48]{1,0:T(8,128)} parameter(3)
+  %constant.3 = s32[]{:T(128)} constant(1)
+  %copy.1 = s32[]{:T(128)} copy(%constant.3), backend_config={"window_config":{"estimated_cycles":"10"}}
+  %tuple.2 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) tuple(%copy.1, %x.1, %w.1)
+  %while.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%condition, body=%body
+  %async-collective-start = bf16[32,48]{1,0:T(8,128)(2,1)} fusion(%s.1), kind=kCustom, calls=%gather_start
+  %fusion.9 = bf16[64,48]{1,0:T(8,128)(2,1)} fusion(%s.1, %x.1, %w.1), kind=kCustom, calls=%async_collective_fusion.7, backend_config={"window_config":{"estimated_cycles":"2000"}}
+  %async-collective-done = bf16[32,48]{1,0:T(8,128)(2,1)} fusion(%async-collective-start), kind=kCustom, calls=%gather_start
+  %scattered = f32[16,48]{1,0:T(8,128)} fusion(%g.1), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %gmm.3 = bf16[64,48]{1,0:T(8,128)(2,1)} custom-call(%x.1, %w.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}, backend_config={"custom_call_config":{"body":"TUzv(((","cost_estimate":{"flops":"196608","transcendentals":"0","bytes_accessed":"13312"}}}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def tpu_cost():
+    class Mesh:
+        axis_names = ("data", "fsdp", "expert")
+        devices = np.array([object() for _ in range(4)]).reshape(1, 4, 1)
+        size = 4
+
+    return module_cost(parse_module(TPU_MODULE), Mesh)
+
+
+def test_tpu_loops_without_known_trip_count_are_read_from_their_condition(tpu_cost):
+    product = 2 * 64 * 32 * 48
+    assert tpu_cost.matmul_flops == (11 - 1 + 1) * product  # the loop starts at 1; one outside
+    assert tpu_cost.cycles == 10 * 1000 + 2000 + 10
+
+
+def test_tpu_kernels_count_by_their_own_estimate(tpu_cost):
+    ((kernel, count),) = tpu_cost.kernels.items()
+    assert (kernel.name, kernel.flops, kernel.bytes, count) == ("gmm", 196608, 13312, 1)
+
+
+def test_tpu_collectives_woven_into_fusions_count_once(tpu_cost):
+    found = {(c.kind, c.bytes, c.axes, c.is_async): n for c, n in tpu_cost.collectives.items()}
+    assert found == {
+        ("all-gather", 32 * 48 * 2, ("fsdp",), True): 1,
+        ("reduce-scatter", 64 * 48 * 4, ("fsdp",), False): 1,
+    }
+
+
+def test_shapes_know_their_bytes_and_their_memory():
+    big, small = parse_shapes("(bf16[8,128]{1,0:T(8,128)(2,1)}, /*index=1*/f32[3]{0:T(128)S(1)})")
+    assert (big.bytes, big.fast) == (2048, False)
+    assert (small.bytes, small.fast) == (12, True)
+
+
+def test_a_batched_dot_written_as_a_convolution_counts_valid_positions_only():
+    # bf16[6,24,40] x bf16[6,40,56] over batch 6, as TPUs write it.
+    line = (
+        "ENTRY %m (a: bf16[6,24,40], b: bf16[6,40,56]) -> bf16[6,24,56] {\n"
+        "  %a = bf16[6,24,40] parameter(0)\n"
+        "  %b = bf16[6,40,56] parameter(1)\n"
+        "  ROOT %c = bf16[6,24,56] convolution(%a, %b), "
+        "window={size=6 stride=5 lhs_dilate=6}, dim_labels=0bf_0io->0bf\n}\n"
+    )
+    computation = parse_module(line).computations["m"]
+    lhs, rhs = (shapes[0] for shapes in computation.operand_shapes(computation.root))
+    assert matmul_flops(computation.root, lhs, rhs) == 2 * 6 * 24 * 40 * 56
+
+
+@pytest.mark.parametrize(
+    ("message", "space", "needed", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (640.00G) exceeds available HBM (15.75G).",
+            "hbm",
+            640 * 2**30,
+            int(15.75 * 2**30),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Allocation (size=268435456) would exceed memory (size=134217728) "
+            ":: #allocation2 [shape = 'u8[268435456]{0}', space=vmem, size = 0x10000000]",
+            "vmem",
+            2**28,
+            2**27,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+            "hbm",
+            int(20.5 * 2**30),
+            int(15.75 * 2**30),
+        ),
+    ],
+)
+def test_out_of_memory_is_understood(message, space, needed, available):
+    found = parse_exhausted(message)
+    assert (found.space, found.needed, found.available) == (space, needed, available)
+
+
+def test_another_error_is_not_out_of_memory():
+    assert parse_exhausted("INVALID_ARGUMENT: no such thing") is None
