@@ -11,6 +11,10 @@ import urllib.request
 from moe_embed_jax import config as config_page
 from moe_embed_jax.errors import UserError
 
+# Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
+# with an error alone takes the others down after this time.
+EXIT_WAIT = 30
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -87,7 +91,9 @@ def start_distributed() -> None:
 
     try:
         jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID")
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            shutdown_timeout_seconds=EXIT_WAIT,
         )
     except ValueError as error:  # jax found no cluster that knows what is missing
         raise UserError(
