@@ -13,7 +13,7 @@ from moe_embed_jax.errors import UserError
 
 # Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
 # with an error alone takes the others down after this time.
-EXIT_WAIT = 30
+EXIT_WAIT = 60
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,8 +131,9 @@ def _slice_workers() -> str:
         f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
         headers={"Metadata-Flavor": "Google"},
     )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with direct.open(request, timeout=10) as answer:
             return answer.read().decode()
     except OSError:
         return ""
