@@ -14,6 +14,7 @@ from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, load_model
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
 from moe_embed_jax.models.pooling import mean_pool
+from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
@@ -21,6 +22,9 @@ PAD_ID = 1  # what fills empty slots; nothing reads it
 
 class Embedder:
     """Texts in, unit-norm embeddings out, on one device or on a training run's mesh.
+
+    On a mesh of several processes every process makes the same calls, with the same texts, and gets
+    all of the result.
 
     Attributes:
       prompts: name -> prefix, "query" and "document" among them.
@@ -165,7 +169,7 @@ class Embedder:
             token_RL[:count, :length] = np.where(mask_BL[part], ids_BL[part], PAD_ID)
             text_index_RL[:count, :length] = np.where(mask_BL[part], 0, PADDING)
             x_RLD = self._call(_encode_rows, token_RL, text_index_RL, position_RL)
-            result[part] = np.asarray(x_RLD, np.float32)[:count, :length]
+            result[part] = to_host(x_RLD)[:count, :length]
         return result * mask_BL[..., None]
 
     def _checked(self, input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +218,7 @@ class Embedder:
 
         def collect(call, pooled_RSD):
             slot = call.packing.slot(SLOTS)
-            pooled[call.members] = np.asarray(pooled_RSD).reshape(-1, self.width)[slot]
+            pooled[call.members] = to_host(pooled_RSD).reshape(-1, self.width)[slot]
             bar.update(len(call.members))
 
         pending = None
@@ -238,7 +242,7 @@ class Embedder:
         assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
         for call in plan_calls(lengths, self.mesh.size):
             _, statistics = self._run(call, sequences)
-            assigned_ME += np.asarray(statistics.assignments_E)
+            assigned_ME += to_host(statistics.assignments_E)
         return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
 
     def _run(self, call: Call, sequences, positions=None):
@@ -249,7 +253,7 @@ class Embedder:
         return self._call(_pool_rows, *arrays)
 
     def _call(self, function, *arrays):
-        arrays = [jax.device_put(array, batch_sharding(self.mesh)) for array in arrays]
+        arrays = [to_devices(array, batch_sharding(self.mesh)) for array in arrays]
         with jax.set_mesh(self.mesh):
             return function(self.model, self.params, *arrays)
 

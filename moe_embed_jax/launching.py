@@ -1,12 +1,19 @@
 """What every launcher does: flags, the processes' runtime, one line for a user's mistake."""
 
 import argparse
+import glob
+import io
 import logging
 import os
 import sys
+import urllib.request
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.errors import UserError
+
+# Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
+# with an error alone takes the others down after this time.
+EXIT_WAIT = 60
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +63,6 @@ def prompt(flag: str) -> str | None:
 def run(main) -> int:
     """Runs `main()`; returns the exit status: 0, or 2 after one line that says what is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
-    logging.getLogger("bm25s").setLevel(logging.ERROR)
     try:
         main()
     except UserError as error:
@@ -66,9 +72,113 @@ def run(main) -> int:
 
 
 def start_distributed() -> None:
-    """`jax.distributed.initialize()` where the environment names a coordinator or a TPU pod."""
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or "," in hosts:
-        import jax
+    """Joins the other processes of the run where the environment says that there are some.
 
-        jax.distributed.initialize()
+    Any one of these does:
+    * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+    * TPU_WORKER_HOSTNAMES with several hosts, MEGASCALE_COORDINATOR_ADDRESS: Kubernetes sets them;
+    * a TPU VM that is one of several workers of its slice, by the metadata of Compute Engine.
+
+    From then on only process 0 prints and logs; warnings and errors of the others keep coming, with
+    the number of the process in front. Must come before anything that asks jax for devices.
+
+    Raises `UserError` where the environment is incomplete.
+    """
+    cause = _several_processes()
+    if cause is None:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            shutdown_timeout_seconds=EXIT_WAIT,
+        )
+    except ValueError as error:  # jax found no cluster that knows what is missing
+        raise UserError(
+            f"{cause}, but jax cannot join the run ({error}): set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or unset it to run alone"
+        ) from error
+    if jax.process_index() > 0:
+        _silence(jax.process_index())
+
+
+def _several_processes() -> str | None:
+    """What in the environment says that this process has others beside it; None: nothing."""
+    for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"):
+        if os.environ.get(name):
+            return f"{name} is set"
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if os.environ.get(name):
+            return f"{name} names several hosts" if "," in os.environ[name] else None
+    if "," in _slice_workers():
+        return "this TPU VM is a worker of a larger slice"
+    return None
+
+
+def _slice_workers() -> str:
+    """Comma-separated workers of the TPU slice that this VM belongs to; "" elsewhere.
+
+    `gcloud compute tpus tpu-vm ssh` starts a bare shell: only the metadata server knows.
+    """
+    # Compute Engine's TPU VMs show their chips as one or the other.
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    if not chips or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return ""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=10) as answer:
+            return answer.read().decode()
+    except OSError:
+        return ""
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"environment variable {variable}={text!r} must be a whole number")
+    return int(text)
+
+
+def _silence(process: int) -> None:
+    """Prints go nowhere, what is logged below a warning neither, the rest says where it is from."""
+    sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # of the libraries underneath Python too
+    sys.stderr = _PrefixedLines(sys.stderr, f"[process {process}] ")
+    logging.disable(logging.INFO)
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.setStream(sys.stderr)
+
+
+class _PrefixedLines(io.TextIOBase):
+    """A text stream that puts `prefix` before every line it passes on to `stream`."""
+
+    def __init__(self, stream, prefix: str):
+        self._stream = stream
+        self._prefix = prefix
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        if text:
+            lines = text.splitlines(keepends=True)
+            parts = [self._prefix + line for line in lines]
+            if not self._at_line_start:
+                parts[0] = lines[0]
+            self._stream.write("".join(parts))
+            self._at_line_start = text.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import re
 import sys
 import unicodedata
@@ -14,6 +15,8 @@ from bm25s.tokenization import Tokenized
 
 from moe_embed_jax.evaluation.beir import RetrievalSet
 from moe_embed_jax.evaluation.retrieval import CANDIDATES, Metrics, score_run
+
+logging.getLogger("bm25s").setLevel(logging.ERROR)  # its import asks for DEBUG
 
 QUERY_BLOCK = 256
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_embed_jax.mesh import replicated, single_device_mesh
+from moe_embed_jax.processes import to_devices
 
 QUERY_BLOCK = 1024
 SMALLEST_QUERIES = 64
@@ -31,7 +32,8 @@ def top_k(
 
     Args:
       query_BD: queries, any real dtype, computed in float32 at the highest matmul precision.
-      document_ND: documents, split over all axes of `mesh` (default: one device).
+      document_ND: documents, split over all axes of `mesh` (default: one device). Where the mesh
+        spans processes, all of them call this with the same arrays.
       k: how many; more than N gives N.
       block: documents scored at once on a device; at most QUERY_BLOCK x block scores exist there.
 
@@ -57,13 +59,13 @@ def top_k(
     block = min(block, _bucket(per_device, SMALLEST_DOCUMENTS))
     blocks = _round_up_blocks(-(-per_device // block))
     document_ND = _pad_rows(document_ND, mesh.size * blocks * block)
-    document_ND = jax.device_put(document_ND, NamedSharding(mesh, _rows(mesh)))
+    document_ND = to_devices(document_ND, NamedSharding(mesh, _rows(mesh)))
 
     found = []
     for start in range(0, B, QUERY_BLOCK):
         part_BD = query_BD[start : start + QUERY_BLOCK]
         rows = _bucket(len(part_BD), SMALLEST_QUERIES)
-        padded_BD = jax.device_put(_pad_rows(part_BD, rows), replicated(mesh))
+        padded_BD = to_devices(_pad_rows(part_BD, rows), replicated(mesh))
         found.append((len(part_BD), _search(padded_BD, document_ND, N, k, block, mesh)))
     scores = [np.asarray(s_Bk)[:count, :wanted] for count, (s_Bk, _) in found]
     indices = [np.asarray(i_Bk)[:count, :wanted] for count, (_, i_Bk) in found]

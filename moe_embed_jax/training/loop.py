@@ -1,11 +1,11 @@
 """The training run, read from top to bottom."""
 
 import contextlib
+import os
 import pathlib
 import signal
 
 import jax
-from absl import logging
 
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.batches import Batches
@@ -13,6 +13,7 @@ from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.mesh import make_mesh
 from moe_embed_jax.model_folder import CHECKPOINTS
+from moe_embed_jax.processes import process_0_first, true_anywhere
 from moe_embed_jax.training import init, report
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.journal import Journal
@@ -48,8 +49,10 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     ### Mesh, work directory, data
     mesh = make_mesh(config.mesh)
     config, changed = init.resolve(config, workdir)
-    workdir_module.claim(workdir, config, write=is_writer)
-    store, vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
+    process_0_first("claim", lambda: workdir_module.claim(workdir, config, write=is_writer))
+    store, vocabulary = process_0_first(
+        "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
+    )
     groups = mixture_groups(store.groups, config.data.rates)
     schedule = Schedule(
         groups, config.batch_size, config.steps, config.seed, config.data.language_exponent
@@ -137,8 +140,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     ### Judge the result
     evaluate(step, every_language=True)
     journal.close()
-    if is_writer:
-        judge.report()
+    judge.report()
     return True
 
 
@@ -152,14 +154,11 @@ class _Preemption:
     def _set(self, signum, frame) -> None:
         del signum, frame
         self._flag = True
-        logging.warning("SIGTERM: saving after this step")
+        # Not print: a signal may arrive in the middle of one, which cannot be entered twice.
+        os.write(2, b"SIGTERM: saving, then stopping\n")
 
     def requested(self, step: int, every: int) -> bool:
         """Whether to stop after `step`. Processes agree on it, every `every` steps."""
-        if jax.process_count() == 1:
-            return self._flag
-        if step % every:
+        if jax.process_count() > 1 and step % every:
             return False
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(self._flag).any())
+        return true_anywhere(self._flag)

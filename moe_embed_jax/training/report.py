@@ -12,6 +12,7 @@ from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.evaluation.bm25 import evaluate_bm25
 from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout, sample_languages
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
+from moe_embed_jax.processes import wait_for_all
 from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
@@ -51,7 +52,19 @@ class Judge:
         return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}
 
     def report(self) -> None:
-        """Writes results.json and report.png; prints the table and some searches."""
+        """Writes results.json and report.png; prints the table and some searches.
+
+        Every process calls this: what is encoded is encoded on the mesh; process 0 writes.
+        """
+        routing = self._routing_by_language()
+        searches = self._searches()
+        if self.is_writer:
+            self._write(routing, searches)
+        # BM25 takes a while on large sets, and a process that is done waits only so long at its
+        # exit for the others.
+        wait_for_all("report")
+
+    def _write(self, routing: dict[str, np.ndarray], searches: list) -> None:
         complete = [r for r in read_records(self.workdir / EVALUATIONS_FILE) if r["complete"]]
         bm25 = {name: evaluate_bm25(each) for name, each in self.sets.items()}
         columns = {"BM25": bm25}
@@ -63,11 +76,11 @@ class Judge:
             self.workdir / PICTURE_FILE,
             read_records(self.workdir / METRICS_FILE),
             read_records(self.workdir / EVALUATIONS_FILE),
-            self._routing_by_language(),
+            routing,
         )
         console = Console(width=110)
         console.print(self._table(columns))
-        self._print_searches(console)
+        _print_searches(console, searches)
         console.print(f"Picture, metrics and checkpoints are in {self.workdir}/")
 
     def _table(self, columns: dict[str, dict]) -> Table:
@@ -92,8 +105,9 @@ class Judge:
             table.add_row(set_name, label, *counts, *values, style="bold", end_section=True)
         return table
 
-    def _print_searches(self, console: Console) -> None:
-        """Three held-out queries in three languages and their best documents, right or wrong.
+    def _searches(self) -> list:
+        """Three held-out queries in three languages and their best documents, right or wrong:
+        [(set name, query, [(score, whether it is relevant, document)])].
 
         Not chosen by result: the middle query of the set.
         """
@@ -101,6 +115,7 @@ class Judge:
         multilingual = [name for name in self.sets if not name.startswith("api/")]
         names = [name for name in wanted if name in self.sets]
         names += [name for name in multilingual if name not in names][: 3 - len(names)]
+        searches = []
         for name in names:
             each = self.sets[name]
             middle = len(each.queries) // 2
@@ -108,12 +123,13 @@ class Judge:
             query_BD = self.embedder.encode([query], prompt="query")
             document_ND = self.embedder.encode(each.documents, prompt="document")
             score_BK, index_BK = top_k(query_BD, document_ND, 3)
-            console.print(f"\n[bold]{name}[/bold]  query: {query}", highlight=False)
-            for score, index in zip(score_BK[0], index_BK[0], strict=True):
-                relevant = each.qrels[each.query_ids[middle]].get(each.document_ids[index], 0) > 0
-                mark = "right" if relevant else "     "
-                text = each.documents[index][:80].replace("\n", " ")
-                console.print(f"  {score:.3f} {mark} {text}", highlight=False, markup=False)
+            judged = each.qrels[each.query_ids[middle]]
+            found = [
+                (score, judged.get(each.document_ids[index], 0) > 0, each.documents[index])
+                for score, index in zip(score_BK[0], index_BK[0], strict=True)
+            ]
+            searches.append((name, query, found))
+        return searches
 
     def _routing_by_language(self) -> dict[str, np.ndarray]:
         """{language: share of assignments [M, E]} of held-out documents; empty without experts."""
@@ -125,3 +141,12 @@ class Judge:
             if set_name == "translations" or (set_name == "api" and language not in shares):
                 shares[language] = self.embedder.expert_shares(each.documents[:ROUTING_TEXTS])
         return shares
+
+
+def _print_searches(console: Console, searches: list) -> None:
+    for name, query, found in searches:
+        console.print(f"\n[bold]{name}[/bold]  query: {query}", highlight=False)
+        for score, relevant, document in found:
+            mark = "right" if relevant else "     "
+            text = document[:80].replace("\n", " ")
+            console.print(f"  {score:.3f} {mark} {text}", highlight=False, markup=False)

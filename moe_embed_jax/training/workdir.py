@@ -77,8 +77,9 @@ def open_data(
     if token_store_path(preparation, config.data.dir) is None or not source.is_file():
         if not write:
             raise UserError(
-                f"no prepared data in {config.data.dir}: process 0 prepares it; put data.dir on a "
-                "file system that all hosts see, or prepare it on every host first"
+                f"no prepared data in {config.data.dir}: process 0 prepares it and either failed "
+                "(its message says why) or wrote to another disk; put data.dir on a file system "
+                "that all hosts see, or prepare it on every host first"
             )
         prepare(config)
     store = TokenStore.open(path)

@@ -1,0 +1,61 @@
+"""Several processes, one run: arrays that span them, and what process 0 does before the others.
+
+All of them run the same program. Whatever is computed on the mesh is called by every process, in
+the same order; process 0 alone writes files (checkpoints apart) and talks to the user.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+LONGEST_WAIT = 24 * 3600  # seconds that others wait for process 0, which may prepare a large corpus
+
+
+def process_0_first(name: str, action: Callable[[], T]) -> T:
+    """The result of `action()`, called on process 0 and, when that has returned, on the others.
+
+    If process 0 fails the others still call it, and meet what process 0 left behind. `name` stands
+    for this place in the program: it must not be used twice.
+    """
+    if jax.process_index() > 0:
+        wait_for_all(name)
+        return action()
+    try:
+        return action()
+    finally:
+        wait_for_all(name)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process is here, however long one takes; `name` as above."""
+    # A barrier of the coordination service, not of the devices: those give up, or log warnings,
+    # long before a corpus is prepared.
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)
+
+
+def true_anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process; all of them have to call this together."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def to_devices(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array, the same in every process, as a global array.
+
+    `jax.device_put` does the same, but compares the whole array between the processes first.
+    """
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of a global array, in every process; all of them have to call this together."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,0 +1,189 @@
+"""How a run finds its other processes, and the scripts that start it on TPU machines."""
+
+import http.server
+import io
+import os
+import re
+import subprocess
+import threading
+
+import jax
+import pytest
+import yaml
+from conftest import ROOT
+
+from moe_embed_jax import launching
+from moe_embed_jax.errors import UserError
+
+VARIABLES = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_WORKER_HOSTNAMES",
+)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The keyword arguments of each call of jax.distributed.initialize."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t1v-n-0,t1v-n-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:8471", "TPU_WORKER_HOSTNAMES": "a"}, False),
+    ],
+)
+def test_environment_decides(started, monkeypatch, environment, joins):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launching.start_distributed()
+    assert len(started) == joins
+
+
+def test_number_and_index_of_the_process(started, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    launching.start_distributed()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    launching.start_distributed()
+    found = [(call["num_processes"], call["process_id"]) for call in started]
+    assert found == [(None, None), (4, 3)]
+    monkeypatch.setenv("JAX_PROCESS_ID", "three")
+    with pytest.raises(UserError, match="JAX_PROCESS_ID='three' must be a whole number"):
+        launching.start_distributed()
+
+
+def test_incomplete_environment_is_one_line(monkeypatch):
+    """By jax itself: it has no default for what is missing."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS is set, but .*JAX_NUM_PROCESSES"):
+        launching.start_distributed()
+
+
+@pytest.mark.parametrize(("workers", "joins"), [("10.0.0.2,10.0.0.3", True), ("10.0.0.2", False)])
+def test_metadata_of_a_tpu_vm(started, monkeypatch, workers, joins):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path.endswith("/instance/attributes/worker-network-endpoints")
+            self.send_response(200 if found and self.headers["Metadata-Flavor"] else 404)
+            self.end_headers()
+            self.wfile.write(workers.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        launching.start_distributed()
+        assert not started  # no chips here: the metadata are not asked
+        monkeypatch.setattr(launching.glob, "glob", lambda pattern: ["/dev/accel0"])
+        monkeypatch.delenv("JAX_PLATFORMS")
+        launching.start_distributed()
+        server.shutdown()
+    assert len(started) == joins
+    launching.start_distributed()  # a server that does not answer is none
+    assert len(started) == joins
+
+
+def test_lines_of_other_processes_are_prefixed():
+    stream = io.StringIO()
+    prefixed = launching._PrefixedLines(stream, "[process 3] ")
+    for text in ("one\ntw", "o\n", "", "three"):
+        print(text, end="", file=prefixed)
+    assert stream.getvalue() == "[process 3] one\n[process 3] two\n[process 3] three"
+
+
+def tpu_vm(*arguments, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    return subprocess.run(
+        [ROOT / "launch" / "tpu_vm.sh", *arguments],
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_tpu_vm_run_is_the_same_for_a_vm_and_a_slice():
+    command = ("python", "launch/train.py", "--config=configs/quickstart.py:smoke", "--workdir=a b")
+    result = tpu_vm("run", "--name=vm", "--zone=z", "--dry_run", "--", *command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "+ gcloud compute tpus tpu-vm ssh vm --zone=z --worker=all '--command=cd moe_embed_jax && "
+        "source .venv/bin/activate && echo $$ > run.pid && exec python launch/train.py "
+        "--config=configs/quickstart.py:smoke --workdir=a\\ b'\n"
+    )
+    variables = {"TPU_NAME": "slice", "TPU_ZONE": "y", "TPU_PROJECT": "p", "TPU_DIR": "d"}
+    of_slice = tpu_vm("run", "--dry_run", "--", *command, **variables)
+    expected = result.stdout.replace("vm --zone=z", "slice --zone=y --project=p")
+    assert of_slice.stdout == expected.replace("cd moe_embed_jax", "cd d")
+
+
+def test_tpu_vm_install_and_stop():
+    flags = ("--name=slice", "--zone=z", "--python=python3.11", "--dry_run")
+    lines = tpu_vm("install", *flags).stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["git", "gcloud", "rm", "gcloud"]
+    assert lines[1].endswith("scp source.tar.gz slice:moe_embed_jax.tar.gz --zone=z --worker=all")
+    assert "python3.11 -m venv .venv" in lines[3] and "--editable .[tpu]" in lines[3]
+    assert "kill -TERM $(cat run.pid)" in tpu_vm("stop", *flags).stdout
+
+
+@pytest.mark.parametrize("action", ["install", "run", "stop"])
+def test_tpu_vm_lines_for_the_workers_are_shell(action):
+    command = ["--", "python", "x.py"] if action == "run" else []
+    output = tpu_vm(action, "--name=n", "--zone=z", "--dry_run", *command).stdout
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {output.splitlines()[-1][2:]}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    line = words.split("--command=", 1)[1]
+    subprocess.run(["bash", "-n", "-c", line], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to do: install, run or stop"),
+        (["fly"], "unknown action fly; choose install, run or stop"),
+        (["run", "--zone=z", "--", "ls"], r"--name \(or TPU_NAME\) is missing"),
+        (["run", "--name=n", "--", "ls"], r"--zone \(or TPU_ZONE\) is missing"),
+        (["run", "--name=n", "--zone=z"], "run needs a command"),
+        (["stop", "--name=n", "--zone=z", "--", "ls"], "stop takes no command, but there is: ls"),
+        (["run", "--name=n", "--zone=z", "--wrker=all"], "unknown argument --wrker=all"),
+        (["install", "--name=n", "--zone=z", "--dir=a b"], "--dir=a b: use letters, digits"),
+    ],
+)
+def test_tpu_vm_refuses_in_one_line(arguments, message):
+    result = tpu_vm(*arguments)
+    assert result.returncode == 2 and not result.stdout
+    assert re.fullmatch(f"error: {message}.*\n", result.stderr), result.stderr
+
+
+def test_gke_job_fits_its_slice():
+    _, job = yaml.safe_load_all((ROOT / "launch" / "gke_job.yaml").read_text())
+    workers, pod = job["spec"]["completions"], job["spec"]["template"]["spec"]
+    assert workers == job["spec"]["parallelism"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert workers * chips == int(rows) * int(columns)
+    subprocess.run(["bash", "-n", "-c", pod["containers"][0]["args"][0]], check=True)
