@@ -23,8 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.models.attention import rotation
 from moe_embed_jax.models.encoder import Block, EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_embed_jax.training.step import (
@@ -128,9 +130,15 @@ def parts(model: EncoderConfig, rows: int, row_length: int) -> dict:
     def apply(block, part, x_RLD):
         block = nnx.merge(*block)
         if part == "attention":
-            return block.attention(x_RLD, text_index_RL, position_RL)
+            angles = rotation(position_RL, D // model.num_heads, model.rotary_base)
+            return block.attention(x_RLD, text_index_RL, angles)
         if part == "expert layer":
-            return block.moe(x_RLD, text_index_RL >= 0)[0]
+            return jax.shard_map(  # of one device: the layer knows the axes of the mesh
+                lambda x_RLD: block.moe(x_RLD, text_index_RL >= 0)[0],
+                in_specs=P(),
+                out_specs=P(),
+                check_vma=False,
+            )(x_RLD)
         return block.feed_forward(x_RLD)
 
     def gradient(function, *arguments):

@@ -10,8 +10,9 @@ import pytest
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.models.attention import rotary
+from moe_embed_jax.models.attention import rotate, rotation
 from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
+from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import route
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.objectives.contrast import unit
@@ -163,15 +164,25 @@ def test_rotary_scores_depend_on_distance_only():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
     def score(i, j):
-        return jnp.sum(rotary(q, jnp.full((1, 1), i), 1e4) * rotary(k, jnp.full((1, 1), j), 1e4))
+        at_i, at_j = (rotation(jnp.full((1, 1), p), 8, 1e4) for p in (i, j))
+        return jnp.sum(rotate(q, at_i) * rotate(k, at_j))
 
     np.testing.assert_allclose(score(3, 1), score(103, 101), rtol=1e-4)
     assert abs(score(3, 1) - score(1, 3)) > 1e-3
     # NeoX halves: at position p the pair (x[i], x[i + 4]) turns by p * base ** (-i / 4).
     x = jnp.zeros((1, 1, 1, 8)).at[..., 1].set(1.0)
-    turned = rotary(x, jnp.full((1, 1), 2), 1e4)[0, 0, 0]
+    turned = rotate(x, rotation(jnp.full((1, 1), 2), 8, 1e4))[0, 0, 0]
     np.testing.assert_allclose(turned[1], np.cos(2 * 1e4**-0.25), rtol=1e-5)
     np.testing.assert_allclose(turned[5], np.sin(2 * 1e4**-0.25), rtol=1e-5)
+
+
+def test_gelu_in_bfloat16_is_exact_to_rounding():
+    x = jnp.linspace(-6, 6, 4001, dtype=jnp.float32).astype(jnp.bfloat16)
+    exact, exact_vjp = jax.vjp(gelu, x.astype(jnp.float32))
+    ours, ours_vjp = jax.vjp(gelu, x)
+    for a, b in ((ours, exact), (*ours_vjp(jnp.ones_like(x)), *exact_vjp(jnp.ones_like(exact)))):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=2**-8, atol=2e-6)  # half a unit in the last place
 
 
 def test_unit_norm_of_a_zero_vector_is_finite():

@@ -4,46 +4,64 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_embed_jax.mesh import platform
+from moe_embed_jax.models.fused_attention import fused_attention, supports
 
-def rotary(x_RLHC, position_RL, base: float):
-    """Rotate the two halves of each head (NeoX layout, not interleaved); angles in float32.
 
-    C is the head size; `position_RL` restarts at 0 for every text of a row.
-    """
-    half = x_RLHC.shape[-1] // 2
+def rotation(position_RL, head: int, base: float):
+    """(cos, signed sin), float32 [R, L, C] each, that turn the two halves of a head (NeoX layout,
+    not interleaved): x * cos + halves exchanged(x) * sin. `position_RL` restarts at 0 for every
+    text of a row."""
+    half = head // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_RL.astype(jnp.float32)[:, :, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle_RLH = position_RL.astype(jnp.float32)[..., None] * frequency
+    cos, sin = jnp.cos(angle_RLH), jnp.sin(angle_RLH)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def rotate(x_RLHC, rotation_RLC):
+    """In float32."""
+    cos_RL1C, sin_RL1C = (table[:, :, None] for table in rotation_RLC)
     first, second = jnp.split(x_RLHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    exchanged = jnp.concatenate([second, first], axis=-1)
+    rotated = x_RLHC.astype(jnp.float32) * cos_RL1C + exchanged * sin_RL1C
     return rotated.astype(x_RLHC.dtype)
+
+
+def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
+    """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`, which TPUs
+    run. This is plain XLA, for other devices and other shapes."""
+    rows, length, features = qkv_RLM.shape
+    qkv = qkv_RLM.reshape(rows, length, 3, heads, -1)
+    q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
+    if rotation_RLC is not None:
+        q_RLHC, k_RLHC = rotate(q_RLHC, rotation_RLC), rotate(k_RLHC, rotation_RLC)
+    # Heads before positions: XLA:CPU multiplies these faster than strided ones.
+    q_RHLC, k_RHLC, v_RHLC = (x.swapaxes(1, 2) for x in (q_RLHC, k_RLHC, v_RLHC))
+    scale = q_RHLC.shape[-1] ** -0.5
+    score_RHLM = jnp.einsum("RHLC,RHMC->RHLM", q_RHLC, k_RHLC).astype(jnp.float32) * scale
+    # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.
+    same_RLM = text_index_RL[:, :, None] == text_index_RL[:, None, :]
+    score_RHLM = jnp.where(same_RLM[:, None], score_RHLM, jnp.finfo(jnp.float32).min)
+    weight_RHLM = jax.nn.softmax(score_RHLM, axis=-1).astype(qkv_RLM.dtype)
+    context_RHLC = jnp.einsum("RHLM,RHMC->RHLC", weight_RHLM, v_RHLC)
+    return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
 
 
 class Attention(nnx.Module):
     """q, k, v in one matrix laid out [q | k | v], heads contiguous in each; all with bias."""
 
-    def __init__(self, width: int, num_heads: int, rotary_base: float | None, linear):
-        """`rotary_base` None: positions are in the embeddings (learned), nothing is rotated."""
+    def __init__(self, width: int, num_heads: int, linear):
         self.num_heads = num_heads
-        self.rotary_base = rotary_base
         self.qkv = linear(width, 3 * width)
         self.out = linear(width, width)
 
-    def __call__(self, x_RLD, text_index_RL, position_RL):
-        """Tokens attend to the tokens of their own text only (equal `text_index`)."""
-        rows, length, width = x_RLD.shape
-        qkv = self.qkv(x_RLD).reshape(rows, length, 3, self.num_heads, -1)
-        q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
-        if self.rotary_base is not None:
-            q_RLHC = rotary(q_RLHC, position_RL, self.rotary_base)
-            k_RLHC = rotary(k_RLHC, position_RL, self.rotary_base)
-        # Heads before positions: XLA:CPU multiplies these faster than strided ones.
-        q_RHLC, k_RHLC, v_RHLC = (x.swapaxes(1, 2) for x in (q_RLHC, k_RLHC, v_RLHC))
-        scale = q_RHLC.shape[-1] ** -0.5
-        score_RHLM = jnp.einsum("RHLC,RHMC->RHLM", q_RHLC, k_RHLC).astype(jnp.float32) * scale
-        # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.
-        same_RLM = text_index_RL[:, :, None] == text_index_RL[:, None, :]
-        score_RHLM = jnp.where(same_RLM[:, None], score_RHLM, jnp.finfo(jnp.float32).min)
-        weight_RHLM = jax.nn.softmax(score_RHLM, axis=-1).astype(x_RLD.dtype)
-        context_RHLC = jnp.einsum("RHLM,RHMC->RHLC", weight_RHLM, v_RHLC)
-        return self.out(context_RHLC.swapaxes(1, 2).reshape(rows, length, width))
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
+        """Tokens attend to the tokens of their own text only (equal `text_index`).
+
+        `rotation_RLC` None: positions are in the embeddings (learned), nothing is rotated.
+        """
+        _, length, width = x_RLD.shape
+        fused = platform() == "tpu" and supports(length, width, self.num_heads)
+        function = fused_attention if fused else attention
+        return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLC, self.num_heads))

@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC
-from moe_embed_jax.models.attention import Attention
+from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.objectives.balance import RoutingStatistics
@@ -132,8 +132,7 @@ class Block(nnx.Module):
     def __init__(self, config: EncoderConfig, is_moe: bool, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
         linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
-        rotary_base = config.rotary_base if config.positions == "rotary" else None
-        self.attention = Attention(config.width, config.num_heads, rotary_base, linear)
+        self.attention = Attention(config.width, config.num_heads, linear)
         self.norm_1 = _norm(config, rngs)
         if is_moe:
             self.moe = MoE(config, init, rngs)
@@ -142,9 +141,9 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, position_RL):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
         dtype = x_RLD.dtype
-        attended_RLD = self.attention(x_RLD, text_index_RL, position_RL)
+        attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
         statistics = None
         if self.is_moe:
@@ -162,11 +161,11 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, position_RL):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
         statistics = None
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, of_block = block(x_RLD, text_index_RL, position_RL)
+            x_RLD, of_block = block(x_RLD, text_index_RL, rotation_RLC)
             statistics = statistics if of_block is None else of_block
         return x_RLD, statistics
 
@@ -209,6 +208,10 @@ def encode_rows(
     whole embedding tables, and the statistics are those of its own tokens."""
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
     x_RLD = embeddings(token_RL, position_RL)
+    rotation_RLC = None
+    if config.positions == "rotary":  # the same in all layers
+        head = config.width // config.num_heads
+        rotation_RLC = rotation(position_RL, head, config.rotary_base)
     placed = specs(params, rules_for(config))
     statistics = []
     for name, (_, size) in config.parts.items():
@@ -216,7 +219,7 @@ def encode_rows(
         def one_group(x_RLD, group_params, name=name, size=size):
             group_params = gather(group_params, placed[name], "fsdp", skip=1)
             group = _module(lambda: Group(config, size, nnx.Rngs(0)), group_params)
-            return group(x_RLD, text_index_RL, position_RL)
+            return group(x_RLD, text_index_RL, rotation_RLC)
 
         if config.remat:
             one_group = jax.checkpoint(one_group)

@@ -1,11 +1,43 @@
 """The dense feed-forward layer: two matrices with bias and an exact (erf) GELU between them."""
 
-import functools
+import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+def gelu(x):
+    """x * Phi(x), Phi the normal distribution's; exact to the rounding of `x.dtype`."""
+    if x.dtype == jnp.bfloat16:
+        return _gelu_bfloat16(x)
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def _gelu_bfloat16(x):
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    """Phi to 7.5e-8 (Abramowitz and Stegun 7.1.26), 3e-5 of what bfloat16 rounds off, in a third of
+    the operations of XLA's float32 erf; the slope shares its exponential."""
+    x = x.astype(jnp.float32)
+    bell = jnp.exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.3275911 / math.sqrt(2) * jnp.abs(x))
+    tail = 1.061405429
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = tail * t + coefficient
+    tail = 0.5 * tail * t * bell  # Phi(-|x|)
+    phi = jnp.where(x < 0, tail, 1.0 - tail)
+    return (x * phi).astype(jnp.bfloat16), phi + x * bell / math.sqrt(2 * math.pi)
+
+
+def _gelu_bfloat16_bwd(x, dy):
+    return ((_gelu_and_slope(x)[1] * dy.astype(jnp.float32)).astype(jnp.bfloat16),)
+
+
+_gelu_bfloat16.defvjp(lambda x: (_gelu_bfloat16(x), x), _gelu_bfloat16_bwd)
 
 
 class FeedForward(nnx.Module):

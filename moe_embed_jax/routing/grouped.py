@@ -2,9 +2,10 @@
 
 The matmuls are megablox's Pallas kernels (MegaBlocks, arXiv 2211.15841), whose work follows the
 number of rows that each expert really has. Two traps: rows behind the last group (padding) come
-back as whatever was in memory, in gradients too, so they are masked both ways; and one tiling does
-not fit all six products of a layer. Hence a VJP of our own, around the kernels. Tokens are put in
-order, and back, by gathers in both directions: scatters are slow on TPU.
+back as whatever was in memory, NaN included, in gradients too; and one tiling does not fit all six
+products of a layer. Hence a VJP of our own, around the kernels. Tokens are put in order, and back,
+by gathers in both directions (scatters are slow on TPU), and a gather past the end reads zero: that
+is what padding gets, so that the rows behind the last group are never read, forward or backward.
 """
 
 import functools
@@ -42,11 +43,12 @@ def _order(expert_TK, experts: int):
     assignments = expert_A.shape[0]
     tile = _tile_rows(assignments)
     rows = -(-assignments // tile) * tile
-    is_for_AE = (expert_A[:, None] == jnp.arange(experts)).astype(jnp.int32)
-    rows_E = is_for_AE.sum(axis=0)
+    # Experts before assignments: the long axis lies along the lanes of a TPU.
+    is_for_EA = (expert_A == jnp.arange(experts)[:, None]).astype(jnp.int32)
+    rows_E = is_for_EA.sum(axis=1)
     first_E = jnp.cumsum(rows_E) - rows_E
-    place_AE = first_E + jnp.cumsum(is_for_AE, axis=0) - 1
-    row_A = jnp.sum(is_for_AE * place_AE, axis=1)
+    place_EA = first_E[:, None] + jnp.cumsum(is_for_EA, axis=1) - 1
+    row_A = jnp.sum(is_for_EA * place_EA, axis=0)
     row_A = jnp.where(expert_A < experts, row_A, rows)
     sorted_A = jnp.argsort(expert_A, stable=True)
     assignment_S = jnp.pad(sorted_A, (0, rows - assignments), constant_values=assignments)
@@ -65,9 +67,9 @@ def _tiles(rows: int, k: int, n: int, dtype) -> tuple[int, int, int]:
 
 
 def _multiply(x_SK, w_EKN, rows_E, interpret, transpose=False):
-    """x @ w[expert of the row] (or its transpose); rows without an expert are zero."""
+    """x @ w[expert of the row] (or its transpose); undefined for rows without an expert."""
     k, n = w_EKN.shape[1:][::-1] if transpose else w_EKN.shape[1:]
-    y_SN = gmm(
+    return gmm(
         x_SK,
         w_EKN,
         rows_E,
@@ -76,7 +78,6 @@ def _multiply(x_SK, w_EKN, rows_E, interpret, transpose=False):
         transpose_rhs=transpose,
         interpret=interpret,
     )
-    return jnp.where(jnp.arange(len(y_SN))[:, None] < rows_E.sum(), y_SN, 0)
 
 
 def _weight_gradient(x_SK, dy_SN, rows_E, interpret):
@@ -93,18 +94,25 @@ def _row_experts(rows_E, rows: int):
     return ((row_S1 >= end_E - rows_E) & (row_S1 < end_E)).astype(jnp.float32)
 
 
+def _sum_choices(y_SD, row_A, gate_TK):
+    """y_TD: the rows of a token's K choices, weighted. One choice after the other: an axis of K
+    would be padded to a tile."""
+    row_TK = row_A.reshape(gate_TK.shape)
+    return sum(
+        gate_TK[:, k, None].astype(y_SD.dtype) * _take(y_SD, row_TK[:, k])
+        for k in range(gate_TK.shape[1])
+    )
+
+
 def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    top_k = expert_TK.shape[1]
     order = assignment_S, row_A, rows_E = _order(expert_TK, len(w_in_EDF))
-    x_SD = _take(x_TD, assignment_S // top_k)
+    x_SD = _take(x_TD, assignment_S // expert_TK.shape[1])
     pre_SF = _multiply(x_SD, w_in_EDF, rows_E, interpret)
     if bias_in_EF is not None:
         bias_SF = _row_experts(rows_E, len(pre_SF)) @ bias_in_EF.astype(jnp.float32)
         pre_SF += bias_SF.astype(pre_SF.dtype)
     y_SD = _multiply(activation(pre_SF), w_out_EFD, rows_E, interpret)
-    y_TKD = _take(y_SD, row_A).reshape(*expert_TK.shape, -1)
-    y_TD = jnp.einsum("TKD,TK->TD", y_TKD, gate_TK.astype(x_TD.dtype))
-    return y_TD, (pre_SF, order)
+    return _sum_choices(y_SD, row_A, gate_TK), (pre_SF, y_SD, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -120,25 +128,26 @@ def _grouped_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, acti
 
 
 def _grouped_bwd(activation, interpret, residuals, dy_TD):
-    (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD), (pre_SF, order) = residuals
-    assignment_S, row_A, rows_E = order
-    top_k = expert_TK.shape[1]
-    x_SD = _take(x_TD, assignment_S // top_k)
-    dy_SD = _take(dy_TD, assignment_S // top_k)
+    (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD), saved = residuals
+    pre_SF, y_SD, (assignment_S, row_A, rows_E) = saved
+    token_S = assignment_S // expert_TK.shape[1]
+    x_SD, dy_SD = _take(x_TD, token_S), _take(dy_TD, token_S)
     gate_S1 = _take(gate_TK.reshape(-1), assignment_S)[:, None].astype(x_TD.dtype)
+    # y and dy are narrower than the hidden layer: the cheapest place for the gate's gradient.
+    dgate_S = jnp.sum(y_SD.astype(jnp.float32) * dy_SD.astype(jnp.float32), axis=-1)
+    dy_SD = gate_S1 * dy_SD
     hidden_SF, activation_vjp = jax.vjp(activation, pre_SF)
-    # Of the unweighted expert output; the gate comes in where it is cheapest.
     dhidden_SF = _multiply(dy_SD, w_out_EFD, rows_E, interpret, transpose=True)
-    dgate_S = jnp.sum(hidden_SF * dhidden_SF, axis=-1, dtype=jnp.float32)
-    (dpre_SF,) = activation_vjp(gate_S1 * dhidden_SF)
-    dw_out_EFD = _weight_gradient(hidden_SF, gate_S1 * dy_SD, rows_E, interpret)
+    (dpre_SF,) = activation_vjp(dhidden_SF)
+    dw_out_EFD = _weight_gradient(hidden_SF, dy_SD, rows_E, interpret)
     dw_in_EDF = _weight_gradient(x_SD, dpre_SF, rows_E, interpret)
     dbias_in_EF = None
     if bias_in_EF is not None:
         experts_SE = _row_experts(rows_E, len(dpre_SF))
-        dbias_in_EF = (experts_SE.T @ dpre_SF.astype(jnp.float32)).astype(bias_in_EF.dtype)
+        defined_SF = jnp.where(experts_SE.any(axis=1)[:, None], dpre_SF.astype(jnp.float32), 0)
+        dbias_in_EF = (experts_SE.T @ defined_SF).astype(bias_in_EF.dtype)
     dx_SD = _multiply(dpre_SF, w_in_EDF, rows_E, interpret, transpose=True)
-    dx_TD = _take(dx_SD, row_A).reshape(*expert_TK.shape, -1).sum(axis=1)
+    dx_TD = _sum_choices(dx_SD, row_A, jnp.ones_like(gate_TK))
     dgate_TK = _take(dgate_S, row_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
     return dx_TD, None, dgate_TK, dw_in_EDF, dbias_in_EF, dw_out_EFD
 

@@ -1,0 +1,197 @@
+"""Attention over packed rows in one TPU kernel: rotary positions, scores, softmax, context.
+
+A program of the kernel has one row of L slots in fast memory: the scores of a row never reach HBM,
+forward or backward, and q, k, v are read where the projection left them, without transposes. The
+backward pass computes the scores again; nothing is saved but its arguments.
+
+Heads of C features are taken together in groups of P = 128 lanes. Inside a group the features of
+other heads are zeroed instead of cut out: matrix units contract and write 128 lanes in any case.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+LONGEST_ROW = 512  # longer ones have scores that do not fit fast memory
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def supports(row_length: int, width: int, heads: int) -> bool:
+    """Whether the kernel takes rows of this length and heads of this size."""
+    head = width // heads
+    return (
+        row_length % LANES == 0
+        and row_length <= LONGEST_ROW
+        and width % LANES == 0
+        and (LANES % head == 0 or head % LANES == 0)
+    )
+
+
+def fused_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
+    """Context vectors [R, L, D] of every head, side by side.
+
+    Args:
+      qkv_RLM: M = 3 D features [q | k | v], heads contiguous in each.
+      text_index_RL: tokens attend to tokens of equal index.
+      rotation_RLC: (cos, signed sin) of `attention.rotation`, or None.
+    """
+    head = qkv_RLM.shape[-1] // 3 // heads
+    group = max(head, LANES)
+    if rotation_RLC is None:
+        shape = (*text_index_RL.shape, head)
+        rotation_RLC = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    cos_RLP, sin_RLP = (jnp.tile(table, group // head) for table in rotation_RLC)
+    return _attention(
+        qkv_RLM, text_index_RL[:, None].astype(jnp.int32), cos_RLP, sin_RLP, heads, interpret
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, heads, interpret):
+    return _call(_forward_kernel, qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, (), heads, interpret)
+
+
+def _attention_fwd(qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, heads, interpret):
+    arguments = (qkv_RLM, text_index_R1L, cos_RLP, sin_RLP)
+    return _attention(*arguments, heads, interpret), arguments
+
+
+def _attention_bwd(heads, interpret, arguments, dcontext_RLD):
+    dqkv_RLM = _call(_backward_kernel, *arguments, (dcontext_RLD,), heads, interpret)
+    return dqkv_RLM, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _call(kernel, qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, further, heads, interpret):
+    rows, length, features = qkv_RLM.shape
+    width, group = features // 3, cos_RLP.shape[-1]
+    inputs = (qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, *further)
+    out_features = features if further else width
+    products = 5 if further else 2  # of [L, P] with [P, L] or [L, L] with [L, P], per head
+    moved = sum(x.size * x.dtype.itemsize for x in inputs)
+    moved += rows * length * out_features * qkv_RLM.dtype.itemsize
+    return pl.pallas_call(
+        functools.partial(kernel, heads=heads),
+        grid=(rows,),
+        in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda row: (row, 0, 0)) for x in inputs],
+        out_specs=pl.BlockSpec((1, length, out_features), lambda row: (row, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, length, out_features), qkv_RLM.dtype),
+        cost_estimate=pl.CostEstimate(
+            flops=rows * heads * products * 2 * length * length * group,  # zeroed lanes included
+            bytes_accessed=moved,
+            transcendentals=rows * heads * length * length,
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="attention_backward" if further else "attention",
+    )(*inputs)
+
+
+def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, *, heads):
+    same_LL = _same_text(index_ref)
+    for group in _groups(qkv_ref, cos_ref, sin_ref, heads):
+        context_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
+        for own_LP in group.heads():
+            weight_LL = _softmax(group, own_LP, same_LL)
+            context_LP += _dot(weight_LL.astype(group.v_LP.dtype), _only(own_LP, group.v_LP), 1, 0)
+        context_ref[0, :, group.lanes] = context_LP.astype(context_ref.dtype)
+
+
+def _backward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, dcontext_ref, dqkv_ref, *, heads):
+    same_LL = _same_text(index_ref)
+    width = qkv_ref.shape[-1] // 3
+    for group in _groups(qkv_ref, cos_ref, sin_ref, heads):
+        dtype = group.v_LP.dtype
+        dcontext_LP = dcontext_ref[0, :, group.lanes]
+        dq_LP = dk_LP = dv_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
+        for own_LP in group.heads():
+            weight_LL = _softmax(group, own_LP, same_LL)
+            dhead_LP = _only(own_LP, dcontext_LP)
+            dv_LP += _dot(weight_LL.astype(dtype), dhead_LP, 0, 0)
+            dweight_LL = _dot(dhead_LP, group.v_LP, 1, 1)
+            mean_L1 = jnp.sum(weight_LL * dweight_LL, axis=-1, keepdims=True)
+            dscore_LL = (weight_LL * (dweight_LL - mean_L1)).astype(dtype)
+            dq_LP += _dot(dscore_LL, _only(own_LP, group.k_LP), 1, 0)
+            dk_LP += _dot(dscore_LL, _only(own_LP, group.q_LP), 0, 0)
+        dq_LP = group.rotate_back(dq_LP * group.scale)
+        for part, gradient_LP in enumerate((dq_LP, group.rotate_back(dk_LP), dv_LP)):
+            start = part * width + group.lanes.start
+            lanes = slice(start, start + group.lanes.stop - group.lanes.start)
+            dqkv_ref[0, :, lanes] = gradient_LP.astype(dqkv_ref.dtype)
+
+
+class _Group:
+    """q (rotated, scaled), k (rotated) and v of the heads in one group of lanes, [L, P] each."""
+
+    def __init__(self, qkv_ref, cos_ref, sin_ref, lanes: slice, head: int):
+        width = qkv_ref.shape[-1] // 3
+        self.lanes, self.head = lanes, head
+        self.cos_LP, self.sin_LP = cos_ref[0], sin_ref[0]
+        self.scale = head**-0.5
+        q_LP, k_LP, self.v_LP = (
+            qkv_ref[0, :, part * width + lanes.start : part * width + lanes.stop]
+            for part in range(3)
+        )
+        self.q_LP = (self._rotate(q_LP) * self.scale).astype(q_LP.dtype)
+        self.k_LP = self._rotate(k_LP).astype(k_LP.dtype)
+
+    def heads(self):
+        """[L, P] masks of the lanes of each head."""
+        lane_LP = jax.lax.broadcasted_iota(jnp.int32, self.v_LP.shape, 1)
+        for first in range(0, self.v_LP.shape[1], self.head):
+            yield (lane_LP >= first) & (lane_LP < first + self.head)
+
+    def _swap(self, x_LP):
+        """The two halves of each head exchanged."""
+        lanes, half = x_LP.shape[1], self.head // 2
+        lane_LP = jax.lax.broadcasted_iota(jnp.int32, x_LP.shape, 1)
+        from_right, from_left = pltpu.roll(x_LP, lanes - half, 1), pltpu.roll(x_LP, half, 1)
+        return jnp.where(lane_LP % self.head < half, from_right, from_left)
+
+    def _rotate(self, x_LP):
+        x_LP = x_LP.astype(jnp.float32)
+        return x_LP * self.cos_LP + self._swap(x_LP) * self.sin_LP
+
+    def rotate_back(self, x_LP):
+        """The transpose of rotation: what a gradient goes through."""
+        return x_LP * self.cos_LP + self._swap(x_LP * self.sin_LP)
+
+
+def _groups(qkv_ref, cos_ref, sin_ref, heads: int):
+    width, lanes = qkv_ref.shape[-1] // 3, cos_ref.shape[-1]
+    for start in range(0, width, lanes):
+        yield _Group(qkv_ref, cos_ref, sin_ref, slice(start, start + lanes), width // heads)
+
+
+def _same_text(index_ref):
+    index_1L = index_ref[0]
+    row_LL = jnp.broadcast_to(index_1L, (index_1L.shape[1],) * 2)
+    return row_LL == row_LL.T
+
+
+def _softmax(group: _Group, own_LP, same_LL):
+    score_LL = _dot(_only(own_LP, group.q_LP), group.k_LP, 1, 1)
+    score_LL = jnp.where(same_LL, score_LL, NEVER)
+    weight_LL = jnp.exp(score_LL - jnp.max(score_LL, axis=-1, keepdims=True))
+    return weight_LL / jnp.sum(weight_LL, axis=-1, keepdims=True)
+
+
+def _only(own_LP, x_LP):
+    return jnp.where(own_LP, x_LP, jnp.zeros_like(x_LP))
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision,
+    )

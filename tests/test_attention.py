@@ -1,0 +1,80 @@
+"""The fused attention kernel (interpreted here) against plain attention: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed_jax.models.attention import attention, rotation
+from moe_embed_jax.models.fused_attention import fused_attention, supports
+
+
+def make_case(rows, length, heads, head, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    text_index = np.full((rows, length), -1, np.int32)
+    position = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        start = 0
+        for text, n in enumerate(rng.integers(1, length // 2, 4)):
+            stop = min(start + n, length - row)  # the last slots are padding, except in row 0
+            text_index[row, start:stop] = text
+            position[row, start:stop] = np.arange(max(stop - start, 0))
+            start = max(stop, start)
+    qkv = jnp.asarray(rng.normal(size=(rows, length, 3 * heads * head)), dtype)
+    return qkv, jnp.asarray(text_index), rotation(jnp.asarray(position), head, 1e4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head", "length", "rotary"),
+    [(2, 64, 128, True), (8, 32, 128, True), (1, 128, 256, True), (4, 64, 128, False)],
+)
+def test_equals_plain_attention(heads, head, length, rotary):
+    qkv, text_index, angles = make_case(2, length, heads, head)
+    angles = angles if rotary else None
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, length, heads * head)))
+
+    def value_and_gradient(function, **options):
+        def scalar(qkv):
+            context = function(qkv, text_index, angles, heads, **options)
+            return jnp.sum(context * weight), context
+
+        return jax.jit(jax.grad(scalar, has_aux=True))(qkv)
+
+    assert supports(length, heads * head, heads)
+    gradient, context = value_and_gradient(fused_attention, interpret=True)
+    expected_gradient, expected = value_and_gradient(attention)
+    np.testing.assert_allclose(context, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=3e-5)
+
+
+def test_bfloat16_is_closer_to_float32_than_plain_attention():
+    """The kernel keeps scores in float32; plain attention rounds them."""
+    exact = attention(*make_case(2, 128, 2, 64), 2)
+    qkv, text_index, angles = make_case(2, 128, 2, 64, jnp.bfloat16)
+    fused = fused_attention(qkv, text_index, angles, 2, interpret=True)
+    plain = attention(qkv, text_index, angles, 2)
+    assert fused.dtype == jnp.bfloat16
+    errors = [float(jnp.abs(x.astype(jnp.float32) - exact).mean()) for x in (fused, plain)]
+    assert errors[0] <= 1.05 * errors[1] and errors[0] < 0.01, errors
+
+
+def test_other_texts_cannot_matter():
+    qkv, text_index, angles = make_case(1, 128, 2, 64)
+    mine = text_index == 1
+    other = jnp.where(mine[..., None], qkv, 100.0)
+    one, two = (fused_attention(x, text_index, angles, 2, interpret=True) for x in (qkv, other))
+    np.testing.assert_array_equal(one[mine], two[mine])
+
+    def of_mine(qkv):
+        context = fused_attention(qkv, text_index, angles, 2, interpret=True)
+        return jnp.sum(jnp.where(mine[..., None], context, 0))
+
+    gradient = jax.grad(of_mine)(qkv)
+    assert not np.asarray(gradient[~mine]).any() and np.asarray(gradient[mine]).any()
+
+
+def test_what_the_kernel_takes():
+    assert supports(256, 768, 12) and supports(512, 384, 12) and supports(128, 1024, 8)
+    assert not supports(64, 768, 12)  # rows of less than 128 slots
+    assert not supports(2048, 768, 12)  # scores that do not fit fast memory
+    assert not supports(256, 96, 2) and not supports(256, 480, 10)
