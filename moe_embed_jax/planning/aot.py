@@ -68,7 +68,7 @@ class Plan:
             kinds = self.memory.by_kind()
             dominant = max(kinds, key=kinds.get)
         space = "hbm" if self.exhausted is None else self.exhausted.space
-        return memory.advice(self.config, space, dominant)
+        return memory.advice(self.config, self.step_name, space, dominant)
 
 
 def compile_plan(

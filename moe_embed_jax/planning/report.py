@@ -120,7 +120,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 def _print_work(plan: Plan, console: Console) -> None:
     cost = plan.cost
     table = _table("FLOPs per chip and step (predicted)", "", "TFLOP", "compiled / model")
-    table.add_row("model, all token slots", f"{plan.model_flops / 1e12:.4g}", "")
+    table.add_row(f"model, {plan.step.work}", f"{plan.model_flops / 1e12:.4g}", "")
     table.add_row("compiled: matrix products", f"{cost.matmul_flops / 1e12:.4g}", "")
     table.add_row("compiled: Pallas kernels", f"{cost.kernel_flops / 1e12:.4g}", "")
     ratio = f"{cost.flops / plan.model_flops:.2f}"
@@ -176,7 +176,7 @@ def _print_time(plan: Plan, console: Console) -> None:
     console.print(table)
     share = plan.step.real_share
     lines = [
-        f"MFU         {plan.mfu:.1%} of all token slots"
+        f"MFU         {plan.mfu:.1%} of {plan.step.work}"
         + (f", {plan.mfu * share:.1%} of real tokens ({share:.0%} of slots)" if share < 1 else ""),
         f"throughput  {_rate(plan):,.0f} {plan.step.unit}/s over {plan.chips} chips",
     ]
@@ -188,6 +188,41 @@ def _print_time(plan: Plan, console: Console) -> None:
         )
     for line in lines:
         console.print(f"predicted   {line}")
+
+
+def to_markdown(plans: list[Plan]) -> str:
+    """A table with a row per plan."""
+    header = (
+        "topology | chips | data x fsdp x expert | chunk rows | remat | HBM per chip, GiB | fits | "
+        "step, s | MFU | MFU of real tokens | tokens/s | run, hours | chip-hours"
+    )
+    lines = [f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+    for plan in plans:
+        config = plan.config
+        mesh = plan.mesh.split(" on ")[0].replace("data=", "").replace("fsdp=", "")
+        size = plan.hbm_bytes
+        cells = [
+            plan.topology,
+            str(plan.chips),
+            mesh.replace("expert=", ""),
+            str(config.data.chunk_rows),
+            "yes" if config.model.remat else "no",
+            (f"{size / GIB:.1f}" if size else "?") + f" of {plan.chip.hbm_bytes / GIB:.1f}",
+            "yes" if plan.fits else "no",
+        ]
+        if plan.times and plan.fits:
+            cells += [
+                f"{plan.times.step_seconds:.3f}",
+                f"{plan.mfu:.0%}",
+                f"{plan.mfu * plan.step.real_share:.0%}",
+                f"{_rate(plan):,.0f}",
+                f"{_hours(plan):,.0f}" if plan.step.repeats else "",
+                f"{_hours(plan) * plan.chips:,.0f}" if plan.step.repeats else "",
+            ]
+        else:
+            cells += [""] * 6
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _kernels_without_estimate(plan: Plan) -> list[str]:

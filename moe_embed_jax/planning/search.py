@@ -107,6 +107,14 @@ class _Cache:
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
+def describe(config: RunConfig) -> str:
+    """The flags that set what a search varies."""
+    return (
+        f"--set=mesh.fsdp={config.mesh.fsdp} --set=mesh.expert={config.mesh.expert} "
+        f"--set=model.remat={config.model.remat} --set=data.chunk_rows={config.data.chunk_rows}"
+    )
+
+
 def _needs_more(candidate: RunConfig, other: RunConfig) -> bool:
     """Whether `candidate` surely needs as much memory as `other`: the same mesh, chunks at least as
     large, and no more rematerialisation."""

@@ -40,7 +40,7 @@ class Step:
     """A step to compile.
 
     lower: traces it. arguments: what it is given, by kind, for the memory table.
-    model_flops: of one step over all chips, for all token slots. real_share: tokens among slots.
+    model_flops: of one step over all chips, for `work`. real_share: tokens among slots.
     unit, units: what a step works through ("tokens", "documents"), without padding.
     repeats: how often a whole run does it; None if the config does not say.
     unknown_trips: of loops that the data bound. notes: lines for the reader.
@@ -49,6 +49,7 @@ class Step:
     lower: object
     arguments: dict
     model_flops: float
+    work: str
     real_share: float
     unit: str
     units: float
@@ -73,6 +74,7 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
             "batch": batch,
         },
         model_flops=training_flops_per_token(config.model) * slots,
+        work="all token slots",
         real_share=load.tokens / slots,
         unit="tokens",
         units=load.tokens,
@@ -101,6 +103,7 @@ def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
         lower=lambda: embedder._pool_rows.lower(config.model, params, ids, ids, ids),
         arguments={"parameters": params, "batch": (ids, ids, ids)},
         model_flops=training_flops_per_token(config.model) / 3 * slots,
+        work="all token slots",
         real_share=1.0,
         unit="token slots",
         units=slots,
@@ -125,6 +128,7 @@ def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
         lower=lambda: knn._search.lower(queries, documents, count, assumed.neighbours, block, mesh),
         arguments={"queries": queries, "documents": documents},
         model_flops=2.0 * knn.QUERY_BLOCK * count * width,
+        work="all inner products",
         real_share=1.0,
         unit="queries",
         units=knn.QUERY_BLOCK,
