@@ -67,6 +67,12 @@ def local_device_positions(mesh: jax.sharding.Mesh) -> list[int]:
     return [i for i, d in enumerate(np.asarray(mesh.devices).flat) if d.process_index == here]
 
 
+def platform() -> str:
+    """ "cpu", "tpu", ...: of the mesh in context, else of this process's devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def describe(mesh: jax.sharding.Mesh) -> str:
     axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     kind = np.asarray(mesh.devices).flat[0].device_kind

@@ -3,7 +3,8 @@
 It serves parameters, optimiser state (whose paths contain the parameter's path), checkpoint restore
 and ahead-of-time compilation. The first rule that matches wins; a parameter without a rule, or a
 rule that no parameter uses, is an error that names it: a silent default is how a renamed layer
-ends up replicated on a pod.
+ends up replicated on a pod. Optimiser moments are split over `data` besides (ZeRO stage 1, arXiv
+1910.02054), see `zero`.
 """
 
 import re
@@ -37,6 +38,7 @@ EXPERT_RULES = (
 )
 EXPERT_BIAS_RULES = ((r"(groups|tail)/.*/moe/bias_in$", P(None, "expert", None)),)  # [G, E, F]
 LEARNED_POSITION_RULES = ((r"embeddings/position$", P()),)  # [positions, D]
+MOMENTS = r"(^|/)(mu|nu)/"  # of AdamW: what no other device needs
 
 
 def path_of(key_path) -> str:
@@ -80,19 +82,59 @@ def specs(tree, rules) -> object:
     return result
 
 
-def shardings(tree, rules, mesh: jax.sharding.Mesh) -> object:
-    """NamedShardings of the leaves of `tree`; checks that the mesh divides every sharded axis."""
+def zero(path: str, shape: tuple[int, ...], spec: P, data: int) -> P:
+    """`spec`, split over mesh axis `data` too: along the first whole axis that `data` divides (the
+    scan axis of blocks is none). Where no axis is, the spec stays as it is."""
+    names = [*spec, *[None] * (len(shape) - len(spec))]
+    first = 1 if re.search(r"(groups|tail)/", path) else 0
+    for axis in range(first, len(shape)):
+        if names[axis] is None and shape[axis] % data == 0:
+            return P(*names[:axis], "data", *names[axis + 1 :])
+    return spec
+
+
+def shardings(tree, rules, mesh) -> object:
+    """NamedShardings of the leaves of `tree` on `mesh` (or an abstract one); checks that the mesh
+    divides every sharded axis."""
 
     def named(key_path, leaf, spec):
+        path = path_of(key_path)
+        if re.search(MOMENTS, path) and leaf.ndim:
+            spec = zero(path, leaf.shape, spec, mesh.shape["data"])
         for axis, name in enumerate(spec):
             if name is not None and leaf.shape[axis] % mesh.shape[name]:
                 raise UserError(
-                    f"axis {axis} of {path_of(key_path)} {leaf.shape} is not divisible by mesh "
+                    f"axis {axis} of {path} {leaf.shape} is not divisible by mesh "
                     f"axis {name}={mesh.shape[name]}"
                 )
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules))
+
+
+def as_moments(params, rules) -> object:
+    """Gradients in the shardings of their moments: summed over devices once, each its part."""
+    mesh = jax.sharding.get_abstract_mesh()
+    placed = shardings({"mu": params}, rules, mesh)["mu"]
+    return jax.lax.with_sharding_constraint(params, placed)
+
+
+def gather(tree, tree_specs, axis: str, skip: int = 0) -> object:
+    """Inside shard_map: the leaves, made whole along mesh axis `axis` where their spec has it.
+
+    `skip`: leading axes of the specs that the leaves no longer have (a scan took them). The
+    gradient is scattered the same way.
+    """
+    if jax.lax.axis_size(axis) == 1:
+        return tree
+
+    def whole(leaf, spec):
+        for position, name in enumerate(spec):
+            if name == axis:
+                return jax.lax.all_gather(leaf, axis, axis=position - skip, tiled=True)
+        return leaf
+
+    return jax.tree.map(whole, tree, tree_specs)
 
 
 def with_shardings(shapes, rules, mesh: jax.sharding.Mesh) -> object:

@@ -1,12 +1,16 @@
 """Every routing back end against the dense oracle: values and all gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.moe import route
 from moe_embed_jax.routing.blocked import blocked
+from moe_embed_jax.routing.capacity import capacity, cell_size, fill_cells
 from moe_embed_jax.routing.exchange import BACKENDS
 from moe_embed_jax.routing.reference import reference
 
@@ -34,13 +38,17 @@ def gradients(backend, case):
     weight = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
 
     def scalar(x, gate, *weights):
-        y = backend(x, expert, gate, *weights, gelu)
-        return jnp.sum(y * weight), y
+        y, dropped = backend(x, expert, gate, *weights, gelu)
+        return jnp.sum(y * weight), (y, dropped)
 
     function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))
-    grads, y = function(x, gate, *weights)
+    grads, (y, dropped) = function(x, gate, *weights)
     names = ("dx", "dgate", "dw_in", "dbias_in", "dw_out")
-    return {"y": y, **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
+    return {
+        "y": y,
+        "dropped": dropped,
+        **{n: g for n, g in zip(names, grads, strict=True) if g is not None},
+    }
 
 
 CASES = {
@@ -55,6 +63,7 @@ CASES = {
         bias=True,
     ),
     "top_4_of_64": dict(tokens=70, experts=64, top_k=4),
+    "top_4_of_8": dict(tokens=90, experts=8, top_k=4, bias=True),
     "one_token": dict(tokens=1, experts=8, top_k=2),
     "not_a_multiple_of_the_block": dict(tokens=257, experts=3, top_k=1),
     "all_to_one_expert": dict(
@@ -63,6 +72,7 @@ CASES = {
     "padding": dict(
         tokens=64, experts=4, top_k=2, choose=lambda e: np.where(np.arange(64)[:, None] % 3, e, 4)
     ),
+    "more_than_a_tile": dict(tokens=700, experts=4, top_k=2),
     "only_padding": dict(tokens=16, experts=4, top_k=2, choose=lambda e: np.full_like(e, 4)),
 }
 
@@ -71,8 +81,11 @@ CASES = {
 @pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
 def test_equals_reference(backend, name):
     case = make_case(**CASES[name])
+    function = BACKENDS[backend]
+    if backend == "capacity":  # cells that hold everything
+        function = functools.partial(capacity, capacity_factor=8.0)
     expected = gradients(reference, case)
-    actual = gradients(BACKENDS[backend], case)
+    actual = gradients(function, case)
     for key, value in expected.items():
         np.testing.assert_allclose(actual[key], value, atol=2e-5, rtol=1e-5, err_msg=key)
 
@@ -86,13 +99,14 @@ def test_reference_is_the_formula():
             e = expert[t, k]
             hidden = np.asarray(gelu(jnp.asarray(x[t] @ w_in[e] + bias_in[e])))
             expected[t] += gate[t, k] * (hidden @ w_out[e])
-    actual = reference(*case, gelu)
+    actual, _ = reference(*case, gelu)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_empty_expert_gets_exactly_zero_gradient():
+@pytest.mark.parametrize("backend", ["blocked", "grouped"])
+def test_empty_expert_gets_exactly_zero_gradient(backend):
     case = make_case(64, 4, 1, choose=lambda e: np.where(e == 3, 0, e))
-    result = gradients(blocked, case)
+    result = gradients(BACKENDS[backend], case)
     assert not np.asarray(result["dw_in"][3]).any()
     assert not np.asarray(result["dw_out"][3]).any()
 
@@ -100,6 +114,40 @@ def test_empty_expert_gets_exactly_zero_gradient():
 @pytest.mark.parametrize("block", [8, 64])
 def test_block_size_does_not_matter(block):
     case = make_case(100, 4, 2)
-    expected = blocked(*case, gelu)
-    actual = blocked(*case, gelu, block)
+    expected, _ = blocked(*case, gelu)
+    actual, _ = blocked(*case, gelu, block)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity_factor", [0.25, 1.0])
+def test_capacity_drops_what_overflows_and_counts_it(capacity_factor):
+    """It equals the oracle on the assignments that it kept, and knows how many it did not."""
+    x, expert, gate, *weights = make_case(120, 4, 2, choose=lambda e: np.minimum(e, 2))
+    expert = jnp.where(jnp.arange(120)[:, None] % 5 == 0, 4, expert)  # padding
+    cell = cell_size(expert.size, 4, capacity_factor)
+    slot, dropped = fill_cells(expert, 4, cell)
+    kept = np.asarray(slot) < 4 * cell
+    wanted = np.asarray(expert) < 4
+    assert 0 < dropped == np.sum(wanted & ~kept)
+    assert np.unique(np.asarray(slot)[kept]).size == kept.sum()
+    for e in range(4):  # first choices before second ones, earlier tokens before later ones
+        order = [tuple(i) for i in np.argwhere((np.asarray(expert) == e).T)]
+        assert [tuple(i) for i in np.argwhere((e == np.asarray(expert).T) & kept.T)] == order[:cell]
+    function = functools.partial(capacity, capacity_factor=capacity_factor)
+    actual = gradients(function, (x, expert, gate, *weights))
+    expected = gradients(reference, (x, jnp.where(kept, expert, 4), gate, *weights))
+    assert actual.pop("dropped") == dropped
+    for key, value in actual.items():
+        np.testing.assert_allclose(value, expected[key], atol=2e-5, rtol=1e-5, err_msg=key)
+
+
+def test_padding_never_takes_a_cell_from_a_token():
+    expert = jnp.array([[4], [0], [4], [0]])
+    slot, dropped = fill_cells(expert, 4, 2)
+    assert slot.tolist() == [[8], [0], [8], [1]] and dropped == 0
+
+
+def test_ties_go_to_the_first_experts():
+    expert, gate, _ = route(jnp.zeros((3, 2, 8)), jnp.ones((3, 2), bool), 2)
+    assert (np.asarray(expert) == [0, 1]).all()
+    np.testing.assert_allclose(gate, 1 / 8)

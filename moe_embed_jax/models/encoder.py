@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh import BATCH_SPEC
 from moe_embed_jax.models.attention import Attention
 from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.objectives.balance import RoutingStatistics
-from moe_embed_jax.routing.exchange import BACKENDS
+from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
+from moe_embed_jax.sharding import gather, rules_for, specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,9 @@ class EncoderConfig:
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     dtype: str = "float32"  # of activations and matmuls; parameters stay float32
-    expert_backend: str = "blocked"
+    expert_backend: str = "auto"  # grouped on TPU, blocked elsewhere; or one of routing.BACKENDS
+    expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
+    capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
     remat: bool = False  # recompute a group's activations in the backward pass
 
     def __post_init__(self):
@@ -64,10 +68,14 @@ class EncoderConfig:
                 f"model.experts_per_token={self.experts_per_token} must be between 1 and "
                 f"num_experts={self.num_experts}"
             )
-        if self.expert_backend not in BACKENDS:
-            raise UserError(
-                f"model.expert_backend={self.expert_backend!r}: choose from {sorted(BACKENDS)}"
-            )
+        for name, known in (
+            ("expert_backend", ["auto", *BACKENDS]),
+            ("expert_exchange", list(EXCHANGES)),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name}={getattr(self, name)!r}: choose from {known}")
+        if not self.capacity_factor > 0:
+            raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""
@@ -187,25 +195,26 @@ def _module(make, params: dict) -> nnx.Module:
     return nnx.merge(graphdef, state)
 
 
-def encode_tokens(
+def gather_embeddings(config: EncoderConfig, params: dict) -> dict:
+    """Inside shard_map: `params` with whole embedding tables, which `encode_rows` expects. Blocks
+    are gathered when their turn comes, tables once for all chunks."""
+    of_embeddings = specs(params, rules_for(config))["embeddings"]
+    return params | {"embeddings": gather(params["embeddings"], of_embeddings, "fsdp")}
+
+
+def encode_rows(
     config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL
 ) -> tuple[jax.Array, RoutingStatistics | None]:
-    """Token states and the statistics of every MoE layer.
-
-    Args:
-      token_RL: int32 ids. text_index_RL: which text of its row a token belongs to, -1 padding.
-      position_RL: position within the text.
-
-    Returns:
-      x_RLD in `config.dtype` (padding: unspecified finite values), and `RoutingStatistics` with a
-      leading axis of MoE layers, or None without experts. Needs a mesh in context.
-    """
+    """`encode_tokens` of one device's rows, inside shard_map: `params` is this device's part, with
+    whole embedding tables, and the statistics are those of its own tokens."""
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
     x_RLD = embeddings(token_RL, position_RL)
+    placed = specs(params, rules_for(config))
     statistics = []
     for name, (_, size) in config.parts.items():
 
-        def one_group(x_RLD, group_params, size=size):
+        def one_group(x_RLD, group_params, name=name, size=size):
+            group_params = gather(group_params, placed[name], "fsdp", skip=1)
             group = _module(lambda: Group(config, size, nnx.Rngs(0)), group_params)
             return group(x_RLD, text_index_RL, position_RL)
 
@@ -217,6 +226,34 @@ def encode_tokens(
     if not statistics:
         return x_RLD, None
     return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
+
+
+def encode_tokens(
+    config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL
+) -> tuple[jax.Array, RoutingStatistics | None]:
+    """Token states and the statistics of every MoE layer.
+
+    Args:
+      token_RL: int32 ids. text_index_RL: which text of its row a token belongs to, -1 padding.
+      position_RL: position within the text.
+
+    Returns:
+      x_RLD in `config.dtype` (padding: unspecified finite values), and `RoutingStatistics` with a
+      leading axis of MoE layers, or None without experts. Rows are sharded over the mesh in
+      context.
+    """
+
+    def local(params, *rows):
+        x_RLD, statistics = encode_rows(config, gather_embeddings(config, params), *rows)
+        return x_RLD, jax.tree.map(lambda leaf: leaf[None], statistics)
+
+    x_RLD, statistics = jax.shard_map(
+        local,
+        in_specs=(specs(params, rules_for(config)), *(BATCH_SPEC,) * 3),
+        out_specs=BATCH_SPEC,
+        check_vma=False,
+    )(params, token_RL, text_index_RL, position_RL)
+    return x_RLD, jax.tree.map(lambda of_device: of_device.sum(axis=0), statistics)
 
 
 def count_params(config: EncoderConfig) -> tuple[int, int]:

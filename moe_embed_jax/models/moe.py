@@ -1,12 +1,14 @@
 """The sparse feed-forward layer: router, experts, one shared output bias."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.objectives.balance import RoutingStatistics, routing_statistics
-from moe_embed_jax.routing.exchange import apply_experts
+from moe_embed_jax.routing.exchange import Experts, apply_experts
 
 
 def route(logits_RLE, valid_RL, experts_per_token: int, normalize_gates: bool = False):
@@ -30,7 +32,9 @@ class MoE(nnx.Module):
         experts, width, ffn = config.num_experts, config.width, config.ffn_width
         self.experts_per_token = config.experts_per_token
         self.normalize_gates = config.normalize_gates
-        self.backend = config.expert_backend
+        self.experts = Experts(
+            config.expert_backend, config.expert_exchange, config.capacity_factor
+        )
         self.router = nnx.Linear(
             width,
             experts,
@@ -52,5 +56,6 @@ class MoE(nnx.Module):
         )
         weights = (self.w_in, self.bias_in, self.w_out)
         weights = [None if w is None else w[...].astype(x_RLD.dtype) for w in weights]
-        y_RLD = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.backend)
+        y_RLD, dropped = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.experts)
+        statistics = dataclasses.replace(statistics, dropped=dropped)
         return y_RLD + self.bias[...].astype(x_RLD.dtype), statistics

@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
-
 
 def mean_pool(x_RLD, text_index_RL, slots: int):
     """float32 mean_RSD of the tokens of each text (prefix and specials included); empty slots: 0.
@@ -18,15 +16,6 @@ def mean_pool(x_RLD, text_index_RL, slots: int):
 
 
 def take_texts(pooled_CRSD, slot_BN):
-    """Embeddings [B, N, D] of a batch from packed rows: a slot is row * S + text index.
-
-    Each device packs its own texts, so a slot counts from the device's first row, chunk by chunk,
-    and nothing crosses devices. Needs a mesh in context.
-    """
-
-    def local(pooled_CRSD, slot_BN):
-        return pooled_CRSD.reshape(-1, pooled_CRSD.shape[-1])[slot_BN]
-
-    return jax.shard_map(local, in_specs=(ROWS_SPEC, BATCH_SPEC), out_specs=BATCH_SPEC)(
-        pooled_CRSD, slot_BN
-    )
+    """Embeddings [B, N, D] of a device's texts from its packed rows: a slot is row * S + text
+    index, rows counted chunk by chunk. A device packs its own texts, so nothing crosses devices."""
+    return pooled_CRSD.reshape(-1, pooled_CRSD.shape[-1])[slot_BN]

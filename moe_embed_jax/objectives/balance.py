@@ -21,16 +21,21 @@ class RoutingStatistics:
     probability_E: sum of router probabilities, float32.
     entropy: sum of the routers' entropies in nats, float32.
     tokens: number of valid tokens, float32.
+    dropped: number of assignments that were not computed, float32.
     """
 
     assignments_E: jax.Array
     probability_E: jax.Array
     entropy: jax.Array
     tokens: jax.Array
+    dropped: jax.Array
 
 
 def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
-    """Statistics of the valid tokens; `probability_TE` float32, padding contributes nothing."""
+    """Statistics of the valid tokens; `probability_TE` float32, padding contributes nothing.
+
+    Nothing is dropped yet: that is for the expert layer to say.
+    """
     experts = probability_TE.shape[-1]
     chosen_TE = jax.nn.one_hot(expert_TK, experts, dtype=jnp.float32).sum(axis=-2)
     valid_T1 = valid_T[..., None].astype(jnp.float32)
@@ -41,6 +46,7 @@ def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
         probability_E=jnp.sum(probability_TE * valid_T1, axis=axes),
         entropy=jnp.sum(entropy_T * valid_T1[..., 0], axis=axes),
         tokens=jnp.sum(valid_T1),
+        dropped=jnp.zeros((), jnp.float32),
     )
 
 

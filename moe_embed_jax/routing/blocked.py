@@ -89,10 +89,17 @@ def _forward(
     return y_TD, (pre_SF, layout)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=None):
-    """Same arguments and result as `reference.reference`; `block` rows are computed at a time
+def blocked(
+    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=None
+) -> tuple[jax.Array, jax.Array]:
+    """The signature and result of `reference.reference`; `block` rows are computed at a time
     (None: `block_rows`)."""
+    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
+    return _blocked(*args, activation, block), jnp.zeros((), jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block):
     args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
     return _forward(*args, activation, block, keep_hidden=False)[0]
 
@@ -149,4 +156,4 @@ def _blocked_bwd(activation, block, residuals, dy_TD):
     return dx_TD, None, dgate_TK, *dweights
 
 
-blocked.defvjp(_blocked_fwd, _blocked_bwd)
+_blocked.defvjp(_blocked_fwd, _blocked_bwd)

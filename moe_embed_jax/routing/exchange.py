@@ -1,38 +1,130 @@
 """How a layer's tokens meet its experts on a mesh.
 
-Tokens are sharded over all mesh axes. Here every device holds the experts it needs (the weights are
-gathered by the partitioner from wherever the sharding table keeps them) and routes its own tokens
-locally: no token moves. Sorting by expert must stay inside a device, hence the `shard_map`.
+Tokens are sharded over all mesh axes. Without an `expert` axis every device has all experts and
+routes its own tokens; no token moves. With one, experts stay on their shard, and tokens travel to
+them:
+
+  ring        Every device's tokens travel round the `expert` axis, and every shard adds what its
+              experts make of them. Dropless; one step's activations at a time. Each device sends
+              all of its tokens to every shard.
+  all_to_all  Every assignment is sent to its shard alone, in cells of fixed size; what overflows a
+              cell is dropped, and counted.
+
+All of this runs inside the encoder's `shard_map`: sorting by expert never leaves a device.
 """
 
-import jax
-from jax.sharding import PartitionSpec as P
+import dataclasses
+import functools
 
-from moe_embed_jax.mesh import BATCH_SPEC
+import jax
+import jax.numpy as jnp
+
+from moe_embed_jax.mesh import platform
 from moe_embed_jax.routing.blocked import blocked
+from moe_embed_jax.routing.capacity import (
+    capacity,
+    cell_size,
+    fill_cells,
+    into_cells,
+    out_of_cells,
+)
+from moe_embed_jax.routing.grouped import grouped
 from moe_embed_jax.routing.reference import reference
 
-BACKENDS = {"reference": reference, "blocked": blocked}
+# All behind the signature of `reference`: (y_TD, dropped assignments).
+BACKENDS = {
+    "reference": reference,
+    "blocked": blocked,
+    "grouped": grouped,
+    "capacity": capacity,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """How expert layers are computed.
+
+    backend: one of `BACKENDS`; "auto" is `grouped` on TPU and `blocked` elsewhere.
+    exchange: one of `EXCHANGES`, used where the mesh has an `expert` axis.
+    capacity_factor: of the cells of `capacity` and `all_to_all`; 1 is an equal share.
+    """
+
+    backend: str
+    exchange: str
+    capacity_factor: float
+
+    def resolve(self):
+        """The back end for the mesh in context."""
+        name = self.backend
+        if name == "auto":
+            name = "grouped" if platform() == "tpu" else "blocked"
+        if name == "capacity":
+            return functools.partial(capacity, capacity_factor=self.capacity_factor)
+        return BACKENDS[name]
 
 
 def apply_experts(
-    x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD, activation, backend: str
-):
-    """Weighted expert outputs y_RLD; needs a mesh in context (`jax.set_mesh`).
+    x_RLD, expert_RLK, gate_RLK, w_in_eDF, bias_in_eF, w_out_eFD, activation, how: Experts
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted expert outputs y_RLD and the number of dropped assignments (float32 scalar).
 
-    `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
+    Inside shard_map: everything is this device's own, the weights those of its e = E / shards
+    experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
     """
+    backend = how.resolve()
+    if jax.lax.axis_size("expert") > 1:
+        backend = functools.partial(EXCHANGES[how.exchange], backend, how.capacity_factor)
+    flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
+    y_TD, dropped = backend(*flat, w_in_eDF, bias_in_eF, w_out_eFD, activation)
+    return y_TD.reshape(x_RLD.shape), dropped
 
-    def local(x_RLD, expert_RLK, gate_RLK, *weights):
-        flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
-        y_TD = BACKENDS[backend](*flat, *weights, activation)
-        return y_TD.reshape(x_RLD.shape)
 
-    # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
-    # sums the cotangents of replicated inputs over the mesh itself.
-    return jax.shard_map(
-        local,
-        in_specs=(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, P(), P(), P()),
-        out_specs=BATCH_SPEC,
-        check_vma=False,
-    )(x_RLD, expert_RLK, gate_RLK, w_in_EDF, bias_in_EF, w_out_EFD)
+def ring(
+    backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
+):
+    """Tokens go to the experts, one shard after the other."""
+    del capacity_factor
+    shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
+    first = jax.lax.axis_index("expert") * own
+    onwards = [(shard, (shard + 1) % shards) for shard in range(shards)]
+
+    def visit(carry, _):
+        (x_TD, expert_TK, gate_TK, y_TD), dropped = carry
+        here_TK = jnp.where(expert_TK >= first, expert_TK - first, own)
+        here_TK = jnp.minimum(here_TK, own)  # `own`: not here
+        added_TD, dropped_here = backend(
+            x_TD, here_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
+        )
+        travellers = (x_TD, expert_TK, gate_TK, y_TD + added_TD)
+        travellers = jax.lax.ppermute(travellers, "expert", onwards)
+        return (travellers, dropped + dropped_here), None
+
+    # Rematerialised: the backward pass too has the activations of one visit at a time.
+    start = ((x_TD, expert_TK, gate_TK, jnp.zeros_like(x_TD)), jnp.zeros((), jnp.float32))
+    ((*_, y_TD), dropped), _ = jax.lax.scan(jax.checkpoint(visit), start, length=shards)
+    return y_TD, dropped
+
+
+def all_to_all(
+    backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
+):
+    """Every assignment goes to its shard, and back."""
+    shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
+    cell = cell_size(expert_TK.size, shards, capacity_factor)
+    slots = shards * cell
+    slot_TK, dropped = fill_cells(expert_TK // own, shards, cell)  # padding, E, has no shard
+    expert_S = jnp.full(slots, own).at[slot_TK].set(expert_TK % own, mode="drop")
+
+    def exchange(array_SX):
+        cells = array_SX.reshape(shards, cell, *array_SX.shape[1:])
+        return jax.lax.all_to_all(cells, "expert", 0, 0).reshape(array_SX.shape)
+
+    x_SD, expert_S = exchange(into_cells(x_TD, slot_TK, slots)), exchange(expert_S)
+    one_S1 = jnp.ones((slots, 1), gate_TK.dtype)
+    y_SD, dropped_here = backend(
+        x_SD, expert_S[:, None], one_S1, w_in_eDF, bias_in_eF, w_out_eFD, activation
+    )
+    return out_of_cells(exchange(y_SD), slot_TK, gate_TK), dropped + dropped_here
+
+
+EXCHANGES = {"ring": ring, "all_to_all": all_to_all}

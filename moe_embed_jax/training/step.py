@@ -10,14 +10,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
-from moe_embed_jax.mesh import batch_sharding, replicated, rows_sharding
-from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
+from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, replicated
+from moe_embed_jax.models.encoder import (
+    EncoderConfig,
+    encode_rows,
+    gather_embeddings,
+    init_params,
+)
 from moe_embed_jax.models.pooling import mean_pool, take_texts
 from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss
 from moe_embed_jax.objectives.contrast import ContrastConfig, clip_log_scale, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
-from moe_embed_jax.sharding import rules_for, with_shardings
+from moe_embed_jax.sharding import as_moments, rules_for, specs, with_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +59,15 @@ class Batch:
     valid_BM: jax.Array
 
 
+def batch_specs() -> Batch:
+    """The PartitionSpec of every field."""
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(**{n: ROWS_SPEC if n.endswith("_CRL") else BATCH_SPEC for n in fields})
+
+
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
     """The sharding of every field."""
-    fields = [field.name for field in dataclasses.fields(Batch)]
-    return Batch(
-        **{
-            name: rows_sharding(mesh) if name.endswith("_CRL") else batch_sharding(mesh)
-            for name in fields
-        }
-    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs())
 
 
 def abstract_batch(
@@ -109,34 +115,48 @@ class StepConfig:
 
 
 def encode_batch(config: StepConfig, params: dict, batch: Batch):
-    """(pooled_CRSD, routing statistics of the whole batch or None).
+    """(query_BD, document_BMD, routing statistics of the whole batch or None).
 
-    Chunks are encoded under a scan of rematerialised calls: GradCache by construction. The backward
-    pass encodes a chunk again when its gradient is due, so activations of one chunk exist at a
-    time; gradients and statistics are those of the whole batch.
+    Every device encodes its own rows, in chunks under a scan of rematerialised calls: GradCache by
+    construction. The backward pass encodes a chunk again when its gradient is due, so activations
+    of one chunk exist at a time; gradients and statistics are those of the whole batch. Devices add
+    up their gradients once, after the last chunk.
     """
+    model = config.model
 
-    def one_chunk(_, rows):
-        token_RL, text_index_RL, position_RL = rows
-        x_RLD, statistics = encode_tokens(
-            config.model, params, token_RL, text_index_RL, position_RL
-        )
-        return None, (mean_pool(x_RLD, text_index_RL, config.slots), statistics)
+    def local(params, batch: Batch):
+        params = gather_embeddings(model, params)
 
-    if batch.token_CRL.shape[0] > 1:
-        one_chunk = jax.checkpoint(one_chunk)
-    rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
-    _, (pooled_CRSD, statistics) = jax.lax.scan(one_chunk, None, rows)
-    return pooled_CRSD, jax.tree.map(lambda of_chunk: of_chunk.sum(axis=0), statistics)
+        def one_chunk(_, rows):
+            x_RLD, statistics = encode_rows(model, params, *rows)
+            return None, (mean_pool(x_RLD, rows[1], config.slots), statistics)
+
+        if batch.token_CRL.shape[0] > 1:
+            one_chunk = jax.checkpoint(one_chunk)
+        rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
+        _, (pooled_CRSD, statistics) = jax.lax.scan(one_chunk, None, rows)
+        texts = [take_texts(pooled_CRSD, s) for s in (batch.query_slot_B, batch.document_slot_BM)]
+        return *texts, jax.tree.map(lambda leaf: leaf.sum(axis=0)[None], statistics)
+
+    # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
+    # itself sums the gradients of parameters over the axes that do not shard them.
+    encoder = {name: tree for name, tree in params.items() if name != "log_scale"}
+    query_BD, document_BMD, statistics = jax.shard_map(
+        local,
+        in_specs=(specs(encoder, rules_for(model)), batch_specs()),
+        out_specs=BATCH_SPEC,
+        check_vma=False,
+    )(encoder, batch)
+    return query_BD, document_BMD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
 
 
 def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
     """Total loss (float32 scalar) and metrics of one batch."""
-    pooled_CRSD, statistics = encode_batch(config, params, batch)
+    query_BD, document_BMD, statistics = encode_batch(config, params, batch)
     contrast = infonce(
         config.loss,
-        take_texts(pooled_CRSD, batch.query_slot_B),
-        take_texts(pooled_CRSD, batch.document_slot_BM),
+        query_BD,
+        document_BMD,
         batch.query_id_B2,
         batch.document_id_BM2,
         batch.valid_BM,
@@ -163,12 +183,14 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
 
 
 def _routing_metrics(statistics: RoutingStatistics) -> dict:
-    """Load of an expert: its share of the assignments over the share at balance (1 / E)."""
+    """Load of an expert: its share of the assignments over the share at balance (1 / E). `dropped`
+    is the share of assignments that were not computed."""
     assigned_ME = statistics.assignments_E
     share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
     load_ME = share_ME * assigned_ME.shape[-1]
     return {
         "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
+        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_ME),
         "expert_load": share_ME,
         "expert_load_max": jnp.max(load_ME),
         "expert_load_min": jnp.min(load_ME),
@@ -179,6 +201,7 @@ def train_step(config: StepConfig, optimizer, state: TrainState, batch: Batch):
     """One update. Returns the new state and metrics (device arrays, nothing is waited for)."""
     grad_fn = jax.grad(functools.partial(loss_and_metrics, config), has_aux=True)
     grads, metrics = grad_fn(state.params, batch)
+    grads = as_moments(grads, rules_for(config.model))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if config.loss.learn_temperature:

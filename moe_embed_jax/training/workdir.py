@@ -22,8 +22,8 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import MODEL_CARD
 from moe_embed_jax.training.run_config import RunConfig
 
-# A run may move to another mesh, folder, chunk size or rhythm of reports; everything else changes
-# its numbers.
+# A run may move to another mesh, folder, chunk size, rhythm of reports, or way to compute the same
+# experts; everything else changes its numbers.
 FREE_KEYS = (
     "mesh",
     "log_every",
@@ -33,12 +33,14 @@ FREE_KEYS = (
     "keep_checkpoints",
 )
 FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows")
+FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat")
 
 
 def _identity(card: dict) -> dict:
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
     data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
     # Where the vocabulary lies is free; its content is part of the data spec.
+    kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
     kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
     return kept
 

@@ -1,0 +1,79 @@
+"""Cells of fixed size: what makes routing static, and drops what does not fit.
+
+The `capacity` expert layer gives every expert one cell of C assignments (Switch Transformer, arXiv
+2101.03961); `exchange.all_to_all` gives every shard of experts one.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def cell_size(assignments: int, destinations: int, capacity_factor: float) -> int:
+    """C: `capacity_factor` times an equal share of the assignments, rounded up to 8 rows, but
+    never more than all of them."""
+    share = math.ceil(capacity_factor * assignments / destinations)
+    return min(-(-share // 8) * 8, assignments)
+
+
+def fill_cells(destination_TK, destinations: int, cell: int):
+    """Which slot of which cell every assignment gets.
+
+    Args:
+      destination_TK: int32; `destinations` (or more) means "nowhere" (padding).
+      cell: C, slots of each cell.
+
+    Returns:
+      slot_TK: int32 destination * C + place; destinations * C for what has no slot. First choices
+        are placed before second ones, and earlier tokens before later ones.
+      dropped: float32 scalar, assignments that had a destination and found its cell full.
+    """
+    tokens, top_k = destination_TK.shape
+    by_choice_A = destination_TK.T.reshape(-1)
+    is_for_AE = by_choice_A[:, None] == jnp.arange(destinations)
+    place_A = jnp.sum(jnp.where(is_for_AE, jnp.cumsum(is_for_AE, axis=0) - 1, 0), axis=1)
+    wanted_A = by_choice_A < destinations
+    kept_A = wanted_A & (place_A < cell)
+    slot_A = jnp.where(kept_A, by_choice_A * cell + place_A, destinations * cell)
+    dropped = jnp.sum(wanted_A & ~kept_A).astype(jnp.float32)
+    return slot_A.astype(jnp.int32).reshape(top_k, tokens).T, dropped
+
+
+def into_cells(x_TD, slot_TK, slots: int):
+    """x_SD: the token of every slot, zero in empty ones."""
+    tokens, top_k = slot_TK.shape
+    token_TK = jnp.broadcast_to(jnp.arange(tokens)[:, None], (tokens, top_k))
+    token_S = jnp.full(slots, tokens).at[slot_TK].set(token_TK, mode="drop")
+    return x_TD.at[token_S].get(mode="fill", fill_value=0)
+
+
+def out_of_cells(y_SD, slot_TK, gate_TK):
+    """y_TD: gated sum over the K slots of every token; what has no slot adds zero."""
+    y_TKD = y_SD.at[slot_TK].get(mode="fill", fill_value=0)
+    return jnp.einsum("TKD,TK->TD", y_TKD, gate_TK.astype(y_SD.dtype))
+
+
+def capacity(
+    x_TD,
+    expert_TK,
+    gate_TK,
+    w_in_EDF,
+    bias_in_EF,
+    w_out_EFD,
+    activation,
+    capacity_factor: float = 1.25,
+) -> tuple[jax.Array, jax.Array]:
+    """The signature of `reference.reference`, and `capacity_factor`; drops what overflows a cell.
+
+    Equals the reference on the assignments that were kept.
+    """
+    experts, width, _ = w_in_EDF.shape
+    cell = cell_size(expert_TK.size, experts, capacity_factor)
+    slot_TK, dropped = fill_cells(expert_TK, experts, cell)
+    x_ECD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)
+    hidden_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, w_in_EDF)
+    if bias_in_EF is not None:
+        hidden_ECF += bias_in_EF[:, None]
+    y_ECD = jnp.einsum("ECF,EFD->ECD", activation(hidden_ECF), w_out_EFD)
+    return out_of_cells(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped

@@ -1,0 +1,184 @@
+"""Experts across 8 devices against all of them on one: values, all gradients, and drops.
+
+`python tests/test_exchange.py` runs in a process of its own, on 8 fake devices.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run_python
+from jax.sharding import PartitionSpec as P
+
+from moe_embed_jax.mesh import BATCH_SPEC, MeshConfig, make_mesh, single_device_mesh
+from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.routing.exchange import EXCHANGES, Experts, apply_experts
+from moe_embed_jax.routing.reference import reference
+
+ROWS, LENGTH, WIDTH, FFN, EXPERTS = 8, 6, 8, 12, 8
+
+
+@pytest.mark.slow
+def test_on_8_devices():
+    result = run_python(["tests/test_exchange.py"], devices=8, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert "all equal" in result.stdout
+
+
+def make_case(choose=None, bias=False):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    expert = np.array([[rng.permutation(EXPERTS)[:2] for _ in range(LENGTH)] for _ in range(ROWS)])
+    expert[::3, 4:] = EXPERTS  # padding
+    if choose is not None:
+        expert = choose(expert)
+    return (
+        normal(ROWS, LENGTH, WIDTH),
+        jnp.asarray(expert, jnp.int32),
+        jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32),
+        normal(EXPERTS, WIDTH, FFN),
+        normal(EXPERTS, FFN) if bias else None,
+        normal(EXPERTS, FFN, WIDTH),
+    )
+
+
+def gradients(layer, case):
+    """y, drops and gradients of a layer on the global arrays of `case`."""
+    x, expert, gate, *weights = case
+    weight = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
+
+    def scalar(x, gate, *weights):
+        y, dropped = layer(x, expert, gate, *weights)
+        return jnp.sum(y * weight), (y, dropped)
+
+    grads, (y, dropped) = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))(
+        x, gate, *weights
+    )
+    return [y, *(g for g in grads if g is not None)], float(dropped)
+
+
+def on_one_device(case):
+    def layer(x, expert, gate, *weights):
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, expert, gate)]
+        y, dropped = reference(*flat, *weights, gelu)
+        return y.reshape(x.shape), dropped
+
+    return gradients(layer, case)
+
+
+def across(how: Experts):
+    """The layer on global arrays: (y, drops of every device)."""
+
+    def local(*arguments):
+        y, dropped = apply_experts(*arguments, gelu, how)
+        return y, dropped[None]
+
+    return jax.shard_map(
+        local,
+        in_specs=(BATCH_SPEC,) * 3 + (P("expert"),) * 3,
+        out_specs=BATCH_SPEC,
+        check_vma=False,
+    )
+
+
+def on_mesh(mesh, how: Experts, case):
+    def layer(*arguments):
+        y, dropped = across(how)(*arguments)
+        return y, dropped.sum()
+
+    with jax.set_mesh(mesh):
+        return gradients(layer, case)
+
+
+CASES = {
+    "bias": dict(bias=True),  # on every mesh
+    "all_to_two_experts": dict(choose=lambda e: np.where(e < EXPERTS, e % 2 + 4, e)),
+    "only_padding": dict(choose=lambda e: np.full_like(e, EXPERTS)),
+}
+MESHES = [(1, 1, 8), (2, 2, 2), (4, 1, 2), (2, 1, 4)]
+
+
+def check_exchanges():
+    """Dropless where cells hold everything; with every back end inside."""
+    backends = ("blocked", "grouped", "reference", "capacity")
+    for name, options in CASES.items():
+        case = make_case(**options)
+        expected, _ = on_one_device(case)
+        for shape, backend in list(zip(MESHES, backends, strict=True))[
+            : None if name == "bias" else 1
+        ]:
+            mesh = make_mesh(MeshConfig(*shape))
+            for exchange in EXCHANGES:
+                how = Experts(backend, exchange, capacity_factor=float(EXPERTS))
+                actual, dropped = on_mesh(mesh, how, case)
+                assert dropped == 0, (name, shape, exchange)
+                for a, b in zip(actual, expected, strict=True):
+                    message = f"{name} {shape} {exchange} {backend}"
+                    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=message)
+
+
+def check_drops_are_counted():
+    """All tokens want shard 2 of 4: cells of an equal share hold a quarter of them."""
+    case = make_case(choose=lambda e: np.where(e < EXPERTS, e % 2 + 4, e))
+    x, expert, *_ = case
+    mesh = make_mesh(MeshConfig(2, 1, 4))
+    actual, dropped = on_mesh(mesh, Experts("blocked", "all_to_all", 1.0), case)
+    wanted = np.asarray(expert).reshape(8, -1) < EXPERTS  # of every device
+    cell = 8  # 12 assignments a device over 4 shards, rounded up to 8 rows
+    assert dropped == np.maximum(wanted.sum(axis=1) - cell, 0).sum() > 0
+    assert np.isfinite(actual[0]).all() and actual[0].shape == x.shape
+
+
+def check_experts_stay_on_their_shard():
+    """No collective of the compiled layer, forward or backward, carries expert weights."""
+    case = make_case()
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    for exchange in EXCHANGES:
+        how = Experts("blocked", exchange, 8.0)
+
+        def loss(*arguments, how=how):
+            return jnp.sum(across(how)(*arguments)[0])
+
+        shardings = [
+            None if a is None else jax.NamedSharding(mesh, BATCH_SPEC if i < 3 else P("expert"))
+            for i, a in enumerate(case)
+        ]
+        with jax.set_mesh(mesh):
+            grad = jax.jit(
+                jax.grad(loss, argnums=(0, 2, 3, 5)),
+                in_shardings=shardings,
+                out_shardings=(shardings[0], shardings[2], shardings[3], shardings[5]),
+            )
+            text = grad.lower(*case).compile().as_text()
+        whole = f"f32[{EXPERTS},{WIDTH},{FFN}]"
+        assert whole not in text, "all experts' weights meet on one device"
+
+
+def check_one_device_mesh_needs_no_exchange():
+    case = make_case()
+    expected, _ = on_one_device(case)
+    actual, dropped = on_mesh(single_device_mesh(), Experts("auto", "ring", 1.0), case)
+    assert dropped == 0
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_unknown_names_are_refused():
+    for field in ("expert_backend", "expert_exchange"):
+        with pytest.raises(Exception, match=f"model.{field}='x': choose from"):
+            dataclasses.replace(EncoderConfig(), **{field: "x"})
+    with pytest.raises(Exception, match="capacity_factor=0 must be above 0"):
+        EncoderConfig(capacity_factor=0)
+
+
+if __name__ == "__main__":
+    assert math.prod(MESHES[0]) == jax.device_count()
+    check_exchanges()
+    check_drops_are_counted()
+    check_experts_stay_on_their_shard()
+    check_one_device_mesh_needs_no_exchange()
+    print("all equal")
