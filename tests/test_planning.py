@@ -155,10 +155,9 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
     best, found = search.search(*arguments)
     assert (best.mesh, best.data.chunk_rows, best.model.remat) == (MeshConfig(-1, 1, 1), 64, True)
     assert found["fits"]
-    fits_alone = [c for c in compiled if c.mesh == MeshConfig(-1, 1, 1)]
+    assert {c.mesh for c in compiled[:4]} == {c.mesh for c in search.mesh_candidates(run, 4)}
     # 32 and 64 fit, 128 does not: 256 is skipped; without remat 32 does not fit: the rest is.
-    assert [(c.data.chunk_rows, c.model.remat) for c in fits_alone] == [
-        (32, True),
+    assert [(c.data.chunk_rows, c.model.remat) for c in compiled[4:]] == [
         (64, True),
         (128, True),
         (32, False),
@@ -170,10 +169,10 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
 
 
 def test_candidates_divide_the_chips_and_the_experts(run):
-    meshes = {c.mesh for c in search.candidates(run, 4)}
+    meshes = {c.mesh for c in search.mesh_candidates(run, 4)}
     assert meshes == {MeshConfig(-1, f, e) for f, e in [(1, 1), (1, 2), (1, 4), (4, 1)]}
     dense = dataclasses.replace(run, model=EncoderConfig(moe_every=0))
-    assert {c.mesh.expert for c in search.candidates(dense, 4)} == {1}
+    assert {c.mesh.expert for c in search.mesh_candidates(dense, 4)} == {1}
 
 
 # ---- With the compiler ---------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def to_json(plan: Plan) -> dict:
         result["pallas_flops_per_chip"] = plan.cost.kernel_flops
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
+        result["is_lower_bound"] = is_incomplete(plan)
         result["seconds_by_kind"] = seconds_by_kind(plan)
         result[f"{plan.step.unit.replace(' ', '_')}_per_second"] = _rate(plan)
     if plan.times and plan.step.repeats:
@@ -128,12 +129,22 @@ def _print_work(plan: Plan, console: Console) -> None:
     console.print(table)
     for kernel in _kernels_without_estimate(plan):
         console.print(f"Pallas kernel without a cost estimate, counted as nothing: {kernel}")
+    if is_incomplete(plan):
+        console.print(
+            "compiled FLOPs below the model's: loops of unknown trip count hide work (experts of "
+            "the blocked back end do): the real step is slower than predicted here"
+        )
     for name, count in cost.unknown_loops.items():
         console.print(
             f"unknown trip count (only the data decide), counted {plan.step.unknown_trips} x per "
             f"entry: loop in {name}, entered {count} x",
             markup=False,
         )
+
+
+def is_incomplete(plan: Plan) -> bool:
+    """Whether a part of the work was surely not seen, so that time is a lower bound only."""
+    return bool(plan.cost.unknown_loops) and plan.cost.flops < plan.model_flops
 
 
 def _print_collectives(plan: Plan, console: Console) -> None:
