@@ -205,17 +205,21 @@ def to_markdown(plans: list[Plan]) -> str:
     """A table with a row per plan."""
     header = (
         "topology | chips | data x fsdp x expert | chunk rows | remat | HBM per chip, GiB | fits | "
-        "step, s | MFU | MFU of real tokens | tokens/s | run, hours | chip-hours"
+        f"step, s | MFU | MFU of real tokens | {plans[0].step.unit}/s | run, hours | chip-hours"
     )
-    lines = [f"| {header} |", "|" + "---|" * (header.count("|") + 1)]
+    lines = [
+        f"Predicted for one {plans[0].step_name} step, not measured:",
+        "",
+        f"| {header} |",
+        "|" + "---|" * (header.count("|") + 1),
+    ]
     for plan in plans:
         config = plan.config
-        mesh = plan.mesh.split(" on ")[0].replace("data=", "").replace("fsdp=", "")
         size = plan.hbm_bytes
         cells = [
             plan.topology,
             str(plan.chips),
-            mesh.replace("expert=", ""),
+            " x ".join(map(str, plan.mesh_shape)),
             str(config.data.chunk_rows),
             "yes" if config.model.remat else "no",
             (f"{size / GIB:.1f}" if size else "?") + f" of {plan.chip.hbm_bytes / GIB:.1f}",
