@@ -64,13 +64,14 @@ class Unestimated:
 class Cost:
     """Totals; Counters hold how often each thing happens.
 
-    matmul_flops: dots and convolutions. cycles: the compiler's estimates. prefetches: bytes of
-    asynchronous copies between HBM and on-chip memory. unknown_loops: loops whose trip count only
-    the data decide.
+    matmul_flops: dots and convolutions. cycles: the compiler's estimates, also by the place in the
+    program. prefetches: bytes of asynchronous copies between HBM and on-chip memory. unknown_loops:
+    loops whose trip count only the data decide.
     """
 
     matmul_flops: float = 0.0
     cycles: float = 0.0
+    cycles_by_source: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unestimated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -171,6 +172,7 @@ class _Walk:
         cycles = it.backend_config.get("window_config", {}).get("estimated_cycles")
         if cycles is not None:
             cost.cycles += float(cycles)
+            cost.cycles_by_source[_source(it)] += int(cycles)
             return
         cost.unestimated[self.roofline_work(parent, it, cost.matmul_flops)] += 1
 

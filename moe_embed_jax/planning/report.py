@@ -3,12 +3,14 @@
 import collections
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_embed_jax.planning.aot import Plan
 from moe_embed_jax.planning.memory import largest_arguments
 
 GIB = 2**30
+LARGEST_SOURCES = 10
 
 
 def to_json(plan: Plan) -> dict:
@@ -51,6 +53,7 @@ def to_json(plan: Plan) -> dict:
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
         result["is_lower_bound"] = is_incomplete(plan)
+        result["seconds_by_source"] = seconds_by_source(plan)
         result["seconds_by_kind"] = seconds_by_kind(plan)
         result[f"{plan.step.unit.replace(' ', '_')}_per_second"] = _rate(plan)
     if plan.times and plan.step.repeats:
@@ -84,6 +87,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         _print_work(plan, console)
         _print_collectives(plan, console)
         _print_time(plan, console)
+        _print_sources(plan, console)
     for line in plan.advice:
         console.print(f"to make it fit: {line}")
 
@@ -238,6 +242,20 @@ def to_markdown(plans: list[Plan]) -> str:
             cells += [""] * 6
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def seconds_by_source(plan: Plan) -> dict[str, float]:
+    """The places in the program that the compiler gives most cycles, most first."""
+    largest = plan.cost.cycles_by_source.most_common(LARGEST_SOURCES)
+    return {source: cycles / plan.chip.clock_hz for source, cycles in largest}
+
+
+def _print_sources(plan: Plan, console: Console) -> None:
+    table = _table("Where the compiler's cycles go (predicted)", "place in the program", "ms", "")
+    for source, seconds in seconds_by_source(plan).items():
+        share = seconds / plan.times.step_seconds
+        table.add_row(escape(source), f"{seconds * 1e3:.3f}", f"{share:.1%} of the step")
+    console.print(table)
 
 
 def _kernels_without_estimate(plan: Plan) -> list[str]:

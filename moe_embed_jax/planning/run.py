@@ -24,13 +24,15 @@ def run(config: RunConfig, arguments) -> None:
     assumed = _assumptions(arguments)
     _check(arguments, topologies)
     console = Console(width=110, soft_wrap=True, highlight=False)
-    plans = [_plan(config, topology, assumed, arguments, console) for topology in topologies]
+    plans = []
+    for topology in topologies:
+        plans.append(_plan(config, topology, assumed, arguments, console))
+        if arguments.table:  # after every row: the next one takes minutes
+            pathlib.Path(arguments.table).write_text(to_markdown(plans))
     if arguments.output:
         save_json(arguments.output, to_json(plans[0]))
     if arguments.picture:
         save_picture(plans[0], arguments.picture)
-    if arguments.table:
-        pathlib.Path(arguments.table).write_text(to_markdown(plans))
 
 
 def _assumptions(arguments) -> Assumptions:
