@@ -143,6 +143,7 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
         seconds = 1.0 / config.data.chunk_rows + 0.1 * config.mesh.fsdp
         return dict(
             fits=fits,
+            chunks=2,
             hbm_bytes_per_chip=None,
             predicted_step_seconds=seconds if fits else None,
             predicted_mfu=0.5 if fits else None,
@@ -166,6 +167,29 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
     before = len(compiled)
     again, found = search.search(*arguments)
     assert again == best and found is None and len(compiled) == before
+
+
+def test_search_does_not_enlarge_what_is_one_chunk(run, monkeypatch):
+    compiled = []
+
+    def plan_of(config):
+        compiled.append((config.data.chunk_rows, config.model.remat))
+        chunks = 2 if config.data.chunk_rows < 128 else 1
+        return dict(
+            fits=True,
+            chunks=chunks,
+            hbm_bytes_per_chip=1,
+            predicted_step_seconds=float(chunks),
+            predicted_mfu=0.5,
+        )
+
+    monkeypatch.setattr(search, "to_json", lambda plan: plan)
+    text = io.StringIO()
+    dense = dataclasses.replace(run, model=EncoderConfig(moe_every=0))
+    best, found = search.search(dense, 1, plan_of, {}, None, Console(file=text, width=120))
+    assert best.data.chunk_rows == 128 and found["chunks"] == 1
+    assert compiled == [(rows, remat) for remat in (True, False) for rows in (32, 64, 128)]
+    assert "one chunk already" in text.getvalue()
 
 
 def test_candidates_divide_the_chips_and_the_experts(run):

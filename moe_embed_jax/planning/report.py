@@ -21,6 +21,7 @@ def to_json(plan: Plan) -> dict:
         "chips": plan.chips,
         "mesh": plan.mesh,
         "step": plan.step_name,
+        "chunks": plan.step.chunks,
         "notes": list(plan.step.notes),
         "fits": plan.fits,
         "hbm_bytes_per_chip": plan.hbm_bytes,

@@ -69,22 +69,30 @@ def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, c
 
 
 class _Tried:
-    """Candidates so far: `rows` of (config, JSON of its plan; None: skipped), `plans` by row."""
+    """Candidates so far: `rows` of (config, JSON of its plan or why there is none); `plans` by row."""
 
     def __init__(self, plan_of, cache: "_Cache"):
         self.plan_of = plan_of
         self.cache = cache
-        self.rows: list[tuple[RunConfig, dict | None]] = []
+        self.rows: list[tuple[RunConfig, dict]] = []
         self.plans = {}
 
     def run(self, candidates: list[RunConfig], title: str) -> None:
         known = [candidate for candidate, _ in self.rows]
         for candidate in tqdm([c for c in candidates if c not in known], desc=title, unit=""):
-            too_large = (c for c, found in self.rows if found and _is_too_large(found))
-            if any(_needs_more(candidate, other) for other in too_large):
-                self.rows.append((candidate, None))
-            else:
-                self.rows.append((candidate, self.find(candidate)))
+            why = self.why_skip(candidate)
+            found = {"fits": False, "why": why} if why else self.find(candidate)
+            self.rows.append((candidate, found))
+
+    def why_skip(self, candidate: RunConfig) -> str | None:
+        for other, found in self.rows:
+            if "why" in found or not _needs_as_much(candidate, other):
+                continue
+            if not found["fits"]:
+                return "skipped: a smaller one does not fit"
+            if found["chunks"] == 1 and candidate.model.remat == other.model.remat:
+                return "skipped: the batch is one chunk already"
+        return None
 
     def find(self, candidate: RunConfig) -> dict:
         found = self.cache.get(candidate)
@@ -92,7 +100,7 @@ class _Tried:
             try:
                 plan = self.plan_of(candidate)
             except UserError as error:  # a parameter that cannot be divided by this mesh
-                found = {"fits": False, "error": str(error)}
+                found = {"fits": False, "why": str(error)}
             else:
                 self.plans[len(self.rows)] = plan
                 found = to_json(plan)
@@ -103,13 +111,9 @@ class _Tried:
         fitting = [
             (found["predicted_step_seconds"], row)
             for row, (_, found) in enumerate(self.rows)
-            if found and found["fits"]
+            if found["fits"]
         ]
         return min(fitting)[1] if fitting else None
-
-
-def _is_too_large(found: dict) -> bool:
-    return not found["fits"] and "error" not in found
 
 
 class _Cache:
@@ -146,7 +150,7 @@ def describe(config: RunConfig) -> str:
     )
 
 
-def _needs_more(candidate: RunConfig, other: RunConfig) -> bool:
+def _needs_as_much(candidate: RunConfig, other: RunConfig) -> bool:
     """Whether `candidate` surely needs as much memory as `other`: the same mesh, chunks at least as
     large, and no more rematerialisation."""
     return (
@@ -167,10 +171,8 @@ def _table(rows) -> Table:
             str(candidate.model.remat),
             str(candidate.data.chunk_rows),
         )
-        if found is None:
-            table.add_row(*setting, "", "", "", "skipped: a smaller one does not fit")
-        elif "error" in found:
-            table.add_row(*setting, "", "", "", found["error"])
+        if "why" in found:
+            table.add_row(*setting, "", "", "", found["why"])
         else:
             size = found["hbm_bytes_per_chip"]
             table.add_row(
