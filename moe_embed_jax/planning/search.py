@@ -69,7 +69,10 @@ def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, c
 
 
 class _Tried:
-    """Candidates so far: `rows` of (config, JSON of its plan or why it has none), `plans` by row."""
+    """Candidates so far.
+
+    rows: (config, JSON of its plan or why it has none). plans: by row, without those of the cache.
+    """
 
     def __init__(self, plan_of, cache: "_Cache"):
         self.plan_of = plan_of
