@@ -98,7 +98,7 @@ def _print_exhausted(plan: Plan, console: Console) -> None:
     console.print(f"the compiler ran out of {found.space.upper()}: {found.message}", markup=False)
     if found.needed:
         needed, available = found.needed / GIB, found.available / GIB
-        console.print(f"predicted need {needed:.2f} GiB of {available:.2f} GiB per chip")
+        console.print(f"predicted need at least {needed:.2f} GiB of {available:.2f} GiB per chip")
     for line in found.largest:
         console.print(f"  allocation  {line}", markup=False)
     for path, size in largest_arguments(plan.step.arguments):
