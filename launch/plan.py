@@ -21,6 +21,7 @@ def main():
     flags.add_argument("--set", metavar="KEY=VALUE", help="as --config.KEY=VALUE; may be repeated")
     flags.add_argument("--output", help="write the plan as JSON")
     flags.add_argument("--picture", help="write memory and time as PNG")
+    flags.add_argument("--table", help="write a row per topology (a,b,c) as Markdown")
     flags.add_argument("--search", action="store_true", help="find the fastest setting that fits")
     flags.add_argument("--cache", help="JSON file of finished candidates; resumes a search")
     flags.add_argument("--mean_query_tokens", type=float, help="where no data are prepared")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 from moe_embed_jax.planning.collectives import device_groups, spanned_axes
 from moe_embed_jax.planning.cost import module_cost
@@ -140,70 +140,9 @@ def test_spanned_axes_are_those_that_vary_within_a_group():
     assert spanned_axes(np.array([[0, 5]]), Mesh) == ("data", "expert")
 
 
-# ---- What TPUs write, copied in form from libtpu's output ----------------------------------------
+# ---- What TPUs write, in the form of libtpu 0.0.42 -----------------------------------------------
 
-TPU_MODULE = """HloModule step, is_scheduled=true
-
-%fused (p.0: bf16[64,32], p.1: bf16[32,48]) -> bf16[64,48] {
-  %p.0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
-  %p.1 = bf16[32,48]{1,0:T(8,128)(2,1)S(1)} parameter(1)
-  ROOT %convolution.1 = bf16[64,48]{1,0:T(8,128)(2,1)} convolution(%p.0, %p.1), dim_labels=bf_io->bf
-}
-
-%gather_start (p.2: bf16[8,48]) -> bf16[32,48] {
-  %p.2 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.1 = bf16[32,48]{1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=5, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
-}
-
-%async_collective_fusion.7 (p.3: bf16[8,48], p.4: bf16[64,32], p.5: bf16[32,48]) -> bf16[64,48] {
-  %p.3 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.2 = bf16[32,48]{1,0:T(8,128)(2,1)} all-gather(%p.3), channel_id=5, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}
-  %p.4 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
-  %p.5 = bf16[32,48]{1,0:T(8,128)(2,1)} parameter(2)
-  ROOT %convolution.2 = bf16[64,48]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.5), dim_labels=bf_io->bf
-}
-
-%all-reduce-scatter.3 (p.6: f32[64,48]) -> f32[16,48] {
-  %p.6 = f32[64,48]{1,0:T(8,128)} parameter(0)
-  %all-reduce.4 = f32[64,48]{1,0:T(8,128)} all-reduce(%p.6), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
-  %constant.8 = u32[] constant(0)
-  ROOT %dynamic-slice.5 = f32[16,48]{1,0:T(8,128)} dynamic-slice(%all-reduce.4, %constant.8, %constant.8), dynamic_slice_sizes={16,48}
-}
-
-%body (state: (s32[], bf16[64,32], bf16[32,48])) -> (s32[], bf16[64,32], bf16[32,48]) {
-  %state = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) parameter(0)
-  %constant.1 = s32[]{:T(128)} constant(1)
-  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
-  %x = bf16[64,32]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
-  %w = bf16[32,48]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=2
-  %matmul = bf16[64,48]{1,0:T(8,128)(2,1)} fusion(%x, %w), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/dot"}, backend_config={"flag_configs":[],"window_config":{"estimated_cycles":"1000"}}
-  %next = s32[]{:T(128)} add(%i, %constant.1)
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) tuple(%next, %x, %w)
-}
-
-%condition (state.1: (s32[], bf16[64,32], bf16[32,48])) -> pred[] {
-  %state.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) parameter(0)
-  %constant.2 = s32[]{:T(128)} constant(11)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i.1, %constant.2), direction=LT
-}
-
-ENTRY %main (x.1: bf16[64,32], w.1: bf16[32,48], s.1: bf16[8,48], g.1: f32[64,48]) -> bf16[64,48] {
-  %x.1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
-  %w.1 = bf16[32,48]{1,0:T(8,128)(2,1)} parameter(1)
-  %s.1 = bf16[8,48]{1,0:T(8,128)(2,1)} parameter(2)
-  %g.1 = f32[64,48]{1,0:T(8,128)} parameter(3)
-  %constant.3 = s32[]{:T(128)} constant(1)
-  %copy.1 = s32[]{:T(128)} copy(%constant.3), backend_config={"window_config":{"estimated_cycles":"10"}}
-  %tuple.2 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) tuple(%copy.1, %x.1, %w.1)
-  %while.1 = (s32[]{:T(128)}, bf16[64,32]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[32,48]{1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%condition, body=%body
-  %async-collective-start = bf16[32,48]{1,0:T(8,128)(2,1)} fusion(%s.1), kind=kCustom, calls=%gather_start
-  %fusion.9 = bf16[64,48]{1,0:T(8,128)(2,1)} fusion(%s.1, %x.1, %w.1), kind=kCustom, calls=%async_collective_fusion.7, backend_config={"window_config":{"estimated_cycles":"2000"}}
-  %async-collective-done = bf16[32,48]{1,0:T(8,128)(2,1)} fusion(%async-collective-start), kind=kCustom, calls=%gather_start
-  %scattered = f32[16,48]{1,0:T(8,128)} fusion(%g.1), kind=kCustom, calls=%all-reduce-scatter.3
-  ROOT %gmm.3 = bf16[64,48]{1,0:T(8,128)(2,1)} custom-call(%x.1, %w.1), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}, backend_config={"custom_call_config":{"body":"TUzv(((","cost_estimate":{"flops":"196608","transcendentals":"0","bytes_accessed":"13312"}}}
-}
-"""
+TPU_MODULE = (ROOT / "tests/golden/tpu_module.hlo").read_text()
 
 
 @pytest.fixture(scope="module")

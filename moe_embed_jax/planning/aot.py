@@ -27,6 +27,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: str
+    mesh_shape: tuple[int, ...]  # data, fsdp, expert
     chips: int
     step_name: str
     step: Step
@@ -68,7 +69,7 @@ class Plan:
             kinds = self.memory.by_kind()
             dominant = max(kinds, key=kinds.get)
         space = "hbm" if self.exhausted is None else self.exhausted.space
-        return memory.advice(self.config, space, dominant)
+        return memory.advice(self.config, self.step_name, space, dominant)
 
 
 def compile_plan(
@@ -89,7 +90,15 @@ def compile_plan(
     with jax.set_mesh(mesh):
         step = make_step(step_name, config, mesh, assumed)
         plan = Plan(
-            config, topology, chip, describe(mesh), mesh.size, step_name, step, compile_seconds=0.0
+            config=config,
+            topology=topology,
+            chip=chip,
+            mesh=describe(mesh),
+            mesh_shape=tuple(mesh.shape.values()),
+            chips=mesh.size,
+            step_name=step_name,
+            step=step,
+            compile_seconds=0.0,
         )
         start = time.perf_counter()
         try:

@@ -1,6 +1,6 @@
 """What the TPU generations can do: the constants of every prediction.
 
-Sources. Peak FLOP/s, HBM bandwidth, inter-chip bandwidth and chips per host: the "System
+Sources. Peak FLOP/s, HBM bandwidth, inter-chip bandwidth and cores per chip: the "System
 architecture" pages of Google Cloud (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Those give
 the inter-chip bandwidth of a chip in both directions over all its ports; a link one way is that
 over 2 x ports. HBM bytes: what the compiler says is available ("exceeds available HBM (15.75G)"),
@@ -31,18 +31,23 @@ class Chip:
     link_bandwidth: float  # bytes/s of one inter-chip link, one way
     torus_dims: int
     clock_hz: float
-    chips_per_host: int  # of multi-host slices
+    cores: int
     wraps_at: int  # a torus dimension that is a multiple of it is closed to a ring
     example: str  # a topology that exists
+
+    @property
+    def vector_operations(self) -> float:
+        """Per second: 8 x 128 lanes with four units each, per core and cycle."""
+        return self.clock_hz * self.cores * 8 * 128 * 4
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1.05e9, 4, 4, "v4:2x2x1"),
-        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 1.5e9, 8, 16, "v5e:4x4"),
-        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1.75e9, 4, 4, "v5p:2x2x1"),
-        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 2, 1.75e9, 8, 16, "v6e:2x2"),
+        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1.05e9, 2, 4, "v4:2x2x1"),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 1.5e9, 1, 16, "v5e:4x4"),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1.75e9, 2, 4, "v5p:2x2x1"),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 2, 1.75e9, 1, 16, "v6e:2x2"),
     )
 }
 DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}

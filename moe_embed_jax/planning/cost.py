@@ -6,6 +6,7 @@ after the other and take time; those inside a fusion only add FLOPs to it.
 
 import collections
 import dataclasses
+import math
 
 from moe_embed_jax.planning import collectives
 from moe_embed_jax.planning.hlo import Computation, Instruction, Module, Shape
@@ -48,18 +49,29 @@ class Kernel:
     bytes: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Unestimated:
+    """An instruction that the compiler gives no cycles for: bytes of HBM, FLOPs of matrix products,
+    operations of the vector unit (of sorts; what else there is, is taken to be memory-bound)."""
+
+    opcode: str
+    bytes: int
+    flops: float
+    vector_operations: float
+
+
 @dataclasses.dataclass
 class Cost:
     """Totals; Counters hold how often each thing happens.
 
-    matmul_flops: dots and convolutions. cycles: the compiler's estimates. unestimated: (opcode,
-    bytes of HBM, FLOPs) of instructions that it gives none for. prefetches: bytes of asynchronous
-    copies between HBM and on-chip memory. unknown_loops: loops whose trip count only the data
-    decide.
+    matmul_flops: dots and convolutions. cycles: the compiler's estimates, also by the place in the
+    program. prefetches: bytes of asynchronous copies between HBM and on-chip memory. unknown_loops:
+    loops whose trip count only the data decide.
     """
 
     matmul_flops: float = 0.0
     cycles: float = 0.0
+    cycles_by_source: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unestimated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -160,23 +172,29 @@ class _Walk:
         cycles = it.backend_config.get("window_config", {}).get("estimated_cycles")
         if cycles is not None:
             cost.cycles += float(cycles)
+            cost.cycles_by_source[_source(it)] += int(cycles)
             return
-        label, moved = self.traffic(parent, it)
-        cost.unestimated[label, moved, cost.matmul_flops] += 1
+        cost.unestimated[self.roofline_work(parent, it, cost.matmul_flops)] += 1
 
-    def traffic(self, parent: Computation, it: Instruction) -> tuple[str, int]:
-        """(what it is, HBM bytes read and written) of an instruction without an estimate."""
-        operands = [s for shapes in parent.operand_shapes(it) for s in shapes]
+    def roofline_work(self, parent: Computation, it: Instruction, flops: float) -> "Unestimated":
+        """The work of an instruction without an estimate."""
+        operands = [shapes[0] for shapes in parent.operand_shapes(it) if shapes]
         label = it.opcode
         if label == "fusion":
             inside = self.opcodes(it.called["calls"][0])
             label = next((kind for kind in (*SCATTERS, *GATHERS) if kind in inside), label)
+        elif "TopK" in it.rest:
+            label = "top-k"
         result = _hbm(it.shapes)
         if label in GATHERS:
-            return label, result + min(result, _hbm(operands))
-        if label in SCATTERS:  # the first operand is updated in place
-            return label, 3 * _hbm(operands[1:])
-        return label, result + _hbm(operands)
+            moved = result + min(sum(shape.bytes for shape in it.shapes), _hbm(operands))
+        elif label in SCATTERS and operands:  # the first operand is updated in place
+            updates = operands[1:]
+            changed = 0 if operands[0].fast else 2 * sum(shape.bytes for shape in updates)
+            moved = changed + _hbm(updates)
+        else:
+            moved = result + _hbm(operands)
+        return Unestimated(label, moved, flops, _comparisons(label, it, operands))
 
     def opcodes(self, name: str) -> set[str]:
         found = set()
@@ -217,6 +235,20 @@ def _communication(it: Instruction, inner: str, communicates: str) -> str:
     if it.name.startswith("async-collective-done") or inner.startswith("async_collective_fusion"):
         return "continued"
     return communicates
+
+
+def _comparisons(label: str, it: Instruction, operands: list[Shape]) -> float:
+    """Operations of a bitonic sort (Batcher 1968) along the sorted axis, or of its part that finds
+    the k largest: log(log + 1) / 2 stages, each of which compares, and selects, every array."""
+    if label == "sort":
+        axis = it.numbers("dimensions")[0]
+        length = operands[0].dims[axis]
+    elif label == "top-k":
+        length = it.shapes[0].dims[-1]
+    else:
+        return 0.0
+    levels = math.ceil(math.log2(max(length, 2)))
+    return operands[0].size * levels * (levels + 1) / 2 * (1 + len(it.shapes))
 
 
 def _hbm(shapes: list[Shape] | tuple[Shape, ...]) -> int:

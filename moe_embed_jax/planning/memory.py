@@ -70,7 +70,7 @@ def bytes_per_device(leaf) -> int:
 def largest_arguments(arguments: dict[str, object], count: int = 5) -> list[tuple[str, int]]:
     """(path, bytes per device) of the largest arrays that the step is given."""
     leaves = [
-        (f"{kind}: {path_of(path)}", bytes_per_device(leaf))
+        (f"{kind} {path_of(path)}".strip(), bytes_per_device(leaf))
         for kind, tree in arguments.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
@@ -106,18 +106,22 @@ def _sizes(message: str) -> tuple[int | None, int | None]:
     return None, None
 
 
-def advice(config, space: str, dominant: str | None) -> list[str]:
-    """What could make it fit, most promising first; `dominant`: the largest kind of memory."""
+def advice(config, step: str, space: str, dominant: str | None) -> list[str]:
+    """What could make `step` fit, most promising first; `dominant`: the largest kind of memory."""
     if space == "vmem":
         return [
             "a kernel's tiles are too large for on-chip memory: change model.width, "
             "model.ffn_width or data.row_length to multiples of 128, or model.expert_backend"
         ]
+    if step == "knn":
+        return ["more chips: each holds its share of the documents", "fewer documents at a time"]
     sharding = []
     if config.mesh.fsdp == 1:
         sharding.append("mesh.fsdp=2 or more: parameters and optimiser state are divided by it")
     if config.mesh.expert == 1 and config.model.num_moe_layers:
         sharding.append("mesh.expert=2 or more: each chip holds a part of the experts")
+    if step == "encode":
+        return [*sharding, "a shorter data.document_length"]
     activations = []
     rows = config.data.chunk_rows
     if rows != 1:

@@ -3,12 +3,14 @@
 import collections
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_embed_jax.planning.aot import Plan
 from moe_embed_jax.planning.memory import largest_arguments
 
 GIB = 2**30
+LARGEST_SOURCES = 10
 
 
 def to_json(plan: Plan) -> dict:
@@ -19,6 +21,7 @@ def to_json(plan: Plan) -> dict:
         "chips": plan.chips,
         "mesh": plan.mesh,
         "step": plan.step_name,
+        "chunks": plan.step.chunks,
         "notes": list(plan.step.notes),
         "fits": plan.fits,
         "hbm_bytes_per_chip": plan.hbm_bytes,
@@ -50,6 +53,8 @@ def to_json(plan: Plan) -> dict:
         result["pallas_flops_per_chip"] = plan.cost.kernel_flops
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
+        result["is_lower_bound"] = is_incomplete(plan)
+        result["seconds_by_source"] = seconds_by_source(plan)
         result["seconds_by_kind"] = seconds_by_kind(plan)
         result[f"{plan.step.unit.replace(' ', '_')}_per_second"] = _rate(plan)
     if plan.times and plan.step.repeats:
@@ -83,6 +88,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         _print_work(plan, console)
         _print_collectives(plan, console)
         _print_time(plan, console)
+        _print_sources(plan, console)
     for line in plan.advice:
         console.print(f"to make it fit: {line}")
 
@@ -92,7 +98,7 @@ def _print_exhausted(plan: Plan, console: Console) -> None:
     console.print(f"the compiler ran out of {found.space.upper()}: {found.message}", markup=False)
     if found.needed:
         needed, available = found.needed / GIB, found.available / GIB
-        console.print(f"predicted need {needed:.2f} GiB of {available:.2f} GiB per chip")
+        console.print(f"predicted need at least {needed:.2f} GiB of {available:.2f} GiB per chip")
     for line in found.largest:
         console.print(f"  allocation  {line}", markup=False)
     for path, size in largest_arguments(plan.step.arguments):
@@ -120,7 +126,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
 def _print_work(plan: Plan, console: Console) -> None:
     cost = plan.cost
     table = _table("FLOPs per chip and step (predicted)", "", "TFLOP", "compiled / model")
-    table.add_row("model, all token slots", f"{plan.model_flops / 1e12:.4g}", "")
+    table.add_row(f"model, {plan.step.work}", f"{plan.model_flops / 1e12:.4g}", "")
     table.add_row("compiled: matrix products", f"{cost.matmul_flops / 1e12:.4g}", "")
     table.add_row("compiled: Pallas kernels", f"{cost.kernel_flops / 1e12:.4g}", "")
     ratio = f"{cost.flops / plan.model_flops:.2f}"
@@ -128,12 +134,22 @@ def _print_work(plan: Plan, console: Console) -> None:
     console.print(table)
     for kernel in _kernels_without_estimate(plan):
         console.print(f"Pallas kernel without a cost estimate, counted as nothing: {kernel}")
+    if is_incomplete(plan):
+        console.print(
+            "compiled FLOPs below the model's: loops of unknown trip count hide work (experts of "
+            "the blocked back end do): the real step is slower than predicted here"
+        )
     for name, count in cost.unknown_loops.items():
         console.print(
             f"unknown trip count (only the data decide), counted {plan.step.unknown_trips} x per "
             f"entry: loop in {name}, entered {count} x",
             markup=False,
         )
+
+
+def is_incomplete(plan: Plan) -> bool:
+    """Whether a part of the work was surely not seen, so that time is a lower bound only."""
+    return bool(plan.cost.unknown_loops) and plan.cost.flops < plan.model_flops
 
 
 def _print_collectives(plan: Plan, console: Console) -> None:
@@ -176,7 +192,7 @@ def _print_time(plan: Plan, console: Console) -> None:
     console.print(table)
     share = plan.step.real_share
     lines = [
-        f"MFU         {plan.mfu:.1%} of all token slots"
+        f"MFU         {plan.mfu:.1%} of {plan.step.work}"
         + (f", {plan.mfu * share:.1%} of real tokens ({share:.0%} of slots)" if share < 1 else ""),
         f"throughput  {_rate(plan):,.0f} {plan.step.unit}/s over {plan.chips} chips",
     ]
@@ -188,6 +204,59 @@ def _print_time(plan: Plan, console: Console) -> None:
         )
     for line in lines:
         console.print(f"predicted   {line}")
+
+
+def to_markdown(plans: list[Plan]) -> str:
+    """A table with a row per plan."""
+    header = (
+        "topology | chips | data x fsdp x expert | chunk rows | remat | HBM per chip, GiB | fits | "
+        f"step, s | MFU | MFU of real tokens | {plans[0].step.unit}/s | run, hours | chip-hours"
+    )
+    lines = [
+        f"Predicted for one {plans[0].step_name} step, not measured:",
+        "",
+        f"| {header} |",
+        "|" + "---|" * (header.count("|") + 1),
+    ]
+    for plan in plans:
+        config = plan.config
+        size = plan.hbm_bytes
+        cells = [
+            plan.topology,
+            str(plan.chips),
+            " x ".join(map(str, plan.mesh_shape)),
+            str(config.data.chunk_rows),
+            "yes" if config.model.remat else "no",
+            (f"{size / GIB:.1f}" if size else "?") + f" of {plan.chip.hbm_bytes / GIB:.1f}",
+            "yes" if plan.fits else "no",
+        ]
+        if plan.times and plan.fits:
+            cells += [
+                f"{plan.times.step_seconds:.3f}",
+                f"{plan.mfu:.0%}",
+                f"{plan.mfu * plan.step.real_share:.0%}",
+                f"{_rate(plan):,.0f}",
+                f"{_hours(plan):,.0f}" if plan.step.repeats else "",
+                f"{_hours(plan) * plan.chips:,.0f}" if plan.step.repeats else "",
+            ]
+        else:
+            cells += [""] * 6
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def seconds_by_source(plan: Plan) -> dict[str, float]:
+    """The places in the program that the compiler gives most cycles, most first."""
+    largest = plan.cost.cycles_by_source.most_common(LARGEST_SOURCES)
+    return {source: cycles / plan.chip.clock_hz for source, cycles in largest}
+
+
+def _print_sources(plan: Plan, console: Console) -> None:
+    table = _table("Where the compiler's cycles go (predicted)", "place in the program", "ms", "")
+    for source, seconds in seconds_by_source(plan).items():
+        share = seconds / plan.times.step_seconds
+        table.add_row(escape(source), f"{seconds * 1e3:.3f}", f"{share:.1%} of the step")
+    console.print(table)
 
 
 def _kernels_without_estimate(plan: Plan) -> list[str]:

@@ -3,7 +3,8 @@
 A step is taken to be the sum of
   * the compiler's cycle estimates over the chip's clock;
   * Pallas kernels, for which it has none: max(FLOPs / peak, bytes / bandwidth) of each call;
-  * other instructions without an estimate: the same, from the bytes they touch in HBM;
+  * other instructions without an estimate (gathers, scatters, sorts): the same, from the bytes that
+    they touch in HBM, and for sorts the operations of the vector unit;
   * collectives that block;
   * what asynchronous collectives exceed all of the above by: they are taken to be hidden otherwise.
 Asynchronous copies between HBM and on-chip memory are taken to be hidden. `serial_seconds` hides
@@ -58,7 +59,8 @@ def predict(cost: Cost, chip: Chip) -> Times:
             for kernel, count in cost.kernels.items()
         ),
         unestimated=sum(
-            roofline(flops, moved) * count for (_, moved, flops), count in cost.unestimated.items()
+            max(roofline(it.flops, it.bytes), it.vector_operations / chip.vector_operations) * count
+            for it, count in cost.unestimated.items()
         ),
         blocking_collectives=collective[False],
         async_collectives=collective[True],

@@ -1,4 +1,8 @@
-"""The fastest setting that fits: a short explicit list of candidates, each compiled."""
+"""The fastest setting that fits, over meshes, chunk sizes and rematerialisation.
+
+A compilation takes minutes, so the search is greedy: every mesh with the settings that need least
+memory, then on the fastest mesh that fits every chunk size, with rematerialisation and without.
+"""
 
 import dataclasses
 import hashlib
@@ -20,26 +24,29 @@ FSDP = (1, 4, 16)
 EXPERT = (1, 2, 4, 8)
 
 
-def candidates(config: RunConfig, chips: int) -> list[RunConfig]:
-    """Meshes that divide the chips and the experts, chunk sizes in powers of two, remat off and on.
+def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
+    """Meshes that divide the chips and the experts, with the smallest chunks and remat."""
+    experts = EXPERT if config.model.num_moe_layers else (1,)
+    meshes = [
+        MeshConfig(data=-1, fsdp=fsdp, expert=expert)
+        for fsdp in FSDP
+        for expert in experts
+        if chips % (fsdp * expert) == 0 and config.model.num_experts % expert == 0
+    ]
+    return [_setting(config, mesh, True, CHUNK_ROWS[0]) for mesh in meshes]
 
-    Small chunks and remat first within a mesh, so that what does not fit can be skipped.
-    """
-    result = []
-    for fsdp in FSDP:
-        for expert in EXPERT:
-            moe = config.model.num_moe_layers > 0
-            if chips % (fsdp * expert) or (expert > 1 and not moe):
-                continue
-            if expert > 1 and config.model.num_experts % expert:
-                continue
-            mesh = MeshConfig(data=-1, fsdp=fsdp, expert=expert)
-            for remat in (True, False):
-                for rows in CHUNK_ROWS:
-                    model = dataclasses.replace(config.model, remat=remat)
-                    data = dataclasses.replace(config.data, chunk_rows=rows)
-                    result.append(dataclasses.replace(config, mesh=mesh, model=model, data=data))
-    return result
+
+def setting_candidates(config: RunConfig) -> list[RunConfig]:
+    """All chunk sizes and remat on the mesh of `config`, those that need least memory first."""
+    return [
+        _setting(config, config.mesh, remat, rows) for remat in (True, False) for rows in CHUNK_ROWS
+    ]
+
+
+def _setting(config: RunConfig, mesh: MeshConfig, remat: bool, chunk_rows: int) -> RunConfig:
+    model = dataclasses.replace(config.model, remat=remat)
+    data = dataclasses.replace(config.data, chunk_rows=chunk_rows)
+    return dataclasses.replace(config, mesh=mesh, model=model, data=data)
 
 
 def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, console: Console):
@@ -51,34 +58,65 @@ def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, c
       identity: what else the plans depend on (topology, versions), for the cache.
       cache_path: JSON file of finished candidates (or None): an interrupted search goes on there.
     """
-    cache = _Cache(cache_path, identity)
-    failed, rows, plans = [], [], {}
-    for candidate in tqdm(candidates(config, chips), desc="candidates", unit=""):
-        index = len(rows)
-        if any(_needs_more(candidate, other) for other in failed):
-            rows.append((candidate, None))
-            continue
-        found = cache.get(candidate)
+    tried = _Tried(plan_of, _Cache(cache_path, identity))
+    tried.run(mesh_candidates(config, chips), "meshes")
+    best = tried.fastest()
+    if best is not None:
+        tried.run(setting_candidates(tried.rows[best][0]), "chunk sizes and remat")
+        best = tried.fastest()
+    console.print(_table(tried.rows))
+    return (None, None) if best is None else (tried.rows[best][0], tried.plans.get(best))
+
+
+class _Tried:
+    """Candidates so far.
+
+    rows: (config, JSON of its plan or why it has none). plans: by row, without those of the cache.
+    """
+
+    def __init__(self, plan_of, cache: "_Cache"):
+        self.plan_of = plan_of
+        self.cache = cache
+        self.rows: list[tuple[RunConfig, dict]] = []
+        self.plans = {}
+
+    def run(self, candidates: list[RunConfig], title: str) -> None:
+        known = [candidate for candidate, _ in self.rows]
+        for candidate in tqdm([c for c in candidates if c not in known], desc=title, unit=""):
+            why = self.why_skip(candidate)
+            found = {"fits": False, "why": why} if why else self.find(candidate)
+            self.rows.append((candidate, found))
+
+    def why_skip(self, candidate: RunConfig) -> str | None:
+        for other, found in self.rows:
+            if "why" in found or not _needs_as_much(candidate, other):
+                continue
+            if not found["fits"]:
+                return "skipped: a smaller one does not fit"
+            if found["chunks"] == 1 and candidate.model.remat == other.model.remat:
+                return "skipped: the batch is one chunk already"
+        return None
+
+    def find(self, candidate: RunConfig) -> dict:
+        found = self.cache.get(candidate)
         if found is None:
             try:
-                plans[index] = plan_of(candidate)
-                found = to_json(plans[index])
+                plan = self.plan_of(candidate)
             except UserError as error:  # a parameter that cannot be divided by this mesh
-                found = {"fits": False, "error": str(error)}
-            cache.put(candidate, found)
-        if not found["fits"] and "error" not in found:
-            failed.append(candidate)
-        rows.append((candidate, found))
-    console.print(_table(rows))
-    fitting = [
-        (found["predicted_step_seconds"], index)
-        for index, (_, found) in enumerate(rows)
-        if found and found["fits"]
-    ]
-    if not fitting:
-        return None, None
-    best = min(fitting)[1]
-    return rows[best][0], plans.get(best)
+                found = {"fits": False, "why": str(error)}
+            else:
+                self.plans[len(self.rows)] = plan
+                found = to_json(plan)
+            self.cache.put(candidate, found)
+        return found
+
+    def fastest(self) -> int | None:
+        fitting = [
+            (found["predicted_step_seconds"], row)
+            for row, (_, found) in enumerate(self.rows)
+            if found["fits"]
+        ]
+        return min(fitting)[1] if fitting else None
 
 
 class _Cache:
@@ -107,7 +145,15 @@ class _Cache:
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _needs_more(candidate: RunConfig, other: RunConfig) -> bool:
+def describe(config: RunConfig) -> str:
+    """The flags that set what a search varies."""
+    return (
+        f"--set=mesh.fsdp={config.mesh.fsdp} --set=mesh.expert={config.mesh.expert} "
+        f"--set=model.remat={config.model.remat} --set=data.chunk_rows={config.data.chunk_rows}"
+    )
+
+
+def _needs_as_much(candidate: RunConfig, other: RunConfig) -> bool:
     """Whether `candidate` surely needs as much memory as `other`: the same mesh, chunks at least as
     large, and no more rematerialisation."""
     return (
@@ -128,10 +174,8 @@ def _table(rows) -> Table:
             str(candidate.model.remat),
             str(candidate.data.chunk_rows),
         )
-        if found is None:
-            table.add_row(*setting, "", "", "", "skipped: a smaller one does not fit")
-        elif "error" in found:
-            table.add_row(*setting, "", "", "", found["error"])
+        if "why" in found:
+            table.add_row(*setting, "", "", "", found["why"])
         else:
             size = found["hbm_bytes_per_chip"]
             table.add_row(

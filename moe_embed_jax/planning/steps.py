@@ -39,8 +39,9 @@ class Assumptions:
 class Step:
     """A step to compile.
 
-    lower: traces it. arguments: what it is given, by kind, for the memory table.
-    model_flops: of one step over all chips, for all token slots. real_share: tokens among slots.
+    lower: traces it. arguments: what it is given, by kind, for the memory table. chunks: that the
+    rows of a device are encoded in.
+    model_flops: of one step over all chips, for `work`. real_share: tokens among slots.
     unit, units: what a step works through ("tokens", "documents"), without padding.
     repeats: how often a whole run does it; None if the config does not say.
     unknown_trips: of loops that the data bound. notes: lines for the reader.
@@ -48,7 +49,9 @@ class Step:
 
     lower: object
     arguments: dict
+    chunks: int
     model_flops: float
+    work: str
     real_share: float
     unit: str
     units: float
@@ -72,7 +75,9 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
             "optimiser state": state.opt_state,
             "batch": batch,
         },
+        chunks=load.chunks,
         model_flops=training_flops_per_token(config.model) * slots,
+        work="all token slots",
         real_share=load.tokens / slots,
         unit="tokens",
         units=load.tokens,
@@ -100,7 +105,9 @@ def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
         # The embedder's own jitted function: a copy would be another step.
         lower=lambda: embedder._pool_rows.lower(config.model, params, ids, ids, ids),
         arguments={"parameters": params, "batch": (ids, ids, ids)},
+        chunks=1,
         model_flops=training_flops_per_token(config.model) / 3 * slots,
+        work="all token slots",
         real_share=1.0,
         unit="token slots",
         units=slots,
@@ -124,7 +131,9 @@ def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
     return Step(
         lower=lambda: knn._search.lower(queries, documents, count, assumed.neighbours, block, mesh),
         arguments={"queries": queries, "documents": documents},
+        chunks=1,
         model_flops=2.0 * knn.QUERY_BLOCK * count * width,
+        work="all inner products",
         real_share=1.0,
         unit="queries",
         units=knn.QUERY_BLOCK,
