@@ -7,6 +7,7 @@ ends up replicated on a pod. Optimiser moments are split over `data` besides (Ze
 1910.02054), see `zero`.
 """
 
+import math
 import re
 
 import jax
@@ -82,14 +83,17 @@ def specs(tree, rules) -> object:
     return result
 
 
-def zero(path: str, shape: tuple[int, ...], spec: P, data: int) -> P:
-    """`spec`, split over mesh axis `data` too: along the first whole axis that `data` divides (the
-    scan axis of blocks is none). Where no axis is, the spec stays as it is."""
+def zero(path: str, shape: tuple[int, ...], spec: P, mesh) -> P:
+    """`spec`, split over mesh axis `data` too: along the first axis that can be, whole or already
+    split over `fsdp` (the scan axis of blocks is none). Where no axis can, `spec` as it is."""
     names = [*spec, *[None] * (len(shape) - len(spec))]
     first = 1 if re.search(r"(groups|tail)/", path) else 0
     for axis in range(first, len(shape)):
-        if names[axis] is None and shape[axis] % data == 0:
-            return P(*names[:axis], "data", *names[axis + 1 :])
+        taken = {None: (), "fsdp": ("fsdp",)}.get(names[axis])
+        if taken is not None:
+            pieces = math.prod(mesh.shape[name] for name in (*taken, "data"))
+            if shape[axis] % pieces == 0:
+                return P(*names[:axis], (*taken, "data"), *names[axis + 1 :])
     return spec
 
 
@@ -100,9 +104,9 @@ def shardings(tree, rules, mesh) -> object:
     def named(key_path, leaf, spec):
         path = path_of(key_path)
         if re.search(MOMENTS, path) and leaf.ndim:
-            spec = zero(path, leaf.shape, spec, mesh.shape["data"])
+            spec = zero(path, leaf.shape, spec, mesh)
         for axis, name in enumerate(spec):
-            if name is not None and leaf.shape[axis] % mesh.shape[name]:
+            if isinstance(name, str) and leaf.shape[axis] % mesh.shape[name]:
                 raise UserError(
                     f"axis {axis} of {path} {leaf.shape} is not divisible by mesh "
                     f"axis {name}={mesh.shape[name]}"

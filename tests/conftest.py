@@ -10,6 +10,9 @@ import pytest
 import synthetic_data
 
 ROOT = pathlib.Path(__file__).parent.parent
+# For jax.jit and compile() where many programs are compiled to run once: half the time without
+# LLVM's optimisations, and the same numbers to rounding.
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.models.attention import attention, rotation
 from moe_embed_jax.models.fused_attention import fused_attention, supports
@@ -38,7 +39,7 @@ def test_equals_plain_attention(heads, head, length, rotary):
             context = function(qkv, text_index, angles, heads, **options)
             return jnp.sum(context * weight), context
 
-        return jax.jit(jax.grad(scalar, has_aux=True))(qkv)
+        return jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK_COMPILATION)(qkv)
 
     assert supports(length, heads * head, heads)
     gradient, context = value_and_gradient(fused_attention, interpret=True)

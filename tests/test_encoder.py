@@ -13,6 +13,8 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotate, rotation
 from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.layer_norm import layer_norm
+from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.models.moe import route
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.objectives.contrast import unit
@@ -51,8 +53,11 @@ def sequences():
     return [rng.integers(4, 64, n).astype(np.int32) for n in LENGTHS]
 
 
+encode = jax.jit(encode_tokens, static_argnums=0)
+
+
 def embed(config, params, arrays):
-    x, statistics = jax.jit(encode_tokens, static_argnums=0)(config, params, *arrays)
+    x, statistics = encode(config, params, *arrays)
     return mean_pool(x, arrays[1], SLOTS), statistics
 
 
@@ -174,6 +179,26 @@ def test_rotary_scores_depend_on_distance_only():
     turned = rotate(x, rotation(jnp.full((1, 1), 2), 8, 1e4))[0, 0, 0]
     np.testing.assert_allclose(turned[1], np.cos(2 * 1e4**-0.25), rtol=1e-5)
     np.testing.assert_allclose(turned[5], np.sin(2 * 1e4**-0.25), rtol=1e-5)
+
+
+def test_layer_norm_and_bias_gradients_are_those_of_the_formula():
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=(3, 5, 24)) + 1, jnp.float32) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(size=24), jnp.float32) for _ in range(2))
+
+    def formula(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+    def gradients(function):
+        scalar = lambda *a: jnp.sum(function(*a) * weight)  # noqa: E731
+        return jax.value_and_grad(scalar, argnums=(0, 1, 2))(x, scale, bias)
+
+    ours = gradients(lambda x, scale, bias: layer_norm(x, scale, bias, 1e-5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, gradients(formula))
+    biased = gradients(lambda x, scale, bias: add_bias(x * scale, bias))
+    plain = gradients(lambda x, scale, bias: x * scale + bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), biased, plain)
 
 
 def test_gelu_in_bfloat16_is_exact_to_rounding():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import QUICK_COMPILATION, run_python
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.mesh import BATCH_SPEC, MeshConfig, make_mesh, single_device_mesh
@@ -55,9 +55,8 @@ def gradients(layer, case):
         y, dropped = layer(x, expert, gate, *weights)
         return jnp.sum(y * weight), (y, dropped)
 
-    grads, (y, dropped) = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))(
-        x, gate, *weights
-    )
+    grad = jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True)
+    grads, (y, dropped) = jax.jit(grad, compiler_options=QUICK_COMPILATION)(x, gate, *weights)
     return [y, *(g for g in grads if g is not None)], float(dropped)
 
 

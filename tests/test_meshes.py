@@ -9,7 +9,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import QUICK_COMPILATION, run_python
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import MeshConfig, make_mesh
@@ -31,7 +31,6 @@ MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=8
 )
 LOSS = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True)
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}  # of LLVM; the same numbers
 # (data, fsdp, expert), what is different about the model there, chunks
 MATRIX = [
     ((8, 1, 1), {}, CHUNKS),

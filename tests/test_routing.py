@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import route
@@ -41,7 +42,8 @@ def gradients(backend, case):
         y, dropped = backend(x, expert, gate, *weights, gelu)
         return jnp.sum(y * weight), (y, dropped)
 
-    function = jax.jit(jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True))
+    grad = jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True)
+    function = jax.jit(grad, compiler_options=QUICK_COMPILATION)
     grads, (y, dropped) = function(x, gate, *weights)
     names = ("dx", "dgate", "dw_in", "dbias_in", "dw_out")
     return {

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import single_device_mesh
@@ -28,6 +29,7 @@ MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
 CONFIG = StepConfig(MODEL, LossConfig(), SLOTS)
+EVALUATE = jax.jit(loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION)
 # loss, contrastive_loss, balance, grad_norm of three steps. They change with initialisation, loss,
 # routing or optimiser: if that was meant, print the new ones with `pytest -s` and put them here.
 GOLDEN = [
@@ -90,7 +92,9 @@ def gradients(config, params, batch):
     """(loss, metrics, gradients) on one device."""
     function = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
     with jax.set_mesh(single_device_mesh()):
-        (loss, metrics), grads = jax.jit(function, static_argnums=0)(config, params, batch)
+        (loss, metrics), grads = jax.jit(
+            function, static_argnums=0, compiler_options=QUICK_COMPILATION
+        )(config, params, batch)
     return loss, metrics, grads
 
 
@@ -185,7 +189,9 @@ def test_balance_coefficient_scales_the_balance_loss_only(optimizer):
         losses = {}
         for coefficient in (0.0, 1.0, 3.0):
             config = dataclasses.replace(CONFIG, loss=LossConfig(balance=coefficient))
-            evaluate = jax.jit(loss_and_metrics, static_argnums=0)
+            evaluate = jax.jit(
+                loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION
+            )
             losses[coefficient], metrics = evaluate(config, params, make_batch())
     balance, contrastive = metrics["balance"], metrics["contrastive_loss"]
     assert 1 <= balance < 1.5
@@ -198,6 +204,8 @@ def test_a_dense_model_has_no_balance(optimizer):
     config = dataclasses.replace(CONFIG, model=model)
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     with jax.set_mesh(single_device_mesh()):
-        loss, metrics = jax.jit(loss_and_metrics, static_argnums=0)(config, params, make_batch())
+        loss, metrics = jax.jit(
+            loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION
+        )(config, params, make_batch())
     assert "balance" not in metrics
     np.testing.assert_allclose(loss, metrics["contrastive_loss"])

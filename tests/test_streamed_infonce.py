@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from conftest import QUICK_COMPILATION, run_python
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,6 @@ from moe_embed_jax.objectives.contrast import ContrastConfig, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.objectives.reference import dense_infonce
 from moe_embed_jax.objectives.streaming import TILE
-
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}  # of LLVM; half the time, same numbers
 
 
 def oracle(config, query, document, query_id, document_id, valid, temperature):

@@ -7,6 +7,7 @@ of its own. Parameters are a plain nested dict; those of the blocks carry a lead
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.feed_forward import FeedForward
+from moe_embed_jax.models.layer_norm import LayerNorm
+from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.objectives.balance import RoutingStatistics
 from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
-from moe_embed_jax.sharding import gather, rules_for, specs
+from moe_embed_jax.sharding import gather, path_of, rules_for, specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +100,8 @@ class EncoderConfig:
         return sum(map(self.is_moe, range(self.num_layers)))
 
 
-def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.norm_epsilon,
-        dtype=jnp.float32,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
 
 
 class Embeddings(nnx.Module):
@@ -131,7 +128,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: EncoderConfig, is_moe: bool, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
-        linear = functools.partial(nnx.Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
+        linear = functools.partial(Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
         self.attention = Attention(config.width, config.num_heads, linear)
         self.norm_1 = _norm(config, rngs)
         if is_moe:
@@ -199,6 +196,18 @@ def gather_embeddings(config: EncoderConfig, params: dict) -> dict:
     are gathered when their turn comes, tables once for all chunks."""
     of_embeddings = specs(params, rules_for(config))["embeddings"]
     return params | {"embeddings": gather(params["embeddings"], of_embeddings, "fsdp")}
+
+
+def in_compute_dtype(config: EncoderConfig, params: dict) -> dict:
+    """`params` with the matrices and biases of blocks in `config.dtype`, as blocks use them: for
+    callers that run many chunks, so that each is converted once. Norms and router stay float32."""
+
+    def cast(key_path, leaf):
+        path = path_of(key_path)
+        stays = path.startswith("embeddings/") or re.search(r"norm_\d/|router/", path)
+        return leaf if stays else leaf.astype(config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def encode_rows(

@@ -56,8 +56,13 @@ def _order(expert_TK, experts: int):
     return assignment_S, row_A, rows_E
 
 
+def _in_order(array_AX, index_S):
+    """Rows of `array` as they are sorted; rows without an expert, which nobody reads, get any."""
+    return array_AX.at[index_S].get(mode="clip")
+
+
 def _take(array_AX, index):
-    """Rows of `array`; zero where the index is past the end, as rows without an expert are."""
+    """Rows of `array`; zero where the index is past the end."""
     return array_AX.at[index].get(mode="fill", fill_value=0)
 
 
@@ -106,7 +111,7 @@ def _sum_choices(y_SD, row_A, gate_TK):
 
 def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
     order = assignment_S, row_A, rows_E = _order(expert_TK, len(w_in_EDF))
-    x_SD = _take(x_TD, assignment_S // expert_TK.shape[1])
+    x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
     pre_SF = _multiply(x_SD, w_in_EDF, rows_E, interpret)
     if bias_in_EF is not None:
         bias_SF = _row_experts(rows_E, len(pre_SF)) @ bias_in_EF.astype(jnp.float32)
@@ -131,8 +136,8 @@ def _grouped_bwd(activation, interpret, residuals, dy_TD):
     (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD), saved = residuals
     pre_SF, y_SD, (assignment_S, row_A, rows_E) = saved
     token_S = assignment_S // expert_TK.shape[1]
-    x_SD, dy_SD = _take(x_TD, token_S), _take(dy_TD, token_S)
-    gate_S1 = _take(gate_TK.reshape(-1), assignment_S)[:, None].astype(x_TD.dtype)
+    x_SD, dy_SD = _in_order(x_TD, token_S), _in_order(dy_TD, token_S)
+    gate_S1 = _in_order(gate_TK.reshape(-1), assignment_S)[:, None].astype(x_TD.dtype)
     # y and dy are narrower than the hidden layer: the cheapest place for the gate's gradient.
     dgate_S = jnp.sum(y_SD.astype(jnp.float32) * dy_SD.astype(jnp.float32), axis=-1)
     dy_SD = gate_S1 * dy_SD

@@ -17,6 +17,7 @@ from moe_embed_jax.models.encoder import (
     EncoderConfig,
     encode_rows,
     gather_embeddings,
+    in_compute_dtype,
     init_params,
 )
 from moe_embed_jax.models.pooling import mean_pool, take_texts
@@ -117,26 +118,16 @@ class StepConfig:
 def encode_batch(config: StepConfig, params: dict, batch: Batch):
     """(query_BD, document_BMD, routing statistics of the whole batch or None).
 
-    Every device encodes its own rows, in chunks under a scan of rematerialised calls: GradCache by
-    construction. The backward pass encodes a chunk again when its gradient is due, so activations
-    of one chunk exist at a time; gradients and statistics are those of the whole batch. Devices add
-    up their gradients once, after the last chunk.
+    Every device encodes its own rows and takes its own texts from them; devices add up their
+    gradients once, after the last chunk.
     """
     model = config.model
 
     def local(params, batch: Batch):
-        params = gather_embeddings(model, params)
-
-        def one_chunk(_, rows):
-            x_RLD, statistics = encode_rows(model, params, *rows)
-            return None, (mean_pool(x_RLD, rows[1], config.slots), statistics)
-
-        if batch.token_CRL.shape[0] > 1:
-            one_chunk = jax.checkpoint(one_chunk)
         rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
-        _, (pooled_CRSD, statistics) = jax.lax.scan(one_chunk, None, rows)
+        pooled_CRSD, statistics = encode_chunks(config, gather_embeddings(model, params), rows)
         texts = [take_texts(pooled_CRSD, s) for s in (batch.query_slot_B, batch.document_slot_BM)]
-        return *texts, jax.tree.map(lambda leaf: leaf.sum(axis=0)[None], statistics)
+        return *texts, jax.tree.map(lambda leaf: leaf[None], statistics)
 
     # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
     # itself sums the gradients of parameters over the axes that do not shard them.
@@ -148,6 +139,55 @@ def encode_batch(config: StepConfig, params: dict, batch: Batch):
         check_vma=False,
     )(encoder, batch)
     return query_BD, document_BMD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
+
+
+def encode_chunk(config: StepConfig, params: dict, rows):
+    """(pooled_RSD, routing statistics) of one device's token_RL, text_index_RL, position_RL."""
+    x_RLD, statistics = encode_rows(config.model, params, *rows)
+    return mean_pool(x_RLD, rows[1], config.slots), statistics
+
+
+def encode_chunks(config: StepConfig, params: dict, rows_C):
+    """(pooled_CRSD, statistics) of all chunks; one chunk's activations exist at a time.
+
+    With several chunks this is GradCache (arXiv 2101.06983): the backward pass encodes a chunk
+    again when its gradient is due. Gradients and statistics are those of the whole batch.
+    """
+    if len(rows_C[0]) == 1:
+        rows = [array[0] for array in rows_C]
+        pooled_RSD, statistics = encode_chunk(config, params, rows)
+        return pooled_RSD[None], statistics
+    return _encode_chunks(config, params, rows_C)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _encode_chunks(config: StepConfig, params: dict, rows_C):
+    params = in_compute_dtype(config.model, params)
+    pooled_CRSD, statistics = jax.lax.map(lambda rows: encode_chunk(config, params, rows), rows_C)
+    return pooled_CRSD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
+
+
+def _encode_chunks_fwd(config: StepConfig, params: dict, rows_C):
+    return _encode_chunks(config, params, rows_C), (params, rows_C)
+
+
+def _encode_chunks_bwd(config: StepConfig, saved, gradients):
+    params, rows_C = saved
+    dpooled_CRSD, dstatistics = gradients
+    computed = in_compute_dtype(config.model, params)
+
+    def add_chunk(total, chunk):
+        rows, dpooled_RSD = chunk
+        _, vjp = jax.vjp(lambda params: encode_chunk(config, params, rows), computed)
+        (of_chunk,) = vjp((dpooled_RSD, dstatistics))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, of_chunk), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)  # float32, whatever blocks compute in
+    total, _ = jax.lax.scan(add_chunk, zeros, (rows_C, dpooled_CRSD))
+    return total, None
+
+
+_encode_chunks.defvjp(_encode_chunks_fwd, _encode_chunks_bwd)
 
 
 def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
