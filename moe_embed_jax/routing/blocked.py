@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.routing.rows import sum_choices, take
+
 
 def block_rows(assignments: int, experts: int) -> int:
     """Rows of a block: a quarter of an expert's share, so that its last, half-empty block costs
@@ -46,7 +48,7 @@ def _layout(expert_TK, experts: int, block: int):
 
 def _rows(array_AX, index, per_row: int = 1):
     """Rows of `array` at `index // per_row`, zero where the index is past the end."""
-    return array_AX.at[index // per_row].get(mode="fill", fill_value=0)
+    return take(array_AX, index // per_row)
 
 
 def _forward(
@@ -84,8 +86,7 @@ def _forward(
     (y_SD, pre_SF), _ = jax.lax.scan(
         one_expert, buffers, (w_in_EDF, bias_in_EF, w_out_EFD, first_block_E, blocks_E)
     )
-    y_TKD = _rows(y_SD, slot_A).reshape(*expert_TK.shape, -1)
-    y_TD = jnp.einsum("TKD,TK->TD", y_TKD, gate_TK.astype(x_TD.dtype))
+    y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
     return y_TD, (pre_SF, layout)
 
 

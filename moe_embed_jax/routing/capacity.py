@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.routing.rows import sum_choices, take
+
 
 def cell_size(assignments: int, destinations: int, capacity_factor: float) -> int:
     """C: `capacity_factor` times an equal share of the assignments, rounded up to 8 rows, but
@@ -45,13 +47,7 @@ def into_cells(x_TD, slot_TK, slots: int):
     tokens, top_k = slot_TK.shape
     token_TK = jnp.broadcast_to(jnp.arange(tokens)[:, None], (tokens, top_k))
     token_S = jnp.full(slots, tokens).at[slot_TK].set(token_TK, mode="drop")
-    return x_TD.at[token_S].get(mode="fill", fill_value=0)
-
-
-def out_of_cells(y_SD, slot_TK, gate_TK):
-    """y_TD: gated sum over the K slots of every token; what has no slot adds zero."""
-    y_TKD = y_SD.at[slot_TK].get(mode="fill", fill_value=0)
-    return jnp.einsum("TKD,TK->TD", y_TKD, gate_TK.astype(y_SD.dtype))
+    return take(x_TD, token_S)
 
 
 def capacity(
@@ -76,4 +72,4 @@ def capacity(
     if bias_in_EF is not None:
         hidden_ECF += bias_in_EF[:, None]
     y_ECD = jnp.einsum("ECF,EFD->ECD", activation(hidden_ECF), w_out_EFD)
-    return out_of_cells(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped
+    return sum_choices(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped

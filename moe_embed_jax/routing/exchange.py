@@ -26,10 +26,10 @@ from moe_embed_jax.routing.capacity import (
     cell_size,
     fill_cells,
     into_cells,
-    out_of_cells,
 )
 from moe_embed_jax.routing.grouped import grouped
 from moe_embed_jax.routing.reference import reference
+from moe_embed_jax.routing.rows import sum_choices
 
 # All behind the signature of `reference`: (y_TD, dropped assignments).
 BACKENDS = {
@@ -124,7 +124,7 @@ def all_to_all(
     y_SD, dropped_here = backend(
         x_SD, expert_S[:, None], one_S1, w_in_eDF, bias_in_eF, w_out_eFD, activation
     )
-    return out_of_cells(exchange(y_SD), slot_TK, gate_TK), dropped + dropped_here
+    return sum_choices(exchange(y_SD), slot_TK, gate_TK), dropped + dropped_here
 
 
 EXCHANGES = {"ring": ring, "all_to_all": all_to_all}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from moe_embed_jax.mesh import platform
+from moe_embed_jax.routing.rows import sum_choices, take
 
 TILE_ROWS = 512  # of sorted assignments
 TILE_BYTES = 2048  # of a row of a tile: 1,024 columns of bfloat16; six tiles fit 16 MB of VMEM
@@ -61,11 +62,6 @@ def _in_order(array_AX, index_S):
     return array_AX.at[index_S].get(mode="clip")
 
 
-def _take(array_AX, index):
-    """Rows of `array`; zero where the index is past the end."""
-    return array_AX.at[index].get(mode="fill", fill_value=0)
-
-
 def _tiles(rows: int, k: int, n: int, dtype) -> tuple[int, int, int]:
     columns = TILE_BYTES // jnp.dtype(dtype).itemsize
     return _tile_rows(rows), min(k, columns), min(n, columns)
@@ -99,16 +95,6 @@ def _row_experts(rows_E, rows: int):
     return ((row_S1 >= end_E - rows_E) & (row_S1 < end_E)).astype(jnp.float32)
 
 
-def _sum_choices(y_SD, row_A, gate_TK):
-    """y_TD: the rows of a token's K choices, weighted. One choice after the other: an axis of K
-    would be padded to a tile."""
-    row_TK = row_A.reshape(gate_TK.shape)
-    return sum(
-        gate_TK[:, k, None].astype(y_SD.dtype) * _take(y_SD, row_TK[:, k])
-        for k in range(gate_TK.shape[1])
-    )
-
-
 def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
     order = assignment_S, row_A, rows_E = _order(expert_TK, len(w_in_EDF))
     x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
@@ -117,7 +103,7 @@ def _forward(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activati
         bias_SF = _row_experts(rows_E, len(pre_SF)) @ bias_in_EF.astype(jnp.float32)
         pre_SF += bias_SF.astype(pre_SF.dtype)
     y_SD = _multiply(activation(pre_SF), w_out_EFD, rows_E, interpret)
-    return _sum_choices(y_SD, row_A, gate_TK), (pre_SF, y_SD, order)
+    return sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK), (pre_SF, y_SD, order)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -152,8 +138,8 @@ def _grouped_bwd(activation, interpret, residuals, dy_TD):
         defined_SF = jnp.where(experts_SE.any(axis=1)[:, None], dpre_SF.astype(jnp.float32), 0)
         dbias_in_EF = (experts_SE.T @ defined_SF).astype(bias_in_EF.dtype)
     dx_SD = _multiply(dpre_SF, w_in_EDF, rows_E, interpret, transpose=True)
-    dx_TD = _sum_choices(dx_SD, row_A, jnp.ones_like(gate_TK))
-    dgate_TK = _take(dgate_S, row_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
+    dx_TD = sum_choices(dx_SD, row_A.reshape(gate_TK.shape), jnp.ones_like(gate_TK))
+    dgate_TK = take(dgate_S, row_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
     return dx_TD, None, dgate_TK, dw_in_EDF, dbias_in_EF, dw_out_EFD
 
 
