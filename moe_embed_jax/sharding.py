@@ -116,11 +116,11 @@ def shardings(tree, rules, mesh) -> object:
     return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules))
 
 
-def as_moments(params, rules) -> object:
+def as_moments(grads, rules) -> object:
     """Gradients in the shardings of their moments: summed over devices once, each its part."""
     mesh = jax.sharding.get_abstract_mesh()
-    placed = shardings({"mu": params}, rules, mesh)["mu"]
-    return jax.lax.with_sharding_constraint(params, placed)
+    placed = shardings({"mu": grads}, rules, mesh)["mu"]
+    return jax.lax.with_sharding_constraint(grads, placed)
 
 
 def gather(tree, tree_specs, axis: str, skip: int = 0) -> object:

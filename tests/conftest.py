@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import subprocess
@@ -6,6 +7,7 @@ import zipfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 
+import numpy as np
 import pytest
 import synthetic_data
 
@@ -38,6 +40,21 @@ def run_python(arguments, devices: int = 1, timeout: float = 600, **environment)
     return subprocess.run(
         command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False
     )
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    """Environment with which the runs of a test file share what they compile."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def metric(workdir, name: str) -> np.ndarray:
+    """A metric of every step in a run's journal."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)[name] for line in lines])
 
 
 def download(wheel: str, folder: pathlib.Path) -> pathlib.Path:

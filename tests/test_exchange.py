@@ -13,6 +13,7 @@ import pytest
 from conftest import QUICK_COMPILATION, run_python
 from jax.sharding import PartitionSpec as P
 
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.feed_forward import gelu
@@ -168,9 +169,9 @@ def check_one_device_mesh_needs_no_exchange():
 
 def test_unknown_names_are_refused():
     for field in ("expert_backend", "expert_exchange"):
-        with pytest.raises(Exception, match=f"model.{field}='x': choose from"):
+        with pytest.raises(UserError, match=f"model.{field}='x': choose from"):
             dataclasses.replace(EncoderConfig(), **{field: "x"})
-    with pytest.raises(Exception, match="capacity_factor=0 must be above 0"):
+    with pytest.raises(UserError, match="capacity_factor=0 must be above 0"):
         EncoderConfig(capacity_factor=0)
 
 

@@ -15,18 +15,10 @@ import time
 import numpy as np
 import pytest
 import synthetic_data
-from conftest import ROOT, python_environment, run_python
+from conftest import ROOT, metric, python_environment, run_python
 
 STEPS = 12
 SAVED = 4  # the step that the moved runs continue from
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +34,10 @@ def command(config, workdir, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole_run(config, cache, tmp_path_factory):
+def whole_run(config, compilation_cache, tmp_path_factory):
     """On eight devices of one process."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = run_python(command(config, workdir), devices=8, **cache)
+    result = run_python(command(config, workdir), devices=8, **compilation_cache)
     assert result.returncode == 0, result.stderr
     return workdir
 
@@ -86,11 +78,6 @@ class Together:
         finally:
             for member in self.members:
                 member.kill()
-
-
-def metric(workdir, name: str) -> np.ndarray:
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)[name] for line in lines])
 
 
 def assert_same_numbers(workdir, whole_run):
@@ -148,9 +135,9 @@ def test_each_process_reads_its_slice(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(config, cache, whole_run, tmp_path):
+def test_two_processes_equal_one(config, compilation_cache, whole_run, tmp_path):
     workdir = tmp_path / "run"
-    together = Together(command(config, workdir), tmp_path, **cache)
+    together = Together(command(config, workdir), tmp_path, **compilation_cache)
     together.wait()
     assert "on 8 cpu device(s), 2 process(es)" in together.output("out0")
     assert together.output("out1") == ""
@@ -163,11 +150,13 @@ def test_two_processes_equal_one(config, cache, whole_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_stop_together_and_continue_as_one(config, cache, whole_run, tmp_path):
+def test_processes_stop_together_and_continue_as_one(
+    config, compilation_cache, whole_run, tmp_path
+):
     """Two processes continue a run of one; SIGTERM to one of them stops both; one continues it."""
     workdir = tmp_path / "run"
     stopped_run(whole_run, workdir)
-    together = Together(command(config, workdir), tmp_path, **cache)
+    together = Together(command(config, workdir), tmp_path, **compilation_cache)
     deadline = time.monotonic() + 300
     while "resuming" not in together.output("out0"):
         assert together.members[0].poll() is None, together.output("err0")
@@ -179,7 +168,7 @@ def test_processes_stop_together_and_continue_as_one(config, cache, whole_run, t
     assert "stopped by SIGTERM after step 6" in together.output("err0")
     assert (workdir / "checkpoints" / "6").is_dir()
     assert len(metric(workdir, "loss")) == 6
-    result = run_python(command(config, workdir), devices=8, **cache)
+    result = run_python(command(config, workdir), devices=8, **compilation_cache)
     assert result.returncode == 0, result.stderr
     assert "after step 6" in result.stdout
     assert_same_numbers(workdir, whole_run)
@@ -191,12 +180,12 @@ def test_processes_stop_together_and_continue_as_one(config, cache, whole_run, t
     [(4, (4, 1, 1)), (1, (1, 1, 1)), (8, (2, 2, 2))],
     ids=["4 devices", "1 device", "2x2x2 devices"],
 )
-def test_run_moves_to_other_devices(config, cache, whole_run, tmp_path, devices, mesh):
+def test_run_moves_to_other_devices(config, compilation_cache, whole_run, tmp_path, devices, mesh):
     workdir = tmp_path / "run"
     stopped_run(whole_run, workdir)
     axes = zip(("data", "fsdp", "expert"), mesh, strict=True)
     flags = [f"--config.mesh.{axis}={size}" for axis, size in axes]
-    result = run_python(command(config, workdir, *flags), devices=devices, **cache)
+    result = run_python(command(config, workdir, *flags), devices=devices, **compilation_cache)
     assert result.returncode == 0, result.stderr
     assert f"after step {SAVED}" in result.stdout
     assert len(metric(workdir, "loss")) == STEPS

@@ -39,8 +39,8 @@ FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "rema
 def _identity(card: dict) -> dict:
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
     data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
-    # Where the vocabulary lies is free; its content is part of the data spec.
     kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
+    # Where the vocabulary lies is free; its content is part of the data spec.
     kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
     return kept
 
