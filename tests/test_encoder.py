@@ -1,6 +1,7 @@
 """The encoder's invariants: padding cannot matter, packing cannot matter, depth is a scan."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotate, rotation
 from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.fused_feed_forward import fused_feed_forward
 from moe_embed_jax.models.layer_norm import TILE_TOKENS, gradients_in_one_pass, layer_norm
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.models.moe import route
@@ -210,6 +212,21 @@ def test_layer_norm_kernel_has_the_gradients_of_the_formula():
     actual = gradients_in_one_pass(x, scale, dy, 1e-5, interpret=True)
     for a, b in zip(actual, vjp(dy), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_feed_forward_kernels_equal_the_two_products():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)  # noqa: E731
+    weights = draw(32, 48), draw(48), draw(48, 32)
+    x, dy = draw(2 * TILE_TOKENS, 32), draw(2 * TILE_TOKENS, 32)
+    fused = functools.partial(fused_feed_forward, activation=gelu, interpret=True)
+
+    def plain(x, w_in, bias_in, w_out):
+        return gelu(x @ w_in + bias_in) @ w_out
+
+    (a, a_vjp), (b, b_vjp) = (jax.vjp(function, x, *weights) for function in (fused, plain))
+    for actual, expected in zip((a, *a_vjp(dy)), (b, *b_vjp(dy)), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 def test_layer_norm_of_bfloat16_is_that_of_its_values():

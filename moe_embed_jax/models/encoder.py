@@ -20,7 +20,7 @@ from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
-from moe_embed_jax.models.pieces import in_pieces
+from moe_embed_jax.models.pieces import in_pieces, instead
 from moe_embed_jax.objectives.balance import RoutingStatistics
 from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
 from moe_embed_jax.shapes import PADDING
@@ -144,7 +144,9 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC=None):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept_RLD):
+        """(x_RLD, statistics or None, the sum before the last norm). `kept_RLD`: that sum from an
+        earlier pass, or None; with it the feed-forward layer need not be computed again."""
         dtype = x_RLD.dtype
         attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
@@ -153,7 +155,8 @@ class Block(nnx.Module):
             y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0)
         else:
             y_RLD = self.feed_forward(x_RLD)
-        return self.norm_2(y_RLD + x_RLD).astype(dtype), statistics
+        sum_RLD = instead(y_RLD + x_RLD, kept_RLD)
+        return self.norm_2(sum_RLD).astype(dtype), statistics, sum_RLD
 
 
 class Group(nnx.Module):
@@ -164,13 +167,14 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC=None):
-        statistics = None
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept):
+        """(x_RLD, statistics or None, what each block keeps); `kept` of an earlier pass or None."""
+        statistics, kept = None, [None] * self.size if kept is None else list(kept)
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, of_block = block(x_RLD, text_index_RL, rotation_RLC)
+            x_RLD, of_block, kept[i] = block(x_RLD, text_index_RL, rotation_RLC, kept[i])
             statistics = statistics if of_block is None else of_block
-        return x_RLD, statistics
+        return x_RLD, statistics, kept
 
 
 def _pure(module: nnx.Module) -> dict:
@@ -229,10 +233,11 @@ def encode_rows(
 
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
     x_RLD = embeddings(token_RL, position_RL)
-    context = (text_index_RL,)
+    rotation_RLC = None
     if config.positions == "rotary":  # the same in all layers
         head = config.width // config.num_heads
-        context += (rotation(position_RL, head, config.rotary_base),)
+        rotation_RLC = rotation(position_RL, head, config.rotary_base)
+    context = text_index_RL, rotation_RLC
     placed = specs(params, rules_for(config))
     statistics = []
     for name, (_, size) in config.parts.items():
@@ -250,14 +255,14 @@ def encode_rows(
 def _one_group(config: EncoderConfig, size: int, whole, pieces: int, context, x_RLD, params):
     """(x_RLD, statistics) of one group; `params` are this device's shards."""
 
-    def block(weights, x_RLD, context):
+    def block(weights, x_RLD, context, kept):
         group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
-        return group(x_RLD, *context)
+        return group(x_RLD, *context, kept)
 
     cast = functools.partial(in_compute_dtype, config)
     if config.remat_rows:
         return in_pieces(block, whole, cast, pieces, params, x_RLD, context)
-    return block(whole(cast(params)), x_RLD, context)
+    return block(whole(cast(params)), x_RLD, context, None)[:2]
 
 
 def encode_tokens(

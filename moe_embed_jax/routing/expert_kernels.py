@@ -42,85 +42,63 @@ class Tiles:
         return len(self.expert_t)
 
 
-def forward(x_SD, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, keep, interpret):
-    """y_SD = activation(x w_in + bias) w_out, and the hidden layer before activation, pre_SF, if
-    `keep` is set (else None)."""
-    (_, width), ffn = x_SD.shape, w_in_EDF.shape[2]
-    call = _Call(tiles, width, ffn, x_SD.dtype, interpret)
-    inputs = [(x_SD, call.rows(width)), (w_in_EDF, call.w_in), (w_out_EFD, call.w_out)]
-    if bias_in_EF is not None:
-        inputs.append((bias_in_EF[:, None], call.bias))
-    outputs = [call.rows(width)] + [call.hidden] * keep
-    kernel = functools.partial(
-        _forward_kernel, activation=activation, bias=bias_in_EF is not None, keep=keep
-    )
-    results = call(
-        kernel,
-        inputs,
-        [(width, x_SD.dtype)] + [(ffn, x_SD.dtype)] * keep,
-        outputs,
-        products=2,
-        name="expert_forward",
-    )
-    return results if keep else (results[0], None)
+def forward(x_SD, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, interpret):
+    """y_SD = activation(x w_in + bias) w_out."""
+    (_, width), ffn, dtype = x_SD.shape, w_in_EDF.shape[2], x_SD.dtype
+    call = _Call(tiles, width, ffn, dtype, interpret)
+    inputs = [*call.weights(w_in_EDF, bias_in_EF, w_out_EFD), (x_SD, call.rows(width))]
+    kernel = functools.partial(_forward_kernel, activation=activation)
+    (y_SD,) = call(kernel, inputs, [(width, dtype, call.rows(width))], 2, "expert_forward")
+    return y_SD
 
 
 def _forward_kernel(
-    expert_ref, last_ref, x_ref, w_in_ref, w_out_ref, *refs, activation, bias, keep
+    expert_ref, last_ref, w_in_ref, bias_ref, w_out_ref, x_ref, y_ref, total_ref, *, activation
 ):
-    bias_ref = refs[0] if bias else None
-    y_ref, *kept_refs, total_ref = refs[bias:]
-    tile, part = pl.program_id(0), pl.program_id(1)
+    part, parts = pl.program_id(1), pl.num_programs(1)
 
-    @pl.when(tile <= last_ref[0])
+    @pl.when(pl.program_id(0) <= last_ref[0])
     def _():
-        def add_columns(columns, total_MD):
-            pre_MC = _dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
-            if bias:
-                pre_MC += bias_ref[0, :, columns].astype(jnp.float32)
-            pre_MC = pre_MC.astype(x_ref.dtype)
-            if keep:
-                kept_refs[0][:, columns] = pre_MC
-            return total_MD + _dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
+        def add_columns(columns, y_MD):
+            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            return y_MD + _dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
 
         nothing_MD = jnp.zeros(y_ref.shape, jnp.float32)
-        total_MD = _over_columns(w_in_ref.shape[2], add_columns, nothing_MD)
-        _add_up(total_ref, y_ref, total_MD, part)
+        y_MD = _over_columns(w_in_ref.shape[2], add_columns, nothing_MD)
+        _add_up(total_ref, y_ref, y_MD, part, parts)
 
 
-def backward(pre_SF, dy_SD, gate_S1, w_in_EDF, w_out_EFD, tiles: Tiles, activation, interpret):
-    """Gradients for y = gate * forward(x), given dy.
+def backward(
+    x_SD, dy_SD, gate_S1, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, interpret
+):
+    """Gradients of y = gate * forward(x), given dy; the hidden layer is computed again.
 
-    Returns dx_SD, dpre_SF, gate * hidden_SF (whose product with dy is the gradient of w_out), and
-    dgate_S1 float32.
+    Returns dx_SD, dpre_SF (of the hidden layer before activation), gate * hidden_SF (whose product
+    with dy is the gradient of w_out), and dgate_S1 float32.
     """
     (_, width), ffn, dtype = dy_SD.shape, w_in_EDF.shape[2], dy_SD.dtype
     call = _Call(tiles, width, ffn, dtype, interpret)
-    inputs = [
-        (pre_SF, call.hidden),
-        (dy_SD, call.rows(width)),
-        (gate_S1, call.rows(1)),
-        (w_in_EDF, call.w_in),
-        (w_out_EFD, call.w_out),
+    inputs = call.weights(w_in_EDF, bias_in_EF, w_out_EFD)
+    inputs += [(array, call.rows(array.shape[1])) for array in (x_SD, dy_SD, gate_S1)]
+    results = [
+        (width, dtype, call.rows(width)),
+        (ffn, dtype, call.hidden),
+        (ffn, dtype, call.hidden),
+        (1, jnp.float32, call.rows(1)),
     ]
-    return call(
-        functools.partial(_backward_kernel, activation=activation),
-        inputs,
-        [(width, dtype), (ffn, dtype), (ffn, dtype), (1, jnp.float32)],
-        [call.rows(width), call.hidden, call.hidden, call.rows(1)],
-        products=2,
-        name="expert_backward",
-    )
+    kernel = functools.partial(_backward_kernel, activation=activation)
+    return call(kernel, inputs, results, 3, "expert_backward")
 
 
 def _backward_kernel(
     expert_ref,
     last_ref,
-    pre_ref,
+    w_in_ref,
+    bias_ref,
+    w_out_ref,
+    x_ref,
     dy_ref,
     gate_ref,
-    w_in_ref,
-    w_out_ref,
     dx_ref,
     dpre_ref,
     hidden_ref,
@@ -129,15 +107,16 @@ def _backward_kernel(
     *,
     activation,
 ):
-    tile, part = pl.program_id(0), pl.program_id(1)
+    part, parts = pl.program_id(1), pl.num_programs(1)
 
-    @pl.when(tile <= last_ref[0])
+    @pl.when(pl.program_id(0) <= last_ref[0])
     def _():
         dtype = dy_ref.dtype
 
         def add_columns(columns, totals):
             dx_MD, dgate_M1 = totals
-            hidden_MC, activation_vjp = jax.vjp(activation, pre_ref[:, columns])
+            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            hidden_MC, activation_vjp = jax.vjp(activation, pre_MC)
             dhidden_MC = _dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
             dgate_M1 += jnp.sum(hidden_MC * dhidden_MC, axis=1, keepdims=True)
             (dpre_MC,) = activation_vjp((gate_ref[...] * dhidden_MC).astype(dtype))
@@ -147,9 +126,13 @@ def _backward_kernel(
 
         nothing = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (dx_ref, dgate_ref))
         dx_MD, dgate_M1 = _over_columns(w_in_ref.shape[2], add_columns, nothing)
-        _add_up(total_ref, dx_ref, dx_MD, part)
-        is_first = part == 0
-        dgate_ref[...] = jnp.where(is_first, 0.0, dgate_ref[...]) + dgate_M1
+        _add_up(total_ref, dx_ref, dx_MD, part, parts)
+        dgate_ref[...] = jnp.where(part == 0, 0.0, dgate_ref[...]) + dgate_M1
+
+
+def _before_activation(x_ref, w_in_ref, bias_ref, columns):
+    pre_MC = _dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
+    return (pre_MC + bias_ref[0, :, columns].astype(jnp.float32)).astype(x_ref.dtype)
 
 
 def weight_gradient(x_SK, dy_SN, experts: int, tiles: Tiles, interpret):
@@ -208,48 +191,55 @@ class _Call:
     """Block shapes and cost of a kernel over tiles of rows and parts of F."""
 
     def __init__(self, tiles: Tiles, width: int, ffn: int, dtype, interpret: bool):
-        self.tiles, self.width, self.ffn, self.dtype = tiles, width, ffn, dtype
-        self.interpret = interpret
+        self.tiles, self.width, self.ffn, self.interpret = tiles, width, ffn, interpret
         # Both matrices of an expert, twice: the next expert's arrive while this one's multiply.
         bytes_of_column = 4 * width * jnp.dtype(dtype).itemsize
-        part = _divisor(ffn, max(fast_memory_bytes() // 2 // bytes_of_column, 1))
-        self.parts = ffn // part
-        self.w_in = pl.BlockSpec((1, width, part), lambda i, f, e, last: (e[i], 0, f))
-        self.w_out = pl.BlockSpec((1, part, width), lambda i, f, e, last: (e[i], f, 0))
-        self.bias = pl.BlockSpec((1, 1, part), lambda i, f, e, last: (e[i], 0, f))
+        self.part = _divisor(ffn, max(fast_memory_bytes() // 2 // bytes_of_column, 1))
         self.hidden = pl.BlockSpec(
-            (tiles.rows, part), lambda i, f, e, last: (jnp.minimum(i, last[0]), f)
+            (tiles.rows, self.part), lambda i, f, e, last: (jnp.minimum(i, last[0]), f)
         )
 
     def rows(self, columns: int) -> pl.BlockSpec:
         block = (self.tiles.rows, columns)
         return pl.BlockSpec(block, lambda i, f, e, last: (jnp.minimum(i, last[0]), 0))
 
-    def __call__(self, kernel, inputs, results, out_specs, products: int, name: str):
-        tiles, arrays = self.tiles, [array for array, _ in inputs]
+    def weights(self, w_in_EDF, bias_in_EF, w_out_EFD) -> list:
+        """The expert of a tile, and a bias of zero where there is none."""
+        if bias_in_EF is None:
+            bias_in_EF = jnp.zeros((len(w_in_EDF), self.ffn), w_in_EDF.dtype)
+        part, width = self.part, self.width
+        return [
+            (w_in_EDF, pl.BlockSpec((1, width, part), lambda i, f, e, last: (e[i], 0, f))),
+            (bias_in_EF[:, None], pl.BlockSpec((1, 1, part), lambda i, f, e, last: (e[i], 0, f))),
+            (w_out_EFD, pl.BlockSpec((1, part, width), lambda i, f, e, last: (e[i], f, 0))),
+        ]
+
+    def __call__(self, kernel, inputs, results, products: int, name: str):
+        """`inputs`: (array, spec). `results`: (columns, dtype, spec) of S rows. `products`: of a
+        row with a matrix."""
+        tiles, parts = self.tiles, self.ffn // self.part
         shapes = [
             jax.ShapeDtypeStruct((len(tiles) * tiles.rows, columns), dtype)
-            for columns, dtype in results
+            for columns, dtype, _ in results
         ]
-        # Matrices come once per expert, or with every tile where they come in parts.
-        moved = sum(
-            array.size * array.dtype.itemsize * (len(tiles) / len(array) if is_part else 1)
-            for array in (*arrays, *shapes)
-            for is_part in [array.ndim == 3 and self.parts > 1]
-        )
+        moved = 0
+        for array in (*(array for array, _ in inputs), *shapes):
+            # Matrices come once per expert, or with every tile where they come in parts.
+            times = len(tiles) / len(array) if array.ndim == 3 and parts > 1 else 1
+            moved += int(array.size * array.dtype.itemsize * times)
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=(len(tiles), self.parts),
+                grid=(len(tiles), parts),
                 in_specs=[spec for _, spec in inputs],
-                out_specs=out_specs,
+                out_specs=[spec for _, _, spec in results],
                 scratch_shapes=[pltpu.VMEM((tiles.rows, self.width), jnp.float32)],
             ),
             out_shape=shapes,
             cost_estimate=pl.CostEstimate(
                 flops=products * 2 * tiles.expected * self.width * self.ffn,
-                bytes_accessed=int(moved),
+                bytes_accessed=moved,
                 transcendentals=tiles.expected * self.ffn,
             ),
             compiler_params=pltpu.CompilerParams(
@@ -258,12 +248,11 @@ class _Call:
             ),
             interpret=self.interpret,
             name=name,
-        )(tiles.expert_t, tiles.last_1, *arrays)
+        )(tiles.expert_t, tiles.last_1, *(array for array, _ in inputs))
 
 
-def _add_up(total_ref, out_ref, of_part, part):
+def _add_up(total_ref, out_ref, of_part, part, parts):
     """Sums over the parts of F in float32; the last part writes the result."""
-    parts = pl.num_programs(1)
     total = of_part + jnp.where(part == 0, 0.0, total_ref[...])
     total_ref[...] = total
 
@@ -286,7 +275,8 @@ def _divisor(size: int, limit: int) -> int:
     """The largest divisor of `size` up to `limit` that is a multiple of 128 lanes, or `size`."""
     if size <= limit or size % 128:
         return size
-    return max(part for part in range(128, size + 1, 128) if size % part == 0 and part <= limit)
+    limit = max(limit, 128)
+    return max(part for part in range(128, limit + 1, 128) if size % part == 0)
 
 
 def _dot(x, y, x_axis: int, y_axis: int):

@@ -80,48 +80,39 @@ def _in_order(array_AX, index_S):
     return array_AX.at[index_S].get(mode="clip")
 
 
-def _forward(x_TD, expert_TK, gate_TK, weights, activation, keep, interpret):
-    w_in_EDF, bias_in_EF, w_out_EFD = weights
-    order = assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
-    x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
-    y_SD, pre_SF = expert_kernels.forward(
-        x_SD, w_in_EDF, bias_in_EF, w_out_EFD, tiles, activation, keep, interpret
-    )
-    y_TD = sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
-    return y_TD, (pre_SF, order)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _grouped(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
+    assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
+    x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
     weights = w_in_EDF, bias_in_EF, w_out_EFD
-    return _forward(x_TD, expert_TK, gate_TK, weights, activation, False, interpret)[0]
+    y_SD = expert_kernels.forward(x_SD, *weights, tiles, activation, interpret)
+    return sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
 
 
 def _grouped_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    weights = w_in_EDF, bias_in_EF, w_out_EFD
-    y_TD, saved = _forward(x_TD, expert_TK, gate_TK, weights, activation, True, interpret)
-    return y_TD, (x_TD, expert_TK, gate_TK, weights, saved)
+    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
+    return _grouped(*args, activation, interpret), args
 
 
-def _grouped_bwd(activation, interpret, residuals, dy_TD):
-    x_TD, expert_TK, gate_TK, (w_in_EDF, bias_in_EF, w_out_EFD), saved = residuals
-    pre_SF, (assignment_S, row_A, tiles) = saved
+def _grouped_bwd(activation, interpret, args, dy_TD):
+    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD = args
+    experts = len(w_in_EDF)
+    assignment_S, row_A, tiles = _order(expert_TK, experts)
     token_S = assignment_S // expert_TK.shape[1]
     x_SD, dy_SD = _in_order(x_TD, token_S), _in_order(dy_TD, token_S)
     gate_S1 = take(gate_TK.reshape(-1), assignment_S)[:, None].astype(jnp.float32)
+    weights = w_in_EDF, bias_in_EF, w_out_EFD
     dx_SD, dpre_SF, hidden_SF, dgate_S1 = expert_kernels.backward(
-        pre_SF, dy_SD, gate_S1, w_in_EDF, w_out_EFD, tiles, activation, interpret
+        x_SD, dy_SD, gate_S1, *weights, tiles, activation, interpret
     )
-    experts = len(w_in_EDF)
-    assigned_E = jnp.sum(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)
     dw_in_EDF, dw_out_EFD = (
-        jnp.where(
-            assigned_E[:, None, None] > 0,
-            expert_kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret),
-            0,
-        )
+        expert_kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret)
         for a_SK, b_SN in ((x_SD, dpre_SF), (hidden_SF, dy_SD))
     )
+    is_used_E11 = jnp.any(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)[
+        :, None, None
+    ]
+    dw_in_EDF, dw_out_EFD = (jnp.where(is_used_E11, dw, 0) for dw in (dw_in_EDF, dw_out_EFD))
     dbias_in_EF = None
     if bias_in_EF is not None:
         dbias_in_EF = _bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
