@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.objectives.balance import RoutingStatistics, routing_statistics
 from moe_embed_jax.routing.exchange import Experts, apply_experts
 
@@ -58,4 +59,4 @@ class MoE(nnx.Module):
         weights = [None if w is None else w[...].astype(x_RLD.dtype) for w in weights]
         y_RLD, dropped = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.experts)
         statistics = dataclasses.replace(statistics, dropped=dropped)
-        return y_RLD + self.bias[...].astype(x_RLD.dtype), statistics
+        return add_bias(y_RLD, self.bias[...].astype(x_RLD.dtype)), statistics
