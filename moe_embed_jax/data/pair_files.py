@@ -178,6 +178,10 @@ def make_manifest(shards: Iterable[dict], groups: Iterable[dict], about: dict) -
     }
 
 
+def manifest_text(manifest: dict) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
 def content_hash(groups: list[dict], shards: list[dict]) -> str:
     """SHA-256 that stands for every row and its place."""
     ranges = [[g["source"], g["language"], g["start"], g["stop"]] for g in groups]

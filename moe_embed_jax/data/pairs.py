@@ -31,6 +31,7 @@ from moe_embed_jax.data.pair_files import (
     file_hash,
     lengths_name,
     make_manifest,
+    manifest_text,
     read_manifest,
     shard_name,
     write_tfds_metadata,
@@ -188,7 +189,7 @@ class PairWriter:
                 (self._temporary / f"{part}-{i:05d}").rename(self._temporary / name(i, count))
         self.manifest = make_manifest(self._shards, self._groups.values(), self._about)
         write_tfds_metadata(self._temporary, self.manifest)
-        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
+        text = manifest_text(self.manifest)
         (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
         if self._folder.exists():
             self._folder.rmdir()  # it is empty
