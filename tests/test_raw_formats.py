@@ -202,7 +202,7 @@ def test_damaged_parquet(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "a/b"}, "name='a/b' must be of letters"),
+        ({"name": "a/b"}, "name='a/b' must be of letters, digits and _"),
         ({"format": "csv"}, "format='csv'; choose one of pairs, triplets"),
         ({"language": None}, "language=None must be a string"),
         ({"language": ""}, "give its language by exactly one of"),

@@ -7,14 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from moe_embed_jax.data import token_store
-from moe_embed_jax.data.token_store import (
-    TokenStore,
-    TokenStoreWriter,
-    decode_record,
-    describe_spec_difference,
-    encode_record,
-)
+from moe_embed_jax.data.data_spec import describe_spec_difference
+from moe_embed_jax.data.token_records import MAGIC, decode_record, encode_record
+from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
 
 SPEC = {
@@ -175,7 +170,7 @@ def test_writer_misuse(tmp_path):
 def test_record_layout():
     record = encode_record([np.array([0, 9, 2]), np.array([0, 2])])
     words = np.frombuffer(record, "<u4").tolist()
-    assert words == [token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0, 2]
+    assert words == [MAGIC, 2, 3, 2, 0, 9, 2, 0, 2]
     assert [s.tolist() for s in decode_record(record)] == [[0, 9, 2], [0, 2]]
     assert [s.tolist() for s in decode_record(encode_record([[], [5]]))] == [[], [5]]
 
@@ -185,12 +180,12 @@ def test_record_layout():
     [
         ([], "0 bytes"),
         ([1, 2, 3, 2, 0, 9, 2, 0, 2], "instead of"),
-        ([token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0], "do not match"),
-        ([token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0, 2, 7], "do not match"),
-        ([token_store.MAGIC, 2**32 - 1, 3], "do not match"),
-        ([token_store.MAGIC, 2**31 - 1, 3], "do not match"),
-        ([token_store.MAGIC, 2, 2**32 - 1, 4, 1, 1, 1], "do not match"),
-        ([token_store.MAGIC, 0], "do not match"),
+        ([MAGIC, 2, 3, 2, 0, 9, 2, 0], "do not match"),
+        ([MAGIC, 2, 3, 2, 0, 9, 2, 0, 2, 7], "do not match"),
+        ([MAGIC, 2**32 - 1, 3], "do not match"),
+        ([MAGIC, 2**31 - 1, 3], "do not match"),
+        ([MAGIC, 2, 2**32 - 1, 4, 1, 1, 1], "do not match"),
+        ([MAGIC, 0], "do not match"),
     ],
 )
 def test_bad_records(words, message):
@@ -311,9 +306,9 @@ def test_describe_spec_difference(tmp_path):
 def test_reading_never_imports_tensorflow(tmp_path):
     write_store(tmp_path / "t", 5)
     code = (
-        "import sys; from moe_embed_jax.data import token_store, vocabulary;"
+        "import sys; from moe_embed_jax.data import data_spec, token_store, vocabulary;"
         f"store = token_store.TokenStore.open({str(tmp_path / 't')!r}); store.read([4, 0]);"
-        "token_store.token_store_path({}, '.');"
+        "data_spec.token_store_path({}, '.');"
         "bad = {'tensorflow', 'seqio', 'tensorflow_text'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -8,8 +8,6 @@
 A shard is a function of its rows alone, byte for byte. TensorFlow is not imported.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,20 +18,17 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-from moe_embed_jax.data.data_spec import canonical_hash
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.data.hashes import file_hash
+from moe_embed_jax.data.pair_manifest import FORMAT, content_hash
 
-FORMAT = 1
 NAME = "pairs"
 SPLIT = "train"
 PREFIX = f"{NAME}-{SPLIT}"
-MANIFEST = "manifest.json"
 TEXTS = ("query", "document", "source", "language")
 # Columns of the lengths index: characters of query and document, number of negatives.
 LENGTHS = ("query_characters", "document_characters", "negatives")
 # 16 records per compressed chunk halve the size of one, and cost little in random access.
 _WRITER_OPTIONS = "group_size:16"
-_HASHED_AT_ONCE = 1 << 20
 
 
 class PairRow(NamedTuple):
@@ -123,15 +118,6 @@ def lengths_name(index: int, shards: int) -> str:
     return f"lengths-{index:05d}-of-{shards:05d}.npy"
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def empty_group(source: str, language: str, start: int) -> dict:
     """The manifest's entry of a group that begins at row `start`."""
     sums = dict.fromkeys(LENGTHS, 0)
@@ -178,17 +164,6 @@ def make_manifest(shards: Iterable[dict], groups: Iterable[dict], about: dict) -
     }
 
 
-def manifest_text(manifest: dict) -> str:
-    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-
-
-def content_hash(groups: list[dict], shards: list[dict]) -> str:
-    """SHA-256 that stands for every row and its place."""
-    ranges = [[g["source"], g["language"], g["start"], g["stop"]] for g in groups]
-    files = [[shard["rows"], shard["sha256"]] for shard in shards]
-    return canonical_hash({"format": FORMAT, "groups": ranges, "shards": files})
-
-
 def write_tfds_metadata(folder: Path, manifest: dict) -> None:
     """dataset_info.json and features.json of TFDS for the shards of `manifest`."""
     text = tfds.features.Text
@@ -220,31 +195,3 @@ def write_tfds_metadata(folder: Path, manifest: dict) -> None:
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(folder)
-
-
-def read_manifest(folder: Path) -> dict:
-    """manifest.json of a prepared folder, checked against its own hash.
-
-    Raises:
-      UserError: missing, of another format, or changed; names the file.
-    """
-    path = folder / MANIFEST
-    remedy = "prepare the pairs again"
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: {folder} is not a prepared folder of pairs; "
-            "make one with launch/prepare.py"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: {remedy}"
-            )
-        actual = content_hash(manifest["groups"], manifest["shards"])
-        claimed = manifest["content_hash"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest of pairs ({error!r}): {remedy}") from error
-    if actual != claimed:
-        raise UserError(f"{path} was changed after it was written: {remedy}")
-    return manifest

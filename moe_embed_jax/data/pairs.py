@@ -13,6 +13,7 @@ Files and format: `pair_files`. TensorFlow is not imported.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,27 +21,26 @@ from pathlib import Path
 import numpy as np
 
 from moe_embed_jax.data.builders.text_rows import damaged, open_records
+from moe_embed_jax.data.hashes import file_hash
 from moe_embed_jax.data.pair_files import (
-    MANIFEST,
     PREFIX,
     PairRow,
     ShardWriter,
     count_row,
     decode_pair,
     empty_group,
-    file_hash,
     lengths_name,
     make_manifest,
-    manifest_text,
-    read_manifest,
     shard_name,
     write_tfds_metadata,
 )
+from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text, read_manifest
 from moe_embed_jax.errors import UserError
 
 __all__ = ["PairFolder", "PairRow", "PairWriter"]
 
 ROWS_PER_SHARD = 65536
+_NAME = re.compile(r"[\w.:]+")  # as seqio names its tasks
 
 
 class PairFolder:
@@ -149,11 +149,15 @@ class PairWriter:
         """Appends a row.
 
         Raises:
-          UserError: a text is empty, or UTF-8 cannot hold it (half of a surrogate pair).
+          UserError: a text is empty or has half of a surrogate pair, a source has a bad name.
           RuntimeError: the row belongs to a group that was left before.
         """
         key = (row.source, row.language)
         if key != self._current:
+            if not _NAME.fullmatch(row.source):
+                raise UserError(
+                    f"row {self.rows}: source {row.source!r} must be of letters, digits, _ . and :"
+                )
             if key in self._groups:
                 raise RuntimeError(f"row {self.rows}: group {key} was left before; sort the rows")
             self._groups[key] = empty_group(*key, self.rows)

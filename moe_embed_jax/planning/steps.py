@@ -66,7 +66,10 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(step_config, optimizer, mesh)
     rows = load.rows * mesh.size
-    batch = abstract_batch(mesh, config.batch_size, load.chunks, rows, config.data.row_length)
+    data = config.data
+    batch = abstract_batch(
+        mesh, config.batch_size, load.chunks, rows, data.row_length, data.negatives
+    )
     slots = load.chunks * rows * config.data.row_length
     return Step(
         lower=lambda: jit_train_step(step_config, optimizer, mesh).jitted.lower(state, batch),

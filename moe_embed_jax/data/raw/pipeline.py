@@ -26,6 +26,8 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from moe_embed_jax.data import pair_files
+from moe_embed_jax.data.hashes import canonical_hash
+from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text
 from moe_embed_jax.data.raw import work as work_module
 from moe_embed_jax.data.raw.accounts import (
     bucket_bytes,
@@ -90,9 +92,7 @@ def prepare(options: Options) -> dict:
         # Not the limit on bad rows: it does not change the result, and may be raised on the way.
         "sources": [{**s.as_dict(), "max_bad_share": None} for s in sources],
         "files": [[part.path, part.size] for part in parts],
-        "vocabulary": pair_files.canonical_hash({"model": vocabulary[1].hex()})
-        if vocabulary
-        else None,
+        "vocabulary": canonical_hash({"model": vocabulary[1].hex()}) if vocabulary else None,
         "rows_per_shard": options.rows_per_shard,
     }
     plan = json.loads(json.dumps(plan))
@@ -232,8 +232,8 @@ class _Run:
             pair_files.write_tfds_metadata(pathlib.Path(folder), manifest)
             for path in sorted(pathlib.Path(folder).iterdir()):
                 copy(path, posixpath.join(output, path.name))
-        with work_module.written_whole(posixpath.join(output, pair_files.MANIFEST)) as file:
-            file.write(pair_files.manifest_text(manifest).encode("utf-8"))
+        with work_module.written_whole(posixpath.join(output, MANIFEST)) as file:
+            file.write(manifest_text(manifest).encode("utf-8"))
         return manifest
 
     def _pipeline(self) -> "_Pipeline":
@@ -282,7 +282,7 @@ def _read_vocabulary(path: str) -> tuple[str, bytes] | None:
 
 
 def _finished(output: str, plan: dict) -> dict | None:
-    path = posixpath.join(output, pair_files.MANIFEST)
+    path = posixpath.join(output, MANIFEST)
     if not FileSystems.exists(path):
         return None
     manifest = work_module.read_json(path)

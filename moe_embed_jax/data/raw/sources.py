@@ -2,7 +2,7 @@
 
 A sources file is JSON: a list of objects, or one object. Keys of a source:
 
-    name         of the source (letters, digits, - and _): the task name in training
+    name         of the source (letters, digits and _): the task name in training
     format       pairs, triplets, mc4, ccnews, miracl or beir, see `layouts`
     path         a file, a folder (every data file under it), a glob, a list of those, or an object
                  {"de": path, "fr": path} that gives the language of each; any file system of Beam
@@ -26,7 +26,7 @@ from moe_embed_jax.errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 COLUMNAR = (".parquet", ".arrow")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9_]+")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|validation|valid|dev)([/_.-]|$)")
 
 
@@ -89,7 +89,7 @@ def _source(entry, where: str) -> Source:
             raise UserError(f"{where}: unknown key {key!r}; known: path, {', '.join(known)}")
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"{where}: name={name!r} must be of letters, digits, - and _")
+        raise UserError(f"{where}: name={name!r} must be of letters, digits and _")
     where = f"{where} ({name})"
     layout = entry.get("format")
     if layout not in LAYOUTS:
