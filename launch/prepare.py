@@ -12,10 +12,13 @@ SentencePiece model or tokenizer.json. Every other flag goes to Apache Beam: on 
 train on it with --config.data.pairs=OUTPUT.
 """
 
+import importlib.util
 import logging
+import os
 import sys
 
 from moe_embed_jax import launching
+from moe_embed_jax.errors import UserError
 
 
 def main():
@@ -29,7 +32,11 @@ def main():
     flags.add_argument("--rows_per_shard", type=int, default=65_536, help="pairs in a shard")
     arguments, rest = flags.parse_known_args()
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only moves strings here
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("Apache Beam is not installed: pip install -e .[beam]")
     from moe_embed_jax.data.raw import pipeline, report
 
     options = pipeline.Options(**vars(arguments), beam=tuple(rest))

@@ -1,9 +1,7 @@
 """launch/prepare.py from raw sources to a prepared folder: counts, duplicates, resuming, bytes."""
 
 import json
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +9,8 @@ import time
 import pytest
 import raw_sources
 from conftest import ROOT, python_environment, run_python
+
+pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
 
 from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.raw import pipeline
@@ -311,41 +311,36 @@ except UserError as error:
     assert "another process is preparing" in result.stdout, result.stderr
 
 
-def launch(*arguments, **keywords):
-    command = [sys.executable, "launch/prepare.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
+def test_kill_9_in_the_middle(mixed, prepared, tmp_path, capsys):
+    output = tmp_path / "pairs"
+    flags = (f"--sources={mixed}", f"--output={output}", f"--rows_per_shard={ROWS_PER_SHARD}")
+    process = subprocess.Popen(
+        [sys.executable, "launch/prepare.py", *flags],
         cwd=ROOT,
         env=python_environment(1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **keywords,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
+    deadline = time.monotonic() + 120
+    while not list((output / "work/read").glob("*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (output / "work/plan.json").exists() and not (output / "manifest.json").exists()
+    prepare(mixed, output)
+    assert "done before" in capsys.readouterr().out
+    assert files(output) == files(prepared)
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command_again(mixed, prepared, tmp_path):
+def test_several_processes_leave_no_trace(mixed, prepared, tmp_path):
     output = tmp_path / "pairs"
-    flags = (
-        f"--sources={mixed}",
-        f"--output={output}",
-        f"--rows_per_shard={ROWS_PER_SHARD}",
-    )
-    process = launch(*flags, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list((output / "work/read").glob("*.json")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert (output / "work/plan.json").exists() and not (output / "manifest.json").exists()
-    more = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
-    again = launch(*flags, *more)
-    out, err = again.communicate(timeout=300)
-    assert again.returncode == 0, err
-    assert "done before" in out and "382 pairs in 4 languages" in out
+    flags = (f"--sources={mixed}", f"--output={output}", f"--rows_per_shard={ROWS_PER_SHARD}")
+    workers = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+    result = run_python(["launch/prepare.py", *flags, *workers])
+    assert result.returncode == 0, result.stderr
+    assert "382 pairs in 4 languages, 6 shards" in result.stdout
     assert files(output) == files(prepared)
 
 

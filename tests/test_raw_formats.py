@@ -6,6 +6,8 @@ import json
 import pytest
 import raw_sources
 
+pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
+
 from moe_embed_jax.data.raw.parts import read_part
 from moe_embed_jax.data.raw.records import Bad, Good
 from moe_embed_jax.data.raw.sources import find_parts, read_sources
