@@ -81,10 +81,10 @@ def test_empty(B, N):
 
 
 def test_many_small_sets_share_compilations():
-    before = knn._search._cache_size()
+    before = knn.search._cache_size()
     for N in range(90, 1000, 45):
         top_k(whole_numbers(N % 200 + 1, 16), whole_numbers(N, 16), 101)
-    assert knn._search._cache_size() - before <= 4
+    assert knn.search._cache_size() - before <= 4
 
 
 @pytest.mark.parametrize(
