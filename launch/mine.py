@@ -1,8 +1,8 @@
 """Adds hard negatives to a prepared folder: near documents that are not the answer.
 
-    python launch/mine.py --pairs=DIR --teacher=MODEL --output=DIR2 [--count=10] [--relative=0.95] \\
-        [--absolute=none] [--skip=0] [--search=1000] [--query_prompt="query: "] \\
-        [--document_prompt="passage: "] [--dtype=float16]
+    python launch/mine.py --pairs=DIR --teacher=MODEL --output=DIR2 [--count=10] \\
+        [--relative=0.95] [--absolute=none] [--skip=0] [--search=1000] \\
+        [--query_prompt="query: "] [--document_prompt="passage: "] [--dtype=float16]
 
 Within each source and language, of the documents ranked --skip to --search for a query without its
 own ones, the first --count that score below --relative times its own document's score (and at
