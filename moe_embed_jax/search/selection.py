@@ -15,6 +15,7 @@ GROUP = 16  # neighbouring documents whose best score stands for all of them
 FEW = 32  # groups that are ranked where no query has more above its bar
 # XLA's top-k on CPUs runs on one thread: as independent parts it runs on several.
 CPU_PARTS = 4
+SMALLEST_PART = 64  # queries
 
 Best = tuple[jax.Array, jax.Array]  # scores [B, k] float32, descending, and indices [B, k] int32
 
@@ -84,11 +85,13 @@ def merge_block(best: Best, score_Bn, first, valid, bar_B, recall: float | None 
 
 def _masked(score, at, valid):
     """-inf behind the last document; an overflow to -inf must still rank above that."""
-    return jnp.where(at < valid, jnp.maximum(score, jnp.finfo(jnp.float32).min), -jnp.inf)
+    score = jnp.maximum(score, jnp.finfo(jnp.float32).min)
+    score = jnp.where(score == 0, 0.0, score)  # top-k ranks -0 below 0
+    return jnp.where(at < valid, score, -jnp.inf)
 
 
 def _top_k(score_Bm, k: int):
     B = score_Bm.shape[0]
-    parts = CPU_PARTS if B % CPU_PARTS == 0 else 1
+    parts = CPU_PARTS if B % (CPU_PARTS * SMALLEST_PART) == 0 else 1
     found = [jax.lax.top_k(part, k) for part in jnp.split(score_Bm, parts)]
     return tuple(jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
