@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_embed_jax.mesh import MeshConfig, make_mesh
-from moe_embed_jax.search import knn
+from moe_embed_jax.search import knn, selection
 from moe_embed_jax.search.knn import top_k
 
 
@@ -99,6 +99,18 @@ def test_equals_oracle_whatever_the_order(name):
         expected_score, expected_index = oracle(query_BD, document_ND, k)
         np.testing.assert_array_equal(index_Bk, expected_index)
         np.testing.assert_array_equal(score_Bk, expected_score)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_both_ways_of_ranking_a_block(cpu):
+    for score_N in adversarial().values():
+        best = selection.nothing(1, 40)
+        for first in range(0, 4096, 1024):
+            block = score_N[None, first : first + 1024]
+            bar = np.full(1, -np.inf, np.float32)
+            best = selection.merge_block(best, block, first, 4000 - first, bar, None, cpu)
+        expected = np.argsort(-score_N[:4000], kind="stable")[:40]
+        np.testing.assert_array_equal(best[1][0], expected)
 
 
 class Watched:

@@ -141,18 +141,23 @@ def search(
       best: of the loads before, replicated.
     """
     k = best[0].shape[1]
+    cpu = np.asarray(mesh.devices).flat[0].platform == "cpu"
     walk = jax.shard_map(
-        functools.partial(_search_shard, k=k, block=block, recall=recall, axes=mesh.axis_names),
+        functools.partial(
+            _search_shard, k=k, block=block, recall=recall, cpu=cpu, axes=mesh.axis_names
+        ),
         mesh=mesh,
         in_specs=(PartitionSpec(), _rows(mesh), PartitionSpec(), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(None, mesh.axis_names),
     )
     found = walk(query_BD, document_ND, first, count, best[0][:, -1])
     # Devices hold rising ranges of documents, so the order of ties survives the merge.
-    return jax.lax.with_sharding_constraint(merge([best, found], k), replicated(mesh))
+    return jax.lax.with_sharding_constraint(merge([best, found], k, cpu), replicated(mesh))
 
 
-def _search_shard(query_BD, document_nD, first, count, bar_B, *, k, block, recall, axes) -> Best:
+def _search_shard(
+    query_BD, document_nD, first, count, bar_B, *, k, block, recall, cpu, axes
+) -> Best:
     """Best k of one device's n documents that score above `bar_B`; the rest has score -inf."""
     n = len(document_nD)
     first = first + jax.lax.axis_index(axes) * n
@@ -163,7 +168,7 @@ def _search_shard(query_BD, document_nD, first, count, bar_B, *, k, block, recal
         block_nD = block_nD.astype(jnp.float32)
         score_Bn = jnp.matmul(query_BD, block_nD.T, precision=jax.lax.Precision.HIGHEST)
         start = i * block
-        return merge_block(best, score_Bn, first + start, valid - start, bar_B, recall)
+        return merge_block(best, score_Bn, first + start, valid - start, bar_B, recall, cpu)
 
     best = jax.lax.pcast(nothing(len(query_BD), min(k, n)), axes, to="varying")
     bar_B = jax.lax.pcast(bar_B, axes, to="varying")
