@@ -342,7 +342,7 @@ def main():
     flags.add_argument("--chunk_rows", type=int, default=0, help="of ours; 0: the batch at once")
     flags.add_argument("--padded_chunk_rows", type=int, default=48, help="of ours, padded")
     flags.add_argument("--mini_batch_sizes", default="16,32,64", help="tried for GradCache")
-    flags.add_argument("--remat", action="store_true", help="ours recomputes activations")
+    flags.add_argument("--remat_rows", type=int, default=0, help="of ours; 0: nothing recomputed")
     flags.add_argument(
         "--contestants", default=";".join(NAMES), help="';'-separated; fewer need less memory"
     )
@@ -362,7 +362,7 @@ def main():
             lengths=lengths,
             seed=arguments.seed,
         )
-        own["fields"]["remat"] = arguments.remat
+        own["fields"]["remat_rows"] = arguments.remat_rows
         theirs["folder"] = f"{folder}/exported"
         functions = {
             OURS: (ours, own | {"padded": False}),

@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.rotary_base = 10_000.0
     config.model.norm_epsilon = 1e-5
     config.model.dtype = "bfloat16"  # of activations; parameters and router are float32
-    config.model.remat = True
+    config.model.remat_rows = 128  # rows of a device whose activations exist at a time
 
     config.data = ConfigDict()
     config.data.mixture = "package_texts"  # the paper's 1.6 B pairs are not public
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.language_exponent = 1.0  # every pair equally often
     config.data.row_length = 256
     config.data.texts_per_row = 32
-    config.data.chunk_rows = 128  # rows a device encodes at a time (code: no GradCache in this run)
+    config.data.chunk_rows = 0  # no GradCache (nor the code in this run): remat_rows is enough
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_learning_rate = 8e-5
@@ -87,6 +87,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.document_length = 64  # shares prepared data with configs/quickstart.py
         config.data.row_length = 64
         config.data.chunk_rows = 8
+        config.model.remat_rows = 4
         config.optimizer.warmup_steps = 1
     elif variant:
         raise UserError(f"unknown variant {variant!r} of configs/pretrain.py; there is: smoke")

@@ -82,8 +82,8 @@ def test_types_are_checked_and_integers_become_floats(tmp_path):
         load(tmp_path, TRAINED, steps="ten")
     with pytest.raises(UserError, match=r"model=3 must be a section with keys"):
         load(tmp_path, TRAINED | {"model": 3})
-    with pytest.raises(UserError, match=r"remat=1 is a int; it must be a bool"):
-        load(tmp_path, TRAINED, **{"model.remat": "1"})
+    with pytest.raises(UserError, match=r"expert_bias=1 is a int; it must be a bool"):
+        load(tmp_path, TRAINED, **{"model.expert_bias": "1"})
 
 
 def test_files_that_are_no_configs(tmp_path):

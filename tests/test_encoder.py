@@ -1,6 +1,7 @@
 """The encoder's invariants: padding cannot matter, packing cannot matter, depth is a scan."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotate, rotation
 from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
 from moe_embed_jax.models.feed_forward import gelu
-from moe_embed_jax.models.layer_norm import layer_norm
+from moe_embed_jax.models.fused_feed_forward import fused_feed_forward
+from moe_embed_jax.models.layer_norm import TILE_TOKENS, gradients_in_one_pass, layer_norm
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.models.moe import route
 from moe_embed_jax.models.pooling import mean_pool
@@ -147,10 +149,11 @@ def test_blocked_equals_reference_in_the_model():
 def test_remat_changes_nothing(params):
     _, arrays = packed(24)
     grads = []
-    for remat in (False, True):
-        config = dataclasses.replace(TINY, remat=remat)
+    for remat_rows in (0, 2, 3, 24):  # 3: pieces do not divide the rows
+        config = dataclasses.replace(TINY, remat_rows=remat_rows)
         grads.append(jax.grad(lambda p, c=config: jnp.sum(jnp.sin(embed(c, p, arrays)[0])))(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *grads)
+    for other in grads[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[0], other)
 
 
 def test_route_is_top_k_of_the_softmax_without_renormalisation():
@@ -199,6 +202,39 @@ def test_layer_norm_and_bias_gradients_are_those_of_the_formula():
     biased = gradients(lambda x, scale, bias: add_bias(x * scale, bias))
     plain = gradients(lambda x, scale, bias: x * scale + bias)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), biased, plain)
+
+
+def test_layer_norm_kernel_has_the_gradients_of_the_formula():
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(2, TILE_TOKENS, 128)) + 1, jnp.float32) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(size=128), jnp.float32) for _ in range(2))
+    _, vjp = jax.vjp(lambda *a: layer_norm(*a, 1e-5), x, scale, bias)
+    actual = gradients_in_one_pass(x, scale, dy, 1e-5, interpret=True)
+    for a, b in zip(actual, vjp(dy), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
+
+
+def test_feed_forward_kernels_equal_the_two_products():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)  # noqa: E731
+    weights = draw(32, 48), draw(48), draw(48, 32)
+    x, dy = draw(2 * TILE_TOKENS, 32), draw(2 * TILE_TOKENS, 32)
+    fused = functools.partial(fused_feed_forward, activation=gelu, interpret=True)
+
+    def plain(x, w_in, bias_in, w_out):
+        return gelu(x @ w_in + bias_in) @ w_out
+
+    (a, a_vjp), (b, b_vjp) = (jax.vjp(function, x, *weights) for function in (fused, plain))
+    for actual, expected in zip((a, *a_vjp(dy)), (b, *b_vjp(dy)), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_layer_norm_of_bfloat16_is_that_of_its_values():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 64, 256)) * 3 + 2, jnp.bfloat16)
+    ones, zeros = jnp.ones(256), jnp.zeros(256)
+    expected = layer_norm(x.astype(jnp.float32), ones, zeros, 1e-5)
+    np.testing.assert_allclose(layer_norm(x, ones, zeros, 1e-5), expected, atol=2e-6, rtol=2e-6)
 
 
 def test_gelu_in_bfloat16_is_exact_to_rounding():

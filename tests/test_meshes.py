@@ -34,8 +34,8 @@ LOSS = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True)
 # (data, fsdp, expert), what is different about the model there, chunks
 MATRIX = [
     ((8, 1, 1), {}, CHUNKS),
-    ((4, 2, 1), dict(remat=True), CHUNKS),
-    ((1, 8, 1), {}, 1),
+    ((4, 2, 1), dict(remat_rows=1), CHUNKS),
+    ((1, 8, 1), dict(remat_rows=2), 1),
     ((4, 1, 2), {}, CHUNKS),
     ((2, 2, 2), {}, CHUNKS),
     ((1, 1, 8), {}, 1),

@@ -113,7 +113,7 @@ def test_collectives_take_the_time_of_a_ring():
 def test_a_step_is_its_parts_and_hides_only_what_overlaps():
     chip = CHIPS["v5e"]
     cost = Cost(cycles=chip.clock_hz * 1e-3)
-    cost.kernels[Kernel("gmm", chip.peak_flops * 1e-3, 0.0)] = 2
+    cost.kernels[Kernel("gmm", chip.peak_flops * 1e-3, 0.0, 0.0)] = 2
     cost.unestimated[Unestimated("gather", int(chip.hbm_bandwidth * 1e-3), 0.0, 0.0)] = 1
     blocking = Collective("collective-permute", int(50e6), ("data",), 4, 1, is_async=False)
     cost.collectives[blocking] = 1
@@ -127,7 +127,7 @@ def test_a_step_is_its_parts_and_hides_only_what_overlaps():
 
 
 def test_advice_starts_with_what_dominates(run):
-    assert "chunk_rows" in advice(run, "train", "hbm", "temporaries")[0]
+    assert "remat_rows" in advice(run, "train", "hbm", "temporaries")[0]
     assert "fsdp" in advice(run, "train", "hbm", "optimiser state")[0]
     assert "tiles" in advice(run, "train", "vmem", None)[0]
 
@@ -139,13 +139,13 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
         compiled.append(config)
         if config.mesh.expert == 4:
             raise UserError("axis 1 is not divisible")
-        fits = config.data.chunk_rows <= 64 and config.model.remat
-        seconds = 1.0 / config.data.chunk_rows + 0.1 * config.mesh.fsdp
+        fits = 0 < config.model.remat_rows <= 128
+        seconds = 1.0 / config.model.remat_rows + 0.1 * config.mesh.fsdp if fits else None
         return dict(
             fits=fits,
-            chunks=2,
+            rows=1000,
             hbm_bytes_per_chip=None,
-            predicted_step_seconds=seconds if fits else None,
+            predicted_step_seconds=seconds,
             predicted_mfu=0.5 if fits else None,
         )
 
@@ -154,32 +154,31 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
     cache = tmp_path / "cache.json"
     arguments = (run, 4, plan_of, {"topology": "v5e:2x2"}, cache, Console(file=text, width=120))
     best, found = search.search(*arguments)
-    assert (best.mesh, best.data.chunk_rows, best.model.remat) == (MeshConfig(-1, 1, 1), 64, True)
+    assert (best.mesh, setting(best)) == (MeshConfig(-1, 1, 1), (0, 128))
     assert found["fits"]
     assert {c.mesh for c in compiled[:4]} == {c.mesh for c in search.mesh_candidates(run, 4)}
-    # 32 and 64 fit, 128 does not: 256 is skipped; without remat 32 does not fit: the rest is.
-    assert [(c.data.chunk_rows, c.model.remat) for c in compiled[4:]] == [
-        (64, True),
-        (128, True),
-        (32, False),
-    ]
+    # 256 does not fit: what surely needs more is skipped.
+    assert [setting(c) for c in compiled[4:]] == [(256, 64), (0, 64), (0, 128), (0, 256)]
     assert "skipped" in text.getvalue() and "not divisible" in text.getvalue()
     before = len(compiled)
     again, found = search.search(*arguments)
     assert again == best and found is None and len(compiled) == before
 
 
-def test_search_does_not_enlarge_what_is_one_chunk(run, monkeypatch):
+def setting(config) -> tuple[int, int]:
+    return config.data.chunk_rows, config.model.remat_rows
+
+
+def test_search_does_not_enlarge_what_has_no_more_rows(run, monkeypatch):
     compiled = []
 
     def plan_of(config):
-        compiled.append((config.data.chunk_rows, config.model.remat))
-        chunks = 2 if config.data.chunk_rows < 128 else 1
+        compiled.append(setting(config))
         return dict(
             fits=True,
-            chunks=chunks,
+            rows=100,
             hbm_bytes_per_chip=1,
-            predicted_step_seconds=float(chunks),
+            predicted_step_seconds=1.0 / (1 + len(compiled)),
             predicted_mfu=0.5,
         )
 
@@ -187,9 +186,9 @@ def test_search_does_not_enlarge_what_is_one_chunk(run, monkeypatch):
     text = io.StringIO()
     dense = dataclasses.replace(run, model=EncoderConfig(moe_every=0))
     best, found = search.search(dense, 1, plan_of, {}, None, Console(file=text, width=120))
-    assert best.data.chunk_rows == 128 and found["chunks"] == 1
-    assert compiled == [(rows, remat) for remat in (True, False) for rows in (32, 64, 128)]
-    assert "one chunk already" in text.getvalue()
+    assert setting(best) == (0, 0) and found["rows"] == 100
+    assert compiled == [(32, 32), (256, 64), (0, 128), (0, 0)]
+    assert "no more rows" in text.getvalue()
 
 
 def test_candidates_divide_the_chips_and_the_experts(run):

@@ -10,9 +10,11 @@ from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import route
+from moe_embed_jax.routing import expert_kernels
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import capacity, cell_size, fill_cells
 from moe_embed_jax.routing.exchange import BACKENDS
+from moe_embed_jax.routing.grouped import grouped
 from moe_embed_jax.routing.reference import reference
 
 WIDTH, FFN = 16, 24
@@ -111,6 +113,20 @@ def test_empty_expert_gets_exactly_zero_gradient(backend):
     result = gradients(BACKENDS[backend], case)
     assert not np.asarray(result["dw_in"][3]).any()
     assert not np.asarray(result["dw_out"][3]).any()
+
+
+@pytest.mark.parametrize("limit", [1, 2**30])
+def test_parts_of_the_hidden_layer_and_empty_tiles_do_not_matter(limit, monkeypatch):
+    """What is cut where an expert's matrices do not fit fast memory."""
+    rng = np.random.default_rng(0)
+    case = make_case(300, 8, 2, choose=lambda e: np.where(e > 5, 8, e))
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 16, jnp.float32)  # noqa: E731
+    case = (*case[:3], draw(8, WIDTH, 384), draw(8, 384), draw(8, 384, WIDTH))
+    expected = gradients(reference, case)
+    monkeypatch.setattr(expert_kernels, "fast_memory_bytes", lambda: limit)
+    actual = gradients(grouped, case)
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, atol=2e-5, rtol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("block", [8, 64])

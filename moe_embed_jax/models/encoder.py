@@ -20,8 +20,10 @@ from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
+from moe_embed_jax.models.pieces import in_pieces, instead
 from moe_embed_jax.objectives.balance import RoutingStatistics
 from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
+from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, path_of, rules_for, specs
 
 
@@ -49,7 +51,9 @@ class EncoderConfig:
     expert_backend: str = "auto"  # grouped on TPU, blocked elsewhere; or one of routing.BACKENDS
     expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
     capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
-    remat: bool = False  # recompute a group's activations in the backward pass
+    # Rows whose activations in a group of blocks exist at a time on a device; they are computed
+    # again in the backward pass, only the groups' inputs are kept. 0: all, and all are kept.
+    remat_rows: int = 0
 
     def __post_init__(self):
         if self.positions not in ("rotary", "learned"):
@@ -79,6 +83,8 @@ class EncoderConfig:
                 raise UserError(f"model.{name}={getattr(self, name)!r}: choose from {known}")
         if not self.capacity_factor > 0:
             raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
+        if self.remat_rows < 0:
+            raise UserError(f"model.remat_rows={self.remat_rows} must be 0 (off) or more")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""
@@ -138,7 +144,9 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept_RLD):
+        """(x_RLD, statistics or None, the sum before the last norm). `kept_RLD`: that sum from an
+        earlier pass, or None; with it the feed-forward layer need not be computed again."""
         dtype = x_RLD.dtype
         attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
@@ -147,7 +155,8 @@ class Block(nnx.Module):
             y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0)
         else:
             y_RLD = self.feed_forward(x_RLD)
-        return self.norm_2(y_RLD + x_RLD).astype(dtype), statistics
+        sum_RLD = instead(y_RLD + x_RLD, kept_RLD)
+        return self.norm_2(sum_RLD).astype(dtype), statistics, sum_RLD
 
 
 class Group(nnx.Module):
@@ -158,13 +167,14 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
-        statistics = None
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept):
+        """(x_RLD, statistics or None, what each block keeps); `kept` of an earlier pass or None."""
+        statistics, kept = None, [None] * self.size if kept is None else list(kept)
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, of_block = block(x_RLD, text_index_RL, rotation_RLC)
+            x_RLD, of_block, kept[i] = block(x_RLD, text_index_RL, rotation_RLC, kept[i])
             statistics = statistics if of_block is None else of_block
-        return x_RLD, statistics
+        return x_RLD, statistics, kept
 
 
 def _pure(module: nnx.Module) -> dict:
@@ -215,29 +225,44 @@ def encode_rows(
 ) -> tuple[jax.Array, RoutingStatistics | None]:
     """`encode_tokens` of one device's rows, inside shard_map: `params` is this device's part, with
     whole embedding tables, and the statistics are those of its own tokens."""
+    rows = token_RL.shape[0]
+    pieces = -(-rows // config.remat_rows) if config.remat_rows else 1
+    padding = ((0, -rows % pieces), (0, 0))
+    token_RL, position_RL = (jnp.pad(array, padding) for array in (token_RL, position_RL))
+    text_index_RL = jnp.pad(text_index_RL, padding, constant_values=PADDING)
+
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
     x_RLD = embeddings(token_RL, position_RL)
     rotation_RLC = None
     if config.positions == "rotary":  # the same in all layers
         head = config.width // config.num_heads
         rotation_RLC = rotation(position_RL, head, config.rotary_base)
+    context = text_index_RL, rotation_RLC
     placed = specs(params, rules_for(config))
     statistics = []
     for name, (_, size) in config.parts.items():
-
-        def one_group(x_RLD, group_params, name=name, size=size):
-            group_params = gather(group_params, placed[name], "fsdp", skip=1)
-            group = _module(lambda: Group(config, size, nnx.Rngs(0)), group_params)
-            return group(x_RLD, text_index_RL, rotation_RLC)
-
-        if config.remat:
-            one_group = jax.checkpoint(one_group)
+        whole = functools.partial(gather, tree_specs=placed[name], axis="fsdp", skip=1)
+        one_group = functools.partial(_one_group, config, size, whole, pieces, context)
         x_RLD, of_part = jax.lax.scan(one_group, x_RLD, params[name])
         if of_part is not None:
             statistics.append(of_part)
+    x_RLD = x_RLD[:rows]
     if not statistics:
         return x_RLD, None
     return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
+
+
+def _one_group(config: EncoderConfig, size: int, whole, pieces: int, context, x_RLD, params):
+    """(x_RLD, statistics) of one group; `params` are this device's shards."""
+
+    def block(weights, x_RLD, context, kept):
+        group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
+        return group(x_RLD, *context, kept)
+
+    cast = functools.partial(in_compute_dtype, config)
+    if config.remat_rows:
+        return in_pieces(block, whole, cast, pieces, params, x_RLD, context)
+    return block(whole(cast(params)), x_RLD, context, None)[:2]
 
 
 def encode_tokens(

@@ -1,10 +1,17 @@
-"""The dense feed-forward layer: two matrices with bias and an exact (erf) GELU between them."""
+"""The dense feed-forward layer: two matrices with bias and an exact (erf) GELU between them.
+
+On TPUs by kernels (fused_feed_forward.py), where they take its shape.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from moe_embed_jax.mesh import platform
+from moe_embed_jax.models.fused_feed_forward import fused_feed_forward, supports
+from moe_embed_jax.models.linear import add_bias
 
 
 def gelu(x):
@@ -46,4 +53,10 @@ class FeedForward(nnx.Module):
         self.down = linear(ffn_width, width)
 
     def __call__(self, x_RLD):
+        tokens, width, ffn_width = x_RLD.size // x_RLD.shape[-1], *self.up.kernel.shape
+        if platform() == "tpu" and supports(tokens, width, ffn_width):
+            weights = self.up.kernel, self.up.bias, self.down.kernel
+            weights = [weight[...].astype(x_RLD.dtype) for weight in weights]
+            y_TD = fused_feed_forward(x_RLD.reshape(tokens, width), *weights, gelu)
+            return add_bias(y_TD.reshape(x_RLD.shape), self.down.bias[...].astype(x_RLD.dtype))
         return self.down(gelu(self.up(x_RLD)))

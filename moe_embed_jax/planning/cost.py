@@ -42,11 +42,16 @@ SCATTERS = ("scatter", "dynamic-update-slice")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel call, by its own cost estimate; None: it declares none."""
+    """A Pallas kernel call, by its own cost estimate; None: it declares none.
+
+    flops: of matrix units. transcendentals: exponentials and the like, each with the arithmetic
+    around it (a softmax, an activation).
+    """
 
     name: str
     flops: float | None
     bytes: float | None
+    transcendentals: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +152,11 @@ class _Walk:
         elif opcode == "custom-call" and "tpu_custom_call" in it.rest:
             estimate = it.backend_config.get("custom_call_config", {}).get("cost_estimate")
             name = it.name.split(".")[0]
-            flops, moved = (
+            counts = (
                 None if estimate is None else float(estimate.get(key, 0))
-                for key in ("flops", "bytes_accessed")
+                for key in ("flops", "bytes_accessed", "transcendentals")
             )
-            cost.kernels[Kernel(name, flops, moved)] += 1
+            cost.kernels[Kernel(name, *counts)] += 1
             return cost
         if timed:
             self.time(parent, it, cost)

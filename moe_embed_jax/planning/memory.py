@@ -123,12 +123,12 @@ def advice(config, step: str, space: str, dominant: str | None) -> list[str]:
     if step == "encode":
         return [*sharding, "a shorter data.document_length"]
     activations = []
-    rows = config.data.chunk_rows
+    rows = config.model.remat_rows
     if rows != 1:
-        smaller = f"data.chunk_rows={rows // 2}" if rows else "data.chunk_rows=64"
+        smaller = f"model.remat_rows={rows // 2 or 64}"
         activations.append(f"{smaller}: activations of fewer rows at a time, the same numbers")
-    if not config.model.remat:
-        activations.append("model.remat=True: activations of a block are computed again")
+    chunk = f"data.chunk_rows={config.data.chunk_rows // 2 or 4 * (rows // 2 or 64)}"
+    activations.append(f"{chunk}: GradCache, a third forward pass in place of the blocks' inputs")
     more = ["more chips, or a smaller batch_size"]
     if dominant in ("parameters", "optimiser state"):
         return sharding + activations + more

@@ -22,6 +22,7 @@ def to_json(plan: Plan) -> dict:
         "mesh": plan.mesh,
         "step": plan.step_name,
         "chunks": plan.step.chunks,
+        "rows": plan.step.rows,
         "notes": list(plan.step.notes),
         "fits": plan.fits,
         "hbm_bytes_per_chip": plan.hbm_bytes,
@@ -209,7 +210,8 @@ def _print_time(plan: Plan, console: Console) -> None:
 def to_markdown(plans: list[Plan]) -> str:
     """A table with a row per plan."""
     header = (
-        "topology | chips | data x fsdp x expert | chunk rows | remat | HBM per chip, GiB | fits | "
+        "topology | chips | data x fsdp x expert | chunk rows | remat rows | HBM per chip, GiB | "
+        "fits | "
         f"step, s | MFU | MFU of real tokens | {plans[0].step.unit}/s | run, hours | chip-hours"
     )
     lines = [
@@ -226,7 +228,7 @@ def to_markdown(plans: list[Plan]) -> str:
             str(plan.chips),
             " x ".join(map(str, plan.mesh_shape)),
             str(config.data.chunk_rows),
-            "yes" if config.model.remat else "no",
+            str(config.model.remat_rows),
             (f"{size / GIB:.1f}" if size else "?") + f" of {plan.chip.hbm_bytes / GIB:.1f}",
             "yes" if plan.fits else "no",
         ]

@@ -2,7 +2,8 @@
 
 A step is taken to be the sum of
   * the compiler's cycle estimates over the chip's clock;
-  * Pallas kernels, for which it has none: max(FLOPs / peak, bytes / bandwidth) of each call;
+  * Pallas kernels, for which it has none: max(FLOPs / peak, bytes / bandwidth, operations of the
+    vector unit) of each call, VECTOR_OPERATIONS for every transcendental;
   * other instructions without an estimate (gathers, scatters, sorts): the same, from the bytes that
     they touch in HBM, and for sorts the operations of the vector unit;
   * collectives that block;
@@ -15,6 +16,9 @@ import dataclasses
 
 from moe_embed_jax.planning.chips import Chip
 from moe_embed_jax.planning.cost import Cost
+
+# Of a GELU with its slope, or of a masked softmax, per exponential; counted in the sources.
+VECTOR_OPERATIONS = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,12 @@ class Times:
 
 
 def predict(cost: Cost, chip: Chip) -> Times:
-    def roofline(flops: float, moved: float) -> float:
-        return max(flops / chip.peak_flops, moved / chip.hbm_bandwidth)
+    def roofline(flops: float, moved: float, vector_operations: float) -> float:
+        return max(
+            flops / chip.peak_flops,
+            moved / chip.hbm_bandwidth,
+            vector_operations / chip.vector_operations,
+        )
 
     collective = {True: 0.0, False: 0.0}
     for found, count in cost.collectives.items():
@@ -55,11 +63,16 @@ def predict(cost: Cost, chip: Chip) -> Times:
     return Times(
         estimated=cost.cycles / chip.clock_hz,
         kernels=sum(
-            roofline(kernel.flops or 0.0, kernel.bytes or 0.0) * count
+            roofline(
+                kernel.flops or 0.0,
+                kernel.bytes or 0.0,
+                (kernel.transcendentals or 0.0) * VECTOR_OPERATIONS,
+            )
+            * count
             for kernel, count in cost.kernels.items()
         ),
         unestimated=sum(
-            max(roofline(it.flops, it.bytes), it.vector_operations / chip.vector_operations) * count
+            roofline(it.flops, it.bytes, it.vector_operations) * count
             for it, count in cost.unestimated.items()
         ),
         blocking_collectives=collective[False],

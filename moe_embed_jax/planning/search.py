@@ -1,12 +1,13 @@
 """The fastest setting that fits, over meshes, chunk sizes and rematerialisation.
 
-A compilation takes minutes, so the search is greedy: every mesh with the settings that need least
-memory, then on the fastest mesh that fits every chunk size, with rematerialisation and without.
+A compilation takes minutes, so the search is greedy: every mesh with the setting that needs least
+memory, then on the fastest mesh that fits every setting.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 
 from rich.console import Console
@@ -19,13 +20,14 @@ from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.planning.report import to_json
 from moe_embed_jax.training.run_config import RunConfig
 
-CHUNK_ROWS = (32, 64, 128, 256)
+# (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows.
+SETTINGS = ((32, 32), (256, 64), (0, 64), (0, 128), (0, 256), (0, 512), (0, 0))
 FSDP = (1, 4, 16)
 EXPERT = (1, 2, 4, 8)
 
 
 def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
-    """Meshes that divide the chips and the experts, with the smallest chunks and remat."""
+    """Meshes that divide the chips and the experts, in the setting of least memory."""
     experts = EXPERT if config.model.num_moe_layers else (1,)
     meshes = [
         MeshConfig(data=-1, fsdp=fsdp, expert=expert)
@@ -33,18 +35,16 @@ def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
         for expert in experts
         if chips % (fsdp * expert) == 0 and config.model.num_experts % expert == 0
     ]
-    return [_setting(config, mesh, True, CHUNK_ROWS[0]) for mesh in meshes]
+    return [_setting(config, mesh, *SETTINGS[0]) for mesh in meshes]
 
 
 def setting_candidates(config: RunConfig) -> list[RunConfig]:
-    """All chunk sizes and remat on the mesh of `config`, those that need least memory first."""
-    return [
-        _setting(config, config.mesh, remat, rows) for remat in (True, False) for rows in CHUNK_ROWS
-    ]
+    """All SETTINGS on the mesh of `config`."""
+    return [_setting(config, config.mesh, *setting) for setting in SETTINGS]
 
 
-def _setting(config: RunConfig, mesh: MeshConfig, remat: bool, chunk_rows: int) -> RunConfig:
-    model = dataclasses.replace(config.model, remat=remat)
+def _setting(config: RunConfig, mesh: MeshConfig, chunk_rows: int, remat_rows: int) -> RunConfig:
+    model = dataclasses.replace(config.model, remat_rows=remat_rows)
     data = dataclasses.replace(config.data, chunk_rows=chunk_rows)
     return dataclasses.replace(config, mesh=mesh, model=model, data=data)
 
@@ -62,7 +62,7 @@ def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, c
     tried.run(mesh_candidates(config, chips), "meshes")
     best = tried.fastest()
     if best is not None:
-        tried.run(setting_candidates(tried.rows[best][0]), "chunk sizes and remat")
+        tried.run(setting_candidates(tried.rows[best][0]), "chunks and remat")
         best = tried.fastest()
     console.print(_table(tried.rows))
     return (None, None) if best is None else (tried.rows[best][0], tried.plans.get(best))
@@ -93,8 +93,8 @@ class _Tried:
                 continue
             if not found["fits"]:
                 return "skipped: a smaller one does not fit"
-            if found["chunks"] == 1 and candidate.model.remat == other.model.remat:
-                return "skipped: the batch is one chunk already"
+            if _limits(candidate, found["rows"]) == _limits(other, found["rows"]):
+                return "skipped: the batch has no more rows"
         return None
 
     def find(self, candidate: RunConfig) -> dict:
@@ -149,30 +149,37 @@ def describe(config: RunConfig) -> str:
     """The flags that set what a search varies."""
     return (
         f"--set=mesh.fsdp={config.mesh.fsdp} --set=mesh.expert={config.mesh.expert} "
-        f"--set=model.remat={config.model.remat} --set=data.chunk_rows={config.data.chunk_rows}"
+        f"--set=data.chunk_rows={config.data.chunk_rows} "
+        f"--set=model.remat_rows={config.model.remat_rows}"
     )
 
 
 def _needs_as_much(candidate: RunConfig, other: RunConfig) -> bool:
-    """Whether `candidate` surely needs as much memory as `other`: the same mesh, chunks at least as
-    large, and no more rematerialisation."""
-    return (
-        candidate.mesh == other.mesh
-        and candidate.data.chunk_rows >= other.data.chunk_rows
-        and candidate.model.remat <= other.model.remat
-    )
+    """Whether `candidate` surely needs as much memory as `other`: the same mesh, and at least as
+    many rows at a time."""
+    at_least = zip(_limits(candidate), _limits(other), strict=True)
+    return candidate.mesh == other.mesh and all(more >= less for more, less in at_least)
+
+
+def _limits(config: RunConfig, rows: float = math.inf) -> tuple[float, ...]:
+    """Rows of a chunk and rows whose activations are kept, of a device that has `rows`.
+
+    Keeping all (remat_rows=0) is more than all rows one group of blocks after the other.
+    """
+    chunk, remat = config.data.chunk_rows, config.model.remat_rows
+    return min(chunk or math.inf, rows), min(remat, rows) if remat else math.inf
 
 
 def _table(rows) -> Table:
     table = Table(title="Candidates (predicted)", title_justify="left")
-    for column in ("fsdp", "expert", "remat", "chunk_rows", "GiB", "step ms", "MFU", ""):
+    for column in ("fsdp", "expert", "chunk rows", "remat rows", "GiB", "step ms", "MFU", ""):
         table.add_column(column, justify="left" if column == "" else "right")
     for candidate, found in rows:
         setting = (
             str(candidate.mesh.fsdp),
             str(candidate.mesh.expert),
-            str(candidate.model.remat),
             str(candidate.data.chunk_rows),
+            str(candidate.model.remat_rows),
         )
         if "why" in found:
             table.add_row(*setting, "", "", "", found["why"])

@@ -39,8 +39,8 @@ class Assumptions:
 class Step:
     """A step to compile.
 
-    lower: traces it. arguments: what it is given, by kind, for the memory table. chunks: that the
-    rows of a device are encoded in.
+    lower: traces it. arguments: what it is given, by kind, for the memory table. rows: of a device,
+    encoded in so many chunks.
     model_flops: of one step over all chips, for `work`. real_share: tokens among slots.
     unit, units: what a step works through ("tokens", "documents"), without padding.
     repeats: how often a whole run does it; None if the config does not say.
@@ -49,6 +49,7 @@ class Step:
 
     lower: object
     arguments: dict
+    rows: int
     chunks: int
     model_flops: float
     work: str
@@ -78,6 +79,7 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
             "optimiser state": state.opt_state,
             "batch": batch,
         },
+        rows=load.chunks * load.rows,
         chunks=load.chunks,
         model_flops=training_flops_per_token(config.model) * slots,
         work="all token slots",
@@ -108,6 +110,7 @@ def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
         # The embedder's own jitted function: a copy would be another step.
         lower=lambda: embedder._pool_rows.lower(config.model, params, ids, ids, ids),
         arguments={"parameters": params, "batch": (ids, ids, ids)},
+        rows=rows // mesh.size,
         chunks=1,
         model_flops=training_flops_per_token(config.model) / 3 * slots,
         work="all token slots",
@@ -139,6 +142,7 @@ def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
             queries, documents, 0, count, best, layout.block, None, mesh
         ),
         arguments={"queries": queries, "documents": documents, "best so far": best},
+        rows=knn.QUERY_BLOCK,
         chunks=1,
         model_flops=2.0 * knn.QUERY_BLOCK * count * width,
         work="all inner products",

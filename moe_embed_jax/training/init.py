@@ -17,7 +17,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.run_config import RunConfig, VocabularyConfig
 
 # What a config says about a model that came from elsewhere: how it is computed, not what it is.
-COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat")
+COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
 def resolve(config: RunConfig, workdir: pathlib.Path) -> tuple[RunConfig, list[str]]:

@@ -33,7 +33,7 @@ FREE_KEYS = (
     "keep_checkpoints",
 )
 FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs")
-FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat")
+FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
 def _identity(card: dict) -> dict:

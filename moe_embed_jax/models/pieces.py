@@ -1,0 +1,82 @@
+"""A block that works on a few rows at a time, and computes its activations again for the backward
+pass.
+
+Rows are independent of each other, so only the input of the block is kept, and what it asks for;
+the activations of one piece exist at a time, forward and backward. Compared with one jax.checkpoint
+around an encoded chunk (GradCache, training/step.py) this saves a forward pass, and costs the
+inputs of all blocks.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def in_pieces(block, gather, cast, pieces: int, params, x_RLD, context):
+    """(y_RLD, statistics summed over pieces) of `block(weights, x_rLD, context, None)`.
+
+    Args:
+      block: (weights, rows of x, rows of context, kept) -> (rows of y, statistics, kept). What it
+        gives as `kept` is saved, and given back to it in the backward pass, to be used by `instead`
+        in place of computing it again; None in the forward pass.
+      gather: params as they are sharded -> whole ones (linear).
+      cast: params -> the same in the dtypes that `block` computes in.
+      pieces: how many; must divide R.
+      context: pytree of arrays with leading R that takes no gradient.
+
+    Gradients of params are summed over pieces in float32, whatever `block` computes in.
+    """
+    return _fwd(block, gather, cast, pieces, params, x_RLD, context)[0]
+
+
+def _fwd(block, gather, cast, pieces, params, x_RLD, context):
+    weights = gather(cast(params))
+    rows = _split((x_RLD, context), pieces)
+    y, statistics, kept = jax.lax.map(lambda piece: block(weights, *piece, None), rows)
+    statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
+    return (_join(y), statistics), (params, x_RLD, context, kept)
+
+
+def _bwd(block, gather, cast, pieces, saved, gradients):
+    params, x_RLD, context, kept = saved
+    dy_RLD, dstatistics = gradients
+    weights = gather(cast(params))
+
+    def add_piece(total, piece):
+        (x_rLD, context, dy_rLD), kept = piece
+        _, vjp = jax.vjp(lambda w, x: block(w, x, context, kept)[:2], weights, x_rLD)
+        dweights, dx_rLD = vjp((dy_rLD, dstatistics))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dweights), dx_rLD
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
+    rows = _split((x_RLD, context, dy_RLD), pieces)
+    total, dx = jax.lax.scan(add_piece, zeros, (rows, kept))
+    _, gather_vjp = jax.vjp(gather, params)
+    total = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
+    (dparams,) = gather_vjp(total)
+    return dparams, _join(dx), None
+
+
+in_pieces.defvjp(_fwd, _bwd)
+
+
+@jax.custom_vjp
+def instead(computed, kept):
+    """`kept`, with the gradient of `computed`: what only leads to its value is not computed."""
+    return computed if kept is None else kept
+
+
+instead.defvjp(
+    lambda computed, kept: (instead(computed, kept), kept),
+    lambda kept, gradient: (gradient, jax.tree.map(jnp.zeros_like, kept)),
+)
+
+
+def _split(tree, pieces: int):
+    return jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), tree)
+
+
+def _join(tree):
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)

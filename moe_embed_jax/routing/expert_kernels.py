@@ -1,0 +1,290 @@
+"""The experts' two matrix products and what lies between them, as TPU kernels.
+
+Rows are sorted by expert, and every expert's rows start at a new tile (routing/grouped.py): a tile
+belongs to one expert, whose matrices stay in fast memory until the last of its tiles is done. The
+hidden layer is activated, and its gradient taken, in fast memory too; as passes of their own over
+[S, F] these cost as much as a matrix product.
+
+A program has one tile of M rows; F is cut only where an expert's matrices do not fit. Tiles behind
+the last one in use do nothing, and their results are whatever was in memory.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moe_embed_jax.mesh import fast_memory_bytes
+
+COLUMNS = 512  # of F at a time inside a program
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Tiles:
+    """Which expert each tile of M rows belongs to.
+
+    expert_t: int32; tiles that are not in use repeat the last one. last_1: number of the last tile
+    in use. is_last_t: 1 where an expert's last tile is.
+    rows: M. expected: how many rows are in use, on average, for cost estimates.
+    """
+
+    expert_t: jax.Array
+    last_1: jax.Array
+    is_last_t: jax.Array
+    rows: int = dataclasses.field(metadata=dict(static=True))
+    expected: int = dataclasses.field(metadata=dict(static=True))
+
+    def __len__(self) -> int:
+        return len(self.expert_t)
+
+
+def forward(x_SD, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, interpret):
+    """y_SD = activation(x w_in + bias) w_out."""
+    (_, width), ffn, dtype = x_SD.shape, w_in_EDF.shape[2], x_SD.dtype
+    call = _Call(tiles, width, ffn, dtype, interpret)
+    inputs = [*call.weights(w_in_EDF, bias_in_EF, w_out_EFD), (x_SD, call.rows(width))]
+    kernel = functools.partial(_forward_kernel, activation=activation)
+    (y_SD,) = call(kernel, inputs, [(width, dtype, call.rows(width))], 2, "expert_forward")
+    return y_SD
+
+
+def _forward_kernel(
+    expert_ref, last_ref, w_in_ref, bias_ref, w_out_ref, x_ref, y_ref, total_ref, *, activation
+):
+    part, parts = pl.program_id(1), pl.num_programs(1)
+
+    @pl.when(pl.program_id(0) <= last_ref[0])
+    def _():
+        def add_columns(columns, y_MD):
+            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            return y_MD + _dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
+
+        nothing_MD = jnp.zeros(y_ref.shape, jnp.float32)
+        y_MD = _over_columns(w_in_ref.shape[2], add_columns, nothing_MD)
+        _add_up(total_ref, y_ref, y_MD, part, parts)
+
+
+def backward(
+    x_SD, dy_SD, gate_S1, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, interpret
+):
+    """Gradients of y = gate * forward(x), given dy; the hidden layer is computed again.
+
+    Returns dx_SD, dpre_SF (of the hidden layer before activation), gate * hidden_SF (whose product
+    with dy is the gradient of w_out), and dgate_S1 float32.
+    """
+    (_, width), ffn, dtype = dy_SD.shape, w_in_EDF.shape[2], dy_SD.dtype
+    call = _Call(tiles, width, ffn, dtype, interpret)
+    inputs = call.weights(w_in_EDF, bias_in_EF, w_out_EFD)
+    inputs += [(array, call.rows(array.shape[1])) for array in (x_SD, dy_SD, gate_S1)]
+    results = [
+        (width, dtype, call.rows(width)),
+        (ffn, dtype, call.hidden),
+        (ffn, dtype, call.hidden),
+        (1, jnp.float32, call.rows(1)),
+    ]
+    kernel = functools.partial(_backward_kernel, activation=activation)
+    return call(kernel, inputs, results, 3, "expert_backward")
+
+
+def _backward_kernel(
+    expert_ref,
+    last_ref,
+    w_in_ref,
+    bias_ref,
+    w_out_ref,
+    x_ref,
+    dy_ref,
+    gate_ref,
+    dx_ref,
+    dpre_ref,
+    hidden_ref,
+    dgate_ref,
+    total_ref,
+    *,
+    activation,
+):
+    part, parts = pl.program_id(1), pl.num_programs(1)
+
+    @pl.when(pl.program_id(0) <= last_ref[0])
+    def _():
+        dtype = dy_ref.dtype
+
+        def add_columns(columns, totals):
+            dx_MD, dgate_M1 = totals
+            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            hidden_MC, activation_vjp = jax.vjp(activation, pre_MC)
+            dhidden_MC = _dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
+            dgate_M1 += jnp.sum(hidden_MC * dhidden_MC, axis=1, keepdims=True)
+            (dpre_MC,) = activation_vjp((gate_ref[...] * dhidden_MC).astype(dtype))
+            dpre_ref[:, columns] = dpre_MC
+            hidden_ref[:, columns] = (gate_ref[...] * hidden_MC).astype(dtype)
+            return dx_MD + _dot(dpre_MC, w_in_ref[0, :, columns], 1, 1), dgate_M1
+
+        nothing = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (dx_ref, dgate_ref))
+        dx_MD, dgate_M1 = _over_columns(w_in_ref.shape[2], add_columns, nothing)
+        _add_up(total_ref, dx_ref, dx_MD, part, parts)
+        dgate_ref[...] = jnp.where(part == 0, 0.0, dgate_ref[...]) + dgate_M1
+
+
+def _before_activation(x_ref, w_in_ref, bias_ref, columns):
+    pre_MC = _dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
+    return (pre_MC + bias_ref[0, :, columns].astype(jnp.float32)).astype(x_ref.dtype)
+
+
+def weight_gradient(x_SK, dy_SN, experts: int, tiles: Tiles, interpret):
+    """Sum over each expert's rows of the outer products x dy, [E, K, N]; undefined for an expert
+    without rows."""
+    k, n = x_SK.shape[1], dy_SN.shape[1]
+    # The sums of one part of an expert's matrix stay in fast memory over all of its tiles.
+    k_part, n_part = (_divisor(size, limit) for size, limit in ((k, 1024), (n, 1024)))
+    moved = x_SK.size * (n // n_part) * x_SK.dtype.itemsize
+    moved += dy_SN.size * (k // k_part) * dy_SN.dtype.itemsize
+    moved += experts * k * n * x_SK.dtype.itemsize
+
+    def in_use(tile, refs):
+        return jnp.minimum(tile, refs[1][0])
+
+    return pl.pallas_call(
+        _weight_gradient_kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(k // k_part, n // n_part, len(tiles)),
+            in_specs=[
+                pl.BlockSpec((tiles.rows, k_part), lambda a, b, i, *refs: (in_use(i, refs), a)),
+                pl.BlockSpec((tiles.rows, n_part), lambda a, b, i, *refs: (in_use(i, refs), b)),
+            ],
+            out_specs=pl.BlockSpec((1, k_part, n_part), lambda a, b, i, e, *_: (e[i], a, b)),
+            scratch_shapes=[pltpu.VMEM((k_part, n_part), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((experts, k, n), x_SK.dtype),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * tiles.expected * k * n, bytes_accessed=moved, transcendentals=0
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=fast_memory_bytes(),
+        ),
+        interpret=interpret,
+        name="expert_weight_gradient",
+    )(tiles.expert_t, tiles.last_1, tiles.is_last_t, x_SK, dy_SN)
+
+
+def _weight_gradient_kernel(expert_ref, last_ref, is_last_ref, x_ref, dy_ref, dw_ref, total_ref):
+    tile = pl.program_id(2)
+    is_first = (tile == 0) | (is_last_ref[jnp.maximum(tile - 1, 0)] == 1)
+
+    @pl.when(tile <= last_ref[0])
+    def _():
+        total_KN = _dot(x_ref[...], dy_ref[...], 0, 0)
+        total_ref[...] = total_KN + jnp.where(is_first, 0.0, total_ref[...])
+
+        @pl.when(is_last_ref[tile] == 1)
+        def _():
+            dw_ref[0] = total_ref[...].astype(dw_ref.dtype)
+
+
+class _Call:
+    """Block shapes and cost of a kernel over tiles of rows and parts of F."""
+
+    def __init__(self, tiles: Tiles, width: int, ffn: int, dtype, interpret: bool):
+        self.tiles, self.width, self.ffn, self.interpret = tiles, width, ffn, interpret
+        # Both matrices of an expert, twice: the next expert's arrive while this one's multiply.
+        bytes_of_column = 4 * width * jnp.dtype(dtype).itemsize
+        self.part = _divisor(ffn, max(fast_memory_bytes() // 2 // bytes_of_column, 1))
+        self.hidden = pl.BlockSpec(
+            (tiles.rows, self.part), lambda i, f, e, last: (jnp.minimum(i, last[0]), f)
+        )
+
+    def rows(self, columns: int) -> pl.BlockSpec:
+        block = (self.tiles.rows, columns)
+        return pl.BlockSpec(block, lambda i, f, e, last: (jnp.minimum(i, last[0]), 0))
+
+    def weights(self, w_in_EDF, bias_in_EF, w_out_EFD) -> list:
+        """The expert of a tile, and a bias of zero where there is none."""
+        if bias_in_EF is None:
+            bias_in_EF = jnp.zeros((len(w_in_EDF), self.ffn), w_in_EDF.dtype)
+        part, width = self.part, self.width
+        return [
+            (w_in_EDF, pl.BlockSpec((1, width, part), lambda i, f, e, last: (e[i], 0, f))),
+            (bias_in_EF[:, None], pl.BlockSpec((1, 1, part), lambda i, f, e, last: (e[i], 0, f))),
+            (w_out_EFD, pl.BlockSpec((1, part, width), lambda i, f, e, last: (e[i], f, 0))),
+        ]
+
+    def __call__(self, kernel, inputs, results, products: int, name: str):
+        """`inputs`: (array, spec). `results`: (columns, dtype, spec) of S rows. `products`: of a
+        row with a matrix."""
+        tiles, parts = self.tiles, self.ffn // self.part
+        shapes = [
+            jax.ShapeDtypeStruct((len(tiles) * tiles.rows, columns), dtype)
+            for columns, dtype, _ in results
+        ]
+        moved = 0
+        for array in (*(array for array, _ in inputs), *shapes):
+            # Matrices come once per expert, or with every tile where they come in parts.
+            times = len(tiles) / len(array) if array.ndim == 3 and parts > 1 else 1
+            moved += int(array.size * array.dtype.itemsize * times)
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(len(tiles), parts),
+                in_specs=[spec for _, spec in inputs],
+                out_specs=[spec for _, _, spec in results],
+                scratch_shapes=[pltpu.VMEM((tiles.rows, self.width), jnp.float32)],
+            ),
+            out_shape=shapes,
+            cost_estimate=pl.CostEstimate(
+                flops=products * 2 * tiles.expected * self.width * self.ffn,
+                bytes_accessed=moved,
+                transcendentals=tiles.expected * self.ffn,
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary", "arbitrary"),
+                vmem_limit_bytes=fast_memory_bytes(),
+            ),
+            interpret=self.interpret,
+            name=name,
+        )(tiles.expert_t, tiles.last_1, *(array for array, _ in inputs))
+
+
+def _add_up(total_ref, out_ref, of_part, part, parts):
+    """Sums over the parts of F in float32; the last part writes the result."""
+    total = of_part + jnp.where(part == 0, 0.0, total_ref[...])
+    total_ref[...] = total
+
+    @pl.when(part == parts - 1)
+    def _():
+        out_ref[...] = total.astype(out_ref.dtype)
+
+
+def _over_columns(size: int, body, start):
+    """`body(columns, carry) -> carry` for all columns of the hidden layer, some at a time."""
+    step = _divisor(size, COLUMNS)
+
+    def visit(i, carry):
+        return body(pl.ds(pl.multiple_of(i * step, step), step), carry)
+
+    return jax.lax.fori_loop(0, size // step, visit, start)
+
+
+def _divisor(size: int, limit: int) -> int:
+    """The largest divisor of `size` up to `limit` that is a multiple of 128 lanes, or `size`."""
+    if size <= limit or size % 128:
+        return size
+    limit = max(limit, 128)
+    return max(part for part in range(128, limit + 1, 128) if size % part == 0)
+
+
+def _dot(x, y, x_axis: int, y_axis: int):
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        preferred_element_type=jnp.float32,
+        precision=precision,
+    )
