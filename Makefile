@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
-TEST_EXTRAS ?= test,pytorch,plan
+TEST_EXTRAS ?= test,pytorch,plan,beam
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test clean

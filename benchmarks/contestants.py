@@ -289,14 +289,17 @@ def text_of(vocabulary, ids, prefix: str) -> str:
 
 def machine() -> dict:
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = ("jax", "torch", "transformers", "sentence-transformers")
+    packages = {}
+    for name in ("jax", "torch", "transformers", "sentence-transformers", "faiss-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
     return {
         "cores": threads(),
         "processor": _processor(),
         "python": platform.python_version(),
-        **{name: version(name) for name in names},
+        **packages,
     }
 
 

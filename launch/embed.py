@@ -1,13 +1,17 @@
-"""Embeds the texts of a file into a .npy array, one row per line, in the order of the file.
+"""Embeds the texts of a file into an array, one row per line, in the order of the file.
 
-    python launch/embed.py --model=DIR --input=texts.jsonl --output=emb.npy \\
-        --prompt=query|document|none|"PREFIX: " [--dim=N] [--field=NAME]
+    python launch/embed.py --model=DIR --input=texts.jsonl --output=emb.npy|emb.zarr \\
+        --prompt=query|document|none|"PREFIX: " [--dim=N] [--field=NAME] [--dtype=bfloat16]
 
 Input: .jsonl (a line is a JSON string, or an object with "text", after "title" if there is one, or
-with --field) or .txt (a line is a text), plain or .gz, UTF-8. Output: float32 [lines, dim] of unit
-norm. An empty text is embedded as its prompt; a file without lines gives [0, dim]. The file is
+with --field) or .txt (a line is a text), plain or .gz, UTF-8. Output: [lines, dim] of unit norm,
+float32. An empty text is embedded as its prompt; a file without lines gives [0, dim]. The file is
 read twice: a bad line is reported before anything is embedded, and neither the texts nor the
-embeddings are ever in memory as a whole. The output appears when it is complete.
+embeddings are ever in memory as a whole.
+
+A .npy file appears when it is complete. A .zarr folder (zarr3, written with TensorStore, in any of
+--dtype float32, bfloat16, float16) grows chunk by chunk: the same command continues after a kill,
+and refuses to continue with another model, prompt or input.
 """
 
 import itertools
@@ -24,18 +28,21 @@ def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--model", required=True, help="folder of the model")
     flags.add_argument("--input", required=True, help="texts: .jsonl or .txt, plain or .gz")
-    flags.add_argument("--output", required=True, help="array to write: .npy")
+    flags.add_argument("--output", required=True, help="array to write: .npy or .zarr")
     flags.add_argument("--prompt", required=True, help=launching.PROMPT_HELP)
     flags.add_argument("--dim", type=int, help="keep the first features only (Matryoshka)")
     flags.add_argument("--field", help='JSON field of the text; default "text" after "title"')
+    flags.add_argument("--dtype", default="float32", help="of a .zarr output")
     arguments = flags.parse_args()
 
     from moe_embed_jax.data.text_files import read_texts
     from moe_embed_jax.errors import UserError
 
     output = pathlib.Path(arguments.output)
-    if output.suffix != ".npy" or output.is_dir():
-        raise UserError(f"--output={output} must be a file named *.npy")
+    if output.suffix not in (".npy", ".zarr") or (output.suffix == ".npy" and output.is_dir()):
+        raise UserError(f"--output={output} must be a file named *.npy or a folder named *.zarr")
+    if output.suffix == ".npy" and arguments.dtype != "float32":
+        raise UserError(f"--dtype={arguments.dtype}: .npy is float32; choose an --output=*.zarr")
     if pathlib.Path(arguments.input).is_fifo():
         raise UserError(f"--input={arguments.input} is a pipe; it is read twice, so give a file")
     count = sum(1 for _ in read_texts(arguments.input, arguments.field))
@@ -46,14 +53,23 @@ def main():
     embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
     prompt = launching.prompt(arguments.prompt)
     start = time.monotonic()
-    shape = write_embeddings(
-        lambda texts: embedder.encode(texts, prompt=prompt, dim=arguments.dim),
-        read_texts(arguments.input, arguments.field),
-        count,
-        output,
-    )
+
+    def texts():
+        return read_texts(arguments.input, arguments.field)
+
+    def encode(chunk):
+        return embedder.encode(chunk, prompt=prompt, dim=arguments.dim)
+
+    if output.suffix == ".zarr":
+        from moe_embed_jax.search.vectors import write_vectors
+
+        identity = embedder.identity(prompt)
+        shape = write_vectors(output, texts, encode, identity, arguments.dtype).shape
+    else:
+        shape = write_embeddings(encode, texts(), count, output)
     seconds = time.monotonic() - start
-    print(f"{output}: float32 {list(shape)}, {seconds:.1f} s, {count / seconds:,.0f} texts/s")
+    rate = f"{count / seconds:,.0f} texts/s"
+    print(f"{output}: {arguments.dtype} {list(shape)}, {seconds:.1f} s, {rate}")
 
 
 def write_embeddings(encode, texts, count: int, output: pathlib.Path) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """What an application imports: `Embedder.load(folder).encode(texts)`."""
 
+import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 
 import jax
@@ -102,8 +105,35 @@ class Embedder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a str")
-        limit = self.max_lengths["query" if prompt == "query" else "document"]
+        limit = self._max_length(prompt)
         return self.vocabulary.encode_texts([prefix + text for text in texts], limit)
+
+    def identity(self, prompt: str | None) -> dict:
+        """What decides the embeddings of `encode(texts, prompt)`, for vectors that are kept.
+
+        "hash": SHA-256 of architecture, weights and tokenizer; "prefix"; "max_length" in tokens.
+        """
+        return {
+            "hash": self._hash,
+            "prefix": self.prefix(prompt),
+            "max_length": self._max_length(prompt),
+        }
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        fields = {
+            "model": dataclasses.asdict(self.model),
+            "vocabulary": self.vocabulary and self.vocabulary.content_hash,
+        }
+        sha256 = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            array = to_host(leaf)
+            sha256.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+            sha256.update(np.ascontiguousarray(array).view(np.uint8))
+        return sha256.hexdigest()
+
+    def _max_length(self, prompt: str | None) -> int:
+        return self.max_lengths["query" if prompt == "query" else "document"]
 
     def prefix(self, prompt: str | None) -> str:
         """What stands before each text for `prompt`, see `encode`."""

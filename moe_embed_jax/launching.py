@@ -5,6 +5,7 @@ import glob
 import io
 import logging
 import os
+import pathlib
 import sys
 import urllib.request
 
@@ -58,6 +59,37 @@ PROMPT_HELP = 'a name that the model knows (query, document), none, or a prefix 
 def prompt(flag: str) -> str | None:
     """The `prompt` argument of `Embedder.encode` from a flag: "none" is no prefix."""
     return None if flag == "none" else flag
+
+
+def add_curation_flags(flags: argparse.ArgumentParser) -> None:
+    """What launch/filter.py and launch/mine.py have in common."""
+    flags.add_argument("--pairs", required=True, help="prepared folder to read")
+    flags.add_argument(
+        "--teacher", required=True, help="model folder or sentence-transformers:NAME"
+    )
+    flags.add_argument("--output", required=True, help="prepared folder to write")
+    flags.add_argument("--query_prompt", default="query", help=PROMPT_HELP)
+    flags.add_argument("--document_prompt", default="document", help=PROMPT_HELP)
+    flags.add_argument("--dtype", default="float32", help="of stored vectors: bfloat16, float16")
+
+
+def prompts(arguments) -> tuple[str | None, str | None]:
+    """Of queries and of documents."""
+    return prompt(arguments.query_prompt), prompt(arguments.document_prompt)
+
+
+def check_new(output: pathlib.Path) -> None:
+    if output.exists():
+        raise UserError(f"--output={output} exists: choose another folder")
+
+
+def work_folder(output: pathlib.Path) -> pathlib.Path:
+    """Where curation keeps what it need not compute again."""
+    return output.with_name(f"{output.name}.work")
+
+
+def number_or_none(flag: str) -> float | None:
+    return None if flag == "none" else float(flag)
 
 
 def run(main) -> int:

@@ -54,3 +54,18 @@ def test_train_throughput(data_dir, tmp_path):
     # The same weights and pairs on both sides: the first batch has the same loss.
     losses = [ready["first_loss"] for ready in report["ready"].values()]
     assert len(losses) == 4 and max(losses) - min(losses) < 1e-3
+
+
+@pytest.mark.slow
+def test_knn(tmp_path):
+    pytest.importorskip("faiss")
+    output = tmp_path / "report.json"
+    flags = ["--sizes=3000x16,500x8", "--queries=70", "--k=10", "--rounds=2"]
+    result = run_python(["benchmarks/knn.py", *flags, f"--output={output}"])
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["agree"] and report["ratio"] > 0 and "/" in report["compares"]
+    assert [search["documents"] for search in report["searches"]] == [3000, 500]
+    for search in report["searches"]:
+        assert search["same_neighbours"] > 0.99 and search["ratio_cpu"] > 0
+        assert all(len(turns) == 2 for turns in search["rounds"].values())

@@ -15,6 +15,7 @@ import pytest
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.search.vectors import VectorStore
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 64
@@ -31,6 +32,9 @@ class StandIn:
             raise UserError(f"{folder} is not a model folder")
         cls.calls = []
         return cls()
+
+    def identity(self, prompt):
+        return {"hash": "stand-in", "prefix": str(prompt), "max_length": 8}
 
     def encode(self, texts, prompt="query", dim=None, batch_size=None, show_progress=False):
         if prompt == "both":
@@ -87,6 +91,21 @@ def test_embeds_in_order_and_in_chunks(launch, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_writes_a_folder_that_continues(launch, tmp_path, capsys):
+    texts = [f"word{i}" for i in range(25)]
+    (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
+    flags = ["--model=model", "--input=t.txt", "--output=emb.zarr", "--dtype=bfloat16"]
+    assert launch("embed", *flags, "--prompt=document") == 0
+    assert "emb.zarr: bfloat16 [25, 64]" in capsys.readouterr().out
+    store = VectorStore("emb.zarr")
+    expected = StandIn().encode(texts, prompt="document").astype(store.dtype)
+    np.testing.assert_array_equal(store[:], expected)
+    assert launch("embed", *flags, "--prompt=document") == 0
+    assert StandIn.calls == [("document", 0)]  # nothing was left to embed
+    assert launch("embed", *flags, "--prompt=query") == 2
+    assert "encoder.prefix: document -> query" in one_line_error(capsys)
+
+
 def test_titles_fields_and_dim(launch, tmp_path):
     record = {"title": "A title", "text": "the text", "body": "the body"}
     (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(json.dumps(record).encode()))
@@ -140,6 +159,8 @@ def test_bad_lines(launch, tmp_path, capsys, line, message):
         (["--input=t.txt", "--model=nothing"], "nothing is not a model folder"),
         (["--input=t.txt", "--output=emb.txt"], "must be a file named *.npy"),
         (["--input=t.txt", "--output=t.txt/emb.npy"], "cannot be written"),
+        (["--input=t.txt", "--dtype=float16"], "--dtype=float16: .npy is float32"),
+        (["--input=t.txt", "--output=emb.zarr", "--dtype=int8"], "dtype=int8: choose one of"),
         (["--input=t.txt", "--prompt=both"], "prompt='both': choose"),
         (["--input=t.txt", "--inptu=x"], "unrecognized arguments: --inptu=x"),
     ],

@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 
 from moe_embed_jax.data import data_spec, prepare
-from moe_embed_jax.data.token_store import (
-    TokenStore,
-    planned_store_path,
-    token_store_path,
-    vocabulary_path,
-)
+from moe_embed_jax.data.data_spec import planned_store_path, token_store_path, vocabulary_path
+from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.data.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,

@@ -6,15 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_embed_jax.data import token_store
-from moe_embed_jax.data.token_store import (
-    TokenStore,
-    TokenStoreWriter,
+from moe_embed_jax.data.data_spec import describe_spec_difference
+from moe_embed_jax.data.token_records import (
+    MAGIC,
+    Negatives,
     decode_record,
-    describe_spec_difference,
     encode_record,
+    encode_records,
 )
+from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
 
 SPEC = {
@@ -175,7 +178,7 @@ def test_writer_misuse(tmp_path):
 def test_record_layout():
     record = encode_record([np.array([0, 9, 2]), np.array([0, 2])])
     words = np.frombuffer(record, "<u4").tolist()
-    assert words == [token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0, 2]
+    assert words == [MAGIC, 2, 3, 2, 0, 9, 2, 0, 2]
     assert [s.tolist() for s in decode_record(record)] == [[0, 9, 2], [0, 2]]
     assert [s.tolist() for s in decode_record(encode_record([[], [5]]))] == [[], [5]]
 
@@ -185,12 +188,12 @@ def test_record_layout():
     [
         ([], "0 bytes"),
         ([1, 2, 3, 2, 0, 9, 2, 0, 2], "instead of"),
-        ([token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0], "do not match"),
-        ([token_store.MAGIC, 2, 3, 2, 0, 9, 2, 0, 2, 7], "do not match"),
-        ([token_store.MAGIC, 2**32 - 1, 3], "do not match"),
-        ([token_store.MAGIC, 2**31 - 1, 3], "do not match"),
-        ([token_store.MAGIC, 2, 2**32 - 1, 4, 1, 1, 1], "do not match"),
-        ([token_store.MAGIC, 0], "do not match"),
+        ([MAGIC, 2, 3, 2, 0, 9, 2, 0], "do not match"),
+        ([MAGIC, 2, 3, 2, 0, 9, 2, 0, 2, 7], "do not match"),
+        ([MAGIC, 2**32 - 1, 3], "do not match"),
+        ([MAGIC, 2**31 - 1, 3], "do not match"),
+        ([MAGIC, 2, 2**32 - 1, 4, 1, 1, 1], "do not match"),
+        ([MAGIC, 0], "do not match"),
     ],
 )
 def test_bad_records(words, message):
@@ -311,9 +314,38 @@ def test_describe_spec_difference(tmp_path):
 def test_reading_never_imports_tensorflow(tmp_path):
     write_store(tmp_path / "t", 5)
     code = (
-        "import sys; from moe_embed_jax.data import token_store, vocabulary;"
+        "import sys; from moe_embed_jax.data import data_spec, token_store, vocabulary;"
         f"store = token_store.TokenStore.open({str(tmp_path / 't')!r}); store.read([4, 0]);"
-        "token_store.token_store_path({}, '.');"
+        "data_spec.token_store_path({}, '.');"
         "bad = {'tensorflow', 'seqio', 'tensorflow_text'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+texts = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+
+
+@given(st.lists(st.lists(texts, min_size=2, max_size=6), max_size=6))
+def test_batches_of_ragged_records_equal_single_ones(rows):
+    def flat(sequences):
+        return np.array([token for sequence in sequences for token in sequence], np.int32)
+
+    hard = [text for row in rows for text in row[2:]]
+    counts = np.array([len(row) - 2 for row in rows], np.int64)
+    lengths = np.array([[len(row[0]), len(row[1])] for row in rows], np.int64).reshape(-1, 2)
+    sizes = np.array([len(text) for text in hard], np.int64)
+    content = np.arange(2 * len(hard), dtype=np.int32).reshape(-1, 2)
+    negatives = Negatives(flat(hard), sizes, content, counts)
+    ids = [flat(row[side] for row in rows) for side in range(2)]
+    records = encode_records(ids, lengths, negatives)
+    assert records == [encode_record([np.array(t, np.int32) for t in row]) for row in rows]
+    # Leaving out rows and texts is what it is on lists.
+    keep = np.arange(len(rows)) % 2 == 0
+    chosen = negatives.of_rows(keep)
+    assert chosen.tokens.tolist() == flat(t for row in rows[::2] for t in row[2:]).tolist()
+    assert chosen.counts.tolist() == counts[::2].tolist()
+    longer = negatives.longer_than(1)
+    kept = [[t for t in row[2:] if len(t) > 1] for row in rows]
+    assert longer.counts.tolist() == [len(row) for row in kept]
+    assert longer.tokens.tolist() == flat(t for row in kept for t in row).tolist()
+    assert longer.content_ids.tolist() == content[sizes > 1].tolist()

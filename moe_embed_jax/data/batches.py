@@ -93,14 +93,21 @@ class Batches:
         slots: int,
         pad_id: int,
         chunk_rows: int = 0,
+        negatives: int = 0,
     ):
-        """`chunk_rows`: rows that a device encodes at a time, at most; 0: all of them."""
+        """
+        Args:
+          chunk_rows: rows that a device encodes at a time, at most; 0: all of them.
+          negatives: hard negatives of a pair (N), at most: the first of those it has.
+        """
         if schedule.batch_size % mesh.size:
             raise UserError(
                 f"batch_size={schedule.batch_size} is not divisible by the {mesh.size} devices of "
                 f"the mesh; choose a multiple of {mesh.size}"
             )
-        longest = int(store.lengths.max())
+        self.negatives = negatives
+        used = [store.lengths, store.negative_lengths] if negatives else [store.lengths]
+        longest = max(int(lengths.max(initial=0)) for lengths in used)
         if longest > row_length:
             raise UserError(
                 f"data.row_length={row_length} is shorter than the longest prepared text "
@@ -114,31 +121,48 @@ class Batches:
         self.pad_id = pad_id
         self.chunk_rows = chunk_rows
         self.pairs_per_device = schedule.batch_size // mesh.size
-        affordable = max(SAMPLED_STEPS, SAMPLED_TEXTS // (2 * schedule.batch_size))
+        affordable = SAMPLED_TEXTS // ((2 + negatives) * schedule.batch_size)
+        affordable = max(SAMPLED_STEPS, affordable)
         sample = np.linspace(0, schedule.steps - 1, min(affordable, schedule.steps))
         sample = np.unique(sample.astype(int)).tolist()
         self.buckets = choose_buckets(
             [max(packing.rows for packing in self._packings(step)[1]) for step in sample],
-            None if len(sample) == schedule.steps else 2 * self.pairs_per_device,
+            None if len(sample) == schedule.steps else (2 + negatives) * self.pairs_per_device,
             chunk_rows,
         )
         # A shape is a compilation; nobody waits for a fifth one by surprise.
         assert len(self.buckets) <= MAX_BUCKETS
         # Real tokens per global batch, for estimates.
-        self.mean_tokens = float(
-            np.mean([store.lengths[schedule.rows(step)].sum() for step in sample])
-        )
+        self.mean_tokens = float(np.mean([self._tokens(schedule.rows(s)) for s in sample]))
+
+    def _hard(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(mask [rows, N], places of the chosen ones in the store's arrays, row by row)."""
+        starts = self.store.negative_starts[rows]
+        counts = np.minimum(self.store.negative_starts[rows + 1] - starts, self.negatives)
+        mask_BN = np.arange(self.negatives) < counts[:, None]
+        places_BN = starts[:, None] + np.arange(self.negatives)
+        return mask_BN, places_BN[mask_BN]
+
+    def _tokens(self, rows: np.ndarray) -> int:
+        """Real tokens of these pairs, their hard negatives included."""
+        _, places = self._hard(rows)
+        return int(self.store.lengths[rows].sum() + self.store.negative_lengths[places].sum())
 
     def _packings(self, step: int):
         """Rows of the store and, for every device of the mesh, the packing of its texts.
 
-        A device's texts are its queries, then its documents.
+        A device's texts are its queries, then its documents, then the hard negatives of its first
+        pair, of its second, ...
         """
         rows = self.schedule.rows(step)
-        lengths_D2P = self.store.lengths[rows].reshape(self.mesh.size, -1, 2).transpose(0, 2, 1)
-        packings = [
-            pack(lengths.reshape(-1), self.row_length, self.slots) for lengths in lengths_D2P
-        ]
+        packings = []
+        for own_rows in rows.reshape(self.mesh.size, -1):
+            _, places = self._hard(own_rows)
+            lengths = [
+                self.store.lengths[own_rows].T.reshape(-1),
+                self.store.negative_lengths[places],
+            ]
+            packings.append(pack(np.concatenate(lengths), self.row_length, self.slots))
         return rows, packings
 
     def at(self, step: int) -> BatchArrays:
@@ -156,29 +180,38 @@ class Batches:
             sharding = rows_sharding(self.mesh) if is_rows else batch_sharding(self.mesh)
             own = np.concatenate([part[name] for part in parts], axis=int(is_rows))
             arrays[name] = jax.make_array_from_process_local_data(sharding, own)
-        tokens = int(self.store.lengths[rows].sum())
-        return BatchArrays(arrays, step, self.schedule.group(step), tokens)
+        return BatchArrays(arrays, step, self.schedule.group(step), self._tokens(rows))
 
     def _device_arrays(self, rows, packings, position: int, bucket: int) -> dict[str, np.ndarray]:
         pairs = self.pairs_per_device
         own_rows = rows[position * pairs : (position + 1) * pairs]
         sequences = self.store.read(own_rows)
         texts = [pair[0] for pair in sequences] + [pair[1] for pair in sequences]
+        for pair in sequences:
+            texts += pair[2 : 2 + self.negatives]
         packing = packings[position]
         rows_RL = fill_rows(packing, texts, bucket, self.row_length, self.pad_id)
         shape = (*in_chunks(bucket, self.chunk_rows), self.row_length)
         token_CRL, text_index_CRL, position_CRL = (array.reshape(shape) for array in rows_RL)
         slot = packing.slot(self.slots)
         content = self.store.content_ids[own_rows]
+        mask_BN, places = self._hard(own_rows)
+        # Where a pair has fewer, the place is never read: any slot will do.
+        document_slot_BM = np.zeros((pairs, 1 + self.negatives), np.int32)
+        document_slot_BM[:, 0] = slot[pairs : 2 * pairs]
+        document_slot_BM[:, 1:][mask_BN] = slot[2 * pairs :]
+        document_id_BM2 = np.zeros((*document_slot_BM.shape, 2), np.int32)
+        document_id_BM2[:, 0] = content[:, 1]
+        document_id_BM2[:, 1:][mask_BN] = self.store.negative_ids[places]
         return {
             "token_CRL": token_CRL,
             "text_index_CRL": text_index_CRL,
             "position_CRL": position_CRL,
             "query_slot_B": slot[:pairs],
-            "document_slot_BM": slot[pairs:, None],  # the store has no hard negatives: M = 1
+            "document_slot_BM": document_slot_BM,
             "query_id_B2": content[:, 0],
-            "document_id_BM2": content[:, 1:],
-            "valid_BM": np.ones((pairs, 1), bool),
+            "document_id_BM2": document_id_BM2,
+            "valid_BM": np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
         }
 
     def iterate(self, start: int, stop: int):

@@ -1,7 +1,7 @@
 """What a data configuration means: its canonical form, its folders, its difference to another.
 
-Everything here is computed from the configuration, the table of pinned wheels and the vocabulary
-file alone, without TensorFlow and without looking at the data.
+Everything here is computed from the configuration, the table of pinned wheels or the manifest of a
+folder of pairs, and the vocabulary file alone, without TensorFlow and without looking at the data.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_embed_jax.data.builders.wheels import WHEELS
+from moe_embed_jax.data.hashes import canonical_hash
+from moe_embed_jax.data.pair_manifest import read_manifest
 from moe_embed_jax.errors import UserError
 
 # Raise when the same pairs start to give other tokens (vocabulary recipe, tasks, record format).
@@ -32,14 +34,9 @@ DEFAULTS = {
     "query_length": 32,
     "document_length": 128,
     "rates": None,
+    "pairs": "",
 }
 _VOCABULARY_KEYS = {"train": "size", "file": "path"}
-
-
-def canonical_hash(value: dict) -> str:
-    """SHA-256 of `value` as JSON with sorted keys and no spaces, hexadecimal."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def source_checksums() -> dict[str, str]:
@@ -53,7 +50,8 @@ def complete_config(config: Mapping) -> dict:
     Keys: `mixture` (name), `vocabulary` (`{"kind": "train", "size": ids}` or
     `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json), `query_length` and
     `document_length` (maximum tokens, prefix and specials included), `rates` (task -> weight, or
-    None: by rows).
+    None: by rows), `pairs` (a prepared folder, see `pairs`; its sources are the tasks then, and
+    `mixture` is not used).
 
     Raises:
       UserError: unknown key or a value of the wrong kind; names it.
@@ -81,7 +79,13 @@ def complete_config(config: Mapping) -> dict:
             raise UserError(
                 f"data config: rates={rates!r} must be null or task names with numbers"
             ) from error
-    chosen_tasks(complete["mixture"], complete["rates"])
+    if not isinstance(complete["pairs"], str | os.PathLike):
+        raise UserError(f"data config: pairs={complete['pairs']!r} must be the path of a folder")
+    complete["pairs"] = str(complete["pairs"])
+    if complete["pairs"]:
+        check_rates(complete["rates"], pair_sources(complete["pairs"]), complete["pairs"])
+    else:
+        chosen_tasks(complete["mixture"], complete["rates"])
     return complete
 
 
@@ -99,16 +103,27 @@ def chosen_tasks(mixture: str, rates: Mapping[str, float] | None) -> dict[str, s
     if mixture not in MIXTURES:
         raise UserError(f"unknown mixture {mixture!r}; known: {', '.join(MIXTURES)}")
     tasks = MIXTURES[mixture]
+    check_rates(rates, list(tasks), mixture)
+    return {task: config for task, config in tasks.items() if rates is None or task in rates}
+
+
+def pair_sources(folder: str | os.PathLike) -> list[str]:
+    """The sources of a prepared folder of pairs, in the order of its rows."""
+    groups = read_manifest(Path(folder))["groups"]
+    return list(dict.fromkeys(group["source"] for group in groups))
+
+
+def check_rates(rates: Mapping[str, float] | None, tasks: list[str], name: str) -> None:
+    """Raises `UserError` for an unknown task, no task at all, or a rate that is not positive."""
     if rates is None:
-        return dict(tasks)
+        return
     for task, rate in rates.items():
         if task not in tasks:
-            raise UserError(f"rates: unknown task {task!r}; {mixture} has {', '.join(tasks)}")
+            raise UserError(f"rates: unknown task {task!r}; {name} has {', '.join(tasks)}")
         if not 0 < rate < float("inf"):
             raise UserError(f"rates: {task} has rate {rate}; leave it out to exclude it")
     if not rates:
-        raise UserError(f"rates: name at least one task of {mixture}: {', '.join(tasks)}")
-    return {task: config for task, config in tasks.items() if task in rates}
+        raise UserError(f"rates: name at least one task of {name}: {', '.join(tasks)}")
 
 
 def vocabulary_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
@@ -128,12 +143,8 @@ def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
       UserError: bad config, or the file of a `{"kind": "file"}` vocabulary does not exist.
     """
     complete = complete_config(config)
-    key = {
-        **complete,
-        "vocabulary": _vocabulary_key(complete),
-        "sources": source_checksums(),
-        "versions": [PREPARATION_VERSION, BUILDER_VERSION],
-    }
+    key = {**complete, "vocabulary": _vocabulary_key(complete), **_origin(complete)}
+    del key["mixture" if complete["pairs"] else "pairs"]
     return Path(data_dir) / "tokens" / canonical_hash(key)[:16]
 
 
@@ -151,12 +162,16 @@ def _vocabulary_key(complete: dict) -> dict:
             raise UserError(f"data config: vocabulary file {path} does not exist")
         return {"kind": "file", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     # Trained on all tasks of the mixture, so that runs with other rates share it.
-    return {
-        **vocabulary,
-        "mixture": complete["mixture"],
-        "sources": source_checksums(),
-        "versions": [PREPARATION_VERSION, BUILDER_VERSION],
-    }
+    mixture = {} if complete["pairs"] else {"mixture": complete["mixture"]}
+    return {**vocabulary, **mixture, **_origin(complete)}
+
+
+def _origin(complete: dict) -> dict:
+    """What the texts are: the content of a folder of pairs, or the pinned wheels."""
+    if complete["pairs"]:
+        content = read_manifest(Path(complete["pairs"]))["content_hash"]
+        return {"pairs": content, "versions": [PREPARATION_VERSION]}
+    return {"sources": source_checksums(), "versions": [PREPARATION_VERSION, BUILDER_VERSION]}
 
 
 def describe_spec_difference(old: Mapping, new: Mapping) -> str:

@@ -1,7 +1,9 @@
-"""From nothing to a token store: fetch and build the pairs, make a vocabulary, tokenise, store.
+"""From nothing, or a folder of pairs, to a token store: get the pairs, make a vocabulary, tokenise.
 
     python -m moe_embed_jax.data.prepare --data_dir=DIR [--wheels_dir=DIR] \\
         --config_json='{"vocabulary": {"kind": "train", "size": 16384}, "document_length": 128}'
+
+The pairs are those of the default wheels, or of a prepared folder ("pairs": DIR in the config).
 
 Every part is cached by what it depends on: a second call finds the token store and returns without
 importing TensorFlow. The training process runs this as a process of its own.
@@ -25,11 +27,14 @@ from moe_embed_jax.data.builders import package_texts, statistics
 from moe_embed_jax.data.data_spec import (
     MIXTURES,
     complete_config,
+    pair_sources,
     planned_store_path,
     source_checksums,
     token_store_path,
     vocabulary_path,
 )
+from moe_embed_jax.data.pairs import PairFolder
+from moe_embed_jax.data.token_records import Negatives
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.tokenizer_json import open_vocabulary
 from moe_embed_jax.data.vocabulary import (
@@ -66,8 +71,11 @@ def prepare(
         return folder
     seconds = {}
     start = time.monotonic()
-    package_texts.prepare(data_dir, wheels_dir=wheels_dir)
-    retrieval_sets.prepare(data_dir)
+    if config["pairs"]:
+        PairFolder(config["pairs"]).verify()
+    else:
+        package_texts.prepare(data_dir, wheels_dir=wheels_dir)
+        retrieval_sets.prepare(data_dir)
     seconds["pairs"] = time.monotonic() - start
     with package_texts.preparation_lock(data_dir):
         if _is_prepared(config, data_dir):  # by another process, while this one waited
@@ -87,10 +95,11 @@ def prepare(
 
 
 def _is_prepared(config: dict, data_dir: Path) -> bool:
+    held_out = data_dir / retrieval_sets.FOLDER / statistics.FILE_NAME
     return (
         token_store_path(config, data_dir) is not None
         and vocabulary_path(config, data_dir).is_file()
-        and (data_dir / retrieval_sets.FOLDER / statistics.FILE_NAME).is_file()
+        and (bool(config["pairs"]) or held_out.is_file())
     )
 
 
@@ -127,15 +136,21 @@ def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
         return vocabulary
     size = config["vocabulary"]["size"]
     print(f"data: training a vocabulary of {size} ids")
-    return train_vocabulary(_training_texts(config["mixture"], data_dir), path, size)
+    return train_vocabulary(_training_texts(config, data_dir), path, size)
 
 
-def _training_texts(mixture: str, data_dir: Path) -> Iterator[str]:
-    """Every training text of the mixture."""
+def _training_texts(config: dict, data_dir: Path) -> Iterator[str]:
+    """Every query and document of the mixture, or of the folder of pairs."""
     tasks = _import_tasks()
 
-    for task, builder_config in MIXTURES[mixture].items():
-        for batch in tasks.PairSource(data_dir, task, builder_config).read_batches("train"):
+    if config["pairs"]:
+        folder = PairFolder(config["pairs"])
+        sources = [tasks.FolderSource(folder, name) for name in pair_sources(folder.folder)]
+    else:
+        mixture = MIXTURES[config["mixture"]]
+        sources = [tasks.PairSource(data_dir, task, name) for task, name in mixture.items()]
+    for source in sources:
+        for batch in source.read_batches("train"):
             for name in ("query", "document"):
                 yield from (text.decode("utf-8", errors="replace") for text in batch[name])
 
@@ -147,21 +162,21 @@ def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: P
     """Runs the seqio tasks on the train split into a token store; returns its statistics."""
     tasks = _import_tasks()
 
-    mixture = tasks.register(
-        data_dir,
-        vocabulary,
-        config["query_length"],
-        config["document_length"],
-        config["rates"],
-        config["mixture"],
-    )
+    lengths = (config["query_length"], config["document_length"])
+    if config["pairs"]:
+        folder_of_pairs = PairFolder(config["pairs"])
+        mixture = tasks.register_pairs(folder_of_pairs, vocabulary, *lengths, config["rates"])
+        origin = {"pairs": folder_of_pairs.content_hash}
+    else:
+        name = config["mixture"]
+        mixture = tasks.register(data_dir, vocabulary, *lengths, config["rates"], name)
+        origin = {"mixture": name, "source_checksums": source_checksums()}
     spec = {
-        "mixture": config["mixture"],
+        **origin,
         "vocabulary": {"sha256": vocabulary.content_hash, "size": vocabulary.size},
         "query_length": config["query_length"],
         "document_length": config["document_length"],
         "prefixes": [QUERY_PREFIX, DOCUMENT_PREFIX],
-        "source_checksums": source_checksums(),
     }
     # A text that adds nothing to its prefix is empty for the model, whatever it looks like.
     empty = np.array([len(vocabulary.encode(prefix)) + 2 for prefix in spec["prefixes"]])
@@ -196,12 +211,15 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
     names = list(groups)
     dropped: dict[str, dict] = {}
     kept_lengths = []
+    hard = {"texts": 0, "tokens": 0}
     position = 0
     group = -1
     title = f"tokenise {task.name}"
     with tqdm.tqdm(total=len(expected), desc=title, unit=" pairs", mininterval=0.5) as bar:
         for batch in tasks.read_tokens(task, "train"):
-            rows, ids, lengths, content = _arrays(batch)
+            rows, ids, lengths, content, negatives = _arrays(batch)
+            if negatives is not None:
+                negatives = negatives.longer_than(empty[1])
             if not np.array_equal(rows, expected[position : position + len(rows)]):
                 raise RuntimeError(f"{task.name}: tf.data returned rows in another order")
             keep = (lengths > empty).all(axis=1)
@@ -212,7 +230,11 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
                     writer.start_group(task.name, names[group], rate)
                 chosen = keep & (group_of_row == group)
                 tokens = [ids[i][np.repeat(chosen, lengths[:, i])] for i in range(lengths.shape[1])]
-                writer.write_batch(tokens, lengths[chosen], content[chosen])
+                own = None if negatives is None else negatives.of_rows(chosen)
+                writer.write_batch(tokens, lengths[chosen], content[chosen], own)
+                if own is not None:
+                    hard["texts"] += len(own.lengths)
+                    hard["tokens"] += int(own.lengths.sum())
                 _count_dropped(dropped, names[group], rows[(group_of_row == group) & ~keep])
             kept_lengths.append(lengths[keep])
             position += len(rows)
@@ -223,16 +245,29 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
         "languages": len(groups),
         "rate": rate,
         "empty": dropped,
+        **({"negatives": hard} if hard["texts"] else {}),
     }
 
 
-def _arrays(batch: Mapping) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray]:
-    """Row numbers [N], tokens (query, document), lengths [N, 2] and content ids [N, 2, 2]."""
+def _arrays(
+    batch: Mapping,
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray, Negatives | None]:
+    """Row numbers [n], tokens (query, document), lengths [n, 2], content ids [n, 2, 2], and hard
+    negatives where the source has them."""
     names = ("query", "document")
     ids = [batch[name].flat_values.numpy() for name in names]
     lengths = np.stack([np.diff(batch[name].row_splits.numpy()) for name in names], axis=1)
     content = np.stack([content_ids(batch[f"{name}_text"].numpy()) for name in names], axis=1)
-    return batch["row"].numpy(), ids, lengths, content
+    negatives = None
+    if "negatives" in batch:
+        tokens, texts = batch["negatives"], batch["negatives_text"]
+        negatives = Negatives(
+            tokens.flat_values.numpy(),
+            np.diff(tokens.values.row_splits.numpy()),
+            content_ids(texts.flat_values.numpy()),
+            np.diff(texts.row_splits.numpy()),
+        )
+    return batch["row"].numpy(), ids, lengths, content, negatives
 
 
 def _count_dropped(dropped: dict[str, dict], language: str, rows: np.ndarray) -> None:
@@ -281,6 +316,11 @@ def format_statistics(tasks: Mapping[str, dict]) -> str:
             )
             head = " " * len(head)
     for task, entry in tasks.items():
+        if hard := entry.get("negatives"):
+            lines.append(
+                f"hard negatives of {task}: {hard['texts']:,} "
+                f"({hard['texts'] / entry['pairs']:.1f} per pair), {hard['tokens']:,} tokens"
+            )
         for language, found in entry["empty"].items():
             rows = ", ".join(map(str, found["rows"]))
             lines.append(

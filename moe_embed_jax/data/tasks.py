@@ -15,12 +15,13 @@ import seqio
 import tensorflow as tf
 
 from moe_embed_jax.data.builders import package_texts
-from moe_embed_jax.data.data_spec import chosen_tasks
+from moe_embed_jax.data.data_spec import check_rates, chosen_tasks
+from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.seqio_vocabulary import SeqioVocabulary
 from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary, clean_text
 from moe_embed_jax.errors import UserError
 
-PREFIXES = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
+PREFIXES = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX, "negatives": DOCUMENT_PREFIX}
 ROWS_PER_READ = 1024
 _TEXT_FEATURES = ("query", "document", "language")
 
@@ -36,18 +37,21 @@ class PairSource(seqio.FunctionDataSource):
     """
 
     def __init__(self, data_dir: str | os.PathLike, task: str, config: str):
-        self.failure: UserError | None = None
-        self._sources = {}
-        self.groups: dict[str, dict[str, tuple[int, int]]] = {}
+        sources, groups = {}, {}
         for split in ("train", "test"):
-            source, groups = package_texts.open_split(data_dir, config, split)
-            self._sources[split] = source
+            sources[split], found = package_texts.open_split(data_dir, config, split)
             own = {
                 name.split("/", 1)[1]: tuple(bounds)
-                for name, bounds in groups.items()
+                for name, bounds in found.items()
                 if name.split("/", 1)[0] == task
             }
-            self.groups[split] = dict(sorted(own.items(), key=lambda item: item[1]))
+            groups[split] = dict(sorted(own.items(), key=lambda item: item[1]))
+        self._open(sources, groups)
+
+    def _open(self, sources: Mapping, groups: dict[str, dict[str, tuple[int, int]]]) -> None:
+        self.failure: UserError | None = None
+        self._sources = sources
+        self.groups = groups
         super().__init__(
             dataset_fn=self._dataset,
             splits=tuple(self.groups),
@@ -63,79 +67,132 @@ class PairSource(seqio.FunctionDataSource):
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # The order is the batch schedule's business.
-        text = tf.TensorSpec([None], tf.string)
-        signature = {name: text for name in _TEXT_FEATURES}
-        signature["row"] = tf.TensorSpec([None], tf.int64)
-        # One Python call per batch of rows: per row it would cost more than the tokenising.
-        batches = tf.data.Dataset.from_generator(
-            lambda: self.read_batches(split), output_signature=signature
-        )
-        return batches.unbatch()
+        return self.dataset_of_batches(split, ROWS_PER_READ).unbatch()
 
-    def read_batches(self, split: str) -> Iterator[dict[str, np.ndarray]]:
+    def dataset_of_batches(self, split: str, batch_size: int) -> tf.data.Dataset:
+        """The rows in batches of at most `batch_size`, several times faster than one by one."""
+        # One Python call per batch of rows: per row it would cost more than the tokenising.
+        return tf.data.Dataset.from_generator(
+            lambda: self.read_batches(split, batch_size), output_signature=self._signature()
+        )
+
+    def _signature(self) -> dict[str, tf.TypeSpec]:
+        text = tf.TensorSpec([None], tf.string)
+        return {
+            **{name: text for name in _TEXT_FEATURES},
+            "row": tf.TensorSpec([None], tf.int64),
+        }
+
+    def read_batches(
+        self, split: str, batch_size: int = ROWS_PER_READ
+    ) -> Iterator[dict[str, np.ndarray]]:
         """The rows in order, in batches that never mix languages: arrays of bytes and of int64."""
         for start, stop in self.groups[split].values():
-            for first in range(start, stop, ROWS_PER_READ):
-                rows = np.arange(first, min(first + ROWS_PER_READ, stop))
+            for first in range(start, stop, batch_size):
+                rows = np.arange(first, min(first + batch_size, stop))
                 try:
-                    texts = _read_texts(self._sources[split], rows)
+                    texts = self._read(self._sources[split], rows)
                 except UserError as error:
                     self.failure = error
                     raise
                 yield {**texts, "row": rows}
 
+    def _read(self, source: Sequence, rows: np.ndarray) -> dict:
+        """The text features of `rows` as object arrays of UTF-8 bytes."""
+        if records := getattr(source, "data_source", None):
+            # Records are tf.train.Examples; one by one in Python they take ten times as long.
+            features = {name: tf.io.FixedLenFeature([], tf.string) for name in _TEXT_FEATURES}
+            try:
+                parsed = tf.io.parse_example(records.__getitems__(rows.tolist()), features)
+                return {name: tensor.numpy() for name, tensor in parsed.items()}
+            except tf.errors.InvalidArgumentError:
+                pass  # Damaged: reading it again, row by row, names the record.
+        found = [source[row] for row in rows.tolist()]
+        return {
+            name: np.array([clean_text(row[name]).encode() for row in found], dtype=object)
+            for name in _TEXT_FEATURES
+        }
 
-def _read_texts(source: Sequence, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The text features of `rows` as object arrays of UTF-8 bytes."""
-    if records := getattr(source, "data_source", None):
-        # Records are tf.train.Examples; one by one in Python they take ten times as long.
+
+class FolderSource(PairSource):
+    """The rows of one source of a prepared folder: as `PairSource`, and `negatives`, ragged.
+
+    Its only split is "train".
+    """
+
+    def __init__(self, folder: PairFolder, source: str):
+        groups = {
+            language: rows for (name, language), rows in folder.groups.items() if name == source
+        }
+        self._open({"train": folder}, {"train": groups})
+
+    def _signature(self) -> dict[str, tf.TypeSpec]:
+        negatives = tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)
+        return {**super()._signature(), "negatives": negatives}
+
+    def _read(self, source: PairFolder, rows: np.ndarray) -> dict:
         features = {name: tf.io.FixedLenFeature([], tf.string) for name in _TEXT_FEATURES}
+        features["negatives"] = tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)
         try:
-            parsed = tf.io.parse_example(records.__getitems__(rows.tolist()), features)
-            return {name: tensor.numpy() for name, tensor in parsed.items()}
+            parsed = tf.io.parse_example(source.data_source.__getitems__(rows), features)
         except tf.errors.InvalidArgumentError:
-            pass  # Damaged: reading it again, row by row, names the record.
-    found = [source[row] for row in rows.tolist()]
-    return {
-        name: np.array([clean_text(row[name]).encode() for row in found], dtype=object)
-        for name in _TEXT_FEATURES
-    }
+            source.read(rows)  # names the damaged record
+            raise
+        negatives = parsed.pop("negatives")
+        return {**{name: tensor.numpy() for name, tensor in parsed.items()}, "negatives": negatives}
 
 
 # ---- Preprocessors: datasets of rows or of batches of rows in, the same out ----------------------
 
 
 def keep_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Valid UTF-8 in `query` and `document`, kept as `query_text` and `document_text`."""
+    """Valid UTF-8 in `query` and `document`, kept as `query_text` and `document_text`.
+
+    Here and below the same for `negatives`, where a source has them.
+    """
+
+    def valid(text):
+        return tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
 
     def keep(row: dict) -> dict:
-        valid = {
-            name: tf.strings.unicode_transcode(row[name], "UTF-8", "UTF-8", errors="replace")
-            for name in PREFIXES
+        texts = {
+            name: tf.ragged.map_flat_values(valid, row[name]) for name in PREFIXES if name in row
         }
-        return {**row, **valid, **{f"{name}_text": text for name, text in valid.items()}}
+        return {**row, **texts, **{f"{name}_text": text for name, text in texts.items()}}
 
     return _map(dataset, keep)
 
 
 def add_prefixes(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """`search_query: ` before the query, `search_document: ` before the document."""
-    return _map(
-        dataset,
-        lambda row: {**row, **{name: prefix + row[name] for name, prefix in PREFIXES.items()}},
-    )
+
+    def add(row: dict) -> dict:
+        prefixed = {
+            name: tf.ragged.map_flat_values(lambda text, prefix=prefix: prefix + text, row[name])
+            for name, prefix in PREFIXES.items()
+            if name in row
+        }
+        return {**row, **prefixed}
+
+    return _map(dataset, add)
 
 
 def tokenize(
     dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
 ) -> tf.data.Dataset:
     """Strings to token ids, without <s> and </s>."""
+
+    def encode(vocabulary, text):
+        if isinstance(text, tf.RaggedTensor):
+            return text.with_values(vocabulary.encode_tf(text.values))
+        return vocabulary.encode_tf(text)
+
     return _map(
         dataset,
         lambda row: {
             **row,
             **{
-                name: feature.vocabulary.encode_tf(row[name])
+                name: encode(feature.vocabulary, row[name])
                 for name, feature in output_features.items()
             },
         },
@@ -151,19 +208,22 @@ class TruncateAndAddSpecials:
     def __call__(
         self, dataset: tf.data.Dataset, output_features: Mapping[str, seqio.Feature]
     ) -> tf.data.Dataset:
-        def finish(row: dict) -> dict:
-            finished = {}
-            for name, feature in output_features.items():
-                ids = row[name][..., : self._max_lengths[name] - 2]
-                specials = (feature.vocabulary.bos_id, feature.vocabulary.eos_id)
-                if isinstance(ids, tf.RaggedTensor):
-                    bos, eos = (tf.fill([ids.nrows(), 1], i) for i in specials)
-                else:
-                    bos, eos = (tf.constant([i], dtype=ids.dtype) for i in specials)
-                finished[name] = tf.concat([bos, ids, eos], axis=-1)
-            return {**row, **finished}
+        def finish(ids, name: str):
+            if isinstance(ids, tf.RaggedTensor) and ids.ragged_rank > 1:
+                return ids.with_values(finish(ids.values, name))
+            vocabulary = output_features[name].vocabulary
+            ids = ids[..., : self._max_lengths[name] - 2]
+            specials = (vocabulary.bos_id, vocabulary.eos_id)
+            if isinstance(ids, tf.RaggedTensor):
+                bos, eos = (tf.fill([ids.nrows(), 1], i) for i in specials)
+            else:
+                bos, eos = (tf.constant([i], dtype=ids.dtype) for i in specials)
+            return tf.concat([bos, ids, eos], axis=-1)
 
-        return _map(dataset, finish)
+        return _map(
+            dataset,
+            lambda row: {**row, **{name: finish(row[name], name) for name in output_features}},
+        )
 
 
 def _map(dataset: tf.data.Dataset, function) -> tf.data.Dataset:
@@ -196,14 +256,52 @@ def register(
       The seqio Mixture; each task's `source` is a `PairSource`.
     """
     configs = chosen_tasks(mixture, rates)
-    max_lengths = {"query": query_length, "document": document_length}
-    features = {
-        name: seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True, dtype=tf.int32)
-        for name in PREFIXES
+    sources = {task: PairSource(data_dir, task, config) for task, config in configs.items()}
+    return _register(mixture, sources, vocabulary, query_length, document_length, rates)
+
+
+def register_pairs(
+    folder: PairFolder,
+    vocabulary: Vocabulary,
+    query_length: int,
+    document_length: int,
+    rates: Mapping[str, float] | None = None,
+) -> seqio.Mixture:
+    """`register` for a prepared folder: every source of it is a task, of the mixture "pairs".
+
+    Negatives are tokenised as documents are.
+    """
+    names = list(dict.fromkeys(name for name, _ in folder.groups))
+    check_rates(rates, names, str(folder.folder))
+    chosen = [name for name in names if rates is None or name in rates]
+    sources = {name: FolderSource(folder, name) for name in chosen}
+    return _register("pairs", sources, vocabulary, query_length, document_length, rates)
+
+
+def _register(
+    mixture: str,
+    sources: Mapping[str, PairSource],
+    vocabulary: Vocabulary,
+    query_length: int,
+    document_length: int,
+    rates: Mapping[str, float] | None,
+) -> seqio.Mixture:
+    max_lengths = {
+        "query": query_length,
+        "document": document_length,
+        "negatives": document_length,
     }
     weights = {}
-    for task, config in configs.items():
-        source = PairSource(data_dir, task, config)
+    for task, source in sources.items():
+        names = ("query", "document")
+        features = {
+            name: seqio.Feature(SeqioVocabulary(vocabulary), add_eos=True, dtype=tf.int32)
+            for name in names
+        }
+        if isinstance(source, FolderSource):
+            features["negatives"] = seqio.Feature(
+                SeqioVocabulary(vocabulary), add_eos=True, dtype=tf.int32, rank=2
+            )
         seqio.TaskRegistry.remove(task)
         seqio.TaskRegistry.add(
             task,
@@ -213,7 +311,7 @@ def register(
         )
         rows = source.num_input_examples("train")
         if not rows:
-            raise UserError(f"task {task} has no training rows in {data_dir}: prepare it again")
+            raise UserError(f"task {task} has no training rows: prepare its data again")
         weights[task] = float(rows if rates is None else rates[task])
     seqio.MixtureRegistry.remove(mixture)
     return seqio.MixtureRegistry.add(mixture, list(weights.items()))
@@ -229,9 +327,9 @@ def read_tokens(
     Raises:
       UserError: a record is damaged.
     """
-    rows = task.source.get_dataset(split=split, shuffle=False).batch(batch_size)
+    batches = task.source.dataset_of_batches(split, batch_size)
     try:
-        yield from task.preprocess_postcache(rows, sequence_length=None).prefetch(2)
+        yield from task.preprocess_postcache(batches, sequence_length=None).prefetch(2)
     except tf.errors.OpError as error:
         # tf.data turns what a generator raises into pages of its own.
         if task.source.failure is not None:

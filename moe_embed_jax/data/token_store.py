@@ -1,15 +1,21 @@
 """The tokenised data of one (mixture, vocabulary, lengths): what the training process reads.
 
 A folder of ArrayRecord shards for the tokens, two small index arrays, and `spec.json`. Reading is
-random access and never imports TensorFlow. Preparation writes a store once, atomically; from then
-on it does not change, and its `spec["hash"]` stands for every token in it.
+random access and never imports TensorFlow. A store is written once, atomically; from then on it
+does not change, and its `spec["hash"]` stands for every token in it.
 
     shard-00000-of-00008.array_record    one record per row (a pair)
     lengths.npy       int32 [rows, 2]    tokens of the query and of the document, <s> </s> included
     content_ids.npy   int32 [rows, 2, 2] 64-bit content hashes of query and document (two int32)
     spec.json         what is in here, see `TokenStoreWriter`
 
-A record is little-endian: uint32 magic, uint32 n, uint32 lengths[n], int32 tokens[sum(lengths)].
+and where rows have hard negatives, J in all, those of the first row first:
+
+    negative_starts.npy    int64 [rows + 1] where those of a row begin; the last is J
+    negative_lengths.npy   int32 [J]
+    negative_ids.npy       int32 [J, 2]     content hashes
+
+Records: `token_records`.
 """
 
 import hashlib
@@ -23,87 +29,24 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from moe_embed_jax.data.data_spec import (
-    canonical_hash,
-    describe_spec_difference,
-    planned_store_path,
-    token_store_path,
-    vocabulary_path,
+from moe_embed_jax.data.hashes import canonical_hash
+from moe_embed_jax.data.token_records import (
+    FORMAT,
+    Negatives,
+    decode_record,
+    encode_records,
+    no_negatives,
 )
 from moe_embed_jax.errors import UserError
 
-__all__ = [
-    "TokenStore",
-    "TokenStoreWriter",
-    "decode_record",
-    "describe_spec_difference",
-    "encode_record",
-    "encode_records",
-    "planned_store_path",
-    "token_store_path",
-    "vocabulary_path",
-]
-
-FORMAT = 1
-MAGIC = 0x4D454A00 | FORMAT  # "MEJ" and the format number
+INDEX = ("lengths", "content_ids")
+NEGATIVE_INDEX = {"negative_starts": "<i8", "negative_lengths": "<i4", "negative_ids": "<i4"}
 ROWS_PER_SHARD = 65536
 # 16 records per compressed chunk halve the size of one; a random batch of 256 takes 3 ms.
 WRITER_OPTIONS = "group_size:16"
 # Read-ahead is for sequential reading; a batch is random access.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 REMEDY = "delete {folder} and prepare the data again"
-
-
-def encode_record(sequences: Sequence[np.ndarray]) -> bytes:
-    """One record from int token sequences."""
-    header = np.array([MAGIC, len(sequences), *(len(s) for s in sequences)], dtype="<u4")
-    return header.tobytes() + b"".join(np.asarray(s).astype("<i4").tobytes() for s in sequences)
-
-
-def encode_records(ids: Sequence[np.ndarray], lengths: np.ndarray) -> list[bytes]:
-    """`encode_record` of N rows at once; arguments as in `TokenStoreWriter.write_batch`."""
-    count, texts = lengths.shape
-    ends = np.cumsum(2 + texts + lengths.sum(axis=1))
-    starts = ends - (2 + texts + lengths.sum(axis=1))
-    words = np.empty(ends[-1] if count else 0, dtype="<i4")
-    words[starts] = MAGIC
-    words[starts + 1] = texts
-    places = starts + 2 + texts
-    for text in range(texts):
-        length = lengths[:, text]
-        words[starts + 2 + text] = length
-        # Token i of a row's text goes to `places` + i; `ids` counts i over all rows.
-        before = np.cumsum(length) - length
-        words[np.repeat(places - before, length) + np.arange(len(ids[text]))] = ids[text]
-        places = places + length
-    data = words.tobytes()
-    return [
-        data[start:end]
-        for start, end in zip((4 * starts).tolist(), (4 * ends).tolist(), strict=True)
-    ]
-
-
-def decode_record(record: bytes) -> list[np.ndarray]:
-    """The int32 sequences of a record.
-
-    Raises:
-      ValueError: says what is wrong with the bytes.
-    """
-    if len(record) < 8 or len(record) % 4:
-        raise ValueError(f"{len(record)} bytes cannot be a record")
-    words = np.frombuffer(record, dtype="<i4")
-    magic, count = int(words[0]), int(words[1])
-    if magic != MAGIC:
-        raise ValueError(f"it starts with {magic:#x} instead of {MAGIC:#x}")
-    ends = 2 + count + np.cumsum(words[2 : 2 + count])
-    if (
-        count < 1
-        or len(words) < 2 + count
-        or ends[-1] != len(words)
-        or (words[2:][:count] < 0).any()
-    ):
-        raise ValueError(f"its {len(words)} words do not match its header")
-    return np.split(words[2 + count :].astype(np.int32, copy=False), ends[:-1] - 2 - count)
 
 
 class TokenStoreWriter:
@@ -132,6 +75,7 @@ class TokenStoreWriter:
         self.rows = 0
         self._lengths: list[np.ndarray] = []
         self._content_ids: list[np.ndarray] = []
+        self._negatives: list[Negatives] = []
         self._records_sha256 = hashlib.sha256()
         self._shards: list[Path] = []
         self._writer: ArrayRecordWriter | None = None
@@ -157,26 +101,41 @@ class TokenStoreWriter:
         )
 
     def write(self, sequences: Sequence[np.ndarray], content_ids: np.ndarray) -> None:
-        """Appends a row: one int token sequence and one int32 [2] content id per text."""
-        lengths = np.array([[len(sequence) for sequence in sequences]], dtype=np.int64)
-        self._append([encode_record(sequences)], lengths, np.asarray(content_ids)[np.newaxis])
+        """Appends a row: query, document and its hard negatives, if any.
+
+        One int token sequence and one int32 [2] content id per text.
+        """
+        ids = [np.asarray(sequence, np.int32) for sequence in sequences]
+        sizes = np.array([len(sequence) for sequence in ids], np.int64)
+        content_ids = np.asarray(content_ids)
+        negatives = Negatives(
+            np.concatenate([np.zeros(0, np.int32), *ids[2:]]),
+            sizes[2:],
+            content_ids[2:],
+            np.array([len(ids) - 2]),
+        )
+        self.write_batch(ids[:2], sizes[np.newaxis, :2], content_ids[np.newaxis, :2], negatives)
 
     def write_batch(
-        self, ids: Sequence[np.ndarray], lengths: np.ndarray, content_ids: np.ndarray
+        self,
+        ids: Sequence[np.ndarray],
+        lengths: np.ndarray,
+        content_ids: np.ndarray,
+        negatives: Negatives | None = None,
     ) -> None:
-        """Appends N rows of S texts each, the same as N calls of `write` and much faster.
+        """Appends n rows, the same as n calls of `write` and much faster.
 
         Args:
-          ids: S arrays; the tokens of all first texts one after the other, of all second, ...
-          lengths: [N, S] how many tokens belong to each text.
-          content_ids: int32 [N, S, 2].
+          ids: two arrays; the tokens of all queries one after the other, of all documents.
+          lengths: [n, 2] how many tokens belong to each text.
+          content_ids: int32 [n, 2, 2].
+          negatives: of these rows; None: they have none.
         """
-        self._append(encode_records(ids, lengths), lengths, content_ids)
-
-    def _append(self, records: list[bytes], lengths: np.ndarray, content_ids: np.ndarray) -> None:
         if not self._groups:
             raise RuntimeError("call start_group before write")
-        for record in records:
+        if negatives is None:
+            negatives = no_negatives(len(lengths))
+        for record in encode_records(ids, lengths, negatives):
             if self.rows % self._rows_per_shard == 0:
                 self._open_shard()
             self._writer.write(record)
@@ -184,6 +143,7 @@ class TokenStoreWriter:
             self.rows += 1
         self._lengths.append(lengths.astype(np.int32))
         self._content_ids.append(content_ids.astype(np.int32))
+        self._negatives.append(negatives._replace(tokens=np.zeros(0, np.int32)))
 
     def write_json(self, name: str, value: dict) -> None:
         """Stores `value` beside the data; it is no part of the spec or its hash."""
@@ -208,10 +168,9 @@ class TokenStoreWriter:
         self._writer.close()
         for index, shard in enumerate(self._shards):
             shard.rename(self._temporary / _shard_name(index, len(self._shards)))
-        lengths = np.concatenate(self._lengths)
-        content_ids = np.concatenate(self._content_ids)
-        np.save(self._temporary / "lengths.npy", lengths)
-        np.save(self._temporary / "content_ids.npy", content_ids)
+        arrays = self._index_arrays()
+        for name, array in arrays.items():
+            np.save(self._temporary / f"{name}.npy", array)
         spec = {
             **self._spec,
             "format": FORMAT,
@@ -221,8 +180,7 @@ class TokenStoreWriter:
             "groups": [group for group in self._groups if group["stop"] > group["start"]],
             "content": {
                 "records": self._records_sha256.hexdigest(),
-                "lengths": _array_hash(lengths),
-                "content_ids": _array_hash(content_ids),
+                **{name: _array_hash(array) for name, array in arrays.items()},
             },
         }
         spec["hash"] = canonical_hash(spec)
@@ -232,6 +190,19 @@ class TokenStoreWriter:
         if self._folder.exists():
             shutil.rmtree(self._folder)
         self._temporary.rename(self._folder)
+
+    def _index_arrays(self) -> dict[str, np.ndarray]:
+        lengths, content_ids = (np.concatenate(p) for p in (self._lengths, self._content_ids))
+        arrays = {"lengths": lengths, "content_ids": content_ids}
+        counts = np.concatenate([negatives.counts for negatives in self._negatives])
+        if counts.any():  # else the store is what it was before there were any
+            starts = np.concatenate([[0], np.cumsum(counts)])
+            negative_lengths = np.concatenate([n.lengths for n in self._negatives])
+            negative_ids = np.concatenate([n.content_ids for n in self._negatives])
+            values = (starts, negative_lengths, negative_ids)
+            for (name, dtype), value in zip(NEGATIVE_INDEX.items(), values, strict=True):
+                arrays[name] = value.astype(dtype)
+        return arrays
 
 
 class TokenStore:
@@ -243,14 +214,25 @@ class TokenStore:
       groups: `spec["groups"]`: dicts with task, language, start, stop, rate; contiguous rows.
       lengths: int32 [rows, 2] tokens of query and document.
       content_ids: int32 [rows, 2, 2].
+      negative_starts: int64 [rows + 1]: row i has the hard negatives starts[i]..starts[i + 1] - 1.
+      negative_lengths: int32 [J] tokens of every hard negative.
+      negative_ids: int32 [J, 2] content ids of the same.
     """
 
-    def __init__(self, folder: Path, spec: dict, lengths: np.ndarray, content_ids: np.ndarray):
+    def __init__(self, folder: Path, spec: dict, arrays: dict[str, np.ndarray]):
         self.folder = folder
         self.spec = spec
         self.groups: list[dict] = spec["groups"]
-        self.lengths = lengths
-        self.content_ids = content_ids
+        self.lengths = arrays["lengths"]
+        self.content_ids = arrays["content_ids"]
+        none = (
+            np.zeros(len(self) + 1, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros((0, 2), np.int32),
+        )
+        self.negative_starts, self.negative_lengths, self.negative_ids = (
+            arrays.get(name, empty) for name, empty in zip(NEGATIVE_INDEX, none, strict=True)
+        )
         self._paths = [folder / _shard_name(i, spec["shards"]) for i in range(spec["shards"])]
         self._readers: dict[int, ArrayRecordReader] = {}
         # A reader is not documented to be safe for concurrent calls; prefetching makes them.
@@ -265,21 +247,23 @@ class TokenStore:
         """
         folder = Path(folder)
         spec = _read_spec(folder)
-        arrays = []
-        for name in ("lengths", "content_ids"):
+        arrays = {}
+        names = [name for name in (*INDEX, *NEGATIVE_INDEX) if name in spec["content"]]
+        for name in names:
             path = folder / f"{name}.npy"
             try:
                 array = np.load(path)
             except (OSError, ValueError, EOFError) as error:
                 reason = "is missing" if not path.exists() else f"cannot be read ({error})"
                 raise UserError(f"{path} {reason}: {REMEDY.format(folder=folder)}") from error
-            if array.shape[0] != spec["rows"] or _array_hash(array) != spec["content"][name]:
+            is_whole = name not in INDEX or array.shape[0] == spec["rows"]
+            if not is_whole or _array_hash(array) != spec["content"][name]:
                 raise UserError(
                     f"{path} is not the one spec.json was written with: "
                     f"{REMEDY.format(folder=folder)}"
                 )
-            arrays.append(array)
-        store = cls(folder, spec, *arrays)
+            arrays[name] = array
+        store = cls(folder, spec, arrays)
         for index in range(spec["shards"]):
             store._reader(index)
         return store
@@ -288,7 +272,7 @@ class TokenStore:
         return self.spec["rows"]
 
     def read(self, rows: np.ndarray | Iterable[int]) -> list[list[np.ndarray]]:
-        """The token sequences of `rows`, in that order: per row [query, document], int32 each.
+        """The token sequences of `rows`, in that order, int32: [query, document, negatives...].
 
         Raises:
           UserError: a record is damaged (names the file and the record in it), or a row is
@@ -313,7 +297,9 @@ class TokenStore:
     def _decode(self, shard: int, record: int, data: bytes, row: int) -> list[np.ndarray]:
         try:
             sequences = decode_record(data)
-            if [len(s) for s in sequences] != self.lengths[row].tolist():
+            start, stop = self.negative_starts[row : row + 2]
+            expected = [*self.lengths[row].tolist(), *self.negative_lengths[start:stop].tolist()]
+            if [len(s) for s in sequences] != expected:
                 raise ValueError("its lengths differ from lengths.npy")
         except ValueError as error:
             raise self._damaged(shard, record, str(error)) from error
@@ -395,4 +381,5 @@ def _shard_name(index: int, shards: int) -> str:
 
 
 def _array_hash(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array, dtype="<i4").tobytes()).hexdigest()
+    dtype = "<i8" if array.dtype == np.int64 else "<i4"
+    return hashlib.sha256(np.ascontiguousarray(array, dtype=dtype).tobytes()).hexdigest()

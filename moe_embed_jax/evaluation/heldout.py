@@ -7,14 +7,14 @@ from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
 from moe_embed_jax.evaluation.retrieval import evaluate_many
 
 
-def load_heldout(data_dir) -> dict[str, RetrievalSet]:
+def load_heldout(data_dir, is_optional: bool = False) -> dict[str, RetrievalSet]:
     """{"<set>/<language>": set}, sorted by name.
 
-    Raises `UserError` when `data_dir` holds none.
+    Raises `UserError` when `data_dir` holds none, unless `is_optional`.
     """
     root = pathlib.Path(data_dir) / "retrieval"
     folders = sorted(path.parent for path in root.glob("*/*/qrels.tsv.gz"))
-    if not folders:
+    if not folders and not is_optional:
         raise UserError(f"{root} holds no held-out sets: prepare the data again")
     return {folder.relative_to(root).as_posix(): load_beir(folder) for folder in folders}
 

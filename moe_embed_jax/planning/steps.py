@@ -67,7 +67,10 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(step_config, optimizer, mesh)
     rows = load.rows * mesh.size
-    batch = abstract_batch(mesh, config.batch_size, load.chunks, rows, config.data.row_length)
+    data = config.data
+    batch = abstract_batch(
+        mesh, config.batch_size, load.chunks, rows, data.row_length, data.negatives
+    )
     slots = load.chunks * rows * config.data.row_length
     return Step(
         lower=lambda: jit_train_step(step_config, optimizer, mesh).jitted.lower(state, batch),
@@ -121,19 +124,24 @@ def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
 
 
 def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
-    """One block of queries against all documents (`search.knn.top_k`)."""
+    """One block of queries against all documents, which are all on the chips (`search.knn`)."""
     width, count = config.model.width, assumed.documents
-    block = 8192
-    per_device = -(-count // mesh.size)
-    block = min(block, knn._bucket(per_device, knn.SMALLEST_DOCUMENTS))
-    blocks = knn._round_up_blocks(-(-per_device // block))
-    rows = mesh.size * blocks * block
-    queries = jax.ShapeDtypeStruct((knn.QUERY_BLOCK, width), jnp.float32, sharding=replicated(mesh))
-    documents = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=batch_sharding(mesh))
-    walked = math.ceil(per_device / block)
+    layout = knn.document_layout(count, mesh.size, load=None)
+    everywhere = replicated(mesh)
+    queries = jax.ShapeDtypeStruct((knn.QUERY_BLOCK, width), jnp.float32, sharding=everywhere)
+    documents = jax.ShapeDtypeStruct(
+        (layout.rows, width), jnp.float32, sharding=batch_sharding(mesh)
+    )
+    best = tuple(
+        jax.ShapeDtypeStruct((knn.QUERY_BLOCK, assumed.neighbours), dtype, sharding=everywhere)
+        for dtype in (jnp.float32, jnp.int32)
+    )
+    walked = math.ceil(math.ceil(count / mesh.size) / layout.block)
     return Step(
-        lower=lambda: knn._search.lower(queries, documents, count, assumed.neighbours, block, mesh),
-        arguments={"queries": queries, "documents": documents},
+        lower=lambda: knn.search.lower(
+            queries, documents, 0, count, best, layout.block, None, mesh
+        ),
+        arguments={"queries": queries, "documents": documents, "best so far": best},
         rows=knn.QUERY_BLOCK,
         chunks=1,
         model_flops=2.0 * knn.QUERY_BLOCK * count * width,
@@ -145,8 +153,9 @@ def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
         unknown_trips=walked,
         notes=(
             f"{knn.QUERY_BLOCK} queries, {count:,} documents of width {width}, "
-            f"{assumed.neighbours} neighbours; each chip walks {walked} blocks of {block}; float32 "
-            "products cost several bfloat16 ones, so MFU (of bfloat16 peak) cannot come near 100 %",
+            f"{assumed.neighbours} neighbours; each chip walks {walked} blocks of {layout.block}; "
+            "float32 products cost several bfloat16 ones, so MFU (of bfloat16 peak) stays far "
+            "below 100 %",
         ),
     )
 

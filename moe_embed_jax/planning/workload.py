@@ -6,6 +6,7 @@ import pathlib
 
 from moe_embed_jax.data.batches import Batches, in_chunks
 from moe_embed_jax.data.data_spec import token_store_path
+from moe_embed_jax.data.pair_manifest import MANIFEST
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
@@ -58,7 +59,14 @@ def workload(config: RunConfig, mesh, query_tokens: float, document_tokens: floa
             groups, config.batch_size, config.steps, config.seed, data.language_exponent
         )
         batches = Batches(
-            store, schedule, mesh, data.row_length, data.texts_per_row, 0, data.chunk_rows
+            store,
+            schedule,
+            mesh,
+            data.row_length,
+            data.texts_per_row,
+            0,
+            data.chunk_rows,
+            data.negatives,
         )
         needed = batches.mean_tokens / (mesh.size * data.row_length)
         rows = next(bucket for bucket in batches.buckets if bucket >= needed)
@@ -67,8 +75,10 @@ def workload(config: RunConfig, mesh, query_tokens: float, document_tokens: floa
     query_tokens = min(query_tokens, data.query_length)
     document_tokens = min(document_tokens, data.document_length)
     pairs = config.batch_size // mesh.size
-    tokens = pairs * (query_tokens + document_tokens)
-    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), 2 * pairs / data.texts_per_row))
+    documents = 1 + data.negatives
+    tokens = pairs * (query_tokens + documents * document_tokens)
+    texts = pairs * (1 + documents)
+    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), texts / data.texts_per_row))
     source = (
         f"assumed mean lengths of {query_tokens:g} and {document_tokens:g} tokens in rows "
         f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
@@ -80,5 +90,7 @@ def _prepared(config: RunConfig) -> TokenStore | None:
     vocabulary = config.data.vocabulary
     if vocabulary.kind == "file" and not pathlib.Path(vocabulary.path).is_file():
         return None  # the store is named by the content of the file
+    if config.data.pairs and not (pathlib.Path(config.data.pairs) / MANIFEST).is_file():
+        return None  # and by that of the pairs
     path = token_store_path(config.data.preparation(), config.data.dir)
     return None if path is None else TokenStore.open(path)

@@ -65,6 +65,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         config.data.texts_per_row,
         vocabulary.pad_id,
         config.data.chunk_rows,
+        config.data.negatives,
     )
     data_spec = workdir_module.data_spec(store, config)
 
@@ -108,6 +109,8 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         lengths = {"query": config.data.query_length, "document": config.data.document_length}
         embedder = Embedder(config.model, state.params, vocabulary, lengths, mesh)
         scores = judge.evaluate(embedder, step, every_language)
+        if not scores:
+            return
         journal.scalars(step, scores)
         journal.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
         journal.pause()

@@ -39,7 +39,7 @@ def describe_run(config: RunConfig, batches: Batches, mesh: jax.sharding.Mesh) -
             f"batches     {config.batch_size} pairs, {tokens:,.0f} real tokens on average, in "
             f"{batches.row_length}-token rows; row counts per device {batches.buckets}"
             + (f", encoded {batches.chunk_rows} at a time" if batches.chunk_rows else ""),
-            f"negatives   {describe_negatives(config.loss, config.batch_size, negatives=0)}",
+            f"negatives   {describe_negatives(config.loss, config.batch_size, batches.negatives)}",
             f"schedule    {config.steps} steps = {config.steps * config.batch_size:,} pairs = "
             f"{config.steps * config.batch_size / batches.store.lengths.shape[0]:.2f} epochs; "
             f"estimated {_duration(seconds * config.steps)} of training, from one timed matmul "

@@ -68,7 +68,8 @@ def _draw_quality(axes, evaluations: list[dict]) -> None:
     axes.set(title="Held-out retrieval (languages of every evaluation)", xlabel="step")
     axes.set_ylabel("nDCG@10")
     axes.set_ylim(0, 1)
-    axes.legend(fontsize=8)
+    if curves:
+        axes.legend(fontsize=8)
 
 
 def _draw_routing(figure, axes, share_by_language: dict[str, np.ndarray]) -> None:

@@ -26,20 +26,31 @@ ROUTING_TEXTS = 64  # held-out documents per language for the routing map
 
 
 class Judge:
-    """Evaluates one run on the held-out sets of its data; keeps the records in its folder."""
+    """Evaluates one run on the held-out sets of its data; keeps the records in its folder.
+
+    A run on a folder of pairs is judged by the sets that lie in `data.dir`/retrieval, if any.
+    """
 
     def __init__(self, workdir: pathlib.Path, config: RunConfig, start_step: int, is_writer: bool):
         self.workdir = workdir
         self.config = config
         self.is_writer = is_writer
-        self.sets = load_heldout(config.data.dir)
+        is_optional = bool(config.data.pairs)
+        self.sets = load_heldout(config.data.dir, is_optional)
+        if is_writer and not self.sets:
+            print(f"evaluation  none: there are no held-out sets in {config.data.dir}/retrieval")
         self.sampled = sample_languages(self.sets, config.eval_languages)
         self.embedder: Embedder | None = None
         if is_writer:
             keep_steps(workdir / EVALUATIONS_FILE, start_step)
 
     def evaluate(self, embedder: Embedder, step: int, every_language: bool) -> dict[str, float]:
-        """Evaluates now; returns {"ndcg_at_10/<set>": mean over the languages evaluated}."""
+        """Evaluates now; returns {"ndcg_at_10/<set>": mean over the languages evaluated}.
+
+        Empty, and nothing is recorded, where there is nothing to evaluate on.
+        """
+        if not self.sets:
+            return {}
         self.embedder = embedder
         sets = self.sets if every_language else self.sampled
         results = evaluate_heldout(embedder, sets)
@@ -65,23 +76,28 @@ class Judge:
         wait_for_all("report")
 
     def _write(self, routing: dict[str, np.ndarray], searches: list) -> None:
-        complete = [r for r in read_records(self.workdir / EVALUATIONS_FILE) if r["complete"]]
+        evaluations = read_records(self.workdir / EVALUATIONS_FILE) if self.sets else []
+        pictures.draw_report(
+            self.workdir / PICTURE_FILE,
+            read_records(self.workdir / METRICS_FILE),
+            evaluations,
+            routing,
+        )
+        if self.sets:
+            self._write_results(evaluations, searches)
+        print(f"Picture, metrics and checkpoints are in {self.workdir}/")
+
+    def _write_results(self, evaluations: list[dict], searches: list) -> None:
+        complete = [record for record in evaluations if record["complete"]]
         bm25 = {name: evaluate_bm25(each) for name, each in self.sets.items()}
         columns = {"BM25": bm25}
         if complete[0]["step"] == 0:
             columns["untrained"] = complete[0]["sets"]
         columns["trained"] = complete[-1]["sets"]
         save_json(self.workdir / RESULTS_FILE, columns)
-        pictures.draw_report(
-            self.workdir / PICTURE_FILE,
-            read_records(self.workdir / METRICS_FILE),
-            read_records(self.workdir / EVALUATIONS_FILE),
-            routing,
-        )
         console = Console(width=110)
         console.print(self._table(columns))
         _print_searches(console, searches)
-        console.print(f"Picture, metrics and checkpoints are in {self.workdir}/")
 
     def _table(self, columns: dict[str, dict]) -> Table:
         table = Table(title="nDCG@10 on held-out data (no English string of it was trained on)")

@@ -27,6 +27,10 @@ class VocabularyConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     mixture: str = "package_texts"
+    # A folder of pairs made by launch/prepare.py, or by filtering and mining: trained on in place
+    # of `mixture`; its sources are the tasks.
+    pairs: str = ""
+    negatives: int = 0  # hard negatives of a pair, at most: the first of those it has
     dir: str = "runs/data"  # prepared data, shared by runs
     wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
@@ -45,7 +49,7 @@ class DataConfig:
         """What decides the content of the token store (arguments of data.prepare)."""
         key = {"train": "size", "file": "path"}[self.vocabulary.kind]
         return {
-            "mixture": self.mixture,
+            **({"pairs": self.pairs} if self.pairs else {"mixture": self.mixture}),
             "vocabulary": {"kind": self.vocabulary.kind, key: getattr(self.vocabulary, key)},
             "query_length": self.query_length,
             "document_length": self.document_length,
@@ -91,6 +95,11 @@ class RunConfig:
     def __post_init__(self):
         if self.data.chunk_rows < 0:
             raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
+        if self.data.negatives < 0 or (self.data.negatives and not self.data.pairs):
+            raise UserError(
+                f"data.negatives={self.data.negatives}: a number of 1 or more needs data.pairs, a "
+                "folder of pairs with hard negatives; 0 uses none"
+            )
         vocabulary = self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
             raise UserError(

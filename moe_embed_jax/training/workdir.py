@@ -32,7 +32,7 @@ FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows")
+FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs")
 FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
@@ -40,7 +40,7 @@ def _identity(card: dict) -> dict:
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
     data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
     kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
-    # Where the vocabulary lies is free; its content is part of the data spec.
+    # Where vocabulary and pairs lie is free; their content is part of the data spec.
     kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
     return kept
 
@@ -117,6 +117,7 @@ def data_spec(store: TokenStore, config: RunConfig) -> dict:
         "seed": config.seed,
         "language_exponent": config.data.language_exponent,
         "rates": config.data.rates,
+        **({"negatives": config.data.negatives} if config.data.negatives else {}),
     }
 
 

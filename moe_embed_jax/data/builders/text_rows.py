@@ -58,10 +58,10 @@ class Records:
         try:
             records = reader.read(numbers)
         except RuntimeError as error:
-            raise _damaged(path, _first_damaged(reader, numbers), error) from error
+            raise damaged(path, _first_damaged(reader, numbers), error) from error
         if len(records) != len(numbers):
             why = f"{len(records)} records read, {len(numbers)} asked for"
-            raise _damaged(path, None, why)
+            raise damaged(path, None, why)
         return records
 
 
@@ -74,8 +74,8 @@ class TextRows:
       data_source: the same rows undecoded.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self.data_source = Records(paths)
+    def __init__(self, data_source: Records):
+        self.data_source = data_source
 
     def __len__(self) -> int:
         return len(self.data_source)
@@ -105,11 +105,19 @@ class TextRows:
                 for name in ("query", "document", "source", "language")
             }
         except (DecodeError, IndexError, UnicodeDecodeError) as error:
-            raise _damaged(*self.data_source.locate(row), error) from error
+            raise damaged(*self.data_source.locate(row), error) from error
 
 
 def open_rows(folder: Path, prefix: str, length: int) -> TextRows:
-    """The rows of the shards folder/<prefix>.array_record-*; `length` rows are expected."""
+    """`open_records`, decoded."""
+    return TextRows(open_records(folder, prefix, length))
+
+
+def open_records(folder: Path, prefix: str, length: int) -> Records:
+    """The records of the shards folder/<prefix>.array_record-*; `length` of them are expected.
+
+    Raises `UserError` for a missing or damaged shard; names it.
+    """
     paths = sorted(folder.glob(f"{prefix}.array_record-*"))
     matches = [_SHARD.fullmatch(path.name) for path in paths]
     numbers = [int(match[1]) for match in matches if match]
@@ -119,23 +127,23 @@ def open_rows(folder: Path, prefix: str, length: int) -> TextRows:
             f"{folder}/{prefix}.array_record: shards {numbers} of {shards} are there; "
             "delete the folder and prepare again"
         )
-    rows = TextRows(paths)
-    if len(rows) != length:
+    records = Records(paths)
+    if len(records) != length:
         names = ", ".join(str(path) for path in paths)
         raise UserError(
-            f"{names}: {len(rows)} rows, {length} expected: damaged; "
+            f"{names}: {len(records)} rows, {length} expected: damaged; "
             f"delete {folder} and prepare again"
         )
-    return rows
+    return records
 
 
 def _open_reader(path: Path) -> ArrayRecordReader:
     try:
         reader = ArrayRecordReader(str(path), _READER_OPTIONS)
     except (RuntimeError, ValueError) as error:
-        raise _damaged(path, None, error) from error
+        raise damaged(path, None, error) from error
     if not reader.ok():
-        raise _damaged(path, None, "the index at its end cannot be read")
+        raise damaged(path, None, "the index at its end cannot be read")
     return reader
 
 
@@ -148,6 +156,7 @@ def _first_damaged(reader: ArrayRecordReader, numbers: list[int]) -> int | None:
     return None
 
 
-def _damaged(path: Path, record: int | None, why: object) -> UserError:
+def damaged(path: Path, record: int | None, why: object) -> UserError:
+    """The error of a damaged file or record, to be raised."""
     place = f"{path}" if record is None else f"{path}: record {record}"
     return UserError(f"{place}: damaged ({why}); delete {path.parent} and prepare again")

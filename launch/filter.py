@@ -1,0 +1,48 @@
+"""Keeps the consistent pairs of a prepared folder: those whose document is near their query.
+
+    python launch/filter.py --pairs=DIR --teacher=MODEL --output=DIR2 [--k=2] [--chunk=1000000] \\
+        [--margin=0.0] [--query_prompt="query: "] [--document_prompt="passage: "] [--dtype=float16]
+
+Within each source and language a pair is dropped if --k other documents of its chunk score more
+than --margin above its own. The output is a prepared folder, with report.md and report.json.
+
+MODEL: a model folder as for launch/embed.py, or sentence-transformers:NAME (needs the extra
+pytorch). Vectors and neighbours stay in DIR2.work: the same command continues after a kill, and
+another --k or --margin (with another --output moved to its place) costs no embedding. Delete it
+when you are done.
+"""
+
+import pathlib
+import sys
+
+from moe_embed_jax import launching
+
+
+def main():
+    flags = launching.parser(__doc__)
+    launching.add_curation_flags(flags)
+    flags.add_argument("--k", type=int, default=2, help="other documents that may not be nearer")
+    flags.add_argument("--chunk", type=int, default=1_000_000, help="most pairs that compete")
+    flags.add_argument("--margin", type=float, default=0.0, help="by how much they must be nearer")
+    arguments = flags.parse_args()
+
+    from moe_embed_jax.curation.consistency import Rule, filter_pairs
+    from moe_embed_jax.curation.pair_texts import Embedding
+    from moe_embed_jax.curation.teacher import load_teacher
+    from moe_embed_jax.data.pairs import PairFolder
+    from moe_embed_jax.mesh import MeshConfig, make_mesh
+
+    rule = Rule(arguments.k, arguments.chunk, arguments.margin)
+    pairs, output = PairFolder(arguments.pairs), pathlib.Path(arguments.output)
+    launching.check_new(output)
+    mesh = make_mesh(MeshConfig())
+    embedding = Embedding(
+        load_teacher(arguments.teacher, mesh), *launching.prompts(arguments), arguments.dtype
+    )
+    report, _ = filter_pairs(pairs, output, launching.work_folder(output), embedding, rule, mesh)
+    print(report.table())
+    print(f"{output}: {report.total['kept']:,} of {len(pairs):,} pairs; see {output}/report.md")
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run(main))

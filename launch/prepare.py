@@ -1,0 +1,47 @@
+"""Prepares raw text pairs for training: validated, without duplicates, in shards.
+
+    python launch/prepare.py --sources=sources.json --output=pairs [--vocabulary=FILE] \\
+        [--max_bad_share=0.01] [--rows_per_shard=65536] [options of Beam]
+
+sources.json names the raw files and their formats (pairs, triplets, mC4, CC-News, MIRACL, BEIR; in
+JSON lines or Parquet), see docs/curation.md. Bad rows go to OUTPUT/quarantine/<source>.jsonl. The
+same command continues an interrupted preparation. --vocabulary counts tokens with that
+SentencePiece model or tokenizer.json. Every other flag goes to Apache Beam: on this machine
+--direct_num_workers=8 --direct_running_mode=multi_processing, in the cloud
+--runner=DataflowRunner --project=... Read the result with moe_embed_jax.data.pairs.PairFolder, or
+train on it with --config.data.pairs=OUTPUT.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+
+from moe_embed_jax import launching
+from moe_embed_jax.errors import UserError
+
+
+def main():
+    flags = launching.parser(__doc__)
+    flags.add_argument("--sources", required=True, help="JSON file that names the sources")
+    flags.add_argument("--output", required=True, help="folder to make")
+    flags.add_argument("--vocabulary", default="", help="count tokens with this vocabulary")
+    flags.add_argument(
+        "--max_bad_share", type=float, default=0.01, help="of a source's rows; more stop the run"
+    )
+    flags.add_argument("--rows_per_shard", type=int, default=65_536, help="pairs in a shard")
+    arguments, rest = flags.parse_known_args()
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only moves strings here
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("Apache Beam is not installed: pip install -e .[beam]")
+    from moe_embed_jax.data.raw import pipeline, report
+
+    options = pipeline.Options(**vars(arguments), beam=tuple(rest))
+    report.print_manifest(pipeline.prepare(options), arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run(main))

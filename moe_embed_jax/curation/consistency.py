@@ -1,0 +1,211 @@
+"""Consistency filtering: a pair stays if its document is among the nearest of its query.
+
+Nomic Embed v2 (arXiv 2502.07972), and E5 before it: within a chunk of pairs of one
+source and language, a teacher ranks all documents for each query; a pair is kept if its own
+document is among the top k (2). What the rule says exactly is the docstring of `Rule`.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_embed_jax.curation.pair_texts import (
+    READ_AT_ONCE,
+    Embedding,
+    PairTexts,
+    group_folder,
+    pair_scores,
+    progress_bar,
+    read_texts,
+)
+from moe_embed_jax.curation.report import Example, FilterReport
+from moe_embed_jax.data.pairs import PairFolder, PairWriter
+from moe_embed_jax.data.text_files import written_whole
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.search.knn import Documents, top_k
+
+EXAMPLES = 5  # dropped pairs of each group that a report shows
+NEIGHBOURS_FILE = "neighbours.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A pair is kept unless `k` other documents score more than `margin` above its own.
+
+    k: 2 in the paper. margin: of the score; 0 is the paper's rule (a document that scores the same
+    as the own one does not count against it), more keeps more, less than 0 asks the own document
+    to lead. chunk: most pairs whose documents compete; a group is cut into as few equal chunks as
+    that allows, so that no small remainder is judged against a handful of documents, or lost.
+
+    Duplicates of a document (`pair_texts.normal_form`) are one document: a copy of the own document
+    is the own document, and copies of another take one place.
+    """
+
+    k: int = 2
+    chunk: int = 1_000_000
+    margin: float = 0.0
+
+    def __post_init__(self):
+        if self.k < 1 or self.chunk < 1:
+            raise UserError(f"k={self.k} and chunk={self.chunk} must be at least 1")
+        if not np.isfinite(self.margin):
+            raise UserError(f"margin={self.margin} must be a number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """own_P: score of each pair. other_Pk, other_row_Pk: scores and rows of the best k other
+    documents, best first; -inf and -1 where there are fewer.
+    """
+
+    own_P: np.ndarray
+    other_Pk: np.ndarray
+    other_row_Pk: np.ndarray
+
+    def kept(self, margin: float) -> np.ndarray:
+        """bool [P]; see `Rule`."""
+        return self.other_Pk[:, -1] <= self.own_P + np.float32(margin)
+
+
+def chunks(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """[start, stop) as the fewest ranges of at most `most`; their sizes differ by one at most."""
+    count = -(-(stop - start) // most)
+    edges = [start + (stop - start) * i // count for i in range(count + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def find_neighbours(
+    query_ND: np.ndarray,
+    document_ND: Documents,
+    query_row_P: np.ndarray,
+    document_row_P: np.ndarray,
+    k: int,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Neighbours:
+    """The best `k` other documents of P pairs, by exact search.
+
+    Args:
+      query_ND, document_ND: vectors of distinct queries and documents.
+      query_row_P, document_row_P: the pairs.
+    """
+    score_Bk, index_Bk = top_k(query_ND, document_ND, k + 1, mesh)
+    missing = k + 1 - score_Bk.shape[1]
+    score_Bk = np.pad(score_Bk, ((0, 0), (0, missing)), constant_values=-np.inf)
+    index_Bk = np.pad(index_Bk, ((0, 0), (0, missing)), constant_values=-1)
+    score_Pm, row_Pm = score_Bk[query_row_P], index_Bk[query_row_P]
+    is_own_Pm = row_Pm == document_row_P[:, None]
+    # The own document, or else the last of the k + 1, is no other document of interest.
+    left_out_P = np.where(is_own_Pm.any(axis=1), is_own_Pm.argmax(axis=1), k)
+    others_Pm = np.arange(k + 1) != left_out_P[:, None]
+    own_P = pair_scores(query_ND, document_ND, query_row_P, document_row_P)
+    # The search's own number where there is one: sums in another order differ in the last bits.
+    own_P = np.where(is_own_Pm.any(axis=1), score_Pm[~others_Pm], own_P)
+    shape = (len(query_row_P), k)
+    return Neighbours(own_P, score_Pm[others_Pm].reshape(shape), row_Pm[others_Pm].reshape(shape))
+
+
+def filter_pairs(
+    pairs: PairFolder,
+    output: Path,
+    work: Path,
+    embedding: Embedding,
+    rule: Rule,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[FilterReport, np.ndarray]:
+    """Writes the consistent pairs of a prepared folder as another one, with report.md, report.json.
+
+    Args:
+      work: keeps vectors and neighbours of each chunk; the same call continues after a kill.
+        Another k or margin is then cheap; another teacher or other pairs are an error.
+
+    Returns:
+      The report, and bool [rows]: the pairs that were kept.
+
+    Raises:
+      UserError: `output` exists; `work` belongs to other pairs or another teacher; no pair is left.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: choose another folder")
+    about = {
+        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
+        "teacher": embedding.identity(),
+        "rule": dataclasses.asdict(rule),
+    }
+    report = FilterReport(about)
+    keep = np.zeros(len(pairs), bool)
+    with progress_bar(len(pairs), " pairs") as bar:
+        for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):
+            folder = group_folder(work, index, source, language)
+            for number, (first, last) in enumerate(chunks(start, stop, rule.chunk)):
+                texts = read_texts(pairs, first, last)
+                chunk = folder / f"chunk-{number:05d}"
+                found = chunk_neighbours(chunk, texts, embedding, rule, mesh, report.seconds)
+                keep_P = keep[first:last] = found.kept(rule.margin)
+                report.add(source, language, keep_P, _examples(texts, found, keep_P))
+                bar.update(last - first)
+    report.write(work)
+    rows = np.flatnonzero(keep)
+    with PairWriter(output, {"filter": about, "from": pairs.manifest["about"]}) as writer:
+        for begin in range(0, len(rows), READ_AT_ONCE):
+            for row in pairs.read(rows[begin : begin + READ_AT_ONCE]):
+                writer.write(row)
+    report.write(output)
+    return report, keep
+
+
+def chunk_neighbours(
+    folder: Path,
+    texts: PairTexts,
+    embedding: Embedding,
+    rule: Rule,
+    mesh,
+    seconds: dict[str, float],
+) -> Neighbours:
+    """`find_neighbours` of a chunk, from `folder` if it is there; adds to `seconds`."""
+    start = time.monotonic()
+    queries, documents = embedding.embed(folder, texts)
+    embedded = time.monotonic()
+    seconds["embedding"] += embedded - start
+    path = folder / NEIGHBOURS_FILE
+    made_of = json.dumps([rule.k, queries.about, documents.about], sort_keys=True)
+    if path.is_file():
+        with np.load(path) as stored:
+            if str(stored["made_of"]) == made_of:
+                return Neighbours(stored["own"], stored["other"], stored["other_row"])
+    query_ND = queries[:].astype(np.float32, copy=False)
+    found = find_neighbours(
+        query_ND, documents, texts.queries.row, texts.documents.row, rule.k, mesh
+    )
+    seconds["search"] += time.monotonic() - embedded
+    with written_whole(path) as file:
+        np.savez(
+            file,
+            made_of=made_of,
+            own=found.own_P,
+            other=found.other_Pk,
+            other_row=found.other_row_Pk,
+        )
+    return found
+
+
+def _examples(texts: PairTexts, found: Neighbours, keep_P: np.ndarray) -> list[Example]:
+    """Dropped pairs, evenly spread over the chunk."""
+    dropped = np.flatnonzero(~keep_P)
+    chosen = dropped[np.linspace(0, len(dropped) - 1, min(EXAMPLES, len(dropped))).astype(int)]
+    return [
+        Example(
+            query=texts.queries.texts[texts.queries.row[p]],
+            document=texts.documents.texts[texts.documents.row[p]],
+            score=float(found.own_P[p]),
+            others=[
+                (texts.documents.texts[row], float(score))
+                for row, score in zip(found.other_row_Pk[p], found.other_Pk[p], strict=True)
+            ],
+        )
+        for p in chosen
+    ]

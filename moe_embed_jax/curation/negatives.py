@@ -1,0 +1,276 @@
+"""Hard negatives: documents that a teacher ranks high for a query, and that are not its answers.
+
+Positive-aware mining (NV-Retriever, arXiv 2407.15831) as in Nomic Embed v2 (arXiv 2502.07972,
+equation 5): the candidates are the distinct documents of all pairs of a source and language, best
+first by a teacher's score; those that score too close to the positive are taken to be answers that
+nobody marked, and are left out.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_embed_jax.curation.pair_texts import (
+    READ_AT_ONCE,
+    Embedding,
+    PairTexts,
+    group_folder,
+    normal_form,
+    pair_scores,
+    progress_bar,
+    read_texts,
+)
+from moe_embed_jax.curation.report import Example, MiningReport
+from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
+from moe_embed_jax.data.text_files import written_whole
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.search.knn import top_k
+
+QUERIES_AT_ONCE = 16_384  # distinct queries that are searched for and stored together
+EXAMPLES = 5  # queries of each group that a report shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which candidates become negatives.
+
+    A query's candidates are ranked by score; its own documents (of all pairs with this query), and
+    a document that is the query itself, are taken out first. Of the ranks `skip` to `search` - 1
+    the best `count` are taken whose score is below both limits, where s is the lowest score of the
+    query's own documents:
+
+      s - (1 - relative) |s|, that is `relative` x s where s is positive;
+      s - absolute.
+
+    relative=1 and absolute=0 ask for a lower score than the positive; None leaves that limit out.
+    Texts with the same `pair_texts.normal_form` are one query and one document.
+    """
+
+    count: int = 10
+    relative: float | None = 0.95
+    absolute: float | None = None
+    skip: int = 0
+    search: int = 1000
+
+    def __post_init__(self):
+        if self.count < 1 or not 0 <= self.skip < self.search:
+            raise UserError(
+                f"count={self.count}, skip={self.skip}, search={self.search}: expected count > 0 "
+                "and 0 <= skip < search"
+            )
+        for name in ("relative", "absolute"):
+            value = getattr(self, name)
+            if value is not None and not np.isfinite(value):
+                raise UserError(f"{name}={value} must be a number or none")
+
+    def limit(self, positive_B: np.ndarray) -> np.ndarray:
+        """float64 [B]: negatives score below it. Float32 scores are compared exactly."""
+        positive_B = positive_B.astype(np.float64)
+        limit_B = np.full(len(positive_B), np.inf)
+        if self.relative is not None:
+            limit_B = positive_B - (1 - self.relative) * np.abs(positive_B)
+        if self.absolute is not None:
+            limit_B = np.minimum(limit_B, positive_B - self.absolute)
+        return limit_B
+
+
+def choose(
+    score_Bm: np.ndarray,
+    index_Bm: np.ndarray,
+    positive_B: np.ndarray,
+    excluded: tuple[np.ndarray, np.ndarray],
+    rule: Rule,
+) -> np.ndarray:
+    """The negatives of B queries: int32 [B, count], best first, -1 behind the last.
+
+    Args:
+      score_Bm, index_Bm: ranked documents of each query; enough of them that `rule.search` are left
+        without the excluded ones, or all there are.
+      positive_B: lowest score of each query's own documents.
+      excluded: (query number, document index) of each document that is no candidate.
+    """
+    most = int(max(index_Bm.max(initial=0), excluded[1].max(initial=0))) + 1
+    key_Bm = np.arange(len(index_Bm), dtype=np.int64)[:, None] * most + index_Bm
+    candidate_Bm = ~np.isin(key_Bm, excluded[0].astype(np.int64) * most + excluded[1])
+    rank_Bm = candidate_Bm.cumsum(axis=1) - 1
+    in_range_Bm = (rank_Bm >= rule.skip) & (rank_Bm < rule.search)
+    taken_Bm = candidate_Bm & in_range_Bm & (score_Bm < rule.limit(positive_B)[:, None])
+    place_Bm = taken_Bm.cumsum(axis=1) - 1
+    taken_Bm &= place_Bm < rule.count
+    chosen = np.full((len(index_Bm), rule.count), -1, np.int32)
+    row, column = np.nonzero(taken_Bm)
+    chosen[row, place_Bm[row, column]] = index_Bm[row, column]
+    return chosen
+
+
+def excluded_documents(texts: PairTexts) -> tuple[np.ndarray, np.ndarray]:
+    """(query row, document row), sorted: each query's own documents, and itself as a document."""
+    found = set(zip(texts.queries.row.tolist(), texts.documents.row.tolist(), strict=True))
+    document_of = {normal_form(text): row for row, text in enumerate(texts.documents.texts)}
+    for query, text in enumerate(texts.queries.texts):
+        if (document := document_of.get(normal_form(text))) is not None:
+            found.add((query, document))
+    pairs = np.array(sorted(found), np.int64).reshape(-1, 2)
+    return pairs[:, 0], pairs[:, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mined:
+    """document_QN: int32 [Q, count] rows of the negatives, -1 behind the last. score_QN: theirs.
+    positive_Q: lowest score of the query's own documents.
+    """
+
+    document_QN: np.ndarray
+    score_QN: np.ndarray
+    positive_Q: np.ndarray
+
+
+def mine_group(
+    folder: Path,
+    texts: PairTexts,
+    embedding: Embedding,
+    rule: Rule,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Mined:
+    """Negatives of every distinct query of a group; what `folder` has already is kept."""
+    queries, documents = embedding.embed(folder, texts)
+    made_of = json.dumps([dataclasses.asdict(rule), queries.about, documents.about], sort_keys=True)
+    by_query = np.argsort(texts.queries.row, kind="stable")
+    pair_query = texts.queries.row[by_query]
+    excluded_query, excluded_row = excluded_documents(texts)
+    parts = []
+    with progress_bar(len(queries), " queries") as bar:
+        for begin in range(0, len(queries), QUERIES_AT_ONCE):
+            end = min(begin + QUERIES_AT_ONCE, len(queries))
+            path = folder / f"negatives-{begin // QUERIES_AT_ONCE:05d}.npz"
+            part = _stored(path, made_of)
+            if part is None:
+                query_ND = queries[begin:end].astype(np.float32, copy=False)
+                own = by_query[slice(*np.searchsorted(pair_query, [begin, end]))]
+                own_query, own_row = texts.queries.row[own] - begin, texts.documents.row[own]
+                positive_Q = np.full(end - begin, np.inf, np.float32)
+                scores = pair_scores(query_ND, documents, own_query, own_row)
+                np.minimum.at(positive_Q, own_query, scores)
+                here = slice(*np.searchsorted(excluded_query, [begin, end]))
+                excluded = excluded_query[here] - begin, excluded_row[here]
+                part = _mine(query_ND, documents, positive_Q, excluded, rule, mesh)
+                with written_whole(path) as file:
+                    np.savez(file, made_of=made_of, **dataclasses.asdict(part))
+            parts.append(part)
+            bar.update(end - begin)
+    return Mined(
+        *(
+            np.concatenate([getattr(part, field.name) for part in parts])
+            for field in dataclasses.fields(Mined)
+        )
+    )
+
+
+def _mine(query_ND, documents, positive_Q, excluded, rule: Rule, mesh) -> Mined:
+    # As many more as any query of this part may lose; in steps, for few compilations.
+    lost = int(np.bincount(excluded[0], minlength=1).max())
+    k = rule.search + -(-lost // 16) * 16
+    score_Qm, index_Qm = top_k(query_ND, documents, k, mesh)
+    document_QN = choose(score_Qm, index_Qm, positive_Q, excluded, rule)
+    score_QN = np.full(document_QN.shape, -np.inf, np.float32)
+    query, place = np.nonzero(document_QN >= 0)
+    # Where each chosen document stands in its query's ranking.
+    at = (index_Qm[query] == document_QN[query, place][:, None]).argmax(axis=1)
+    score_QN[query, place] = score_Qm[query, at]
+    return Mined(document_QN, score_QN, positive_Q)
+
+
+def _stored(path: Path, made_of: str) -> Mined | None:
+    if path.is_file():
+        with np.load(path) as stored:
+            if str(stored["made_of"]) == made_of:
+                return Mined(*(stored[field.name] for field in dataclasses.fields(Mined)))
+    return None
+
+
+def mine_negatives(
+    pairs: PairFolder,
+    output: Path,
+    work: Path,
+    embedding: Embedding,
+    rule: Rule,
+    mesh: jax.sharding.Mesh | None = None,
+) -> MiningReport:
+    """Writes a prepared folder with mined negatives, and report.md and report.json.
+
+    Every pair is kept, in its place; its negatives are replaced. Where fewer than `rule.count` are
+    found, the pair has fewer, or none, and the report counts it.
+
+    Args:
+      work: keeps vectors and finished parts; the same call continues after a kill. Another rule is
+        then cheap; another teacher or other pairs are an error.
+
+    Raises:
+      UserError: `output` exists; `work` belongs to other pairs or another teacher.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: choose another folder")
+    about = {
+        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
+        "teacher": embedding.identity(),
+        "rule": dataclasses.asdict(rule),
+    }
+    report = MiningReport(about)
+    with PairWriter(output, {"mining": about, "from": pairs.manifest["about"]}) as writer:
+        for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):
+            texts = read_texts(pairs, start, stop)
+            folder = group_folder(work, index, source, language)
+            mined = mine_group(folder, texts, embedding, rule, mesh)
+            report.add(
+                source,
+                language,
+                stop - start,
+                len(texts.documents.texts),
+                (mined.document_QN >= 0).sum(axis=1),
+                rule.count,
+                _examples(texts, mined),
+            )
+            for row in _rows_with_negatives(pairs, start, stop, texts, mined):
+                writer.write(row)
+        report.write(work)
+    report.write(output)
+    return report
+
+
+def _rows_with_negatives(
+    pairs: PairFolder, start: int, stop: int, texts: PairTexts, mined: Mined
+) -> Iterator[PairRow]:
+    for begin in range(start, stop, READ_AT_ONCE):
+        rows = range(begin, min(begin + READ_AT_ONCE, stop))
+        for number, row in zip(rows, pairs.read(rows), strict=True):
+            chosen = mined.document_QN[texts.queries.row[number - start]]
+            negatives = tuple(texts.documents.texts[i] for i in chosen[chosen >= 0])
+            yield row._replace(negatives=negatives)
+
+
+def _examples(texts: PairTexts, mined: Mined) -> list[Example]:
+    """Queries evenly spread over the group, with one of their documents."""
+    count = len(texts.queries.texts)
+    _, first_pair = np.unique(texts.queries.row, return_index=True)
+    examples = []
+    for query in np.linspace(0, count - 1, min(EXAMPLES, count)).astype(int):
+        own = texts.documents.row[first_pair[query]]
+        chosen = mined.document_QN[query]
+        others = [
+            (texts.documents.texts[row], float(score))
+            for row, score in zip(chosen, mined.score_QN[query], strict=True)
+            if row >= 0
+        ]
+        examples.append(
+            Example(
+                texts.queries.texts[query],
+                texts.documents.texts[own],
+                float(mined.positive_Q[query]),
+                others,
+            )
+        )
+    return examples

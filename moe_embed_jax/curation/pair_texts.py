@@ -1,0 +1,130 @@
+"""A range of pairs as distinct queries and documents, their vectors, and the pairs' own scores."""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from moe_embed_jax.curation.teacher import Teacher
+from moe_embed_jax.data.pairs import PairFolder
+from moe_embed_jax.search.knn import Documents
+from moe_embed_jax.search.vectors import VectorStore, write_vectors
+
+READ_AT_ONCE = 8192
+SCORED_AT_ONCE = 65_536  # documents in memory, when pairs are scored
+
+
+def normal_form(text: str) -> str:
+    """Two texts with the same one are duplicates: NFKC, case folded, runs of white space as one."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Distinct:
+    """Texts without duplicates, in the order of their first appearance.
+
+    texts: the first of each normal form. row: int64 [n], which of them stands for the n-th text.
+    """
+
+    texts: list[str]
+    row: np.ndarray
+
+
+def distinct(texts: Iterable[str]) -> Distinct:
+    rows: dict[str, int] = {}
+    kept: list[str] = []
+    row = []
+    for text in texts:
+        form = normal_form(text)
+        if form not in rows:
+            rows[form] = len(kept)
+            kept.append(text)
+        row.append(rows[form])
+    return Distinct(kept, np.array(row, np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTexts:
+    """P pairs: pair p is (queries.row[p], documents.row[p])."""
+
+    queries: Distinct
+    documents: Distinct
+
+
+def read_texts(pairs: PairFolder, start: int, stop: int) -> PairTexts:
+    """Rows [start, stop) of a prepared folder; all their texts are in memory."""
+    queries, documents = [], []
+    for begin in range(start, stop, READ_AT_ONCE):
+        for row in pairs.read(range(begin, min(begin + READ_AT_ONCE, stop))):
+            queries.append(row.query)
+            documents.append(row.document)
+    return PairTexts(distinct(queries), distinct(documents))
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """How texts are embedded: by whom, with which prompts, stored in which dtype."""
+
+    teacher: Teacher
+    query_prompt: str | None = "query"
+    document_prompt: str | None = "document"
+    dtype: str = "float32"
+
+    def identity(self) -> dict:
+        return {
+            "query": self.teacher.identity(self.query_prompt),
+            "document": self.teacher.identity(self.document_prompt),
+            "dtype": self.dtype,
+        }
+
+    def embed(self, folder: Path, texts: PairTexts) -> tuple[VectorStore, VectorStore]:
+        """Vectors of the distinct queries and documents in `folder`; continues what is there."""
+        sides = (
+            ("queries.zarr", texts.queries, self.query_prompt),
+            ("documents.zarr", texts.documents, self.document_prompt),
+        )
+        return tuple(
+            write_vectors(
+                folder / name,
+                lambda side=side: side.texts,
+                _encode(self.teacher, prompt),
+                self.teacher.identity(prompt),
+                self.dtype,
+            )
+            for name, side, prompt in sides
+        )
+
+
+def _encode(teacher: Teacher, prompt: str | None) -> Callable[[list[str]], np.ndarray]:
+    return lambda texts: teacher.encode(texts, prompt=prompt)
+
+
+def pair_scores(
+    query_ND: np.ndarray, document_ND: Documents, query_row_P, document_row_P
+) -> np.ndarray:
+    """float32 [P]: inner products of pairs of rows; the documents are read in slices, once."""
+    score_P = np.zeros(len(query_row_P), np.float32)
+    order = np.argsort(document_row_P, kind="stable")
+    sorted_rows = document_row_P[order]
+    for begin in range(0, document_ND.shape[0], SCORED_AT_ONCE):
+        first, last = np.searchsorted(sorted_rows, [begin, begin + SCORED_AT_ONCE])
+        slice_ND = document_ND[begin : begin + SCORED_AT_ONCE].astype(np.float32)
+        for part in range(first, last, READ_AT_ONCE):
+            pairs = order[part : min(part + READ_AT_ONCE, last)]
+            documents = slice_ND[document_row_P[pairs] - begin]
+            score_P[pairs] = np.einsum("pd,pd->p", query_ND[query_row_P[pairs]], documents)
+    return score_P
+
+
+def group_folder(work: Path, index: int, source: str, language: str) -> Path:
+    """Where the vectors of a (source, language) are kept; `index`: of the group."""
+    name = re.sub(r"[^\w.-]+", "_", f"{source}-{language}")[:80]
+    return work / f"{index:05d}-{name}"
+
+
+def progress_bar(total: int, unit: str) -> tqdm:
+    return tqdm(total=total, unit=unit, disable=None, leave=False)

@@ -1,0 +1,109 @@
+"""The encoder that filters pairs and mines negatives: ours, or one of sentence-transformers."""
+
+import functools
+import hashlib
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from moe_embed_jax.embedder import Embedder
+from moe_embed_jax.errors import UserError
+
+EXTERNAL = "sentence-transformers:"
+
+
+class Teacher(Protocol):
+    """What `load_teacher` gives: `Embedder` is one."""
+
+    def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
+        """float32 [len(texts), D] of unit norm."""
+
+    def identity(self, prompt: str | None) -> dict:
+        """Whatever decides those embeddings."""
+
+
+def load_teacher(name: str, mesh: jax.sharding.Mesh) -> Teacher:
+    """A model by the name that launch/filter.py and launch/mine.py take.
+
+    Args:
+      name: anything `Embedder.load` takes (a run, an import, a published checkpoint); or
+        "sentence-transformers:" and a folder or a name on its hub, run by PyTorch, for models that
+        `Embedder` cannot load.
+      mesh: devices of an `Embedder`.
+
+    Raises:
+      UserError: no such model; sentence-transformers is wanted and not installed.
+    """
+    if not name.startswith(EXTERNAL):
+        return Embedder.load(name, mesh=mesh)
+    return SentenceTransformerTeacher(name.removeprefix(EXTERNAL))
+
+
+class SentenceTransformerTeacher:
+    """A model that sentence-transformers loads and runs, on whatever device PyTorch finds."""
+
+    def __init__(self, name: str):
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise UserError(
+                f"the teacher {EXTERNAL}{name} needs sentence-transformers, which is not "
+                f"installed ({error}): pip install -e .[pytorch]"
+            ) from None
+        try:
+            self._model = SentenceTransformer(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the teacher {EXTERNAL}{name} cannot be loaded: {reason}") from None
+
+    def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, self._model.get_sentence_embedding_dimension()), np.float32)
+        return self._model.encode(
+            texts,
+            prompt=self._prefix(prompt),
+            normalize_embeddings=True,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        ).astype(np.float32)
+
+    def identity(self, prompt: str | None) -> dict:
+        return {
+            "hash": self._hash,
+            "prefix": self._prefix(prompt),
+            "max_length": self._model.max_seq_length,
+        }
+
+    @functools.cached_property
+    def _hash(self) -> str:
+        sha256 = hashlib.sha256(repr(self._model).encode())
+        tokenizer = getattr(self._model.tokenizer, "backend_tokenizer", None)
+        sha256.update(tokenizer.to_str().encode() if tokenizer else b"")
+        for name, tensor in sorted(self._model.state_dict().items()):
+            sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha256.update(tensor.detach().cpu().contiguous().flatten().view(_uint8()).numpy())
+        return sha256.hexdigest()
+
+    def _prefix(self, prompt: str | None) -> str:
+        """As `Embedder.prefix`; "document" is also called "passage" or "corpus" by models."""
+        if prompt is None:
+            return ""
+        names = ["document", "passage", "corpus"] if prompt == "document" else [prompt]
+        for name in names:
+            if self._model.prompts.get(name):
+                return self._model.prompts[name]
+        if prompt in ("query", "document"):
+            return ""
+        if ":" in prompt or " " in prompt:
+            return prompt
+        raise UserError(
+            f"prompt={prompt!r}: choose one of {', '.join(sorted(self._model.prompts))}, none, or "
+            "a prefix with a colon or a space"
+        )
+
+
+def _uint8():
+    import torch
+
+    return torch.uint8

@@ -1,0 +1,131 @@
+"""The layouts of raw records: which fields are the query, the document and the negatives.
+
+    pairs     {"query": ..., "document": ...}
+    triplets  the same and "negatives": a list of texts, or one text
+    mc4       {"text": page}: its first line -> the rest (mC4, arXiv 2010.11934)
+    ccnews    {"title": ..., "text": ...}: title -> text
+    miracl    {"query": ..., "positive_passages": [...], "negative_passages": [...]}, passages with
+              "title" and "text" (arXiv 2210.09984): a pair for every positive passage
+    beir      a folder with corpus, queries and qrels (see `beir`)
+
+The reader of a layout turns one record (a dict) into pairs, or raises `BadField`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from moe_embed_jax.data.vocabulary import clean_text
+
+
+class BadField(ValueError):
+    """`field` of a record is not what it must be; the message says why."""
+
+    def __init__(self, field: str, why: str):
+        super().__init__(why)
+        self.field = field
+
+
+class Texts(NamedTuple):
+    """What a record gives: one pair with its negatives."""
+
+    query: str
+    document: str
+    negatives: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """`fields`: role -> the usual name of its field; `read(record, fields)` gives the pairs."""
+
+    fields: dict[str, str]
+    read: Callable[[dict, dict[str, str]], list[Texts]]
+
+
+def text_of(record: dict, field: str) -> str:
+    """The text of a field, stripped; lone surrogates become U+FFFD.
+
+    Raises `BadField`: missing, no string, or nothing but white space.
+    """
+    if field not in record:
+        names = ", ".join(sorted(map(str, record))[:8]) or "none"
+        raise BadField(field, f"is missing (fields: {names})")
+    return _clean(record[field], field)
+
+
+def _clean(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise BadField(field, f"must be a string, got {value!r:.40}")
+    text = clean_text(value).strip()
+    if not text:
+        raise BadField(field, "is empty")
+    return text
+
+
+def _pairs(record: dict, fields: dict[str, str]) -> list[Texts]:
+    return [Texts(text_of(record, fields["query"]), text_of(record, fields["document"]), ())]
+
+
+def _triplets(record: dict, fields: dict[str, str]) -> list[Texts]:
+    query, document = text_of(record, fields["query"]), text_of(record, fields["document"])
+    name = fields["negatives"]
+    if name not in record:
+        raise BadField(name, "is missing")
+    value = record[name]
+    if isinstance(value, list):
+        negatives = tuple(_clean(text, f"{name}[{i}]") for i, text in enumerate(value))
+    else:
+        negatives = (_clean(value, name),)
+    return [Texts(query, document, negatives)]
+
+
+def _mc4(record: dict, fields: dict[str, str]) -> list[Texts]:
+    page = text_of(record, fields["text"])
+    first, _, rest = page.partition("\n")
+    if not rest.strip():
+        raise BadField(fields["text"], "has one line only: nothing is left for the document")
+    return [Texts(first.strip(), rest.strip(), ())]
+
+
+def _miracl(record: dict, fields: dict[str, str]) -> list[Texts]:
+    query = text_of(record, fields["query"])
+    positives = _passages(record, fields["positives"])
+    if not positives:
+        raise BadField(fields["positives"], "is empty")
+    negatives = tuple(_passages(record, fields["negatives"]))
+    return [Texts(query, document, negatives) for document in positives]
+
+
+def _passages(record: dict, field: str) -> list[str]:
+    value = record.get(field)
+    if not isinstance(value, list):
+        why = "is missing" if field not in record else f"must be a list, got {value!r:.40}"
+        raise BadField(field, why)
+    return [passage(entry, f"{field}[{i}]") for i, entry in enumerate(value)]
+
+
+def passage(record: Any, field: str = "text") -> str:
+    """Title and text of a passage, joined by a space; the title may be missing or empty."""
+    if not isinstance(record, dict):
+        raise BadField(field, f"must be an object with title and text, got {record!r:.40}")
+    title, text = record.get("title") or "", record.get("text")
+    if not isinstance(title, str):
+        raise BadField(f"{field}.title", f"must be a string, got {title!r:.40}")
+    if not isinstance(text, str):
+        raise BadField(f"{field}.text", f"must be a string, got {text!r:.40}")
+    return _clean(f"{title.strip()} {text.strip()}", field)
+
+
+LAYOUTS = {
+    "pairs": Layout({"query": "query", "document": "document"}, _pairs),
+    "triplets": Layout(
+        {"query": "query", "document": "document", "negatives": "negatives"}, _triplets
+    ),
+    "mc4": Layout({"text": "text"}, _mc4),
+    "ccnews": Layout({"query": "title", "document": "text"}, _pairs),
+    "miracl": Layout(
+        {"query": "query", "positives": "positive_passages", "negatives": "negative_passages"},
+        _miracl,
+    ),
+    "beir": Layout({}, lambda record, fields: []),  # read as a folder, see `beir`
+}

@@ -1,0 +1,30 @@
+"""Input files as pairs: records in the layout of their source."""
+
+from collections.abc import Iterator
+
+from moe_embed_jax.data.raw.beir import read_folder
+from moe_embed_jax.data.raw.layouts import LAYOUTS, BadField
+from moe_embed_jax.data.raw.records import MAX_RAW, Bad, Good, records, row_language
+from moe_embed_jax.data.raw.sources import Part, Source
+
+
+def read_part(source: Source, part: Part) -> Iterator[Good | Bad]:
+    """Everything in an input file, in its order; every line gives one or more of these."""
+    if source.format == "beir":
+        yield from read_folder(source, part)
+        return
+    layout = LAYOUTS[source.format]
+    fields = {**layout.fields, **source.fields}
+    for record in records(part.path):
+        if isinstance(record, Bad):
+            yield record
+            continue
+        line, value, raw = record
+        try:
+            language = row_language(source, part, value)
+            pairs = layout.read(value, fields)
+        except BadField as error:
+            yield Bad(part.path, line, error.field, str(error), raw[:MAX_RAW])
+            continue
+        for texts in pairs:
+            yield Good(line, texts, language)

@@ -1,0 +1,211 @@
+"""Vectors on disk: an array [N, D] in TensorStore (zarr3), and what was embedded with what.
+
+    zarr.json, c/    the array, in chunks of CHUNK rows
+    about.json       texts (count and SHA-256), encoder (whatever identifies it), width, dtype
+    progress.json    rows that are complete
+
+`write_vectors` continues where a killed one stopped. Vectors of other texts or of another encoder
+are never taken for these.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import tensorstore as ts
+from tqdm import tqdm
+
+from moe_embed_jax.config import differences, save_json
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.processes import process_0_first, wait_for_all
+
+Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
+
+FORMAT = 1
+CHUNK = 8192  # rows of a chunk: written at once, lost at most by a kill
+DTYPES = ("float32", "bfloat16", "float16")
+ABOUT, PROGRESS = "about.json", "progress.json"
+
+
+class VectorStore:
+    """Complete vectors, read by slices: `store[10:20]` is [10, D] in the stored dtype.
+
+    Attributes:
+      folder: where they lie.
+      about: the content of about.json.
+      shape: (N, D).
+      dtype: NumPy's; bfloat16 is that of ml_dtypes.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Raises `UserError` where there are no vectors, or not all of them yet."""
+        self.folder = Path(folder)
+        self.about = _read_json(self.folder / ABOUT)
+        self.shape = (self.about["texts"]["count"], self.about["width"])
+        done = _read_json(self.folder / PROGRESS)["rows"]
+        if done < self.shape[0]:
+            raise UserError(
+                f"{self.folder}: {done} of {self.shape[0]} vectors are written; run the command "
+                "that writes them again, it continues"
+            )
+        self._array = _open(self.folder) if self.shape[0] else None
+        self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step {step}: only contiguous rows can be read")
+        if start >= stop:
+            return np.zeros((0, self.shape[1]), self.dtype)
+        try:
+            return self._array[start:stop].read().result()
+        except ValueError as error:
+            raise UserError(f"{self.folder}: rows {start} to {stop}: damaged ({error})") from error
+
+
+def write_vectors(
+    folder: str | os.PathLike,
+    texts: Callable[[], Iterable[str]],
+    encode: Encode,
+    encoder: dict,
+    dtype: str = "float32",
+) -> VectorStore:
+    """Embeds texts into `folder`, or what of it is missing; returns the complete store.
+
+    All processes of a run call it together; process 0 writes.
+
+    Args:
+      texts: gives the texts from the first on, the same at every call. It is called twice: for
+        their hash, then to embed them. Never in memory as a whole, if the iterable is not.
+      encode: n texts to float [n, D]; [0, D] for none. Called with CHUNK texts at a time, and the
+        same ones after a resume.
+      encoder: identifies the encoder: whatever changes the vectors (weights, prefix, length).
+      dtype: stored; one of DTYPES.
+
+    Raises:
+      UserError: `folder` holds something else, or vectors of other texts, of another encoder or in
+        another dtype (the message names the difference); a vector that is not finite.
+    """
+    folder = Path(folder)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    count, sha256 = hash_texts(texts())
+    about = {
+        "format": FORMAT,
+        "texts": {"count": count, "sha256": sha256},
+        "encoder": json.loads(json.dumps(encoder)),
+        "width": int(encode([]).shape[1]),
+        "dtype": dtype,
+    }
+    done = process_0_first(f"vectors {folder}", lambda: _start(folder, about))
+    if done < count:
+        _embed(folder, itertools.islice(texts(), done, None), encode, about, done)
+    wait_for_all(f"written {folder}")
+    return VectorStore(folder)
+
+
+def hash_texts(texts: Iterable[str]) -> tuple[int, str]:
+    """How many, and a SHA-256 of all of them in their order."""
+    sha256, count = hashlib.sha256(), 0
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        sha256.update(len(data).to_bytes(8, "little") + data)
+        count += 1
+    return count, sha256.hexdigest()
+
+
+def _start(folder: Path, about: dict) -> int:
+    """Rows that are written already; makes the folder if it is new."""
+    if not (folder / ABOUT).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} holds something else: choose another folder")
+        if about["texts"]["count"]:
+            _open(folder, about)
+        save_json(folder / PROGRESS, {"rows": 0})
+        save_json(folder / ABOUT, about)
+        return 0
+    found = differences(_read_json(folder / ABOUT), about)
+    if found:
+        raise UserError(
+            f"{folder} holds other vectors than asked for: {'; '.join(found)}. "
+            "Delete it or choose another folder"
+        )
+    return _read_json(folder / PROGRESS)["rows"]
+
+
+def _embed(folder: Path, texts: Iterator[str], encode: Encode, about: dict, done: int) -> None:
+    count = about["texts"]["count"]
+    writes = jax.process_index() == 0
+    array = _open(folder) if writes else None
+    pending = None  # (end, what is being written): storage works while the next chunk is embedded
+
+    def finish():
+        end, future = pending
+        future.result()
+        save_json(folder / PROGRESS, {"rows": end})
+
+    with tqdm(
+        total=count, initial=done, desc=folder.name, unit=" texts", disable=None, leave=False
+    ) as bar:
+        # A kill leaves whole chunks only, so chunks are the same after a resume.
+        while chunk := list(itertools.islice(texts, CHUNK)):
+            x_ND = encode(chunk)
+            finite_N = np.isfinite(x_ND).all(axis=1)
+            if not finite_N.all():
+                row = done + int(np.argmin(finite_N))
+                raise UserError(f"{folder}: the encoder gives text {row} no finite vector")
+            start, done = done, done + len(chunk)
+            if done > count:
+                break
+            if writes:
+                if pending is not None:
+                    finish()
+                x_ND = x_ND.astype(_numpy_dtype(about["dtype"]))
+                pending = done, array[start:done].write(x_ND)
+            bar.update(len(chunk))
+    if done != count:
+        raise UserError(f"the texts changed meanwhile: {count} before, {done} or more now")
+    if pending is not None:
+        finish()
+
+
+def _open(folder: Path, about: dict | None = None):
+    """The array of `folder`; makes it if `about` is given."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder.absolute())}}
+    if about is None:
+        try:
+            return ts.open(spec).result()
+        except ValueError as error:
+            raise UserError(f"{folder}: damaged array ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = [about["texts"]["count"], about["width"]]
+    return ts.open(
+        spec,
+        create=True,
+        delete_existing=True,
+        dtype=ts.dtype(about["dtype"]),
+        shape=shape,
+        fill_value=np.nan,  # a lost chunk must not read as zeros
+        chunk_layout=ts.ChunkLayout(chunk_shape=[CHUNK, shape[1]]),
+    ).result()
+
+
+def _numpy_dtype(name: str):
+    return ts.dtype(name).numpy_dtype
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None

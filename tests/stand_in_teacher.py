@@ -1,0 +1,30 @@
+"""A teacher without weights: a text's vector is the sum of its words' random vectors."""
+
+import hashlib
+import time
+
+import numpy as np
+
+WIDTH = 64
+
+
+class StandInTeacher:
+    """`slowness`: seconds per call. Attributes: texts, how many it has embedded."""
+
+    def __init__(self, name: str = "stand-in", slowness: float = 0.0):
+        self.name = name
+        self.slowness = slowness
+        self.texts = 0
+
+    def encode(self, texts, prompt=None):
+        self.texts += len(texts)
+        time.sleep(self.slowness * bool(texts))
+        x_ND = np.zeros((len(texts), WIDTH), np.float32)
+        for row, text in zip(x_ND, texts, strict=True):
+            for word in text.lower().split():
+                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "little")
+                row += np.random.default_rng(seed).normal(size=WIDTH)
+        return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-6)
+
+    def identity(self, prompt):
+        return {"hash": self.name, "prefix": str(prompt), "max_length": 512}

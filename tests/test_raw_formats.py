@@ -1,0 +1,248 @@
+"""The formats of raw sources, and what is said about rows that are no pairs. No Beam pipeline."""
+
+import gzip
+import json
+
+import pytest
+import raw_sources
+
+pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
+
+from moe_embed_jax.data.raw.parts import read_part
+from moe_embed_jax.data.raw.records import Bad, Good
+from moe_embed_jax.data.raw.sources import find_parts, read_sources
+from moe_embed_jax.errors import UserError
+
+
+def read(tmp_path, **source):
+    """(good, bad) rows of one source."""
+    path = raw_sources.write_sources(tmp_path / "sources.json", {"name": "s", **source})
+    sources = read_sources(path)
+    rows = [row for part in find_parts(sources) for row in read_part(sources[0], part)]
+    return [r for r in rows if isinstance(r, Good)], [r for r in rows if isinstance(r, Bad)]
+
+
+def texts(good):
+    return [(*row.texts[:2], list(row.texts.negatives), row.language) for row in good]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.ndjson"])
+def test_pairs(tmp_path, name):
+    rows = [
+        {"query": " eine Frage ", "document": "Antwort\n\u2028mehr"},
+        {"query": "q", "document": "d"},
+    ]
+    path = raw_sources.jsonl(tmp_path / name, rows)
+    good, bad = read(tmp_path, format="pairs", path=path, language="de")
+    assert not bad
+    assert texts(good) == [("eine Frage", "Antwort\n\u2028mehr", [], "de"), ("q", "d", [], "de")]
+    assert [row.line for row in good] == [1, 2]
+
+
+def test_own_field_names_and_a_language_field(tmp_path):
+    rows = [{"title": "q", "body": "d", "lang": "pt-BR"}, {"title": "q", "body": "d", "lang": "?"}]
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", rows)
+    fields = {"query": "title", "document": "body"}
+    good, bad = read(tmp_path, format="pairs", path=path, language_field="lang", fields=fields)
+    assert texts(good) == [("q", "d", [], "pt-BR")]
+    assert (bad[0].line, bad[0].field) == (2, "lang")
+
+
+def test_triplets(tmp_path):
+    rows = [
+        {"query": "q", "document": "d", "negatives": ["n1", "n2"]},
+        {"query": "q", "document": "d", "negatives": "n3"},
+        {"query": "q", "document": "d", "negatives": []},
+        {"query": "q", "document": "d", "negatives": ["n", 3]},
+        {"query": "q", "document": "d", "negatives": ["n", " "]},
+        {"query": "q", "document": "d"},
+    ]
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", rows)
+    good, bad = read(tmp_path, format="triplets", path=path, language="en")
+    assert [list(row.texts.negatives) for row in good] == [["n1", "n2"], ["n3"], []]
+    places = [(row.line, row.field) for row in bad]
+    assert places == [(4, "negatives[1]"), (5, "negatives[1]"), (6, "negatives")]
+
+
+def test_mc4(tmp_path):
+    rows = [
+        {"text": "Überschrift\nErster Absatz.\nZweiter.", "url": "u"},
+        {"text": "one line only"},
+        {"text": "\n\nfirst\n\n"},
+    ]
+    path = raw_sources.jsonl(tmp_path / "c4-de.tfrecord-00000.json.gz", rows)
+    good, bad = read(tmp_path, format="mc4", path={"de": str(path)})
+    assert texts(good) == [("Überschrift", "Erster Absatz.\nZweiter.", [], "de")]
+    assert [(row.line, row.field) for row in bad] == [(2, "text"), (3, "text")]
+
+
+def test_ccnews(tmp_path):
+    rows = [
+        {"title": "News", "text": "A story", "maintext": "Another"},
+        {"title": None, "text": "x"},
+    ]
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", rows)
+    good, bad = read(tmp_path, format="ccnews", path=path, language="en")
+    assert texts(good) == [("News", "A story", [], "en")]
+    assert "must be a string, got None" in bad[0].problem
+    own = {"document": "maintext"}
+    good, _ = read(tmp_path, format="ccnews", path=path, language="en", fields=own)
+    assert texts(good) == [("News", "Another", [], "en")]
+
+
+def test_miracl(tmp_path):
+    broken = {**raw_sources.MIRACL, "positive_passages": [{"title": "no text"}]}
+    path = raw_sources.jsonl(tmp_path / "train.jsonl.gz", [raw_sources.MIRACL, broken])
+    good, bad = read(tmp_path, format="miracl", path=path, language="de")
+    assert texts(good) == [
+        ("wer war das", "Er war es", ["Ein Auto fährt"], "de"),
+        ("wer war das", "oder sie", ["Ein Auto fährt"], "de"),
+    ]
+    assert [row.line for row in good] == [1, 1]
+    assert (bad[0].line, bad[0].field) == (2, "positive_passages[0].text")
+
+
+def test_beir(tmp_path):
+    folder = raw_sources.beir(tmp_path / "set")
+    good, bad = read(tmp_path, format="beir", path=folder, language="en")
+    assert texts(good) == [
+        ("question 0", "text 0", ["title 1 text 1"], "en"),
+        ("question 1", "title 2 text 2", [], "en"),
+    ]
+    (row,) = bad
+    assert (row.file, row.line, row.field) == (str(folder / "qrels/train.tsv"), 5, "corpus-id")
+    assert "'d9' is not in" in row.problem
+    with open(folder / "corpus.jsonl", "ab") as file:
+        file.write(b"{broken\n")
+    _, bad = read(tmp_path, format="beir", path=folder, language="en")
+    assert (bad[0].file, bad[0].line) == (str(folder / "corpus.jsonl"), 5)
+    _, bad = read(tmp_path, format="beir", path=folder, language="en", qrels="dev")
+    assert "no qrels file" in bad[0].problem
+
+
+def test_columnar_files(tmp_path):
+    rows = [{"query": "q", "document": "d", "negatives": ["n"]}, {"query": None, "document": "d"}]
+    raw_sources.parquet(tmp_path / "hub/data/train-00000-of-00001.parquet", rows)
+    raw_sources.arrow(tmp_path / "disk/train/data-00000-of-00001.arrow", rows)
+    for folder in ("hub", "disk"):
+        good, bad = read(tmp_path, format="pairs", path=tmp_path / folder, language="en")
+        assert texts(good) == [("q", "d", [], "en")]
+        assert (bad[0].line, bad[0].field) == (2, "query")
+    good, _ = read(tmp_path, format="triplets", path=tmp_path / "hub", language="en")
+    assert texts(good) == [("q", "d", ["n"], "en")]
+    raw_sources.parquet(tmp_path / "hub/data/test-00000-of-00001.parquet", rows)
+    with pytest.raises(UserError, match=r"held-out files \(.*test-00000.*\); name the"):
+        read(tmp_path, format="pairs", path=tmp_path / "hub", language="en")
+    one = tmp_path / "hub/data/train-*.parquet"
+    assert len(read(tmp_path, format="pairs", path=one, language="en")[0]) == 1
+
+
+BAD_LINES = [
+    (b'{"query": "q", "document"', "", "bad JSON"),
+    (b'["q", "d"]', "", "must be a JSON object, is list"),
+    (b"", "", "empty line"),
+    (b'{"query": "\xff\xfe", "document": "d"}', "", "bad UTF-8 at byte 12"),
+    (b'{"query": 7, "document": "d"}', "query", "must be a string, got 7"),
+    (b'{"query": "q"}', "document", "is missing (fields: query)"),
+    (b'{"query": "q", "document": "  "}', "document", "is empty"),
+    (b'{"query": ' + b"[" * 100_000, "", "bad JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "field", "problem"), BAD_LINES)
+def test_bad_lines_are_named(tmp_path, line, field, problem):
+    good_row = {"query": "q", "document": "d"}
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", [good_row, line, good_row])
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert [row.line for row in good] == [1, 3]
+    (row,) = bad
+    assert (row.file, row.line, row.field) == (str(path), 2, field)
+    assert problem in row.problem
+
+
+def test_lone_surrogates_are_replaced(tmp_path):
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", ['{"query": "a\\ud83d", "document": "d"}'])
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert not bad and good[0].texts.query == "a\ufffd"
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"query": "q", "document": "d"}\r\n{"query": "p", "document": "d"}'
+    )
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert not bad and [row.texts.query for row in good] == ["q", "p"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no gzip"])
+def test_damaged_gzip(tmp_path, damage):
+    rows = raw_sources.pairs(500)
+    path = raw_sources.jsonl(tmp_path / "a.jsonl.gz", rows)
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "changed":
+        data[-6] ^= 0xFF  # the check sum
+    else:
+        data = bytearray(json.dumps(rows[0]).encode())
+    path.write_bytes(data)
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert "damaged or cut short" in bad[-1].problem
+    assert bad[-1].line >= len(good) + 1
+    assert len(good) < 500 or damage == "changed"
+    assert [row.texts.query for row in good] == [row["query"] for row in rows[: len(good)]]
+
+
+def test_damaged_parquet(tmp_path):
+    path = raw_sources.parquet(tmp_path / "a.parquet", raw_sources.pairs(50))
+    path.write_bytes(path.read_bytes()[:-20])
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert not good and "the file is damaged here" in bad[0].problem
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "a/b"}, "name='a/b' must be of letters, digits and _"),
+        ({"format": "csv"}, "format='csv'; choose one of pairs, triplets"),
+        ({"language": None}, "language=None must be a string"),
+        ({"language": ""}, "give its language by exactly one of"),
+        ({"language_field": "lang"}, "give its language by exactly one of"),
+        ({"language": "English, mostly"}, "is not a code"),
+        ({"fields": {"negative": "n"}}, "fields has 'negative'; format pairs has query, document"),
+        ({"path": "nowhere/*.jsonl"}, "no data file matches nowhere"),
+        ({"path": []}, "names no file"),
+        ({"max_bad_share": 3}, "must be from 0 to 1"),
+        ({"languages": "en"}, "unknown key 'languages'"),
+    ],
+)
+def test_mistakes_in_the_sources_file(tmp_path, change, message):
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", raw_sources.pairs(1))
+    entry = {"format": "pairs", "path": str(path), "language": "en", **change}
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, **entry)
+
+
+def test_unreadable_sources_files(tmp_path):
+    path = tmp_path / "sources.json"
+    with pytest.raises(UserError, match="cannot be read"):
+        read_sources(str(path))
+    path.write_text("[{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_sources(str(path))
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no source in it"):
+        read_sources(str(path))
+    entry = {"name": "a", "format": "pairs", "path": "x", "language": "en"}
+    path.write_text(json.dumps([entry, entry]))
+    with pytest.raises(UserError, match="two sources are named 'a'"):
+        read_sources(str(path))
+
+
+def test_concatenated_gzip_members_are_one_file(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    lines = [json.dumps(row).encode() + b"\n" for row in raw_sources.pairs(2)]
+    path.write_bytes(b"".join(gzip.compress(line) for line in lines))
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert len(good) == 2 and not bad

@@ -1,0 +1,204 @@
+"""From a prepared folder of pairs with hard negatives to tokens, batches and a trained model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import synthetic_data
+from conftest import metric, run_python
+
+from moe_embed_jax import config as config_module
+from moe_embed_jax.data import prepare
+from moe_embed_jax.data.batches import MAX_BUCKETS, Batches
+from moe_embed_jax.data.data_spec import vocabulary_path
+from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
+from moe_embed_jax.data.schedule import Schedule, mixture_groups
+from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.data.vocabulary import (
+    DOCUMENT_PREFIX,
+    QUERY_PREFIX,
+    Vocabulary,
+    content_ids,
+)
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.training import workdir
+from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.step import batch_specs
+
+GROUPS = (("descriptions", "cc", 33), ("translations", "aa", 90), ("translations", "bb", 41))
+CONFIG = {
+    "vocabulary": {"kind": "train", "size": 512},
+    "query_length": 16,
+    "document_length": 24,
+}
+
+
+def write_pairs(folder, seed: int = 1) -> PairFolder:
+    """Row i of a group has i % 5 hard negatives; some are empty to the model."""
+    with PairWriter(folder, {"seed": seed}, rows_per_shard=50) as writer:
+        for source, language, count in GROUPS:
+            pairs = synthetic_data.pairs(source, language, count, seed)
+            documents = [document for _, document in pairs]
+            for i, (query, document) in enumerate(pairs):
+                negatives = [documents[(i + 3 * k) % count] for k in range(1, 1 + i % 5)]
+                if i == 4:
+                    negatives[1] = "\u0007"  # the model deletes control characters
+                writer.write(PairRow(query, document, tuple(negatives), source, language))
+    return PairFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> PairFolder:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
+
+
+@pytest.fixture(scope="module")
+def prepared(pairs, tmp_path_factory):
+    """(config, data_dir, store)"""
+    data_dir = tmp_path_factory.mktemp("data")
+    config = {**CONFIG, "pairs": str(pairs.folder)}
+    return config, data_dir, TokenStore.open(prepare.prepare(config, data_dir))
+
+
+def test_the_store_holds_every_text(pairs, prepared):
+    config, data_dir, store = prepared
+    vocabulary = Vocabulary.load(vocabulary_path(config, data_dir))
+    assert vocabulary.size == 512
+    assert store.spec["pairs"] == pairs.content_hash and "mixture" not in store.spec
+    assert len(store) == len(pairs)
+    assert [(g["task"], g["language"]) for g in store.groups] == list(pairs.groups)
+    texts = store.read(range(len(store)))
+    total = 0
+    for row, (pair, found) in enumerate(zip(pairs.read(range(len(pairs))), texts, strict=True)):
+        negatives = [text for text in pair.negatives if text != "\u0007"]
+        expected = [
+            vocabulary.encode_text(QUERY_PREFIX + pair.query, 16),
+            vocabulary.encode_text(DOCUMENT_PREFIX + pair.document, 24),
+            *(vocabulary.encode_text(DOCUMENT_PREFIX + text, 24) for text in negatives),
+        ]
+        assert [ids.tolist() for ids in found] == [list(ids) for ids in expected]
+        start, stop = store.negative_starts[row : row + 2]
+        assert stop - start == len(negatives)
+        if negatives:
+            np.testing.assert_array_equal(store.negative_ids[start:stop], content_ids(negatives))
+        np.testing.assert_array_equal(
+            store.content_ids[row], content_ids([pair.query, pair.document])
+        )
+        total += len(negatives)
+    assert store.negative_starts[-1] == total == len(store.negative_lengths) > 300
+    # A second call finds it; rates that name no source are refused.
+    assert prepare.prepare(config, data_dir) == store.folder
+    with pytest.raises(UserError, match=r"unknown task 'web'; .* has descriptions, trans"):
+        prepare.prepare({**config, "rates": {"web": 1.0}}, data_dir)
+
+
+def test_single_rows_equal_batches(pairs, prepared):
+    import seqio
+
+    from moe_embed_jax.data import tasks
+
+    config, data_dir, store = prepared
+    vocabulary = Vocabulary.load(vocabulary_path(config, data_dir))
+    tasks.register_pairs(pairs, vocabulary, 16, 24)
+    task = seqio.TaskRegistry.get("descriptions")
+    empty = vocabulary.encode_text(DOCUMENT_PREFIX, 24)
+    start, _ = pairs.groups["descriptions", "cc"]
+    expected = store.read(range(start, start + 33))
+    for row, texts in zip(task.get_dataset(split="train", shuffle=False), expected, strict=True):
+        assert row["query"].numpy().tolist() == texts[0].tolist()
+        negatives = [ids for ids in row["negatives"].to_list() if len(ids) > len(empty)]
+        assert negatives == [ids.tolist() for ids in texts[2:]]
+
+
+@pytest.mark.parametrize(("negatives", "chunk_rows"), [(0, 0), (2, 0), (4, 3), (7, 0)])
+def test_batches_hold_the_first_negatives_of_every_pair(prepared, negatives, chunk_rows):
+    _, _, store = prepared
+    schedule = Schedule(mixture_groups(store.groups, None), 16, 40, seed=0)
+    slots = 6
+    batches = Batches(store, schedule, single_device_mesh(), 48, slots, 1, chunk_rows, negatives)
+    assert len(batches.buckets) <= MAX_BUCKETS
+    ragged = False
+    for step in (0, 3, 39):
+        batch = batches.at(step)
+        rows = schedule.rows(step)
+        arrays = {name: np.asarray(array) for name, array in batch.arrays.items()}
+        assert set(arrays) == set(vars(batch_specs()))
+        assert arrays["document_slot_BM"].shape == arrays["valid_BM"].shape == (16, 1 + negatives)
+        length = arrays["token_CRL"].shape[2]
+        token_RL = arrays["token_CRL"].reshape(-1, length)
+        index_RL = arrays["text_index_CRL"].reshape(-1, length)
+        assert batch.tokens == (index_RL >= 0).sum()
+        seen = set()
+        for pair, row in enumerate(rows):
+            sequences = store.read([row])[0]
+            start, stop = store.negative_starts[row : row + 2]
+            count = min(negatives, stop - start)
+            ragged |= count != negatives
+            assert arrays["valid_BM"][pair].tolist() == [True] * (1 + count) + [False] * (
+                negatives - count
+            )
+            ids = [store.content_ids[row, 1], *store.negative_ids[start : start + count]]
+            np.testing.assert_array_equal(arrays["document_id_BM2"][pair, : 1 + count], ids)
+            used = [arrays["query_slot_B"][pair], *arrays["document_slot_BM"][pair, : 1 + count]]
+            for slot, expected in zip(used, sequences[: 2 + count], strict=True):
+                packed_row, index = divmod(int(slot), slots)
+                mine = index_RL[packed_row] == index
+                np.testing.assert_array_equal(token_RL[packed_row, mine], expected)
+                seen.add(int(slot))
+        assert len(seen) == 32 + arrays["valid_BM"][:, 1:].sum()
+    assert ragged or negatives in (0,)
+
+
+def run_config(data_dir, pairs) -> dict:
+    scope: dict = {}
+    exec(synthetic_data.config_text(data_dir, steps=2, log_every=1, checkpoint_every=2), scope)
+    values = scope["get_config"]()
+    values["model"] |= {"num_layers": 2, "num_experts": 2}  # seconds to compile
+    values["optimizer"]["warmup_steps"] = 1
+    values["data"] |= {"pairs": str(pairs), "negatives": 3}
+    return values
+
+
+def test_training_end_to_end(pairs, prepared, tmp_path, compilation_cache):
+    _, data_dir, _ = prepared
+    config = tmp_path / "config.py"
+    config.write_text(f"def get_config(v):\n    return {run_config(data_dir, pairs.folder)!r}\n")
+    run = tmp_path / "run"
+    command = ["launch/train.py", f"--config={config}", f"--workdir={run}"]
+    result = run_python(command, **compilation_cache)
+    assert result.returncode == 0, result.stderr
+    assert "up to 48 hard negatives, 3 of its own" in result.stdout
+    assert "there are no held-out sets" in result.stdout
+    losses = metric(run, "contrastive_loss")
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert (run / "report.png").is_file()
+
+
+def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):
+    config, data_dir, store = prepared
+    other = write_pairs(tmp_path / "other", seed=2)
+    vocabulary = {"kind": "file", "path": str(vocabulary_path(config, data_dir))}
+    folder = prepare.prepare(
+        {**CONFIG, "pairs": str(other.folder), "vocabulary": vocabulary}, tmp_path
+    )
+    run = config_module.build(RunConfig, run_config(data_dir, pairs.folder))
+    before, now = (workdir.data_spec(s, run) for s in (store, TokenStore.open(folder)))
+    workdir.check_data_spec(before, workdir.data_spec(store, run))
+    words = f"pairs: {pairs.content_hash[:12]} -> {other.content_hash[:12]}"
+    with pytest.raises(UserError, match=words):
+        workdir.check_data_spec(before, now)
+    fewer = dataclasses.replace(run, data=dataclasses.replace(run.data, negatives=2))
+    with pytest.raises(UserError, match="negatives: 3 -> 2"):
+        workdir.check_data_spec(before, workdir.data_spec(store, fewer))
+
+
+def test_negatives_need_pairs(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(synthetic_data.config_text(tmp_path))
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.data.negatives=2"]
+    result = run_python(["launch/train.py", *flags])
+    assert result.returncode == 2 and "needs data.pairs" in result.stderr
+    flags[-1] = "--config.data.pairs=nowhere"
+    result = run_python(["launch/train.py", *flags])
+    assert result.returncode == 2 and "nowhere/manifest.json is missing" in result.stderr

@@ -1,0 +1,181 @@
+"""Vectors on disk: what is written is read, killed writers continue, and nothing is mixed up."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import python_environment
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.search import vectors
+from moe_embed_jax.search.knn import top_k
+from moe_embed_jax.search.vectors import VectorStore, hash_texts, write_vectors
+
+WIDTH = 24
+TEXTS = [f"text {i}" for i in range(70)]
+ENCODER = {"hash": "abc", "prefix": "query: ", "max_length": 512}
+
+
+def encode(texts):
+    x_ND = np.zeros((len(texts), WIDTH), np.float32)
+    for row, text in zip(x_ND, texts, strict=True):
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+        row[:] = np.random.default_rng(seed).normal(size=WIDTH)
+    return x_ND
+
+
+class Counting:
+    """`encode` that keeps the sizes of its calls and may fail in one of them."""
+
+    def __init__(self, fail_at=None):
+        self.sizes = []
+        self.fail_at = fail_at
+
+    def __call__(self, texts):
+        if texts:
+            self.sizes.append(len(texts))
+        if len(self.sizes) == self.fail_at:
+            raise RuntimeError("device lost")
+        return encode(texts)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(vectors, "CHUNK", 16)
+
+
+@pytest.mark.parametrize("dtype", vectors.DTYPES)
+def test_what_is_written_is_read(tmp_path, dtype):
+    store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, dtype)
+    expected = encode(TEXTS).astype(store.dtype)
+    assert store.shape == (70, WIDTH) and store.dtype.name == dtype
+    np.testing.assert_array_equal(store[:], expected)
+    np.testing.assert_array_equal(VectorStore(tmp_path / "v")[13:35], expected[13:35])
+    assert store[70:80].shape == (0, WIDTH)
+    about = json.loads((tmp_path / "v" / "about.json").read_text())
+    assert about["encoder"] == ENCODER and about["texts"]["count"] == 70
+    chunks = [path for path in (tmp_path / "v" / "c").rglob("*") if path.is_file()]
+    assert len(chunks) == 5
+
+
+def test_no_texts(tmp_path):
+    store = write_vectors(tmp_path / "v", lambda: [], encode, ENCODER)
+    assert store.shape == (0, WIDTH) and store[:].shape == (0, WIDTH)
+    assert write_vectors(tmp_path / "v", lambda: [], encode, ENCODER).shape == (0, WIDTH)
+
+
+def test_continues_with_the_chunk_that_failed(tmp_path):
+    with pytest.raises(RuntimeError, match="device lost"):
+        write_vectors(tmp_path / "v", lambda: TEXTS, Counting(fail_at=4), ENCODER)
+    with pytest.raises(UserError, match=r"v: 32 of 70 vectors are written"):
+        VectorStore(tmp_path / "v")
+    second = Counting()
+    store = write_vectors(tmp_path / "v", lambda: iter(TEXTS), second, ENCODER)
+    assert second.sizes == [16, 16, 6]
+    np.testing.assert_array_equal(store[:], encode(TEXTS))
+    third = Counting()
+    write_vectors(tmp_path / "v", lambda: TEXTS, third, ENCODER)
+    assert third.sizes == []
+
+
+def test_kill_9_and_resume(tmp_path):
+    command = [sys.executable, __file__, str(tmp_path / "v"), "0.2"]
+    process = subprocess.Popen(command, env=python_environment(1))
+    progress = tmp_path / "v" / "progress.json"
+    for _ in range(600):
+        if progress.is_file() and json.loads(progress.read_text())["rows"] >= 16:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = json.loads(progress.read_text())["rows"]
+    assert 16 <= done < 70
+    counting = Counting()
+    store = write_vectors(tmp_path / "v", lambda: TEXTS, counting, ENCODER)
+    assert sum(counting.sizes) == 70 - done
+    np.testing.assert_array_equal(store[:], encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": lambda: [*TEXTS[:-1], "other"]}, "texts.sha256: "),
+        ({"texts": lambda: TEXTS[:-1]}, "texts.count: 70 -> 69"),
+        ({"encoder": {**ENCODER, "hash": "abd"}}, "encoder.hash: abc -> abd"),
+        ({"encoder": {**ENCODER, "prefix": ""}}, "encoder.prefix: query:  -> "),
+        ({"encode": lambda texts: encode(texts)[:, :8]}, "width: 24 -> 8"),
+        ({"dtype": "float16"}, "dtype: float32 -> float16"),
+    ],
+)
+def test_other_vectors_are_an_error_that_names_the_difference(tmp_path, change, message):
+    asked = {"texts": lambda: TEXTS, "encode": encode, "encoder": ENCODER, "dtype": "float32"}
+    write_vectors(tmp_path / "v", **asked)
+    with pytest.raises(UserError) as caught:
+        write_vectors(tmp_path / "v", **{**asked, **change})
+    assert message in str(caught.value) and "v holds other vectors" in str(caught.value)
+    np.testing.assert_array_equal(VectorStore(tmp_path / "v")[:], encode(TEXTS))
+
+
+def test_refuses(tmp_path):
+    with pytest.raises(UserError, match="dtype=int8: choose one of float32"):
+        write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, "int8")
+    with pytest.raises(UserError, match=r"about\.json is missing: .* holds no vectors"):
+        VectorStore(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="full holds something else"):
+        write_vectors(tmp_path / "full", lambda: TEXTS, encode, ENCODER)
+
+    def broken(texts):
+        x_ND = encode(texts)
+        x_ND[3:4] = np.nan
+        return x_ND
+
+    with pytest.raises(UserError, match="text 3 no finite vector"):
+        write_vectors(tmp_path / "v", lambda: TEXTS, broken, ENCODER)
+    lists = iter([TEXTS, TEXTS[:40]])
+    with pytest.raises(UserError, match="the texts changed meanwhile: 70 before, 40"):
+        write_vectors(tmp_path / "w", lambda: next(lists), encode, ENCODER)
+
+
+def test_damage_is_named(tmp_path):
+    store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
+    (tmp_path / "v" / "c" / "1" / "0").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"v: rows 0 to 70: damaged"):
+        store[:]
+    (tmp_path / "v" / "c" / "1" / "0").unlink()
+    with pytest.raises(ValueError, match="document 16 holds a value that is not finite"):
+        top_k(encode(["query"]), VectorStore(tmp_path / "v"), 1)
+    (tmp_path / "v" / "progress.json").write_text("{")
+    with pytest.raises(UserError, match=r"progress\.json: cannot be read"):
+        VectorStore(tmp_path / "v")
+
+
+def test_the_hash_knows_where_texts_end():
+    assert hash_texts(["ab", "c"]) != hash_texts(["a", "bc"])
+    assert hash_texts(iter(["\ud800"]))[0] == 1  # half a surrogate pair
+
+
+@pytest.mark.parametrize("dtype", vectors.DTYPES)
+def test_search_streams_a_store(tmp_path, dtype):
+    store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, dtype)
+    query_BD = encode(["one", "two", "three"])
+    found = top_k(query_BD, store, 5, block=8, load=16)
+    expected = top_k(query_BD, store[:].astype(np.float32), 5)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+if __name__ == "__main__":
+    vectors.CHUNK = 16
+
+    def slowly(texts):
+        time.sleep(float(sys.argv[2]))
+        return encode(texts)
+
+    write_vectors(sys.argv[1], lambda: TEXTS, slowly, ENCODER)
