@@ -223,6 +223,23 @@ class TestCompiled:
         ]
         assert kinds[0] == kinds[1], renew
 
+    @pytest.mark.parametrize(
+        ("topology", "dtype"), [("v5e:2x2", "bfloat16"), ("v6e:2x2", "float32")]
+    )
+    def test_the_kernels_of_a_training_step_compile(self, topology, dtype, tmp_path):
+        """Shapes that all kernels take, in pieces: attention, norms, dense layers and experts."""
+        changes = dict(width=128, ffn_width=256, num_layers=2, remat_rows=2, dtype=dtype)
+        _, found = plan(
+            (
+                *("launch/plan.py", "--config=configs/pretrain.py:smoke", f"--topology={topology}"),
+                *(f"--set=model.{key}={value}" for key, value in changes.items()),
+                *("--set=data.row_length=128", "--set=data.dir=no_data"),
+            ),
+            tmp_path / "plan.json",
+        )
+        assert found["fits"] and not found["kernels_without_estimate"]
+        assert found["pallas_flops_per_chip"] > 0.5 * found["model_flops_per_chip"]
+
     def test_encoding_has_no_optimiser_and_a_third_of_the_work(self, tmp_path):
         picture = tmp_path / "plan.png"
         command = (*SMALL, "--step=encode", f"--picture={picture}")

@@ -18,6 +18,8 @@ def gelu(x):
     """x * Phi(x), Phi the normal distribution's; exact to the rounding of `x.dtype`."""
     if x.dtype == jnp.bfloat16:
         return _gelu_bfloat16(x)
+    if platform() == "tpu":  # whose kernels know erf, but not erfc
+        return 0.5 * x * (1.0 + jax.lax.erf(x / math.sqrt(2)))
     return jax.nn.gelu(x, approximate=False)
 
 

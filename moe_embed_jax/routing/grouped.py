@@ -108,14 +108,15 @@ def _grouped_bwd(activation, interpret, args, dy_TD):
     dx_SD, dpre_SF, hidden_SF, dgate_S1 = expert_kernels.backward(
         x_SD, dy_SD, gate_S1, *weights, tiles, activation, interpret
     )
+    is_used_E = jnp.any(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)
     dw_in_EDF, dw_out_EFD = (
-        expert_kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret)
+        jnp.where(
+            is_used_E[:, None, None],
+            expert_kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret),
+            0,
+        )
         for a_SK, b_SN in ((x_SD, dpre_SF), (hidden_SF, dy_SD))
     )
-    is_used_E11 = jnp.any(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)[
-        :, None, None
-    ]
-    dw_in_EDF, dw_out_EFD = (jnp.where(is_used_E11, dw, 0) for dw in (dw_in_EDF, dw_out_EFD))
     dbias_in_EF = None
     if bias_in_EF is not None:
         dbias_in_EF = _bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
