@@ -52,7 +52,8 @@ class EncoderConfig:
     expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
     capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
     # Rows whose activations in a group of blocks exist at a time on a device; they are computed
-    # again in the backward pass, only the groups' inputs are kept. 0: all, and all are kept.
+    # again in the backward pass from what is kept: the group's input, and the sum before the last
+    # norm of each block. 0: all rows at a time, and all is kept.
     remat_rows: int = 0
 
     def __post_init__(self):
