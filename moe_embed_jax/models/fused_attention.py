@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.mxu import dot
+
 LANES = 128
 LONGEST_ROW = 512  # longer ones have scores that do not fit fast memory
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -99,7 +101,7 @@ def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, *, heads)
         context_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
         for own_LP in group.heads():
             weight_LL = _softmax(group, own_LP, same_LL)
-            context_LP += _dot(weight_LL.astype(group.v_LP.dtype), _only(own_LP, group.v_LP), 1, 0)
+            context_LP += dot(weight_LL.astype(group.v_LP.dtype), _only(own_LP, group.v_LP), 1, 0)
         context_ref[0, :, group.lanes] = context_LP.astype(context_ref.dtype)
 
 
@@ -113,12 +115,12 @@ def _backward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, dcontext_ref, dqkv_re
         for own_LP in group.heads():
             weight_LL = _softmax(group, own_LP, same_LL)
             dhead_LP = _only(own_LP, dcontext_LP)
-            dv_LP += _dot(weight_LL.astype(dtype), dhead_LP, 0, 0)
-            dweight_LL = _dot(dhead_LP, group.v_LP, 1, 1)
+            dv_LP += dot(weight_LL.astype(dtype), dhead_LP, 0, 0)
+            dweight_LL = dot(dhead_LP, group.v_LP, 1, 1)
             mean_L1 = jnp.sum(weight_LL * dweight_LL, axis=-1, keepdims=True)
             dscore_LL = (weight_LL * (dweight_LL - mean_L1)).astype(dtype)
-            dq_LP += _dot(dscore_LL, _only(own_LP, group.k_LP), 1, 0)
-            dk_LP += _dot(dscore_LL, _only(own_LP, group.q_LP), 0, 0)
+            dq_LP += dot(dscore_LL, _only(own_LP, group.k_LP), 1, 0)
+            dk_LP += dot(dscore_LL, _only(own_LP, group.q_LP), 0, 0)
         dq_LP = group.rotate_back(dq_LP * group.scale)
         for part, gradient_LP in enumerate((dq_LP, group.rotate_back(dk_LP), dv_LP)):
             start = part * width + group.lanes.start
@@ -176,7 +178,7 @@ def _same_text(index_ref):
 
 
 def _softmax(group: _Group, own_LP, same_LL):
-    score_LL = _dot(_only(own_LP, group.q_LP), group.k_LP, 1, 1)
+    score_LL = dot(_only(own_LP, group.q_LP), group.k_LP, 1, 1)
     score_LL = jnp.where(same_LL, score_LL, NEVER)
     weight_LL = jnp.exp(score_LL - jnp.max(score_LL, axis=-1, keepdims=True))
     return weight_LL / jnp.sum(weight_LL, axis=-1, keepdims=True)
@@ -184,14 +186,3 @@ def _softmax(group: _Group, own_LP, same_LL):
 
 def _only(own_LP, x_LP):
     return jnp.where(own_LP, x_LP, jnp.zeros_like(x_LP))
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((x_axis,), (y_axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=precision,
-    )

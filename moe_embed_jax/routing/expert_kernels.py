@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.mesh import fast_memory_bytes
+from moe_embed_jax.mxu import dot
 
 COLUMNS = 512  # of F at a time inside a program
 
@@ -61,7 +62,7 @@ def _forward_kernel(
     def _():
         def add_columns(columns, y_MD):
             pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
-            return y_MD + _dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
+            return y_MD + dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
 
         nothing_MD = jnp.zeros(y_ref.shape, jnp.float32)
         y_MD = _over_columns(w_in_ref.shape[2], add_columns, nothing_MD)
@@ -117,12 +118,12 @@ def _backward_kernel(
             dx_MD, dgate_M1 = totals
             pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
             hidden_MC, activation_vjp = jax.vjp(activation, pre_MC)
-            dhidden_MC = _dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
+            dhidden_MC = dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
             dgate_M1 += jnp.sum(hidden_MC * dhidden_MC, axis=1, keepdims=True)
             (dpre_MC,) = activation_vjp((gate_ref[...] * dhidden_MC).astype(dtype))
             dpre_ref[:, columns] = dpre_MC
             hidden_ref[:, columns] = (gate_ref[...] * hidden_MC).astype(dtype)
-            return dx_MD + _dot(dpre_MC, w_in_ref[0, :, columns], 1, 1), dgate_M1
+            return dx_MD + dot(dpre_MC, w_in_ref[0, :, columns], 1, 1), dgate_M1
 
         nothing = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (dx_ref, dgate_ref))
         dx_MD, dgate_M1 = _over_columns(w_in_ref.shape[2], add_columns, nothing)
@@ -131,7 +132,7 @@ def _backward_kernel(
 
 
 def _before_activation(x_ref, w_in_ref, bias_ref, columns):
-    pre_MC = _dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
+    pre_MC = dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
     return (pre_MC + bias_ref[0, :, columns].astype(jnp.float32)).astype(x_ref.dtype)
 
 
@@ -179,7 +180,7 @@ def _weight_gradient_kernel(expert_ref, last_ref, is_last_ref, x_ref, dy_ref, dw
 
     @pl.when(tile <= last_ref[0])
     def _():
-        total_KN = _dot(x_ref[...], dy_ref[...], 0, 0)
+        total_KN = dot(x_ref[...], dy_ref[...], 0, 0)
         total_ref[...] = total_KN + jnp.where(is_first, 0.0, total_ref[...])
 
         @pl.when(is_last_ref[tile] == 1)
@@ -277,14 +278,3 @@ def _divisor(size: int, limit: int) -> int:
         return size
     limit = max(limit, 128)
     return max(part for part in range(128, limit + 1, 128) if size % part == 0)
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((x_axis,), (y_axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=precision,
-    )
