@@ -36,7 +36,7 @@ def plant(rows, share: float, rng):
     """
     import numpy as np
 
-    from moe_embed_jax.curation.pair_texts import normal_form
+    from moe_embed_jax.data.normal_form import normal_form
 
     planted = np.zeros(len(rows), bool)
     chosen = rng.permutation(len(rows))[: round(share * len(rows))]

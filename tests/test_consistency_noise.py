@@ -13,9 +13,9 @@ from test_consistency import pair
 
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
-from moe_embed_jax.curation.pair_texts import normal_form
 from moe_embed_jax.data import export_pairs
 from moe_embed_jax.data.builders import package_texts, wheels
+from moe_embed_jax.data.normal_form import normal_form
 from moe_embed_jax.data.pairs import PairFolder, PairWriter
 
 

@@ -18,7 +18,8 @@ from test_consistency import launch
 from moe_embed_jax.curation import negatives
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.negatives import Rule, mine_group, mine_negatives
-from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct, normal_form
+from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
+from moe_embed_jax.data.normal_form import normal_form
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
 

@@ -18,6 +18,7 @@ from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
     PairTexts,
+    describe,
     group_folder,
     pair_scores,
     progress_bar,
@@ -42,7 +43,7 @@ class Rule:
     to lead. chunk: most pairs whose documents compete; a group is cut into as few equal chunks as
     that allows, so that no small remainder is judged against a handful of documents, or lost.
 
-    Duplicates of a document (`pair_texts.normal_form`) are one document: a copy of the own document
+    Duplicates of a document (`data.normal_form`) are one document: a copy of the own document
     is the own document, and copies of another take one place.
     """
 
@@ -131,11 +132,7 @@ def filter_pairs(
     """
     if output.exists():
         raise UserError(f"{output} exists: choose another folder")
-    about = {
-        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
-        "teacher": embedding.identity(),
-        "rule": dataclasses.asdict(rule),
-    }
+    about = describe(pairs, embedding, rule)
     report = FilterReport(about)
     keep = np.zeros(len(pairs), bool)
     with progress_bar(len(pairs), " pairs") as bar:

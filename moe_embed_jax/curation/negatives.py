@@ -18,13 +18,14 @@ from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
     PairTexts,
+    describe,
     group_folder,
-    normal_form,
     pair_scores,
     progress_bar,
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, MiningReport
+from moe_embed_jax.data.normal_form import normal_form
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
@@ -47,7 +48,7 @@ class Rule:
       s - absolute.
 
     relative=1 and absolute=0 ask for a lower score than the positive; None leaves that limit out.
-    Texts with the same `pair_texts.normal_form` are one query and one document.
+    Texts with the same `data.normal_form` are one query and one document.
     """
 
     count: int = 10
@@ -214,11 +215,7 @@ def mine_negatives(
     """
     if output.exists():
         raise UserError(f"{output} exists: choose another folder")
-    about = {
-        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
-        "teacher": embedding.identity(),
-        "rule": dataclasses.asdict(rule),
-    }
+    about = describe(pairs, embedding, rule)
     report = MiningReport(about)
     with PairWriter(output, {"mining": about, "from": pairs.manifest["about"]}) as writer:
         for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):

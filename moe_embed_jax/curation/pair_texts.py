@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,17 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
+from moe_embed_jax.data.normal_form import normal_form
 from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.search.knn import Documents
 from moe_embed_jax.search.vectors import VectorStore, write_vectors
 
 READ_AT_ONCE = 8192
 SCORED_AT_ONCE = 65_536  # documents in memory, when pairs are scored
-
-
-def normal_form(text: str) -> str:
-    """Two texts with the same one are duplicates: NFKC, case folded, runs of white space as one."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +96,15 @@ class Embedding:
 
 def _encode(teacher: Teacher, prompt: str | None) -> Callable[[list[str]], np.ndarray]:
     return lambda texts: teacher.encode(texts, prompt=prompt)
+
+
+def describe(pairs: PairFolder, embedding: "Embedding", rule) -> dict:
+    """What was done to what, for reports and manifests; `rule` is a dataclass."""
+    return {
+        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
+        "teacher": embedding.identity(),
+        "rule": dataclasses.asdict(rule),
+    }
 
 
 def pair_scores(

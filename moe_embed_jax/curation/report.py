@@ -1,5 +1,6 @@
 """What filtering and mining did, as report.json and report.md: counts per group, and examples."""
 
+import abc
 import dataclasses
 import json
 from pathlib import Path
@@ -22,7 +23,7 @@ class Example:
     others: list[tuple[str, float]]
 
 
-class Report:
+class Report(abc.ABC):
     """Counts and examples per (source, language), in the order in which groups come.
 
     about: what was done to what. groups: {"source", "language", ..., "examples"}.
@@ -49,9 +50,9 @@ class Report:
     def total(self) -> dict[str, int]:
         return {name: sum(group[name] for group in self.groups) for name in self.counts}
 
+    @abc.abstractmethod
     def _shares(self, counts: dict) -> dict[str, str]:
         """Further columns of report.md."""
-        raise NotImplementedError
 
     def as_dict(self) -> dict:
         return {"about": self.about, "total": self.total, "groups": self.groups}

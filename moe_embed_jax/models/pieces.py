@@ -2,9 +2,9 @@
 pass.
 
 Rows are independent of each other, so only the input of the block is kept, and what it asks for;
-the activations of one piece exist at a time, forward and backward. Compared with one jax.checkpoint
-around an encoded chunk (GradCache, training/step.py) this saves a forward pass, and costs the
-inputs of all blocks.
+the activations of one piece exist at a time, forward and backward. The block may be a group of
+layers (models/encoder.py), or the whole encoder (GradCache, training/step.py): that keeps no more
+than token ids, and where groups work in pieces inside, costs a forward pass more.
 """
 
 import functools
@@ -24,6 +24,7 @@ def in_pieces(block, gather, cast, pieces: int, params, x_RLD, context):
       gather: params as they are sharded -> whole ones (linear).
       cast: params -> the same in the dtypes that `block` computes in.
       pieces: how many; must divide R.
+      x_RLD: or None, for a block that makes its own.
       context: pytree of arrays with leading R that takes no gradient.
 
     Gradients of params are summed over pieces in float32, whatever `block` computes in.

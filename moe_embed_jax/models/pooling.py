@@ -15,7 +15,7 @@ def mean_pool(x_RLD, text_index_RL, slots: int):
     return sum_RSD / jnp.maximum(member_RLS.sum(axis=1), 1.0)[..., None]
 
 
-def take_texts(pooled_CRSD, slot_BN):
+def take_texts(pooled_RSD, slot_BN):
     """Embeddings [B, N, D] of a device's texts from its packed rows: a slot is row * S + text
     index, rows counted chunk by chunk. A device packs its own texts, so nothing crosses devices."""
-    return pooled_CRSD.reshape(-1, pooled_CRSD.shape[-1])[slot_BN]
+    return pooled_RSD.reshape(-1, pooled_RSD.shape[-1])[slot_BN]

@@ -85,26 +85,26 @@ def _in_order(array_AX, index_S):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _grouped(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
-    x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
-    weights = w_in_EDF, bias_in_EF, w_out_EFD
-    y_SD = expert_kernels.forward(x_SD, *weights, tiles, activation, interpret)
-    return sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
+    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
+    return _grouped_fwd(*args, activation, interpret)[0]
 
 
 def _grouped_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return _grouped(*args, activation, interpret), args
+    order = assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
+    x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
+    weights = w_in_EDF, bias_in_EF, w_out_EFD
+    y_SD = expert_kernels.forward(x_SD, *weights, tiles, activation, interpret)
+    y_TD = sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
+    return y_TD, (x_TD, expert_TK, gate_TK, weights, order)
 
 
-def _grouped_bwd(activation, interpret, args, dy_TD):
-    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD = args
+def _grouped_bwd(activation, interpret, saved, dy_TD):
+    x_TD, expert_TK, gate_TK, weights, (assignment_S, row_A, tiles) = saved
+    w_in_EDF, bias_in_EF, _ = weights
     experts = len(w_in_EDF)
-    assignment_S, row_A, tiles = _order(expert_TK, experts)
     token_S = assignment_S // expert_TK.shape[1]
     x_SD, dy_SD = _in_order(x_TD, token_S), _in_order(dy_TD, token_S)
     gate_S1 = take(gate_TK.reshape(-1), assignment_S)[:, None].astype(jnp.float32)
-    weights = w_in_EDF, bias_in_EF, w_out_EFD
     dx_SD, dpre_SF, hidden_SF, dgate_S1 = expert_kernels.backward(
         x_SD, dy_SD, gate_S1, *weights, tiles, activation, interpret
     )

@@ -20,6 +20,7 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
     init_params,
 )
+from moe_embed_jax.models.pieces import in_pieces
 from moe_embed_jax.models.pooling import mean_pool, take_texts
 from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss
 from moe_embed_jax.objectives.contrast import ContrastConfig, clip_log_scale, initial_log_scale
@@ -125,8 +126,8 @@ def encode_batch(config: StepConfig, params: dict, batch: Batch):
 
     def local(params, batch: Batch):
         rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
-        pooled_CRSD, statistics = encode_chunks(config, gather_embeddings(model, params), rows)
-        texts = [take_texts(pooled_CRSD, s) for s in (batch.query_slot_B, batch.document_slot_BM)]
+        pooled_RSD, statistics = encode_chunks(config, gather_embeddings(model, params), rows)
+        texts = [take_texts(pooled_RSD, s) for s in (batch.query_slot_B, batch.document_slot_BM)]
         return *texts, jax.tree.map(lambda leaf: leaf[None], statistics)
 
     # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
@@ -147,47 +148,22 @@ def encode_chunk(config: StepConfig, params: dict, rows):
     return mean_pool(x_RLD, rows[1], config.slots), statistics
 
 
-def encode_chunks(config: StepConfig, params: dict, rows_C):
-    """(pooled_CRSD, statistics) of all chunks; one chunk's activations exist at a time.
+def encode_chunks(config: StepConfig, params: dict, rows_CRL):
+    """(pooled_RSD of the rows of all chunks, statistics); one chunk's activations exist at a time.
 
     With several chunks this is GradCache (arXiv 2101.06983): the backward pass encodes a chunk
     again when its gradient is due. Gradients and statistics are those of the whole batch.
     """
-    if len(rows_C[0]) == 1:
-        rows = [array[0] for array in rows_C]
-        pooled_RSD, statistics = encode_chunk(config, params, rows)
-        return pooled_RSD[None], statistics
-    return _encode_chunks(config, params, rows_C)
+    chunks = len(rows_CRL[0])
+    rows = [array_CRL.reshape(-1, array_CRL.shape[-1]) for array_CRL in rows_CRL]
+    if chunks == 1:
+        return encode_chunk(config, params, rows)
 
+    def block(params, _, rows, kept):
+        return *encode_chunk(config, params, rows), kept
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _encode_chunks(config: StepConfig, params: dict, rows_C):
-    params = in_compute_dtype(config.model, params)
-    pooled_CRSD, statistics = jax.lax.map(lambda rows: encode_chunk(config, params, rows), rows_C)
-    return pooled_CRSD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
-
-
-def _encode_chunks_fwd(config: StepConfig, params: dict, rows_C):
-    return _encode_chunks(config, params, rows_C), (params, rows_C)
-
-
-def _encode_chunks_bwd(config: StepConfig, saved, gradients):
-    params, rows_C = saved
-    dpooled_CRSD, dstatistics = gradients
-    computed = in_compute_dtype(config.model, params)
-
-    def add_chunk(total, chunk):
-        rows, dpooled_RSD = chunk
-        _, vjp = jax.vjp(lambda params: encode_chunk(config, params, rows), computed)
-        (of_chunk,) = vjp((dpooled_RSD, dstatistics))
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, of_chunk), None
-
-    zeros = jax.tree.map(jnp.zeros_like, params)  # float32, whatever blocks compute in
-    total, _ = jax.lax.scan(add_chunk, zeros, (rows_C, dpooled_CRSD))
-    return total, None
-
-
-_encode_chunks.defvjp(_encode_chunks_fwd, _encode_chunks_bwd)
+    cast = functools.partial(in_compute_dtype, config.model)
+    return in_pieces(block, lambda params: params, cast, chunks, params, None, rows)
 
 
 def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):

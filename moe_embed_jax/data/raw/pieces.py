@@ -6,10 +6,11 @@ order that depends on the texts alone, and not on files, workers or bundles.
 """
 
 import hashlib
-import unicodedata
 
 import numpy as np
 import pyarrow as pa
+
+from moe_embed_jax.data.normal_form import normal_form
 
 SCHEMA = pa.schema(
     [
@@ -26,14 +27,9 @@ SCHEMA = pa.schema(
 )
 
 
-def normalise(text: str) -> str:
-    """Two texts are duplicates if this is equal: NFKC, case folded, white space collapsed."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def pair_key(query: str, document: str) -> bytes:
-    """16 bytes, equal for pairs that are equal after `normalise`."""
-    text = f"{normalise(query)}\0{normalise(document)}"
+    """16 bytes, equal for pairs that are equal in `normal_form`."""
+    text = f"{normal_form(query)}\0{normal_form(document)}"
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
