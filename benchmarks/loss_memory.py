@@ -167,13 +167,8 @@ def step_bytes(width: int, batch: int, rows: int, mesh) -> int:
 
     from moe_embed_jax.models.encoder import EncoderConfig
     from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from moe_embed_jax.training.step import (
-        LossConfig,
-        StepConfig,
-        abstract_batch,
-        abstract_state,
-        jit_train_step,
-    )
+    from moe_embed_jax.training.state import abstract_state
+    from moe_embed_jax.training.step import LossConfig, StepConfig, abstract_batch, jit_train_step
 
     model = EncoderConfig(
         vocab_size=VOCABULARY, width=width, num_heads=width // 64, ffn_width=4 * width

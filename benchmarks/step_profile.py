@@ -29,13 +29,8 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotation
 from moe_embed_jax.models.encoder import Block, EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_embed_jax.training.step import (
-    Batch,
-    LossConfig,
-    StepConfig,
-    create_state,
-    jit_train_step,
-)
+from moe_embed_jax.training.state import create_state
+from moe_embed_jax.training.step import Batch, LossConfig, StepConfig, jit_train_step
 
 VOCABULARY, TEXTS_PER_ROW = 16_384, 4
 

@@ -58,13 +58,8 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
     from moe_embed_jax.mesh import single_device_mesh
     from moe_embed_jax.models.encoder import EncoderConfig
     from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from moe_embed_jax.training.step import (
-        Batch,
-        LossConfig,
-        StepConfig,
-        create_state,
-        jit_train_step,
-    )
+    from moe_embed_jax.training.state import create_state
+    from moe_embed_jax.training.step import Batch, LossConfig, StepConfig, jit_train_step
 
     store = TokenStore.open(store)
     timed = sizes["steps"] * sizes["rounds"]

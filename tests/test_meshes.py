@@ -15,14 +15,13 @@ from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.training.state import abstract_state, create_state
 from moe_embed_jax.training.step import (
     Batch,
     LossConfig,
     StepConfig,
     abstract_batch,
-    abstract_state,
     batch_shardings,
-    create_state,
     jit_train_step,
 )
 

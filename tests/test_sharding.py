@@ -10,7 +10,8 @@ from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.sharding import rules_for, shardings, specs
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_embed_jax.training.step import LossConfig, StepConfig, abstract_state
+from moe_embed_jax.training.state import abstract_state
+from moe_embed_jax.training.step import LossConfig, StepConfig
 
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 

@@ -11,17 +11,14 @@ from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.training.state import abstract_state, create_state, from_items, to_items
 from moe_embed_jax.training.step import (
     Batch,
     LossConfig,
     StepConfig,
     abstract_batch,
-    abstract_state,
-    create_state,
-    from_items,
     jit_train_step,
     loss_and_metrics,
-    to_items,
 )
 
 PAIRS, ROW_LENGTH, SLOTS = 12, 40, 5

@@ -56,3 +56,18 @@ def balance_loss(statistics: RoutingStatistics):
     fraction_ME = assigned_ME / jnp.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
     mean_ME = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]
     return assigned_ME.shape[-1] * jnp.mean(jnp.sum(fraction_ME * mean_ME, axis=-1))
+
+
+def routing_metrics(statistics: RoutingStatistics) -> dict:
+    """Load of an expert: its share of the assignments over the share at balance (1 / E). `dropped`
+    is the share of assignments that were not computed."""
+    assigned_ME = statistics.assignments_E
+    share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
+    load_ME = share_ME * assigned_ME.shape[-1]
+    return {
+        "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
+        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_ME),
+        "expert_load": share_ME,
+        "expert_load_max": jnp.max(load_ME),
+        "expert_load_min": jnp.min(load_ME),
+    }

@@ -17,12 +17,8 @@ from moe_embed_jax.sharding import rules_for, with_shardings
 from moe_embed_jax.training.optimizer import make_optimizer
 from moe_embed_jax.training.overview import training_flops_per_token
 from moe_embed_jax.training.run_config import RunConfig
-from moe_embed_jax.training.step import (
-    StepConfig,
-    abstract_batch,
-    abstract_state,
-    jit_train_step,
-)
+from moe_embed_jax.training.state import abstract_state
+from moe_embed_jax.training.step import StepConfig, abstract_batch, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,16 +20,14 @@ from moe_embed_jax.training.journal import Journal
 from moe_embed_jax.training.optimizer import make_optimizer
 from moe_embed_jax.training.overview import describe_run
 from moe_embed_jax.training.run_config import RunConfig
-from moe_embed_jax.training.step import (
-    Batch,
-    StepConfig,
+from moe_embed_jax.training.state import (
     abstract_state,
     create_state,
     from_items,
-    jit_train_step,
     state_from_params,
     to_items,
 )
+from moe_embed_jax.training.step import Batch, StepConfig, jit_train_step
 
 
 def train(config: RunConfig, workdir) -> bool:

@@ -9,23 +9,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, replicated
+from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
     encode_rows,
     gather_embeddings,
     in_compute_dtype,
-    init_params,
 )
 from moe_embed_jax.models.pieces import in_pieces
 from moe_embed_jax.models.pooling import mean_pool, take_texts
-from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss
+from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
 from moe_embed_jax.objectives.contrast import ContrastConfig, clip_log_scale, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
-from moe_embed_jax.sharding import as_moments, rules_for, specs, with_shardings
+from moe_embed_jax.sharding import rules_for, specs
+from moe_embed_jax.training.state import LOG_SCALE, TrainState, encoder_params, jit_step, updated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +93,6 @@ def abstract_batch(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class TrainState:
-    """Everything a checkpoint holds. `step` counts finished updates.
-
-    `params` are the encoder's, and "log_scale" where the temperature is learned.
-    """
-
-    step: jax.Array
-    params: dict
-    opt_state: optax.OptState
-
-
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """What the step is made of; `slots` (S) is the most texts that share a row."""
@@ -114,6 +100,16 @@ class StepConfig:
     model: EncoderConfig
     loss: LossConfig
     slots: int
+
+    @property
+    def rules(self) -> tuple:
+        """Shardings of all parameters; the temperature is a scalar and needs none."""
+        return rules_for(self.model)
+
+    def extra_params(self, key: jax.Array) -> dict:
+        """Parameters of the loss, beside the encoder's."""
+        del key
+        return {LOG_SCALE: initial_log_scale(self.loss)} if self.loss.learn_temperature else {}
 
 
 def encode_batch(config: StepConfig, params: dict, batch: Batch):
@@ -132,7 +128,7 @@ def encode_batch(config: StepConfig, params: dict, batch: Batch):
 
     # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
     # itself sums the gradients of parameters over the axes that do not shard them.
-    encoder = {name: tree for name, tree in params.items() if name != "log_scale"}
+    encoder = encoder_params(params)
     query_BD, document_BMD, statistics = jax.shard_map(
         local,
         in_specs=(specs(encoder, rules_for(model)), batch_specs()),
@@ -176,7 +172,7 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
         batch.query_id_B2,
         batch.document_id_BM2,
         batch.valid_BM,
-        params.get("log_scale"),
+        params.get(LOG_SCALE),
     )
     valid_CRL = batch.text_index_CRL >= 0
     metrics = {
@@ -189,106 +185,26 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
     if len(contrast.loss_of_width) > 1:
         metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
     if config.loss.learn_temperature:
-        metrics["temperature"] = jnp.exp(-clip_log_scale(config.loss, params["log_scale"]))
+        metrics["temperature"] = jnp.exp(-clip_log_scale(config.loss, params[LOG_SCALE]))
     loss = contrast.loss
     if statistics is not None:
         balance = balance_loss(statistics)
         loss += config.loss.balance * balance
-        metrics |= {"balance": balance} | _routing_metrics(statistics)
+        metrics |= {"balance": balance} | routing_metrics(statistics)
     return loss, metrics | {"loss": loss}
-
-
-def _routing_metrics(statistics: RoutingStatistics) -> dict:
-    """Load of an expert: its share of the assignments over the share at balance (1 / E). `dropped`
-    is the share of assignments that were not computed."""
-    assigned_ME = statistics.assignments_E
-    share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
-    load_ME = share_ME * assigned_ME.shape[-1]
-    return {
-        "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
-        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_ME),
-        "expert_load": share_ME,
-        "expert_load_max": jnp.max(load_ME),
-        "expert_load_min": jnp.min(load_ME),
-    }
 
 
 def train_step(config: StepConfig, optimizer, state: TrainState, batch: Batch):
     """One update. Returns the new state and metrics (device arrays, nothing is waited for)."""
     grad_fn = jax.grad(functools.partial(loss_and_metrics, config), has_aux=True)
     grads, metrics = grad_fn(state.params, batch)
-    grads = as_moments(grads, rules_for(config.model))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    state, grad_norm = updated(config, optimizer, state, grads)
     if config.loss.learn_temperature:
-        params["log_scale"] = clip_log_scale(config.loss, params["log_scale"])
-    metrics["grad_norm"] = optax.global_norm(grads)
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def to_items(state: TrainState) -> dict:
-    """The trees of a checkpoint: the encoder alone, which others read, and all that training needs
-    besides."""
-    encoder = {name: tree for name, tree in state.params.items() if name != "log_scale"}
-    rest = {"step": state.step, "opt_state": state.opt_state}
-    rest |= {name: tree for name, tree in state.params.items() if name not in encoder}
-    return {"params": encoder, "optimizer": rest}
-
-
-def from_items(items: dict) -> TrainState:
-    """The inverse of `to_items`."""
-    rest = dict(items["optimizer"])
-    step, opt_state = rest.pop("step"), rest.pop("opt_state")
-    return TrainState(step, items["params"] | rest, opt_state)
-
-
-def init_state(config: StepConfig, optimizer, seed: int) -> TrainState:
-    params = init_params(config.model, jax.random.key(seed)) | loss_params(config.loss)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def loss_params(loss: LossConfig) -> dict:
-    """Parameters of the loss, beside the encoder's."""
-    return {"log_scale": initial_log_scale(loss)} if loss.learn_temperature else {}
-
-
-def abstract_state(config: StepConfig, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer, 0))
-    return with_shardings(shapes, rules_for(config.model), mesh)
-
-
-def create_state(config: StepConfig, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
-    """A fresh state, initialised in its final sharding; the same numbers on any mesh."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(config, optimizer, seed), out_shardings=placed)()
-
-
-def state_from_params(
-    config: StepConfig, optimizer, mesh: jax.sharding.Mesh, params: dict
-) -> TrainState:
-    """A state at step 0 around given encoder parameters, which are in their shardings."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    params = params | jax.device_put(loss_params(config.loss), replicated(mesh))
-    with jax.set_mesh(mesh):
-        opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, opt_state)
+        state.params[LOG_SCALE] = clip_log_scale(config.loss, state.params[LOG_SCALE])
+    return state, metrics | {"grad_norm": grad_norm}
 
 
 def jit_train_step(config: StepConfig, optimizer, mesh: jax.sharding.Mesh):
     """The compiled form: `step(state, batch) -> (state, metrics)`; `state` is donated."""
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    step = jax.jit(
-        functools.partial(train_step, config, optimizer),
-        in_shardings=(state, batch_shardings(mesh)),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
-
-    def run(state: TrainState, batch: Batch):
-        with jax.set_mesh(mesh):
-            return step(state, batch)
-
-    run.jitted = step
-    return run
+    step = functools.partial(train_step, config, optimizer)
+    return jit_step(step, config, optimizer, mesh, batch_shardings(mesh))
