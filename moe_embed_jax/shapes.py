@@ -12,6 +12,7 @@ An array is named after its axes, as in `x_RLD`; docstrings use the same letters
     C  chunks of a batch, encoded in turn; in the loss: candidates, the documents of a batch
     M  documents of a pair: its own, then N negatives
     X  all texts of a batch
+    P  predicted (hidden) tokens of a row, at most
 
 Padding is text index -1; it is never attended to, routed, pooled or counted.
 """

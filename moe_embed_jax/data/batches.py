@@ -216,16 +216,21 @@ class Batches:
 
     def iterate(self, start: int, stop: int):
         """Batches of steps start..stop-1, prepared in a thread while the device computes."""
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            pending = []
-            try:
-                for step in range(start, min(start + PREFETCH, stop)):
-                    pending.append(executor.submit(self.at, step))
-                for step in range(start, stop):
-                    batch = pending.pop(0).result()
-                    if step + PREFETCH < stop:
-                        pending.append(executor.submit(self.at, step + PREFETCH))
-                    yield batch
-            finally:
-                for future in pending:
-                    future.cancel()
+        return prefetched(self.at, start, stop)
+
+
+def prefetched(at, start: int, stop: int):
+    """`at(step)` of steps start..stop-1, called in a thread some steps ahead."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        pending = []
+        try:
+            for step in range(start, min(start + PREFETCH, stop)):
+                pending.append(executor.submit(at, step))
+            for step in range(start, stop):
+                batch = pending.pop(0).result()
+                if step + PREFETCH < stop:
+                    pending.append(executor.submit(at, step + PREFETCH))
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()

@@ -116,17 +116,71 @@ class Schedule:
     def rows(self, step: int) -> np.ndarray:
         """int64 [batch_size] rows of the token store for step `step` (0-based)."""
         group_index = int(self._group_of_step[step])
-        group = self.groups[group_index]
         first = int(self._use_of_step[step]) * self.batch_size
-        rows = []
-        while len(rows) < self.batch_size:
-            epoch, position = divmod(first + len(rows), group.rows)
-            seed = self._permutation_seed(group_index, epoch)
-            end = min(group.rows, position + self.batch_size - len(rows))
-            for i in range(position, end):
-                rows.append(index_shuffle(i, max_index=group.rows - 1, seed=seed, rounds=4))
-        return group.start + np.array(rows, np.int64)
+        return stream(self.groups[group_index], group_index, self.seed, first, self.batch_size)
 
-    def _permutation_seed(self, group_index: int, epoch: int) -> int:
-        """32-bit seed, different for every (run seed, group, epoch)."""
-        return int(np.random.SeedSequence((self.seed, group_index, epoch)).generate_state(1)[0])
+
+class MixedSchedule:
+    """Rows of every step where a batch holds all groups: `Schedule`, row by row.
+
+    Row i of the run is what step i of a `Schedule` of batches of one row would be; it is found
+    without walking through the rows before it.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        language_exponent: float = 1.0,
+    ):
+        self.groups = groups
+        self.batch_size = batch_size
+        self.steps = steps
+        self.seed = seed
+        self._weights = group_weights(groups, language_exponent)
+        self._offsets = np.random.Generator(np.random.Philox(seed)).random(len(groups))
+        self._mixed = Group(groups[0].task, "mixed", 0, max(group.stop for group in groups), 1.0)
+
+    def group(self, step: int) -> Group:
+        """A name for the batch: rows of all groups."""
+        del step
+        return self._mixed
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [batch_size] rows of the token store for step `step` (0-based)."""
+        first, count = step * self.batch_size, self.batch_size
+        # Uses before a time are that time, more or less one per group.
+        used = np.ceil(self._weights * (first - len(self.groups)) - self._offsets)
+        used = np.maximum(used, 0).astype(np.int64)
+        end = first + count + len(self.groups)
+        times, members, uses = [], [], []
+        for index, (weight, offset) in enumerate(zip(self._weights, self._offsets, strict=True)):
+            if weight > 0:
+                use = np.arange(used[index], int(end * weight) + 2)
+                times.append((use + offset) / weight)
+                members.append(np.full(use.size, index))
+                uses.append(use)
+        time, member, use = (np.concatenate(parts) for parts in (times, members, uses))
+        skipped = first - int(used.sum())
+        order = np.lexsort((member, time))[skipped : skipped + count]
+        rows = np.zeros(count, np.int64)
+        for index in np.unique(member[order]).tolist():
+            places = np.flatnonzero(member[order] == index)
+            first_use = int(use[order][places[0]])
+            rows[places] = stream(self.groups[index], index, self.seed, first_use, len(places))
+        return rows
+
+
+def stream(group: Group, group_index: int, seed: int, first: int, count: int) -> np.ndarray:
+    """Rows number `first` to `first + count - 1` of the endless stream of a group, int64."""
+    rows = []
+    while len(rows) < count:
+        epoch, position = divmod(first + len(rows), group.rows)
+        # 32 bits, different for every (run seed, group, epoch)
+        epoch_seed = np.random.SeedSequence((seed, group_index, epoch)).generate_state(1)[0]
+        end = min(group.rows, position + count - len(rows))
+        for i in range(position, end):
+            rows.append(index_shuffle(i, max_index=group.rows - 1, seed=int(epoch_seed), rounds=4))
+    return group.start + np.array(rows, np.int64)

@@ -16,7 +16,7 @@ from moe_embed_jax.interop.layers import from_layers, shapes_by_layer
 from moe_embed_jax.interop.rules import Entry, Rule, entries, to_ours
 from moe_embed_jax.interop.tensors import Tensors
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.models.heads import mlm_head_shapes
+from moe_embed_jax.models.heads import UNREACHABLE_BIAS, mlm_head_shapes
 from moe_embed_jax.sharding import path_of
 
 CONFIG_FILE = "config.json"
@@ -29,7 +29,6 @@ LAYOUTS = {
     "xlm-roberta": (bert, bert.ROBERTA_HEAD_RULES),
 }
 VOCABULARY_MULTIPLE = 64  # of the word table of a stage 1 encoder, as the reference pads it
-UNREACHABLE_BIAS = -100.0  # of the head's outputs for ids that no text has
 
 
 @dataclasses.dataclass

@@ -5,27 +5,74 @@ import jax.numpy as jnp
 
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.layer_norm import layer_norm
+from moe_embed_jax.models.linear import add_bias
+from moe_embed_jax.models.pieces import in_pieces
+from moe_embed_jax.objectives.masked_lm import MaskedSums, masked_cross_entropy
+from moe_embed_jax.shapes import PADDING
+
+UNREACHABLE_BIAS = -100.0  # of the outputs for rows of the word table that no token has
 
 
 def mlm_head_shapes(config: EncoderConfig) -> dict:
     """Shapes of the head's parameters (float32); the output matrix is the word table [V, D]."""
-    shapes = {
-        "dense": {"kernel": (config.width, config.width), "bias": (config.width,)},
-        "norm": {"scale": (config.width,), "bias": (config.width,)},
-        "bias": (config.vocab_size,),
+    return jax.eval_shape(lambda: init_mlm_head(config, jax.random.key(0), config.vocab_size))
+
+
+def init_mlm_head(config: EncoderConfig, key: jax.Array, vocabulary_size: int) -> dict:
+    """A fresh head. `vocabulary_size`: ids that there are; the word table may have more rows."""
+    width = config.width
+    spare = jnp.arange(config.vocab_size) >= vocabulary_size
+    return {
+        "dense": {
+            "kernel": config.initializer_range * jax.random.normal(key, (width, width)),
+            "bias": jnp.zeros(width),
+        },
+        "norm": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
+        "bias": jnp.where(spare, UNREACHABLE_BIAS, 0.0),
     }
-    return jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
 
 
 def mlm_logits(config: EncoderConfig, head: dict, word_VD, x_TD):
-    """Logits over the vocabulary, float32 [T, V], of the token states `x_TD`."""
-    hidden_TD = gelu(x_TD @ head["dense"]["kernel"] + head["dense"]["bias"]).astype(jnp.float32)
-    centred_TD = hidden_TD - hidden_TD.mean(axis=-1, keepdims=True)
-    variance_T1 = jnp.mean(jnp.square(centred_TD), axis=-1, keepdims=True)
-    hidden_TD = centred_TD * jax.lax.rsqrt(variance_T1 + config.norm_epsilon)
-    hidden_TD = hidden_TD * head["norm"]["scale"] + head["norm"]["bias"]
-    return hidden_TD @ word_VD.T + head["bias"]
+    """Logits over the vocabulary, float32 [T, V], of the token states `x_TD`; products are in the
+    dtype of `x_TD`."""
+    kernel_DD, bias_D = (head["dense"][name].astype(x_TD.dtype) for name in ("kernel", "bias"))
+    hidden_1TD = gelu(add_bias(x_TD @ kernel_DD, bias_D))[None]
+    norm = head["norm"]
+    hidden_1TD = layer_norm(hidden_1TD, norm["scale"], norm["bias"], config.norm_epsilon)
+    logits_TV = jnp.einsum(
+        "TD,VD->TV",
+        hidden_1TD[0].astype(x_TD.dtype),
+        word_VD.astype(x_TD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return logits_TV + head["bias"]
+
+
+def predict_tokens(
+    config: EncoderConfig, at_once: int, params: dict, head: dict, x_RLD, column_RP, target_RP
+) -> MaskedSums:
+    """Loss of the hidden tokens of one device's rows, inside shard_map.
+
+    Args:
+      at_once: predictions that have logits at a time, float32 [at_once, V]; forward and backward.
+      params: the encoder's, with whole embedding tables.
+      x_RLD: token states. column_RP: where in its row a token was hidden. target_RP: which one;
+        -1 where a row has fewer than P.
+    """
+    x_RPD = jnp.take_along_axis(x_RLD, column_RP[..., None], axis=1)
+    x_TD, target_T = x_RPD.reshape(-1, x_RPD.shape[-1]), target_RP.reshape(-1)
+    pieces = -(-len(target_T) // at_once)
+    spare = -len(target_T) % pieces
+    x_TD = jnp.pad(x_TD, ((0, spare), (0, 0)))
+    target_T = jnp.pad(target_T, (0, spare), constant_values=PADDING)
+
+    def block(weights, x_TD, target_T, kept):
+        logits_TV = mlm_logits(config, weights["head"], weights["word"], x_TD)
+        return None, masked_cross_entropy(logits_TV, target_T), kept
+
+    def cast(weights):  # the large one, once for all pieces
+        return weights | {"word": weights["word"].astype(x_TD.dtype)}
+
+    weights = {"word": params["embeddings"]["token"], "head": head}
+    return in_pieces(block, lambda whole: whole, cast, pieces, weights, x_TD, target_T)[1]

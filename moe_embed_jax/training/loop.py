@@ -8,18 +8,16 @@ import signal
 import jax
 
 from moe_embed_jax.checkpoint import Checkpoints
-from moe_embed_jax.data.batches import Batches
-from moe_embed_jax.data.schedule import Schedule, mixture_groups
-from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.mesh import make_mesh
 from moe_embed_jax.model_folder import CHECKPOINTS
 from moe_embed_jax.processes import process_0_first, true_anywhere
-from moe_embed_jax.training import init, report
+from moe_embed_jax.training import init
 from moe_embed_jax.training import workdir as workdir_module
+from moe_embed_jax.training.contrastive import Contrastive
 from moe_embed_jax.training.journal import Journal
+from moe_embed_jax.training.masked_lm import MaskedLM
 from moe_embed_jax.training.optimizer import make_optimizer
-from moe_embed_jax.training.overview import describe_run
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.state import (
     abstract_state,
     create_state,
@@ -27,10 +25,11 @@ from moe_embed_jax.training.state import (
     state_from_params,
     to_items,
 )
-from moe_embed_jax.training.step import Batch, StepConfig, jit_train_step
+
+OBJECTIVES = {RunConfig.objective: Contrastive, MaskedRunConfig.objective: MaskedLM}
 
 
-def train(config: RunConfig, workdir) -> bool:
+def train(config: RunConfig | MaskedRunConfig, workdir) -> bool:
     """Trains what the config says, in `workdir`, resuming if there is a checkpoint.
 
     Returns True when all steps are done, False when SIGTERM ended the run early (its state is
@@ -40,7 +39,7 @@ def train(config: RunConfig, workdir) -> bool:
         return _train(config, pathlib.Path(workdir), on_exit)
 
 
-def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool:
+def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool:
     is_writer = jax.process_index() == 0
     preemption = _Preemption()
 
@@ -48,29 +47,12 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     mesh = make_mesh(config.mesh)
     config, changed = init.resolve(config, workdir)
     process_0_first("claim", lambda: workdir_module.claim(workdir, config, write=is_writer))
-    store, vocabulary = process_0_first(
-        "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
-    )
-    groups = mixture_groups(store.groups, config.data.rates)
-    schedule = Schedule(
-        groups, config.batch_size, config.steps, config.seed, config.data.language_exponent
-    )
-    batches = Batches(
-        store,
-        schedule,
-        mesh,
-        config.data.row_length,
-        config.data.texts_per_row,
-        vocabulary.pad_id,
-        config.data.chunk_rows,
-        config.data.negatives,
-    )
-    data_spec = workdir_module.data_spec(store, config)
+    objective = OBJECTIVES[config.objective](config, workdir, mesh, is_writer)
+    batches, data_spec, step_config = objective.batches, objective.data_spec, objective.step_config
 
-    ### Model, optimiser, step
+    ### Optimiser, step
     optimizer = make_optimizer(config.optimizer, config.steps)
-    step_config = StepConfig(config.model, config.loss, config.data.texts_per_row)
-    train_step = jit_train_step(step_config, optimizer, mesh)
+    train_step = objective.jit_train_step(optimizer)
 
     ### State: the newest checkpoint of this work directory, else fresh
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
@@ -82,7 +64,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         if params is None:
             state = create_state(step_config, optimizer, mesh, config.seed)
         else:
-            state = state_from_params(step_config, optimizer, mesh, params)
+            state = state_from_params(step_config, optimizer, mesh, params, config.seed)
     else:
         workdir_module.check_data_spec(checkpoints.data(start), data_spec)
         abstract = to_items(abstract_state(step_config, optimizer, mesh))
@@ -93,20 +75,18 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
 
     ### Say what will happen
     if is_writer:
-        print(describe_run(config, batches, mesh), flush=True)
+        print(objective.describe(), flush=True)
         if config.init.source:
             upcycled = f", upcycled ({config.init.upcycle})" if config.init.upcycle else ""
             print(f"init        {config.init.source}{upcycled}; it decides {', '.join(changed)}")
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
-    judge = report.Judge(workdir, config, start, is_writer)
+    judge = objective.judge(start)
     journal = Journal(workdir, start, config.steps, is_writer)
     on_exit.callback(journal.close)
 
     def evaluate(step: int, every_language: bool) -> None:
-        lengths = {"query": config.data.query_length, "document": config.data.document_length}
-        embedder = Embedder(config.model, state.params, vocabulary, lengths, mesh)
-        scores = judge.evaluate(embedder, step, every_language)
+        scores = judge.evaluate(objective.trained_model(state), step, every_language)
         if not scores:
             return
         journal.scalars(step, scores)
@@ -119,7 +99,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
     ### Train
     step = start
     for batch in batches.iterate(start, config.steps):
-        state, metrics = train_step(state, Batch(**batch.arrays))
+        state, metrics = train_step(state, batch.arrays)
         step = batch.step + 1
         journal.add(step, batch.group.name, batch.tokens, metrics)
         is_last = step == config.steps

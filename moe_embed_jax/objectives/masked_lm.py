@@ -1,0 +1,48 @@
+"""The masked language-model loss: cross entropy of the tokens that were hidden (arXiv 1810.04805).
+
+Only hidden tokens have logits, and only some of those at a time (models/heads.py). What comes out
+are sums, which may be added up over pieces, chunks and devices before `means`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_embed_jax.shapes import PADDING
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class MaskedSums:
+    """Sums over predictions, float32 scalars: `loss` in nats, how many are `correct`, `count`."""
+
+    loss: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+    def means(self) -> tuple[jax.Array, jax.Array]:
+        """(loss, share of correct ones) per prediction; 0 without predictions."""
+        count = jnp.maximum(self.count, 1.0)
+        return self.loss / count, self.correct / count
+
+
+def masked_cross_entropy(logits_TV, target_T) -> MaskedSums:
+    """
+    Args:
+      logits_TV: float32.
+      target_T: int32, the token that was hidden; -1 (padding): nothing is predicted there.
+
+    A prediction is correct if no token has a higher logit than the hidden one.
+    """
+    is_target_TV = jnp.arange(logits_TV.shape[-1]) == target_T[:, None]
+    # A sum, where a gather's gradient would be a scatter into another [T, V].
+    own_T = jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1)
+    loss_T = jax.nn.logsumexp(logits_TV, axis=-1) - own_T
+    best_T = jnp.max(jax.lax.stop_gradient(logits_TV), axis=-1)
+    there_T = target_T != PADDING
+    return MaskedSums(
+        loss=jnp.sum(jnp.where(there_T, loss_T, 0.0)),
+        correct=jnp.sum(there_T & (own_T >= best_T)).astype(jnp.float32),
+        count=jnp.sum(there_T).astype(jnp.float32),
+    )

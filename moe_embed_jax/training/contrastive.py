@@ -1,0 +1,69 @@
+"""The contrastive objective of a run (stages 2 and 3): its data, batches, step and evaluation.
+
+What `loop.py` asks of an objective is what this class and `MaskedLM` (masked_lm.py) both have.
+"""
+
+import pathlib
+
+from moe_embed_jax.data.batches import Batches
+from moe_embed_jax.data.schedule import Schedule, mixture_groups
+from moe_embed_jax.embedder import Embedder
+from moe_embed_jax.processes import process_0_first
+from moe_embed_jax.training import report
+from moe_embed_jax.training import workdir as workdir_module
+from moe_embed_jax.training.overview import describe_run
+from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.state import TrainState
+from moe_embed_jax.training.step import Batch, StepConfig, jit_train_step
+
+
+class Contrastive:
+    """
+    Attributes:
+      batches: `iterate(start, stop)` gives `BatchArrays`.
+      data_spec: what decides the batches, for checkpoints.
+      step_config: of the training step and its state.
+    """
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
+        """Prepares the data if need be. Every process calls this."""
+        self._config, self._workdir, self._mesh, self._is_writer = config, workdir, mesh, is_writer
+        store, self._vocabulary = process_0_first(
+            "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
+        )
+        data = config.data
+        groups = mixture_groups(store.groups, data.rates)
+        schedule = Schedule(
+            groups, config.batch_size, config.steps, config.seed, data.language_exponent
+        )
+        self.batches = Batches(
+            store,
+            schedule,
+            mesh,
+            data.row_length,
+            data.texts_per_row,
+            self._vocabulary.pad_id,
+            data.chunk_rows,
+            data.negatives,
+        )
+        self.data_spec = workdir_module.data_spec(store, config)
+        self.step_config = StepConfig(config.model, config.loss, data.texts_per_row)
+
+    def jit_train_step(self, optimizer):
+        """`step(state, arrays of a batch) -> (state, metrics)`, compiled."""
+        step = jit_train_step(self.step_config, optimizer, self._mesh)
+        return lambda state, arrays: step(state, Batch(**arrays))
+
+    def describe(self) -> str:
+        """What the run says about itself before it starts."""
+        return describe_run(self._config, self.batches, self._mesh)
+
+    def judge(self, start_step: int) -> report.Judge:
+        """Evaluates the run, from `start_step` on."""
+        return report.Judge(self._workdir, self._config, start_step, self._is_writer)
+
+    def trained_model(self, state: TrainState) -> Embedder:
+        """What the judge evaluates."""
+        data = self._config.data
+        lengths = {"query": data.query_length, "document": data.document_length}
+        return Embedder(self._config.model, state.params, self._vocabulary, lengths, self._mesh)
