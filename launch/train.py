@@ -1,4 +1,4 @@
-"""Trains an embedding model.
+"""Trains an embedding model, or its encoder by masked language modelling (configs/mlm.py).
 
     python launch/train.py --config=configs/quickstart.py[:variant] --workdir=runs/quickstart
 
@@ -15,9 +15,9 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--workdir", required=True, help="where checkpoints, metrics, pictures go")
-    from moe_embed_jax.training.run_config import RunConfig
+    from moe_embed_jax.training.run_config import PAGES
 
-    arguments, config = launching.parse_with_config(flags, RunConfig)
+    arguments, config = launching.parse_with_config(flags, PAGES)
     launching.start_distributed()
     from moe_embed_jax.training.loop import train
 

@@ -53,10 +53,12 @@ def defaults(cls) -> dict:
     return result
 
 
-def load(cls, spec: str, overrides: dict[str, str]):
-    """An instance of `cls` from a config file and command-line overrides.
+def load(classes, spec: str, overrides: dict[str, str]):
+    """An instance of a config class from a config file and command-line overrides.
 
     Args:
+      classes: the class, or {objective: class}: the page's key `objective` chooses, the first one
+        where it has none.
       spec: `path/to/config.py` or `path/to/config.py:variant`; the file defines
         `get_config(variant)`, which returns a `ConfigDict` or dict.
       overrides: "model.width" -> text of a Python literal (or a bare string).
@@ -69,8 +71,10 @@ def load(cls, spec: str, overrides: dict[str, str]):
     page = runpy.run_path(path)
     if "get_config" not in page:
         raise UserError(f"config file {path} does not define get_config(variant)")
+    page = page["get_config"](variant)
+    cls = classes if isinstance(classes, type) else _chosen(classes, dict(page), path)
     values = defaults(cls)
-    _merge(values, page["get_config"](variant), "")
+    _merge(values, page, "")
     for key, text in overrides.items():
         try:
             value = ast.literal_eval(text)
@@ -80,6 +84,13 @@ def load(cls, spec: str, overrides: dict[str, str]):
             value = {part: value}
         _merge(values, value, "")
     return build(cls, values)
+
+
+def _chosen(classes: dict, page: dict, path: str) -> type:
+    objective = page.get("objective", next(iter(classes)))
+    if objective not in classes:
+        raise UserError(f"{path}: objective={objective!r}: choose one of {', '.join(classes)}")
+    return classes[objective]
 
 
 def _merge(values: dict, page, name: str) -> None:

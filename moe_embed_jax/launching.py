@@ -31,10 +31,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def parse_with_config(flags: argparse.ArgumentParser, config_class, argv=None):
+def parse_with_config(flags: argparse.ArgumentParser, config_classes, argv=None):
     """Parses `--config=FILE[:VARIANT]`, `--config.key=value` overrides and the flags of `flags`.
 
-    Returns (namespace, instance of `config_class`).
+    Returns (namespace, config); `config_classes` as in `config.load`.
     """
     flags.add_argument("--config", required=True, help="config file, with an optional :variant")
     namespace, rest = flags.parse_known_args(argv)
@@ -50,7 +50,7 @@ def parse_with_config(flags: argparse.ArgumentParser, config_class, argv=None):
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
             value = rest.pop(0)
         overrides[key.removeprefix("--config.")] = value
-    return namespace, config_page.load(config_class, namespace.config, overrides)
+    return namespace, config_page.load(config_classes, namespace.config, overrides)
 
 
 PROMPT_HELP = 'a name that the model knows (query, document), none, or a prefix like "query: "'

@@ -32,6 +32,7 @@ MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them f
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
+MASKED_LM = "masked_lm"  # objective of a run of stage 1
 LONGEST = 2048  # tokens, where neither the folder nor a position table limits them
 # A tokenizer with far fewer ids than the word table has rows belongs to another model.
 MOST_UNUSED_ROWS = 1024
@@ -161,12 +162,16 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
                 return restored["params"], restored.get("mlm_head")
 
     data = card["data"]
+    # A run of masked language modelling has rows of documents, and knows no prompts.
+    is_masked = card.get("objective") == MASKED_LM
+    lengths = {side: data["row_length" if is_masked else f"{side}_length"] for side in PROMPTS}
+    default = NO_PROMPTS if is_masked else PROMPTS
     return ModelFolder(
         model,
         None,
         None,
-        with_document(card.get("prompts") or PROMPTS),
-        {"query": data["query_length"], "document": data["document_length"]},
+        with_document(card.get("prompts") or default),
+        lengths,
         [],
         read,
     )

@@ -146,7 +146,7 @@ def test_newest_version_of_an_api(tmp_path, versions, newest):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for version in versions:
             archive.writestr(f"googleapiclient/discovery_cache/documents/api.{version}.json", "{}")
-        found = api_documentation._newest_google(archive)
+        found = api_documentation.newest_google(archive)
     assert [name.rsplit("api.")[-1].removesuffix(".json") for name in found] == newest
 
 

@@ -115,7 +115,7 @@ def test_an_error_leaves_nothing(tmp_path):
     ("rows", "error", "message"),
     [
         ([ROWS[0], ROWS[2], ROWS[1]], RuntimeError, "left before"),
-        ([ROWS[0]._replace(query="")], UserError, "row 0 of faq/en: a text is empty"),
+        ([ROWS[0]._replace(document="")], UserError, "row 0 of faq/en: a text is empty"),
         ([ROWS[0]._replace(negatives=("a", ""))], UserError, "a text is empty"),
         ([ROWS[0]._replace(document="\ud800")], UserError, "no UTF-8"),
     ],

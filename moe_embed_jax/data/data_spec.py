@@ -28,6 +28,14 @@ MIXTURES: dict[str, dict[str, str]] = {
         "google_api": "google_api",
     }
 }
+# Documents for masked language modelling -> task -> the builder config that stores them.
+DOCUMENTS: dict[str, dict[str, str]] = {
+    "package_documents": {
+        "interface_texts": "interface_texts",
+        "aws_reference": "aws_reference",
+        "google_reference": "google_reference",
+    }
+}
 DEFAULTS = {
     "mixture": "package_texts",
     "vocabulary": {"kind": "train", "size": 16384},
@@ -35,6 +43,11 @@ DEFAULTS = {
     "document_length": 128,
     "rates": None,
     "pairs": "",
+}
+DOCUMENT_DEFAULTS = {
+    "documents": "package_documents",
+    "texts": "",
+    "vocabulary": {"kind": "train", "size": 16384},
 }
 _VOCABULARY_KEYS = {"train": "size", "file": "path"}
 
@@ -53,16 +66,39 @@ def complete_config(config: Mapping) -> dict:
     None: by rows), `pairs` (a prepared folder, see `pairs`; its sources are the tasks then, and
     `mixture` is not used).
 
+    With the key `documents` it is a configuration for masked language modelling instead, and the
+    keys are `documents` (name), `texts` (a prepared folder, whose texts are taken in place of
+    those) and `vocabulary`.
+
     Raises:
       UserError: unknown key or a value of the wrong kind; names it.
     """
+    known = DOCUMENT_DEFAULTS if "documents" in config else DEFAULTS
     for key in config:
-        if key not in DEFAULTS:
-            raise UserError(f"data config: unknown key {key!r}; known: {', '.join(DEFAULTS)}")
-    complete = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+        if key not in known:
+            raise UserError(f"data config: unknown key {key!r}; known: {', '.join(known)}")
+    complete = {key: config.get(key, default) for key, default in known.items()}
+    complete["vocabulary"] = _checked_vocabulary(complete["vocabulary"])
+    if "documents" in complete:
+        return _checked_documents(complete)
     for key in ("query_length", "document_length"):
         _check_positive(key, complete[key])
-    vocabulary = complete["vocabulary"]
+    if (rates := complete["rates"]) is not None:
+        try:
+            complete["rates"] = {task: float(rate) for task, rate in rates.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"data config: rates={rates!r} must be null or task names with numbers"
+            ) from error
+    complete["pairs"] = _checked_path("pairs", complete["pairs"])
+    if complete["pairs"]:
+        check_rates(complete["rates"], pair_sources(complete["pairs"]), complete["pairs"])
+    else:
+        chosen_tasks(complete["mixture"], complete["rates"])
+    return complete
+
+
+def _checked_vocabulary(vocabulary) -> dict:
     kind = vocabulary.get("kind") if isinstance(vocabulary, Mapping) else None
     if kind not in _VOCABULARY_KEYS or set(vocabulary) != {"kind", _VOCABULARY_KEYS[kind]}:
         raise UserError(
@@ -71,22 +107,22 @@ def complete_config(config: Mapping) -> dict:
         )
     if kind == "train":
         _check_positive("vocabulary.size", vocabulary["size"])
-    complete["vocabulary"] = dict(vocabulary)
-    if (rates := complete["rates"]) is not None:
-        try:
-            complete["rates"] = {task: float(rate) for task, rate in rates.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"data config: rates={rates!r} must be null or task names with numbers"
-            ) from error
-    if not isinstance(complete["pairs"], str | os.PathLike):
-        raise UserError(f"data config: pairs={complete['pairs']!r} must be the path of a folder")
-    complete["pairs"] = str(complete["pairs"])
-    if complete["pairs"]:
-        check_rates(complete["rates"], pair_sources(complete["pairs"]), complete["pairs"])
-    else:
-        chosen_tasks(complete["mixture"], complete["rates"])
+    return dict(vocabulary)
+
+
+def _checked_documents(complete: dict) -> dict:
+    complete["texts"] = _checked_path("texts", complete["texts"])
+    if not complete["texts"] and complete["documents"] not in DOCUMENTS:
+        raise UserError(
+            f"unknown documents {complete['documents']!r}; known: {', '.join(DOCUMENTS)}"
+        )
     return complete
+
+
+def _checked_path(key: str, value: object) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"data config: {key}={value!r} must be the path of a folder")
+    return str(value)
 
 
 def _check_positive(key: str, value: object) -> None:
@@ -144,8 +180,23 @@ def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
     """
     complete = complete_config(config)
     key = {**complete, "vocabulary": _vocabulary_key(complete), **_origin(complete)}
-    del key["mixture" if complete["pairs"] else "pairs"]
+    del key[_unused(complete)]
     return Path(data_dir) / "tokens" / canonical_hash(key)[:16]
+
+
+def _unused(complete: dict) -> str:
+    """The key that says nothing: a folder takes the place of the default data, or is not there."""
+    default, folder = ("documents", "texts") if "documents" in complete else ("mixture", "pairs")
+    return default if complete[folder] else folder
+
+
+def held_out_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
+    """Where the held-out documents of a `documents` config lie, or will lie once prepared."""
+    complete = complete_config(config)
+    name = complete["documents"]
+    if complete["texts"]:
+        name = read_manifest(Path(complete["texts"]))["content_hash"][:16]
+    return Path(data_dir) / "held_out_documents" / name
 
 
 def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | None:
@@ -162,15 +213,17 @@ def _vocabulary_key(complete: dict) -> dict:
             raise UserError(f"data config: vocabulary file {path} does not exist")
         return {"kind": "file", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     # Trained on all tasks of the mixture, so that runs with other rates share it.
-    mixture = {} if complete["pairs"] else {"mixture": complete["mixture"]}
-    return {**vocabulary, **mixture, **_origin(complete)}
+    key = {**vocabulary, **_origin(complete)}
+    default = "documents" if "documents" in complete else "mixture"
+    return key if _unused(complete) == default else key | {default: complete[default]}
 
 
 def _origin(complete: dict) -> dict:
     """What the texts are: the content of a folder of pairs, or the pinned wheels."""
-    if complete["pairs"]:
-        content = read_manifest(Path(complete["pairs"]))["content_hash"]
-        return {"pairs": content, "versions": [PREPARATION_VERSION]}
+    for key in ("pairs", "texts"):
+        if complete.get(key):
+            content = read_manifest(Path(complete[key]))["content_hash"]
+            return {key: content, "versions": [PREPARATION_VERSION]}
     return {"sources": source_checksums(), "versions": [PREPARATION_VERSION, BUILDER_VERSION]}
 
 

@@ -162,7 +162,7 @@ class PairWriter:
                 raise RuntimeError(f"row {self.rows}: group {key} was left before; sort the rows")
             self._groups[key] = empty_group(*key, self.rows)
             self._current = key
-        if not (row.query and row.document and all(row.negatives)):
+        if not (row.document and all(row.negatives)):  # a text alone has no query
             raise UserError(f"row {self.rows} of {row.source}/{row.language}: a text is empty")
         if self._writer is None:
             self._writer = ShardWriter(self._temporary / f"shard-{len(self._shards):05d}")

@@ -4,35 +4,36 @@
         --config_json='{"vocabulary": {"kind": "train", "size": 16384}, "document_length": 128}'
 
 The pairs are those of the default wheels, or of a prepared folder ("pairs": DIR in the config).
+With "documents" in the config whole documents are prepared instead, for masked language modelling.
 
 Every part is cached by what it depends on: a second call finds the token store and returns without
 importing TensorFlow. The training process runs this as a process of its own.
 """
 
-import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import tqdm
 from absl import app, flags
 
-from moe_embed_jax.data import retrieval_sets
+from moe_embed_jax.data import document_store, retrieval_sets
 from moe_embed_jax.data.builders import package_texts, statistics
 from moe_embed_jax.data.data_spec import (
     MIXTURES,
     complete_config,
+    held_out_path,
     pair_sources,
     planned_store_path,
     source_checksums,
     token_store_path,
     vocabulary_path,
 )
+from moe_embed_jax.data.document_store import import_tasks
 from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.token_records import Negatives
 from moe_embed_jax.data.token_store import TokenStoreWriter
@@ -71,7 +72,9 @@ def prepare(
         return folder
     seconds = {}
     start = time.monotonic()
-    if config["pairs"]:
+    if "documents" in config:
+        document_store.fetch(config, data_dir, wheels_dir)
+    elif config["pairs"]:
         PairFolder(config["pairs"]).verify()
     else:
         package_texts.prepare(data_dir, wheels_dir=wheels_dir)
@@ -85,39 +88,28 @@ def prepare(
         seconds["vocabulary"] = time.monotonic() - start
 
         start = time.monotonic()
-        tasks = _write_store(config, data_dir, vocabulary, folder)
+        write = document_store.write if "documents" in config else _write_store
+        tasks = write(config, data_dir, vocabulary, folder)
         seconds["tokens"] = time.monotonic() - start
         section = {"store": folder.name, "tasks": tasks, "seconds": seconds}
         statistics.store_section(data_dir, "tokens", section)
-    print(format_statistics(tasks))
+    table = document_store.format_statistics if "documents" in config else format_statistics
+    print(table(tasks))
     print("data: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     return folder
 
 
 def _is_prepared(config: dict, data_dir: Path) -> bool:
-    held_out = data_dir / retrieval_sets.FOLDER / statistics.FILE_NAME
+    if "documents" in config:
+        held_out = held_out_path(config, data_dir).is_dir()
+    else:
+        sets = data_dir / retrieval_sets.FOLDER / statistics.FILE_NAME
+        held_out = bool(config["pairs"]) or sets.is_file()
     return (
-        token_store_path(config, data_dir) is not None
+        held_out
+        and token_store_path(config, data_dir) is not None
         and vocabulary_path(config, data_dir).is_file()
-        and (bool(config["pairs"]) or held_out.is_file())
     )
-
-
-def _import_tasks() -> ModuleType:
-    """`data.tasks`, which imports TensorFlow: seconds that a cached call should not cost.
-
-    TensorFlow's libraries write notes about missing GPUs to file descriptor 2 as they are loaded,
-    whatever the log level; an import error is a Python exception and unaffected.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        return importlib.import_module("moe_embed_jax.data.tasks")
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # ---- Vocabulary ----------------------------------------------------------------------------------
@@ -136,12 +128,13 @@ def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
         return vocabulary
     size = config["vocabulary"]["size"]
     print(f"data: training a vocabulary of {size} ids")
-    return train_vocabulary(_training_texts(config, data_dir), path, size)
+    texts = document_store.texts if "documents" in config else _training_texts
+    return train_vocabulary(texts(config, data_dir), path, size)
 
 
 def _training_texts(config: dict, data_dir: Path) -> Iterator[str]:
     """Every query and document of the mixture, or of the folder of pairs."""
-    tasks = _import_tasks()
+    tasks = import_tasks()
 
     if config["pairs"]:
         folder = PairFolder(config["pairs"])
@@ -160,7 +153,7 @@ def _training_texts(config: dict, data_dir: Path) -> Iterator[str]:
 
 def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: Path) -> dict:
     """Runs the seqio tasks on the train split into a token store; returns its statistics."""
-    tasks = _import_tasks()
+    tasks = import_tasks()
 
     lengths = (config["query_length"], config["document_length"])
     if config["pairs"]:
@@ -199,7 +192,7 @@ def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: P
 
 def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> dict:
     """Tokenises one task into `writer`, one group per language."""
-    tasks = _import_tasks()
+    tasks = import_tasks()
 
     groups = {
         language: bounds

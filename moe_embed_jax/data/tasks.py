@@ -163,6 +163,16 @@ def keep_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return _map(dataset, keep)
 
 
+def join_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """`document`: the query, where there is one, a line break, and the document."""
+
+    def join(row: dict) -> dict:
+        between = tf.where(tf.strings.length(row["query"]) > 0, "\n", "")
+        return {**row, "document": row["query"] + between + row["document"]}
+
+    return _map(dataset, join)
+
+
 def add_prefixes(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """`search_query: ` before the query, `search_document: ` before the document."""
 
@@ -276,6 +286,24 @@ def register_pairs(
     chosen = [name for name in names if rates is None or name in rates]
     sources = {name: FolderSource(folder, name) for name in chosen}
     return _register("pairs", sources, vocabulary, query_length, document_length, rates)
+
+
+def register_documents(
+    name: str, sources: Mapping[str, PairSource], vocabulary: Vocabulary
+) -> seqio.Mixture:
+    """Registers one task per source of whole documents, and their mixture: feature `document` has
+    the ids of query and document, one text, without prefixes and specials."""
+    feature = seqio.Feature(SeqioVocabulary(vocabulary), add_eos=False, dtype=tf.int32)
+    for task, source in sources.items():
+        seqio.TaskRegistry.remove(task)
+        seqio.TaskRegistry.add(
+            task,
+            source=source,
+            output_features={"document": feature},
+            preprocessors=[join_texts, keep_texts, tokenize],
+        )
+    seqio.MixtureRegistry.remove(name)
+    return seqio.MixtureRegistry.add(name, [(task, 1.0) for task in sources])
 
 
 def _register(

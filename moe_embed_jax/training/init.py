@@ -5,23 +5,26 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import differences
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
-from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.model_folder import MODEL_CARD, open_model, place
+from moe_embed_jax.mesh import replicated, single_device_mesh
+from moe_embed_jax.model_folder import MASKED_LM, MODEL_CARD, open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training.run_config import RunConfig, VocabularyConfig
+from moe_embed_jax.processes import to_devices
+from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig, VocabularyConfig
+from moe_embed_jax.training.state import HEAD
 
 # What a config says about a model that came from elsewhere: how it is computed, not what it is.
 COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
-def resolve(config: RunConfig, workdir: pathlib.Path) -> tuple[RunConfig, list[str]]:
-    """The config with the architecture and vocabulary of `init.source`, and what that changed.
+def resolve(config, workdir: pathlib.Path) -> tuple:
+    """(the config with the architecture and vocabulary of `init.source`, what that changed).
 
     With `init.source` the source decides the architecture and the vocabulary, whatever `model` and
     `data.vocabulary` say (a page with one more line can start from any model); of `model` remain
@@ -36,14 +39,14 @@ def resolve(config: RunConfig, workdir: pathlib.Path) -> tuple[RunConfig, list[s
     card_path = workdir / MODEL_CARD
     if card_path.is_file():
         card = json.loads(card_path.read_text())
-        if card.get("init") == dataclasses.asdict(init):
+        if config_page.build(type(init), card.get("init", {})) == init:  # new keys: defaults
             model = config_page.build(EncoderConfig, card["model"], "model")
             vocabulary = config_page.build(VocabularyConfig, card["data"]["vocabulary"])
             own_copy = find_tokenizer(workdir)
             if own_copy is not None and not pathlib.Path(vocabulary.path).is_file():
                 vocabulary = dataclasses.replace(vocabulary, path=str(own_copy))
             return _replaced(config, model, vocabulary)
-    opened = open_model(init.source)
+    opened = open_model(init.source, positions=init.positions)
     if opened.vocabulary_path is None:
         raise UserError(
             f"init.source={init.source} has no tokenizer: put its sentencepiece.bpe.model or "
@@ -56,9 +59,7 @@ def resolve(config: RunConfig, workdir: pathlib.Path) -> tuple[RunConfig, list[s
     return _replaced(config, model, vocabulary)
 
 
-def _replaced(
-    config: RunConfig, model: EncoderConfig, vocabulary: VocabularyConfig
-) -> tuple[RunConfig, list[str]]:
+def _replaced(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> tuple:
     model = dataclasses.replace(model, **{k: getattr(config.model, k) for k in COMPUTE_FIELDS})
     data = dataclasses.replace(config.data, vocabulary=vocabulary)
     resolved = dataclasses.replace(config, model=model, data=data)
@@ -78,16 +79,24 @@ def upcycle_config(config: RunConfig) -> UpcycleConfig:
     )
 
 
-def initial_params(config: RunConfig, mesh: jax.sharding.Mesh) -> dict | None:
+def initial_params(config: RunConfig | MaskedRunConfig, mesh: jax.sharding.Mesh) -> dict | None:
     """Parameters of `init.source` in their shardings (upcycled if so said); None: random ones.
 
-    `config` is resolved. Every process reads the whole source.
+    With those of its language-model head, if it has one and the run trains it. `config` is
+    resolved. Every process reads the whole source.
     """
     if not config.init.source:
         return None
-    opened = open_model(config.init.source)
+    opened = open_model(config.init.source, positions=config.init.positions)
     if not config.init.upcycle:
-        return opened.load(mesh).params
-    dense = opened.load(single_device_mesh())
-    _, params = upcycle(dense.model, dense.params, upcycle_config(config))
-    return place(params, config.model, mesh)
+        loaded = opened.load(mesh)
+        params = loaded.params
+    else:
+        loaded = opened.load(single_device_mesh())
+        _, params = upcycle(loaded.model, loaded.params, upcycle_config(config))
+        params = place(params, config.model, mesh)
+    if config.objective == MASKED_LM and loaded.mlm_head is not None:
+        everywhere = replicated(mesh)
+        head = jax.tree.map(lambda a: to_devices(np.asarray(a), everywhere), loaded.mlm_head)
+        params = params | {HEAD: head}
+    return params

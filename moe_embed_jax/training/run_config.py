@@ -1,11 +1,17 @@
-"""The page of a training run: every config file in configs/ builds one of these."""
+"""The page of a training run: every config file in configs/ builds one of these.
+
+`RunConfig` is a contrastive run (stages 2 and 3); `MaskedRunConfig` is masked language modelling
+(stage 1), which a page asks for by `objective = "masked_lm"`.
+"""
 
 import dataclasses
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.upcycle import RULES as UPCYCLE_RULES
 from moe_embed_jax.mesh import MeshConfig
+from moe_embed_jax.model_folder import MASKED_LM
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.training.masked_step import MaskedLossConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig
 from moe_embed_jax.training.step import LossConfig
 
@@ -22,6 +28,11 @@ class VocabularyConfig:
     def __post_init__(self):
         if self.kind not in ("file", "train"):
             raise UserError(f"data.vocabulary.kind={self.kind!r}: choose 'file' or 'train'")
+
+    def preparation(self) -> dict:
+        """As arguments of data.prepare."""
+        key = {"train": "size", "file": "path"}[self.kind]
+        return {"kind": self.kind, key: getattr(self, key)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +58,9 @@ class DataConfig:
 
     def preparation(self) -> dict:
         """What decides the content of the token store (arguments of data.prepare)."""
-        key = {"train": "size", "file": "path"}[self.vocabulary.kind]
         return {
             **({"pairs": self.pairs} if self.pairs else {"mixture": self.mixture}),
-            "vocabulary": {"kind": self.vocabulary.kind, key: getattr(self.vocabulary, key)},
+            "vocabulary": self.vocabulary.preparation(),
             "query_length": self.query_length,
             "document_length": self.document_length,
             "rates": None,  # every task is tokenised; a run's own rates need no new store
@@ -63,10 +73,15 @@ class InitConfig:
     (see training/init.py)."""
 
     source: str = ""  # a run's work directory, an imported or published model, hf://OWNER/NAME
+    # Of a published BERT or XLM-RoBERTa: "learned" keeps its position table; "rotary" drops it,
+    # which needs training to be good for anything (paper 4.1).
+    positions: str = "learned"
     upcycle: str = ""  # "paper" or "preserving": make `model`'s experts of a dense source
     noise: float = 0.0  # added to the experts, relative to their weights
 
     def __post_init__(self):
+        if self.positions not in ("learned", "rotary"):
+            raise UserError(f"init.positions={self.positions!r}: choose 'learned' or 'rotary'")
         if self.upcycle not in ("", *UPCYCLE_RULES):
             raise UserError(
                 f"init.upcycle={self.upcycle!r}: choose 'paper', 'preserving' or '' (as it is)"
@@ -76,7 +91,10 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class Run:
+    """What all runs have. `objective` says which page it is; other keys depend on it."""
+
+    objective: str = ""
     seed: int = 0
     batch_size: int = 16_384  # pairs per step over all devices
     steps: int = 1000
@@ -87,19 +105,18 @@ class RunConfig:
     keep_checkpoints: int = 2
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     model: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        own = type(self).objective
+        if self.objective != own:
+            raise UserError(
+                f"objective={self.objective!r}: this page is {own!r}; take a config file of the "
+                "other objective"
+            )
         if self.data.chunk_rows < 0:
             raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
-        if self.data.negatives < 0 or (self.data.negatives and not self.data.pairs):
-            raise UserError(
-                f"data.negatives={self.data.negatives}: a number of 1 or more needs data.pairs, a "
-                "folder of pairs with hard negatives; 0 uses none"
-            )
         vocabulary = self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
             raise UserError(
@@ -110,3 +127,83 @@ class RunConfig:
         for name in ("batch_size", "steps", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Run):
+    """A contrastive run."""
+
+    objective: str = "contrastive"
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.negatives < 0 or (self.data.negatives and not self.data.pairs):
+            raise UserError(
+                f"data.negatives={self.data.negatives}: a number of 1 or more needs data.pairs, a "
+                "folder of pairs with hard negatives; 0 uses none"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedDataConfig:
+    """Documents, in rows of one language each."""
+
+    documents: str = "package_documents"  # of the default wheels
+    # A folder made by launch/prepare.py (format "texts", or pairs: a query and its document are one
+    # text): trained on in place of `documents`.
+    texts: str = ""
+    dir: str = "runs/data"  # prepared data, shared by runs
+    wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
+    vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
+    language_exponent: float = 0.3  # languages are drawn ~ rows**exponent
+    one_language: bool = True  # every batch is of one language; False: each holds all of them
+    row_length: int = 2048  # token slots per row; longer documents go on in another row
+    # True, as the reference: documents with <s> and </s> one after the other, cut into full rows;
+    # attention crosses them. False: each document has its own attention and positions.
+    across_documents: bool = False
+    # Rows that a device encodes at a time: memory for activations of one chunk only, at the price
+    # of a second forward pass; the numbers are the same. 0: all rows at once.
+    chunk_rows: int = 0
+
+    def __post_init__(self):
+        if self.row_length < 3:
+            raise UserError(f"data.row_length={self.row_length} has no room for <s>, a token, </s>")
+
+    def preparation(self) -> dict:
+        """What decides the content of the token store (arguments of data.prepare)."""
+        return {
+            "documents": self.documents,
+            "texts": self.texts,
+            "vocabulary": self.vocabulary.preparation(),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedInitConfig(InitConfig):
+    """The same with the paper's start: XLM-RoBERTa without its positions, with its head."""
+
+    positions: str = "rotary"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedRunConfig(Run):
+    """A run of masked language modelling; `batch_size` counts rows."""
+
+    objective: str = MASKED_LM
+    init: MaskedInitConfig = dataclasses.field(default_factory=MaskedInitConfig)
+    data: MaskedDataConfig = dataclasses.field(default_factory=MaskedDataConfig)
+    loss: MaskedLossConfig = dataclasses.field(default_factory=MaskedLossConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        limit = self.model.max_positions
+        if limit and limit < self.data.row_length:
+            raise UserError(
+                f"data.row_length={self.data.row_length} is more than the {limit} positions of the "
+                "model: use shorter rows, or init.positions='rotary'"
+            )
+
+
+PAGES = {page.objective: page for page in (RunConfig, MaskedRunConfig)}

@@ -20,7 +20,7 @@ from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import MODEL_CARD
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
 # A run may move to another mesh, folder, chunk size, rhythm of reports, or way to compute the same
 # experts; everything else changes its numbers.
@@ -32,7 +32,8 @@ FREE_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
 )
-FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs")
+FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs", "texts")
+FREE_LOSS_KEYS = ("predictions_at_once",)
 FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
@@ -40,12 +41,13 @@ def _identity(card: dict) -> dict:
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
     data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
     kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
+    kept["loss"] = {k: v for k, v in card["loss"].items() if k not in FREE_LOSS_KEYS}
     # Where vocabulary and pairs lie is free; their content is part of the data spec.
     kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
     return kept
 
 
-def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
+def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
     """Makes `workdir` this run's, or refuses if another config trained there.
 
     Raises `UserError` naming every key that differs.
@@ -53,7 +55,14 @@ def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
     path = workdir / MODEL_CARD
     card = dataclasses.asdict(config)
     if path.exists():
-        saved = config_page.build(RunConfig, json.loads(path.read_text()))  # new keys: defaults
+        saved = json.loads(path.read_text())
+        objective = saved.get("objective", RunConfig.objective)
+        if objective != config.objective:
+            raise UserError(
+                f"work directory {workdir} belongs to another run (objective: {objective} -> "
+                f"{config.objective}); use a new --workdir"
+            )
+        saved = config_page.build(PAGES[objective], saved)  # new keys: defaults
         lines = differences(_identity(dataclasses.asdict(saved)), _identity(card))
         if lines:
             raise UserError(
@@ -65,7 +74,7 @@ def claim(workdir: pathlib.Path, config: RunConfig, write: bool) -> None:
 
 
 def open_data(
-    workdir: pathlib.Path, config: RunConfig, write: bool
+    workdir: pathlib.Path, config: Run, write: bool
 ) -> tuple[TokenStore, Vocabulary | TokenizerJson]:
     """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
 
@@ -94,7 +103,7 @@ def open_data(
     return store, vocabulary
 
 
-def prepare(config: RunConfig) -> None:
+def prepare(config: Run) -> None:
     """Runs the preparation of `config.data` in a subprocess; its output goes to the terminal."""
     command = [
         sys.executable,
@@ -118,6 +127,17 @@ def data_spec(store: TokenStore, config: RunConfig) -> dict:
         "language_exponent": config.data.language_exponent,
         "rates": config.data.rates,
         **({"negatives": config.data.negatives} if config.data.negatives else {}),
+    }
+
+
+def documents_spec(store: TokenStore, config: MaskedRunConfig) -> dict:
+    """`data_spec` of masked language modelling."""
+    keys = ("language_exponent", "one_language", "row_length", "across_documents")
+    return {
+        "store": store.spec,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        **{key: getattr(config.data, key) for key in keys},
     }
 
 

@@ -40,15 +40,15 @@ def parse_aws(
     archive: zipfile.ZipFile, report: ParseReport, progress: ProgressReport = lambda *_: None
 ) -> list[Pair]:
     """Distinct pairs of source `aws_api`: operations, then members of shapes."""
-    members = _newest_aws(archive)
+    members = newest_aws(archive)
     collector = _DocumentationCollector("aws_api", report)
     for done, member in enumerate(members, 1):
         service = read_json_object(archive, member, report)
         title = _object(service, "metadata").get("serviceFullName") or member.split("/")[2]
-        for name, operation in _records(service, "operations", member, report):
+        for name, operation in records(service, "operations", member, report):
             collector.add((title, name), operation, "documentation", member, f"operations.{name}")
-        for shape_name, shape in _records(service, "shapes", member, report):
-            for name, field in _records(shape, "members", member, report):
+        for shape_name, shape in records(service, "shapes", member, report):
+            for name, field in records(shape, "members", member, report):
                 place = f"shapes.{shape_name}.members.{name}"
                 collector.add((title, shape_name, name), field, "documentation", member, place)
         progress("parse", done, len(members))
@@ -59,15 +59,15 @@ def parse_google(
     archive: zipfile.ZipFile, report: ParseReport, progress: ProgressReport = lambda *_: None
 ) -> list[Pair]:
     """Distinct pairs of source `google_api`: schemas and their fields, methods, parameters."""
-    members = _newest_google(archive)
+    members = newest_google(archive)
     collector = _DocumentationCollector("google_api", report)
     for done, member in enumerate(members, 1):
         api = read_json_object(archive, member, report)
         title = api.get("title") or member.rsplit("/", 1)[1].split(".")[0]
-        for name, schema in _records(api, "schemas", member, report):
-            for path, node in _schema_nodes(schema, (name,), member, report):
+        for name, schema in records(api, "schemas", member, report):
+            for path, node in schema_nodes(schema, (name,), member, report):
                 collector.add((title, *path), node, "description", member, ".".join(path))
-        for path, node in _resource_nodes(api, (), member, report):
+        for path, node in resource_nodes(api, (), member, report):
             collector.add((title, *path), node, "description", member, ".".join(path))
         progress("parse", done, len(members))
     return collector.pairs()
@@ -114,7 +114,7 @@ class _DocumentationCollector:
         return self._pairs.pairs()
 
 
-def _newest_aws(archive: zipfile.ZipFile) -> list[str]:
+def newest_aws(archive: zipfile.ZipFile) -> list[str]:
     newest: dict[str, tuple[str, str]] = {}
     for member in archive.namelist():
         if match := _AWS_MEMBER.fullmatch(member):
@@ -123,7 +123,7 @@ def _newest_aws(archive: zipfile.ZipFile) -> list[str]:
     return [newest[service][1] for service in sorted(newest)]
 
 
-def _newest_google(archive: zipfile.ZipFile) -> list[str]:
+def newest_google(archive: zipfile.ZipFile) -> list[str]:
     """`admin.directory_v1` is another API than `admin.reports_v1`, but newer than `directoryv0`."""
     newest: dict[tuple[str, str], tuple[tuple, str]] = {}
     for member in archive.namelist():
@@ -148,42 +148,42 @@ def _object(node: dict, key: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _records(
+def records(
     node: dict, key: str, member: str, report: ParseReport
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The named records under `key`; what is not an object is noted as a problem."""
-    records = node.get(key, {})
-    if not isinstance(records, dict):
+    found = node.get(key, {})
+    if not isinstance(found, dict):
         report.problem("not_an_object", member, key)
         return
-    for name, record in records.items():
+    for name, record in found.items():
         if isinstance(record, dict):
             yield name, record
         else:
             report.problem("not_an_object", member, f"{key}.{name}")
 
 
-def _schema_nodes(
+def schema_nodes(
     schema: dict, path: tuple[str, ...], member: str, report: ParseReport
 ) -> Iterator[tuple[tuple[str, ...], dict]]:
     """The schema and all fields nested in it; element types of arrays and maps add no name."""
     yield path, schema
-    for name, field in _records(schema, "properties", member, report):
-        yield from _schema_nodes(field, (*path, name), member, report)
+    for name, field in records(schema, "properties", member, report):
+        yield from schema_nodes(field, (*path, name), member, report)
     for key in ("items", "additionalProperties"):
         element = schema.get(key)
         if isinstance(element, dict) and element.get("properties"):
-            yield from _schema_nodes(element, path, member, report)
+            yield from schema_nodes(element, path, member, report)
 
 
-def _resource_nodes(
+def resource_nodes(
     node: dict, path: tuple[str, ...], member: str, report: ParseReport
 ) -> Iterator[tuple[tuple[str, ...], dict]]:
     """All methods and their parameters of the resources under `node`."""
-    for name, resource in _records(node, "resources", member, report):
-        for method_name, method in _records(resource, "methods", member, report):
+    for name, resource in records(node, "resources", member, report):
+        for method_name, method in records(resource, "methods", member, report):
             method_path = (*path, name, method_name)
             yield method_path, method
-            for parameter_name, parameter in _records(method, "parameters", member, report):
+            for parameter_name, parameter in records(method, "parameters", member, report):
                 yield (*method_path, parameter_name), parameter
-        yield from _resource_nodes(resource, (*path, name), member, report)
+        yield from resource_nodes(resource, (*path, name), member, report)

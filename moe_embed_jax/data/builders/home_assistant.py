@@ -31,7 +31,7 @@ def parse(
     archive: zipfile.ZipFile, report: ParseReport, progress: ProgressReport = lambda *_: None
 ) -> list[Pair]:
     """Distinct pairs: `translations` (en -> xx) and `descriptions` (name -> description in xx)."""
-    components = _members_by_component(archive)
+    components = members_by_component(archive)
     total = sum(map(len, components.values()))
     done = 0
     translations = PairCollector("translations", report, _MIN_ENGLISH, _MIN_DOCUMENT)
@@ -40,9 +40,9 @@ def parse(
         if "en" not in members:
             report.problem("no_english_file", f"homeassistant/components/{component}")
         else:
-            english = _strings(archive, members["en"], report)
+            english = strings_of(archive, members["en"], report)
             for language, member in members.items():
-                strings = english if language == "en" else _strings(archive, member, report)
+                strings = english if language == "en" else strings_of(archive, member, report)
                 if language != "en":
                     _add_translations(translations, english, strings, language, member, report)
                 _add_descriptions(descriptions, english, strings, language, member, report)
@@ -51,7 +51,7 @@ def parse(
     return _with_english_look_alikes(translations.pairs() + descriptions.pairs())
 
 
-def _members_by_component(archive: zipfile.ZipFile) -> dict[str, dict[str, str]]:
+def members_by_component(archive: zipfile.ZipFile) -> dict[str, dict[str, str]]:
     """component -> language -> member, both sorted."""
     components: dict[str, dict[str, str]] = {}
     for member in sorted(archive.namelist()):
@@ -61,7 +61,7 @@ def _members_by_component(archive: zipfile.ZipFile) -> dict[str, dict[str, str]]
     return components
 
 
-def _strings(archive: zipfile.ZipFile, member: str, report: ParseReport) -> dict[str, str]:
+def strings_of(archive: zipfile.ZipFile, member: str, report: ParseReport) -> dict[str, str]:
     """Key path -> cleaned text."""
     return dict(_walk(read_json_object(archive, member, report), "", member, report))
 

