@@ -21,7 +21,9 @@ SHARED = ROOT.parent / "shared"  # reference data of the project, where it is th
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> pathlib.Path:
     """Prepared synthetic data, see synthetic_data.py."""
-    return synthetic_data.write_data(tmp_path_factory.mktemp("data"))
+    return synthetic_data.write_documents(
+        synthetic_data.write_data(tmp_path_factory.mktemp("data"))
+    )
 
 
 def python_environment(devices: int, **environment) -> dict[str, str]:

@@ -10,7 +10,12 @@ import pathlib
 
 import numpy as np
 
-from moe_embed_jax.data.data_spec import planned_store_path, source_checksums, vocabulary_path
+from moe_embed_jax.data.data_spec import (
+    held_out_path,
+    planned_store_path,
+    source_checksums,
+    vocabulary_path,
+)
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.tokenizer_json import open_vocabulary
 from moe_embed_jax.data.vocabulary import (
@@ -28,6 +33,11 @@ PREPARATION = {
     "query_length": 16,
     "document_length": 24,
     "rates": None,
+}
+DOCUMENTS_PREPARATION = {
+    "documents": "package_documents",
+    "texts": "",
+    "vocabulary": {"kind": "train", "size": 512},
 }
 GROUP_ROWS = {"translations": (210, 90, 37), "descriptions": (64, 50, 9)}
 
@@ -79,6 +89,42 @@ def write_tokens(data_dir: pathlib.Path, preparation: dict) -> None:
     path.write_bytes(source.read_bytes())
     vocabulary = open_vocabulary(path)
     write_store(planned_store_path(preparation, data_dir), _train_pairs(GROUP_ROWS), vocabulary)
+
+
+def documents(language: str, count: int, seed: int) -> list[str]:
+    """Texts of up to 60 words, in runs of neighbouring words, which a model can learn to guess."""
+    rng = np.random.default_rng([seed, LANGUAGES.index(language)])
+    texts = []
+    for _ in range(count):
+        starts = rng.integers(0, 300, rng.integers(1, 7))
+        texts.append(_text((starts[:, None] + np.arange(10)).reshape(-1) % 300, language))
+    return texts
+
+
+def write_documents(data_dir: pathlib.Path) -> pathlib.Path:
+    """Vocabulary, token store of documents and held-out documents under `data_dir`."""
+    train = {language: documents(language, 120, seed=1) for language in LANGUAGES}
+    path = vocabulary_path(DOCUMENTS_PREPARATION, data_dir)
+    train_vocabulary([t for texts in train.values() for t in texts], path, 512)
+    vocabulary = Vocabulary.load(path)
+    spec = {"vocabulary": {"sha256": vocabulary.content_hash, "size": vocabulary.size}}
+    with TokenStoreWriter(planned_store_path(DOCUMENTS_PREPARATION, data_dir), spec) as writer:
+        for place, (language, texts) in enumerate(train.items()):
+            # The first language has two sources.
+            half = len(texts) // 2 if place == 0 else len(texts)
+            for task, part in (("one", texts[:half]), ("two", texts[half:])):
+                if part:
+                    writer.start_group(task, language, 1.0)
+                    ids, lengths = vocabulary.encode_flat(part)
+                    content = content_ids(part)[:, np.newaxis]
+                    writer.write_batch([ids], lengths[:, np.newaxis], content)
+    folder = held_out_path(DOCUMENTS_PREPARATION, data_dir)
+    folder.mkdir(parents=True)
+    for language in LANGUAGES:
+        with gzip.open(folder / f"{language}.jsonl.gz", "wt") as file:
+            for text in documents(language, 10, seed=2):
+                file.write(json.dumps({"source": "one", "text": text}) + "\n")
+    return data_dir
 
 
 def _train_pairs(group_rows):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from moe_embed_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+LOSSES = ("contrastive_loss", "masked_loss")  # of the objectives; `loss` has the balance besides
 
 
 def _import_summary_writer():
@@ -102,7 +103,7 @@ class Journal:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self._board.add_scalar(f"train/{name}", value, step)
-            self._board.add_scalar(f"loss_by_source/{source}", record["contrastive_loss"], step)
+            self._board.add_scalar(f"loss_by_source/{source}", main_loss(record), step)
             if "expert_load" in record:
                 load_E = np.mean(record["expert_load"], axis=0)
                 for expert, share in enumerate(load_E):
@@ -113,9 +114,9 @@ class Journal:
         self._file.flush()
         mean = {
             name: np.mean([record[name] for record in records])
-            for name in ("contrastive_loss", "accuracy", "utilisation")
+            for name in ("accuracy", "utilisation")
         }
-        shown = {"loss": f"{mean['contrastive_loss']:.3f}"}
+        shown = {"loss": f"{np.mean([main_loss(record) for record in records]):.3f}"}
         if "balance" in records[-1]:
             shown["balance"] = f"{np.mean([r['balance'] for r in records]):.2f}"
         shown["acc"] = f"{mean['accuracy']:.2f}"
@@ -141,6 +142,11 @@ class Journal:
             self._bar.close()
             self._file.close()
             self._board.close()
+
+
+def main_loss(record: dict) -> float:
+    """The objective's own loss of a step."""
+    return next(record[name] for name in LOSSES if name in record)
 
 
 def read_records(path: pathlib.Path) -> list[dict]:

@@ -8,6 +8,10 @@ import numpy as np
 matplotlib.use("Agg")  # no display on a TPU VM
 import matplotlib.pyplot as plt
 
+from moe_embed_jax.training.journal import main_loss
+
+QUALITIES = {"ndcg_at_10": "nDCG@10", "perplexity": "pseudo-perplexity"}
+
 
 def draw_report(
     path: pathlib.Path,
@@ -37,7 +41,7 @@ def _draw_loss(axes, records: list[dict]) -> None:
     by_source: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         source = record["group"].split("/")[0]
-        by_source.setdefault(source, []).append((record["step"], record["contrastive_loss"]))
+        by_source.setdefault(source, []).append((record["step"], main_loss(record)))
     for source, points in by_source.items():
         step, loss = np.array(points).T
         axes.plot(step, loss, ".", markersize=3, label=source)
@@ -46,13 +50,15 @@ def _draw_loss(axes, records: list[dict]) -> None:
         steps = [record["step"] for record in records]
         twin.plot(steps, [r["balance"] for r in records], color="0.6", linewidth=0.8)
         twin.set_ylabel("balance loss (grey; 1 = perfect)")
-    axes.set(title="Training loss per source", xlabel="step", ylabel="InfoNCE (nats)")
+    axes.set(title="Training loss per source", xlabel="step", ylabel="loss (nats)")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
 
 
 def _draw_quality(axes, evaluations: list[dict]) -> None:
-    """Mean nDCG@10 over the languages that every evaluation contains."""
+    """Mean of the metric over the languages that every evaluation contains."""
+    metrics = [metrics for evaluation in evaluations for metrics in evaluation["sets"].values()]
+    metric = next((m for m in QUALITIES if metrics and m in metrics[0]), "ndcg_at_10")
     names = [set(evaluation["sets"]) for evaluation in evaluations]
     common = set.intersection(*names) if names else set()
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -60,14 +66,17 @@ def _draw_quality(axes, evaluations: list[dict]) -> None:
         for set_name in sorted({name.split("/")[0] for name in evaluation["sets"]}):
             members = [name for name in evaluation["sets"] if name.split("/")[0] == set_name]
             members = [name for name in members if name in common] or members
-            mean = np.mean([evaluation["sets"][name]["ndcg_at_10"] for name in members])
+            mean = np.mean([evaluation["sets"][name][metric] for name in members])
             curves.setdefault(set_name, []).append((evaluation["step"], mean))
     for set_name, points in curves.items():
         step, value = np.array(points).T
         axes.plot(step, value, "o-", markersize=3, label=set_name)
-    axes.set(title="Held-out retrieval (languages of every evaluation)", xlabel="step")
-    axes.set_ylabel("nDCG@10")
-    axes.set_ylim(0, 1)
+    axes.set(title="Held-out quality (languages of every evaluation)", xlabel="step")
+    axes.set_ylabel(QUALITIES[metric])
+    if metric == "ndcg_at_10":
+        axes.set_ylim(0, 1)
+    else:
+        axes.set_yscale("log")
     if curves:
         axes.legend(fontsize=8)
 
