@@ -85,7 +85,7 @@ def write_tokens(data_dir: pathlib.Path, preparation: dict) -> None:
     """Vocabulary and token store of the same pairs for another `preparation` (kind "file")."""
     source = pathlib.Path(preparation["vocabulary"]["path"])
     path = vocabulary_path(preparation, data_dir)
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(source.read_bytes())
     vocabulary = open_vocabulary(path)
     write_store(planned_store_path(preparation, data_dir), _train_pairs(GROUP_ROWS), vocabulary)
@@ -101,14 +101,20 @@ def documents(language: str, count: int, seed: int) -> list[str]:
     return texts
 
 
-def write_documents(data_dir: pathlib.Path) -> pathlib.Path:
+def write_documents(
+    data_dir: pathlib.Path, preparation: dict = DOCUMENTS_PREPARATION
+) -> pathlib.Path:
     """Vocabulary, token store of documents and held-out documents under `data_dir`."""
     train = {language: documents(language, 120, seed=1) for language in LANGUAGES}
-    path = vocabulary_path(DOCUMENTS_PREPARATION, data_dir)
-    train_vocabulary([t for texts in train.values() for t in texts], path, 512)
-    vocabulary = Vocabulary.load(path)
+    path = vocabulary_path(preparation, data_dir)
+    if preparation["vocabulary"]["kind"] == "train":
+        train_vocabulary([t for texts in train.values() for t in texts], path, 512)
+    elif not path.exists():
+        path.parent.mkdir(parents=True)
+        path.write_bytes(pathlib.Path(preparation["vocabulary"]["path"]).read_bytes())
+    vocabulary = open_vocabulary(path)
     spec = {"vocabulary": {"sha256": vocabulary.content_hash, "size": vocabulary.size}}
-    with TokenStoreWriter(planned_store_path(DOCUMENTS_PREPARATION, data_dir), spec) as writer:
+    with TokenStoreWriter(planned_store_path(preparation, data_dir), spec) as writer:
         for place, (language, texts) in enumerate(train.items()):
             # The first language has two sources.
             half = len(texts) // 2 if place == 0 else len(texts)
@@ -118,8 +124,8 @@ def write_documents(data_dir: pathlib.Path) -> pathlib.Path:
                     ids, lengths = vocabulary.encode_flat(part)
                     content = content_ids(part)[:, np.newaxis]
                     writer.write_batch([ids], lengths[:, np.newaxis], content)
-    folder = held_out_path(DOCUMENTS_PREPARATION, data_dir)
-    folder.mkdir(parents=True)
+    folder = held_out_path(preparation, data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     for language in LANGUAGES:
         with gzip.open(folder / f"{language}.jsonl.gz", "wt") as file:
             for text in documents(language, 10, seed=2):
@@ -202,5 +208,25 @@ def config_text(data_dir: pathlib.Path, **top) -> str:
         # Adam's first updates are signs of gradients far above epsilon: 1e-8 turned 1e-10 of
         # rounding, in one gradient that is nearly 0, into 5e-6 of weight and 2e-5 of loss.
         optimizer=dict(peak_learning_rate=3e-3, warmup_steps=2, epsilon=1e-6),
+    )
+    return f"def get_config(variant=''):\n    return {values | top!r}\n"
+
+
+def masked_config_text(data_dir: pathlib.Path, **top) -> str:
+    """A config file of masked language modelling for a tiny model on the documents."""
+    values = dict(
+        objective="masked_lm",
+        seed=5,
+        batch_size=8,
+        steps=12,
+        log_every=2,
+        eval_every=6,
+        eval_languages=2,
+        checkpoint_every=4,
+        keep_checkpoints=3,
+        model=dict(vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=64, moe_every=0),
+        data=dict(dir=str(data_dir), vocabulary=dict(kind="train", size=512), row_length=64),
+        optimizer=dict(peak_learning_rate=3e-3, warmup_steps=2, epsilon=1e-6),
+        loss=dict(predictions_at_once=64),
     )
     return f"def get_config(variant=''):\n    return {values | top!r}\n"

@@ -46,8 +46,8 @@ def losses(workdir) -> np.ndarray:
     return metric(workdir, "loss")
 
 
-def assert_same_checkpoint(a, b, step=STEPS):
-    for item in ("params", "optimizer"):
+def assert_same_checkpoint(a, b, step=STEPS, items=("params", "optimizer")):
+    for item in items:
         trees = [
             ocp.StandardCheckpointer().restore(path / "checkpoints" / str(step) / item)
             for path in (a, b)

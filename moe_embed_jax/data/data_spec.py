@@ -193,10 +193,8 @@ def _unused(complete: dict) -> str:
 def held_out_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
     """Where the held-out documents of a `documents` config lie, or will lie once prepared."""
     complete = complete_config(config)
-    name = complete["documents"]
-    if complete["texts"]:
-        name = read_manifest(Path(complete["texts"]))["content_hash"][:16]
-    return Path(data_dir) / "held_out_documents" / name
+    name = "texts" if complete["texts"] else complete["documents"]
+    return Path(data_dir) / "held_out" / f"{name}-{canonical_hash(_origin(complete))[:16]}"
 
 
 def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | None:

@@ -6,7 +6,6 @@ document, whole and without specials: how documents are cut into rows is the run
 to preparation.
 """
 
-import contextlib
 import gzip
 import importlib
 import json
@@ -137,7 +136,7 @@ class _HeldOut:
         own.append(clean_text(text))
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
+        if kind is not None or self._folder.is_dir():  # another vocabulary's store has written it
             return
         temporary = self._folder.with_name(f".{self._folder.name}.{os.getpid()}.partial")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -150,8 +149,6 @@ class _HeldOut:
                     for i in range(min(len(found), MOST_HELD_OUT)):
                         entry = {"source": source, "text": found[int(i * step)]}
                         file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._folder)
         temporary.rename(self._folder)
 
 

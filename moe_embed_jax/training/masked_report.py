@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_embed_jax.config import save_json
+from moe_embed_jax.data.vocabulary import WORD_START
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.evaluation.pseudo_perplexity import MaskedModel, load_documents
 from moe_embed_jax.processes import wait_for_all
@@ -119,11 +120,11 @@ class MaskedJudge:
             ids, column = sequences[i], columns[i]
             parts = [vocabulary.decode(part) for part in (ids[:column], ids[column + 1 :])]
             guesses = ", ".join(
-                f"{vocabulary.decode([guess])!r} {probability:.2f}"
+                f"{_shown(vocabulary, guess)} {probability:.2f}"
                 for guess, probability in zip(id_RN[i], probability_RN[i], strict=True)
                 if guess < vocabulary.size
             )
-            hidden = repr(vocabulary.decode([ids[column]]))
+            hidden = _shown(vocabulary, ids[column])
             examples.append((language, " ___ ".join(parts), hidden, guesses))
         return examples
 
@@ -143,6 +144,11 @@ class MaskedJudge:
 def geometric_mean(results) -> float:
     """Of the perplexities: exp of the mean loss, every language alike."""
     return float(np.exp(np.mean([np.log(result[METRIC]) for result in results])))
+
+
+def _shown(vocabulary, token: int) -> str:
+    """A token for readers; a bare start of a word decodes to nothing."""
+    return repr(vocabulary.decode([token]) or WORD_START)
 
 
 def _table(columns: dict[str, dict]) -> Table:
