@@ -31,10 +31,10 @@ def main():
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
     from moe_embed_jax.planning.run import run
-    from moe_embed_jax.planning.workload import PlannedRun
+    from moe_embed_jax.planning.workload import PLANNED_PAGES
 
     argv = launching_arguments(sys.argv[1:])
-    arguments, config = launching.parse_with_config(flags, PlannedRun, argv)
+    arguments, config = launching.parse_with_config(flags, PLANNED_PAGES, argv)
     run(config, arguments)
 
 

@@ -25,7 +25,12 @@ from moe_embed_jax.planning.collectives import Collective
 from moe_embed_jax.planning.cost import Cost, Kernel, Unestimated
 from moe_embed_jax.planning.memory import advice
 from moe_embed_jax.planning.roofline import predict
-from moe_embed_jax.planning.workload import PlannedRun, workload
+from moe_embed_jax.planning.workload import (
+    PLANNED_PAGES,
+    PlannedRun,
+    masked_workload,
+    workload,
+)
 from moe_embed_jax.training.run_config import DataConfig
 
 tpu_aot = [
@@ -98,6 +103,19 @@ def test_rows_follow_from_assumed_lengths(run):
 def test_a_batch_that_the_chips_do_not_divide_is_refused(run):
     with pytest.raises(UserError, match="multiple of 24"):
         workload(run, types.SimpleNamespace(size=24), 12, 84)
+
+
+def test_masked_rows_are_those_of_the_page():
+    config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/mlm.py"), {})
+    load = masked_workload(config, types.SimpleNamespace(size=64))
+    assert (load.chunks, load.rows) == (8, 8)
+    assert load.tokens == pytest.approx(0.97 * 4096 * 2048)
+    with pytest.raises(UserError, match="multiple of 24"):
+        masked_workload(config, types.SimpleNamespace(size=24))
+    # Settings of a search are in rows of 256 tokens.
+    found = [setting(candidate) for candidate in search.setting_candidates(config)]
+    assert found[:3] == [(4, 4), (32, 8), (0, 8)]
+    assert "predictions_at_once=1024" in " ".join(advice(config, "train", "hbm", "temporaries"))
 
 
 def test_collectives_take_the_time_of_a_ring():
@@ -239,6 +257,26 @@ class TestCompiled:
         )
         assert found["fits"] and not found["kernels_without_estimate"]
         assert found["pallas_flops_per_chip"] > 0.5 * found["model_flops_per_chip"]
+
+    def test_masked_language_modelling(self, tmp_path):
+        """Its own step: the model's FLOPs are the encoder's and those of the predictions."""
+        command = (
+            "launch/plan.py",
+            "--config=configs/mlm.py:smoke",
+            "--topology=v5e:2x2",
+            "--set=model.num_layers=1",
+            "--set=data.row_length=128",
+            "--set=model.width=128",
+        )
+        text, found = plan(command, tmp_path / "plan.json")
+        assert found["fits"] and "predictions" in text
+        width, ffn_width, rows = 128, 64, 8
+        layer = 4 * width**2 + 2 * width * ffn_width
+        predictions = rows * 39  # ceil(0.3 * 128)
+        expected = 6 * layer * rows * 128 + 6 * width * (width + 16_384) * predictions
+        assert found["model_flops_per_chip"] == pytest.approx(expected / 4, rel=0.02)
+        # Two more forward passes, of the blocks and of the head, and padding of small shapes.
+        assert 1.2 < found["compiled_flops_per_chip"] / found["model_flops_per_chip"] < 2.5
 
     def test_encoding_has_no_optimiser_and_a_third_of_the_work(self, tmp_path):
         picture = tmp_path / "plan.png"

@@ -20,7 +20,8 @@ from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.planning.report import to_json
 from moe_embed_jax.training.run_config import RunConfig
 
-# (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows.
+# (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows. For rows of
+# 256 tokens: of longer rows proportionally fewer.
 SETTINGS = ((32, 32), (256, 64), (0, 64), (0, 128), (0, 256), (0, 512), (0, 0))
 FSDP = (1, 4, 16)
 EXPERT = (1, 2, 4, 8)
@@ -44,6 +45,8 @@ def setting_candidates(config: RunConfig) -> list[RunConfig]:
 
 
 def _setting(config: RunConfig, mesh: MeshConfig, chunk_rows: int, remat_rows: int) -> RunConfig:
+    longer = max(config.data.row_length // 256, 1)
+    chunk_rows, remat_rows = (-(-rows // longer) for rows in (chunk_rows, remat_rows))
     model = dataclasses.replace(config.model, remat_rows=remat_rows)
     data = dataclasses.replace(config.data, chunk_rows=chunk_rows)
     return dataclasses.replace(config, mesh=mesh, model=model, data=data)

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 
 from moe_embed_jax import embedder
 from moe_embed_jax.data import calls
+from moe_embed_jax.data.masking import most_hidden
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, replicated
 from moe_embed_jax.models.encoder import init_params
-from moe_embed_jax.planning.workload import workload
+from moe_embed_jax.planning.workload import masked_workload, workload
 from moe_embed_jax.search import knn
 from moe_embed_jax.sharding import rules_for, with_shardings
+from moe_embed_jax.training import masked_step
 from moe_embed_jax.training.optimizer import make_optimizer
-from moe_embed_jax.training.overview import training_flops_per_token
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.overview import head_flops_per_prediction, training_flops_per_token
+from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.state import abstract_state
 from moe_embed_jax.training.step import StepConfig, abstract_batch, jit_train_step
 
@@ -57,7 +59,9 @@ class Step:
     notes: tuple[str, ...]
 
 
-def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+def train_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions) -> Step:
+    if config.objective == MaskedRunConfig.objective:
+        return _masked_train_step(config, mesh)
     load = workload(config, mesh, assumed.query_tokens, assumed.document_tokens)
     step_config = StepConfig(config.model, config.loss, config.data.texts_per_row)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -91,9 +95,47 @@ def train_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
     )
 
 
-def encode_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+def _masked_train_step(config: MaskedRunConfig, mesh) -> Step:
+    load = masked_workload(config, mesh)
+    model, length = config.model, config.data.row_length
+    step_config = masked_step.MaskedStepConfig(model, config.loss, model.vocab_size)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(step_config, optimizer, mesh)
+    rows = load.rows * mesh.size
+    hidden = most_hidden(length, config.loss.mask_rate)
+    batch = masked_step.abstract_batch(mesh, load.chunks, rows, length, hidden)
+    slots = load.chunks * rows * length
+    predictions = load.chunks * rows * hidden
+    jitted = masked_step.jit_train_step(step_config, optimizer, mesh).jitted
+    return Step(
+        lower=lambda: jitted.lower(state, batch),
+        arguments={
+            "parameters": state.params,
+            "optimiser state": state.opt_state,
+            "batch": batch,
+        },
+        rows=load.chunks * load.rows,
+        chunks=load.chunks,
+        model_flops=training_flops_per_token(model) * slots
+        + head_flops_per_prediction(model) * predictions,
+        work="all token slots, and predictions",
+        real_share=load.tokens / slots,
+        unit="tokens",
+        units=load.tokens,
+        repeats=config.steps,
+        unknown_trips=1,
+        notes=(
+            f"{config.batch_size} rows of {length} slots, in {load.chunks} chunk(s) of {load.rows} "
+            f"per chip; {predictions:,} predictions; {load.source}",
+        ),
+    )
+
+
+def encode_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions) -> Step:
     """One full call of `Embedder.encode` for documents."""
-    row_length = calls.row_length_of(config.data.document_length)
+    data = config.data
+    is_masked = config.objective == MaskedRunConfig.objective
+    row_length = calls.row_length_of(data.row_length if is_masked else data.document_length)
     (rows,) = calls.call_rows(
         max(calls.TOKENS_PER_CALL // row_length, 1) * mesh.size, row_length, mesh.size
     )

@@ -10,15 +10,15 @@ from moe_embed_jax.data.pair_manifest import MANIFEST
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import MaskedRunConfig, Run, RunConfig
 
 NO_VOCABULARY = "not needed to plan"
 PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
+FULL_ROW_SHARE = 0.97  # of rows of documents, see tests/test_document_rows.py
 MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRun(RunConfig):
+class _Planned:
     """A run of which nothing but shapes matters: its vocabulary file need not exist."""
 
     def __post_init__(self):
@@ -28,6 +28,19 @@ class PlannedRun(RunConfig):
             data = dataclasses.replace(self.data, vocabulary=vocabulary)
             object.__setattr__(self, "data", data)
         super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun(_Planned, RunConfig):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedMaskedRun(_Planned, MaskedRunConfig):
+    pass
+
+
+PLANNED_PAGES = {page.objective: page for page in (PlannedRun, PlannedMaskedRun)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +59,7 @@ def workload(config: RunConfig, mesh, query_tokens: float, document_tokens: floa
     Args:
       query_tokens, document_tokens: mean lengths, used where no data are prepared.
     """
-    if config.batch_size % mesh.size:
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by the {mesh.size} chips of the "
-            f"topology; choose a multiple of {mesh.size}"
-        )
+    _check_divisible(config, mesh)
     store = _prepared(config)
     data = config.data
     if store is not None:
@@ -84,6 +93,23 @@ def workload(config: RunConfig, mesh, query_tokens: float, document_tokens: floa
         f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
     )
     return Workload(*in_chunks(rows, data.chunk_rows), tokens * mesh.size, source)
+
+
+def masked_workload(config: MaskedRunConfig, mesh) -> Workload:
+    """The same of a step of masked language modelling, whose shape the config decides."""
+    _check_divisible(config, mesh)
+    slots = config.batch_size * config.data.row_length
+    source = f"rows taken as {FULL_ROW_SHARE:.0%} full, which cut documents fill or more"
+    shape = in_chunks(config.batch_size // mesh.size, config.data.chunk_rows)
+    return Workload(*shape, FULL_ROW_SHARE * slots, source)
+
+
+def _check_divisible(config: Run, mesh) -> None:
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"batch_size={config.batch_size} is not divisible by the {mesh.size} chips of the "
+            f"topology; choose a multiple of {mesh.size}"
+        )
 
 
 def _prepared(config: RunConfig) -> TokenStore | None:
