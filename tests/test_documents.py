@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 
 import numpy as np
 import pytest
@@ -163,6 +164,37 @@ def test_a_prepared_folder_holds_out_by_content(tmp_path):
         text = sentence(str(i), 12) if i % 2 else f"title {i}\n{sentence(str(i), 12)}"
         is_held_out = text in {entry["text"] for entry in texts}
         assert (np.array(vocabulary.encode(text), np.int32).tobytes() in found) != is_held_out
+
+
+def test_plain_text_becomes_documents(tmp_path):
+    """The layout of CC100, through launch/prepare.py's pipeline, duplicates removed."""
+    pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
+    from moe_embed_jax.data.raw import pipeline
+
+    for language, opener, name in (("xx", lzma.open, "xx.txt.xz"), ("yy", open, "yy.txt")):
+        with opener(tmp_path / name, "wt") as file:
+            for i in range(60):
+                text = "\n".join(sentence(f"{language} {i % 50} {n}", 6) for n in range(3))
+                file.write(f"{text}\n\n")
+    sources = tmp_path / "sources.json"
+    path = {"xx": str(tmp_path / "xx.txt.xz"), "yy": str(tmp_path / "yy.txt")}
+    sources.write_text(json.dumps({"name": "crawl", "format": "texts", "path": path}))
+    manifest = pipeline.prepare(pipeline.Options(str(sources), str(tmp_path / "folder")))
+    assert manifest["rows"] == 100
+    vocabulary = {"kind": "train", "size": 80}
+    config = {**CONFIG, "texts": str(tmp_path / "folder"), "vocabulary": vocabulary}
+    store = TokenStore.open(prepare.prepare(config, tmp_path / "data"))
+    found = held_out(held_out_path(config, tmp_path / "data"))
+    assert len(store) + sum(map(len, found.values())) == 100
+    vocabulary = Vocabulary.load(next(tmp_path.glob("data/vocabulary/*/*.model")))
+    decoded = {vocabulary.decode(ids) for (ids,) in store.read(range(len(store)))}
+    expected = {
+        " ".join(sentence(f"{language} {i} {n}", 6) for n in range(3))
+        for language in ("xx", "yy")
+        for i in range(50)
+    }
+    assert decoded < expected
+    assert [group["language"] for group in store.groups] == ["xx", "yy"]
 
 
 def test_bad_document_configs_are_refused():

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 
 import pytest
 import raw_sources
@@ -246,3 +247,50 @@ def test_concatenated_gzip_members_are_one_file(tmp_path):
     path.write_bytes(b"".join(gzip.compress(line) for line in lines))
     good, bad = read(tmp_path, format="pairs", path=path, language="en")
     assert len(good) == 2 and not bad
+
+
+# ---- Texts alone ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_texts(tmp_path, kind):
+    rows = [{"text": " ein Text\nmit Zeilen "}, {"text": "noch einer"}, {"text": " "}]
+    path = getattr(raw_sources, kind)(tmp_path / f"a.{kind}", rows)
+    good, bad = read(tmp_path, format="texts", path=path, language="de")
+    assert texts(good) == [("", "ein Text\nmit Zeilen", [], "de"), ("", "noch einer", [], "de")]
+    assert (bad[0].line, bad[0].field, bad[0].problem) == (3, "text", "is empty")
+
+
+OPENERS = {"a.txt": open, "a.txt.gz": gzip.open, "a.txt.xz": lzma.open}
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_plain_text_is_cut_at_blank_lines(tmp_path, name):
+    """The layout of CC100."""
+    content = "\n erste Zeile\nzweite\n\n \t\nnächstes\r\nmehr\n\nohne Ende".encode()
+    with OPENERS[name](tmp_path / name, "wb") as file:
+        file.write(content + b"\n\n\xff kaputt\n\nletztes")
+    good, bad = read(tmp_path, format="texts", path=tmp_path / name, language="de")
+    assert [(row.line, row.texts.document) for row in good] == [
+        (2, "erste Zeile\nzweite"),
+        (6, "nächstes\nmehr"),
+        (9, "ohne Ende"),
+        (13, "letztes"),
+    ]
+    assert (bad[0].line, bad[0].problem) == (11, "bad UTF-8 at byte 1 of the document")
+
+
+def test_a_text_without_a_blank_line_is_cut(tmp_path):
+    line = "wort " * 1000
+    (tmp_path / "a.txt").write_text(f"{line}\n" * 500)
+    good, _ = read(tmp_path, format="texts", path=tmp_path / "a.txt", language="de")
+    assert [row.line for row in good] == [1, 211, 421]
+    assert sum(row.texts.document.count("\n") + 1 for row in good) == 500
+
+
+def test_a_damaged_xz_file_is_named(tmp_path):
+    content = lzma.compress(b"one two\n\nthree four\n" * 5000)
+    (tmp_path / "a.txt.xz").write_bytes(content[:-40])
+    good, bad = read(tmp_path, format="texts", path=tmp_path / "a.txt.xz", language="de")
+    assert "the .xz file is damaged or cut short here" in bad[-1].problem
+    assert len(bad) == 1 and all(row.texts.document for row in good)

@@ -20,8 +20,8 @@ from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.planning.report import to_json
 from moe_embed_jax.training.run_config import RunConfig
 
-# (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows. For rows of
-# 256 tokens: of longer rows proportionally fewer.
+# (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows. They are
+# rows of 256 tokens: of longer ones proportionally fewer.
 SETTINGS = ((32, 32), (256, 64), (0, 64), (0, 128), (0, 256), (0, 512), (0, 0))
 FSDP = (1, 4, 16)
 EXPERT = (1, 2, 4, 8)

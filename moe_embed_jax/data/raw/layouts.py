@@ -2,11 +2,14 @@
 
     pairs     {"query": ..., "document": ...}
     triplets  the same and "negatives": a list of texts, or one text
+    texts     {"text": ...}: a text alone, for masked language modelling: a pair without a query
     mc4       {"text": page}: its first line -> the rest (mC4, arXiv 2010.11934)
     ccnews    {"title": ..., "text": ...}: title -> text
     miracl    {"query": ..., "positive_passages": [...], "negative_passages": [...]}, passages with
               "title" and "text" (arXiv 2210.09984): a pair for every positive passage
     beir      a folder with corpus, queries and qrels (see `beir`)
+
+A record of a text file (.txt) is {"text": document}: what stands between blank lines, as in CC100.
 
 The reader of a layout turns one record (a dict) into pairs, or raises `BadField`.
 """
@@ -27,7 +30,7 @@ class BadField(ValueError):
 
 
 class Texts(NamedTuple):
-    """What a record gives: one pair with its negatives."""
+    """What a record gives: one pair with its negatives; of a text alone the query is empty."""
 
     query: str
     document: str
@@ -79,6 +82,10 @@ def _triplets(record: dict, fields: dict[str, str]) -> list[Texts]:
     return [Texts(query, document, negatives)]
 
 
+def _texts(record: dict, fields: dict[str, str]) -> list[Texts]:
+    return [Texts("", text_of(record, fields["text"]), ())]
+
+
 def _mc4(record: dict, fields: dict[str, str]) -> list[Texts]:
     page = text_of(record, fields["text"])
     first, _, rest = page.partition("\n")
@@ -121,6 +128,7 @@ LAYOUTS = {
     "triplets": Layout(
         {"query": "query", "document": "document", "negatives": "negatives"}, _triplets
     ),
+    "texts": Layout({"text": "text"}, _texts),
     "mc4": Layout({"text": "text"}, _mc4),
     "ccnews": Layout({"query": "title", "document": "text"}, _pairs),
     "miracl": Layout(

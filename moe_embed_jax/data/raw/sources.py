@@ -3,7 +3,7 @@
 A sources file is JSON: a list of objects, or one object. Keys of a source:
 
     name         of the source (letters, digits and _): the task name in training
-    format       pairs, triplets, mc4, ccnews, miracl or beir, see `layouts`
+    format       pairs, triplets, texts, mc4, ccnews, miracl or beir, see `layouts`
     path         a file, a folder (every data file under it), a glob, a list of those, or an object
                  {"de": path, "fr": path} that gives the language of each; any file system of Beam
     language     of all rows: a code such as "en"
@@ -25,6 +25,7 @@ from moe_embed_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 COLUMNAR = (".parquet", ".arrow")
+PLAIN = (".txt", ".txt.gz", ".txt.xz")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|validation|valid|dev)([/_.-]|$)")
@@ -162,7 +163,7 @@ def find_parts(sources: list[Source]) -> list[Part]:
 def _match(path: str, source: Source) -> list[tuple[str, int]]:
     files = _list(path)
     if not files:  # a folder
-        known = (*SUFFIXES, *COLUMNAR)
+        known = (*SUFFIXES, *COLUMNAR, *PLAIN)
         files = [(n, s) for n, s in _list(f"{path.rstrip('/')}/**") if n.endswith(known)]
         files = [(n, s) for n, s in files if not re.search(r"(dataset_info|state)\.json$", n)]
         held_out = [n for n, _ in files if _HELD_OUT.search(n[len(path.rstrip("/")) :])]
@@ -174,10 +175,10 @@ def _match(path: str, source: Source) -> list[tuple[str, int]]:
     if not files:
         raise UserError(f"source {source.name}: no data file matches {path}")
     for name, _ in files:
-        if not name.endswith((*SUFFIXES, *COLUMNAR)):
+        if not name.endswith((*SUFFIXES, *COLUMNAR, *PLAIN)):
             raise UserError(
                 f"source {source.name}: {name} is of no kind that can be read: "
-                f"{', '.join((*SUFFIXES, *COLUMNAR))}"
+                f"{', '.join((*SUFFIXES, *COLUMNAR, *PLAIN))}"
             )
     return sorted(files)
 
