@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import synthetic_data
 from conftest import metric, run_python
+from test_processes import Together
 from test_training_run import assert_refused, assert_same_checkpoint
 
 from moe_embed_jax import Embedder
@@ -98,6 +99,18 @@ def test_eight_devices_in_chunks_equal_one(config, compilation_cache, whole_run,
     sets = [records(path / "evaluations.jsonl")[-1]["sets"] for path in (whole_run, tmp_path)]
     for name, found in sets[0].items():
         assert sets[1][name]["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_device(config, compilation_cache, whole_run, tmp_path):
+    flags = ("--config.mesh.fsdp=2", "--config.model.remat_rows=1")
+    arguments = ["launch/train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags]
+    together = Together(arguments, tmp_path, **compilation_cache)
+    together.wait()
+    one, two = (metric(path, "masked_loss") for path in (whole_run, tmp_path / "run"))
+    np.testing.assert_allclose(two, one, atol=2e-5, rtol=0)
+    assert "geometric mean of 3" in together.output("out0")
+    assert together.output("out1") == ""
 
 
 def test_all_languages_in_every_batch_across_documents_with_experts(

@@ -13,13 +13,14 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import BATCH_SPEC, batch_sharding, replicated
+from moe_embed_jax.mesh import BATCH_SPEC, batch_sharding
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
     encode_rows,
@@ -119,8 +120,7 @@ class MaskedModel:
         arrays = [to_devices(array, batch_sharding(self.mesh)) for array in (*arrays, column_R)]
         with jax.set_mesh(self.mesh):
             found = _best(self.model, best, self.params, self.head, *arrays)
-        everywhere = replicated(self.mesh)
-        probability_RN, id_RN = (to_host(jax.device_put(a, everywhere)) for a in found)
+        probability_RN, id_RN = map(to_host, found)
         return id_RN[packing.row], probability_RN[packing.row]
 
 
@@ -144,7 +144,7 @@ def _sums(model, params, head, token_RL, text_index_RL, position_RL, column_RP, 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _best(model, best, params, head, token_RL, text_index_RL, position_RL, column_R):
     x_RLD, _ = encode_tokens(model, params, token_RL, text_index_RL, position_RL)
-    x_RD = jax.numpy.take_along_axis(x_RLD, column_R[:, None, None], axis=1)[:, 0]
+    x_RD = jnp.take_along_axis(x_RLD, column_R[:, None, None], axis=1)[:, 0]
     logits_RV = mlm_logits(model, head, params["embeddings"]["token"], x_RD)
     return jax.lax.top_k(jax.nn.softmax(logits_RV), best)
 
