@@ -1,11 +1,16 @@
 """The fused attention kernel (interpreted here) against plain attention: values and gradients."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import QUICK_COMPILATION
+from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.models import attention as attention_module
+from moe_embed_jax.models import long_attention
 from moe_embed_jax.models.attention import attention, rotation
 from moe_embed_jax.models.fused_attention import fused_attention, supports
 
@@ -46,6 +51,31 @@ def test_equals_plain_attention(heads, head, length, rotary):
     expected_gradient, expected = value_and_gradient(attention)
     np.testing.assert_allclose(context, expected, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=3e-5)
+
+
+@pytest.mark.parametrize("head", [32, 64])
+def test_long_rows_equal_plain_attention(head):
+    """JAX's flash attention kernel, interpreted."""
+    heads, length = 2, 1024
+    qkv, text_index, angles = make_case(2, length, heads, head)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, length, heads * head)))
+
+    def gradient(is_tpu):
+        def scalar(qkv):
+            with mock.patch.object(attention_module, "platform", lambda: "tpu" * is_tpu):
+                context = attention(qkv, text_index, angles, heads)
+            return jnp.sum(context * weight), context
+
+        with pltpu.force_tpu_interpret_mode():
+            return jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK_COMPILATION)(qkv)
+
+    (actual_gradient, actual), (expected_gradient, expected) = gradient(True), gradient(False)
+    valid = np.asarray(text_index) >= 0
+    np.testing.assert_allclose(actual[valid], expected[valid], atol=1e-5)
+    np.testing.assert_allclose(actual_gradient[valid], expected_gradient[valid], atol=3e-5)
+    assert np.isfinite(actual).all()
+    assert long_attention.supports(2048) and not long_attention.supports(512)
+    assert not long_attention.supports(1000)
 
 
 def test_bfloat16_is_closer_to_float32_than_plain_attention():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.mesh import platform
+from moe_embed_jax.models import long_attention
 from moe_embed_jax.models.fused_attention import fused_attention, supports
 
 
@@ -30,7 +31,8 @@ def rotate(x_RLHC, rotation_RLC):
 
 def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
     """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`, which TPUs
-    run. This is plain XLA, for other devices and other shapes."""
+    run on rows of up to 512; on longer ones they run this with `long_attention`. The rest is plain
+    XLA, for other devices and other shapes."""
     rows, length, features = qkv_RLM.shape
     qkv = qkv_RLM.reshape(rows, length, 3, heads, -1)
     q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
@@ -38,6 +40,9 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
         q_RLHC, k_RLHC = rotate(q_RLHC, rotation_RLC), rotate(k_RLHC, rotation_RLC)
     # Heads before positions: XLA:CPU multiplies these faster than strided ones.
     q_RHLC, k_RHLC, v_RHLC = (x.swapaxes(1, 2) for x in (q_RLHC, k_RLHC, v_RLHC))
+    if platform() == "tpu" and long_attention.supports(length):
+        context_RHLC = long_attention.long_attention(q_RHLC, k_RHLC, v_RHLC, text_index_RL)
+        return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
     scale = q_RHLC.shape[-1] ** -0.5
     score_RHLM = jnp.einsum("RHLC,RHMC->RHLM", q_RHLC, k_RHLC).astype(jnp.float32) * scale
     # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.

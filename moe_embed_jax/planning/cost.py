@@ -37,6 +37,10 @@ FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBo
 PREFETCHES = ("copy-start", "slice-start", "async-start", "dynamic-slice-start")
 # Touch what they move, not all of the array they move it out of or into.
 GATHERS = ("gather", "dynamic-slice", "slice")
+# Products with [L, L] scores per head in JAX's flash attention (models/long_attention.py), which
+# declares no cost of its backward kernels, and of the forward one half the lanes that it uses.
+FLASH_PRODUCTS = {"flash_attention": 2, "flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
+LANES = 128
 SCATTERS = ("scatter", "dynamic-update-slice")
 
 
@@ -108,6 +112,22 @@ def module_cost(module: Module, mesh, unknown_trips: int = 1) -> Cost:
     return _Walk(module, mesh, unknown_trips).computation(module.entry, timed=True)
 
 
+def _kernel(it: Instruction, operands: list[Shape]) -> Kernel:
+    name = it.name.split(".")[0]
+    for prefix, products in FLASH_PRODUCTS.items():
+        if name.startswith(prefix):
+            rows, heads, length, head = operands[0].dims
+            scores = float(rows * heads * length * length)
+            moved = sum(shape.bytes for shape in (*operands, *it.shapes))
+            return Kernel(name, 2 * products * scores * max(head, LANES), float(moved), scores)
+    estimate = it.backend_config.get("custom_call_config", {}).get("cost_estimate")
+    counts = (
+        None if estimate is None else float(estimate.get(key, 0))
+        for key in ("flops", "bytes_accessed", "transcendentals")
+    )
+    return Kernel(name, *counts)
+
+
 class _Walk:
     def __init__(self, module: Module, mesh, unknown_trips: int):
         self.module = module
@@ -150,13 +170,8 @@ class _Walk:
             lhs, rhs = (shapes[0] for shapes in parent.operand_shapes(it)[:2])
             cost.matmul_flops += matmul_flops(it, lhs, rhs)
         elif opcode == "custom-call" and "tpu_custom_call" in it.rest:
-            estimate = it.backend_config.get("custom_call_config", {}).get("cost_estimate")
-            name = it.name.split(".")[0]
-            counts = (
-                None if estimate is None else float(estimate.get(key, 0))
-                for key in ("flops", "bytes_accessed", "transcendentals")
-            )
-            cost.kernels[Kernel(name, *counts)] += 1
+            operands = [shapes[0] for shapes in parent.operand_shapes(it) if shapes]
+            cost.kernels[_kernel(it, operands)] += 1
             return cost
         if timed:
             self.time(parent, it, cost)
