@@ -69,7 +69,7 @@ def test_the_run_tells_what_it_does_and_learns(whole_run):
     assert len(evaluations[1]["sets"]) == 2
     results = json.loads((whole_run / "results.json").read_text())
     for name, trained in results["trained"].items():
-        assert trained["perplexity"] < results["at the start"][name]["perplexity"] < 1000
+        assert trained["perplexity"] < results["untrained"][name]["perplexity"] < 1000
         assert trained["tokens"] > 500
 
 
@@ -179,7 +179,7 @@ def test_a_run_goes_on_from_another_with_its_head(
     before, after = (
         json.loads((path / "results.json").read_text()) for path in (whole_run, tmp_path)
     )
-    assert after["at the start"] == before["trained"]
+    assert after["before"] == before["trained"]
 
 
 @pytest.mark.parametrize(

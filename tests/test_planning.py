@@ -273,6 +273,7 @@ class TestCompiled:
         )
         text, found = plan(command, tmp_path / "plan.json")
         assert found["fits"] and "predictions" in text
+        assert not found["kernels_without_estimate"]
         width, ffn_width, rows, length = 128, 64, 8, 1024
         layer = 4 * width**2 + 2 * width * ffn_width
         predictions = rows * 308  # ceil(0.3 * 1024)

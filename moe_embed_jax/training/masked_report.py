@@ -90,7 +90,8 @@ class MaskedJudge:
         if complete:
             columns = {}
             if complete[0]["step"] == 0:
-                columns["at the start"] = complete[0]["sets"]
+                start = "before" if self.config.init.source else "untrained"
+                columns[start] = complete[0]["sets"]
             columns["trained"] = complete[-1]["sets"]
             save_json(self.workdir / RESULTS_FILE, columns)
             console = Console(width=110)
