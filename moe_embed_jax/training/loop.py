@@ -16,8 +16,9 @@ from moe_embed_jax.model_folder import CHECKPOINTS
 from moe_embed_jax.processes import process_0_first, true_anywhere
 from moe_embed_jax.training import init, report
 from moe_embed_jax.training import workdir as workdir_module
-from moe_embed_jax.training.journal import Journal
-from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.health import Health
+from moe_embed_jax.training.journal import METRICS_FILE, Journal, read_records
+from moe_embed_jax.training.optimizer import learning_rates, make_optimizer
 from moe_embed_jax.training.overview import describe_run
 from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.step import (
@@ -91,6 +92,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         state = from_items(checkpoints.restore(start, **abstract))
 
     def save(step: int) -> None:
+        health.check_state(step, state)
         checkpoints.save(step, data_spec, **to_items(state))
 
     ### Say what will happen
@@ -102,8 +104,11 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
     judge = report.Judge(workdir, config, start, is_writer)
-    journal = Journal(workdir, start, config.steps, is_writer)
+    rates = learning_rates(config.optimizer, config.steps)
+    journal = Journal(workdir, start, rates, is_writer)
     on_exit.callback(journal.close)
+    recent = read_records(workdir / METRICS_FILE) if is_writer else []
+    health = Health(config.health, config.model, config.optimizer.warmup_steps, checkpoints, recent)
 
     def evaluate(step: int, every_language: bool) -> None:
         lengths = {"query": config.data.query_length, "document": config.data.document_length}
@@ -126,14 +131,15 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         journal.add(step, batch.group.name, batch.tokens, metrics)
         is_last = step == config.steps
         stop = preemption.requested(step, config.log_every)
-        if step % config.log_every == 0 or is_last or stop:
-            journal.flush()
-        if step % config.checkpoint_every == 0 or is_last or stop:
-            journal.flush()  # a checkpoint never holds a state whose loss was not finite
+        evaluates = bool(config.eval_every) and step % config.eval_every == 0 and not is_last
+        saves = step % config.checkpoint_every == 0 or is_last or stop
+        if step % config.log_every == 0 or saves or evaluates:
+            health.check(journal.flush())  # before anything is made of a sick state
+        if saves:
             save(step)
         if stop:
             break
-        if config.eval_every and step % config.eval_every == 0 and not is_last:
+        if evaluates:
             evaluate(step, every_language=False)
     checkpoints.wait()
     if step < config.steps:

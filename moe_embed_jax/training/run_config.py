@@ -6,6 +6,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.upcycle import RULES as UPCYCLE_RULES
 from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.training.health import HealthConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig
 from moe_embed_jax.training.step import LossConfig
 
@@ -91,6 +92,7 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self):
         if self.data.chunk_rows < 0:
