@@ -104,6 +104,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, on_exit: contextlib.ExitSta
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
     judge = report.Judge(workdir, config, start, is_writer)
+    on_exit.callback(judge.draw)  # also of a run that is stopped: what there is
     rates = learning_rates(config.optimizer, config.steps)
     journal = Journal(workdir, start, rates, is_writer)
     on_exit.callback(journal.close)
