@@ -12,21 +12,24 @@ from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import RunConfig
 
-NO_VOCABULARY = "not needed to plan"
+NOT_NEEDED = "not needed to plan"
 PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
 MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun(RunConfig):
-    """A run of which nothing but shapes matters: its vocabulary file need not exist."""
+    """A run of which nothing but shapes matters: its vocabulary, its pairs and the model that it
+    starts from need not exist. The architecture is the page's."""
 
     def __post_init__(self):
-        vocabulary = self.data.vocabulary
+        data, vocabulary = self.data, self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
-            vocabulary = dataclasses.replace(vocabulary, path=NO_VOCABULARY)
-            data = dataclasses.replace(self.data, vocabulary=vocabulary)
-            object.__setattr__(self, "data", data)
+            vocabulary = dataclasses.replace(vocabulary, path=NOT_NEEDED)
+        pairs = data.pairs or (NOT_NEEDED if data.negatives > 0 else "")
+        data = dataclasses.replace(data, vocabulary=vocabulary, pairs=pairs)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "init", dataclasses.replace(self.init, required=False))
         super().__post_init__()
 
 

@@ -14,7 +14,7 @@ from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import MODEL_CARD, open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training.run_config import RunConfig, VocabularyConfig
+from moe_embed_jax.training.run_config import InitConfig, RunConfig, VocabularyConfig
 
 # What a config says about a model that came from elsewhere: how it is computed, not what it is.
 COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
@@ -36,7 +36,8 @@ def resolve(config: RunConfig, workdir: pathlib.Path) -> tuple[RunConfig, list[s
     card_path = workdir / MODEL_CARD
     if card_path.is_file():
         card = json.loads(card_path.read_text())
-        if card.get("init") == dataclasses.asdict(init):
+        # Built, so that a key that is newer than the card has its default there.
+        if config_page.build(InitConfig, card.get("init", {}), "init") == init:
             model = config_page.build(EncoderConfig, card["model"], "model")
             vocabulary = config_page.build(VocabularyConfig, card["data"]["vocabulary"])
             own_copy = find_tokenizer(workdir)

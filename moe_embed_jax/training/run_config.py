@@ -66,6 +66,7 @@ class InitConfig:
     source: str = ""  # a run's work directory, an imported or published model, hf://OWNER/NAME
     upcycle: str = ""  # "paper" or "preserving": make `model`'s experts of a dense source
     noise: float = 0.0  # added to the experts, relative to their weights
+    required: bool = False  # a stage that goes on from another: no run without a source
 
     def __post_init__(self):
         if self.upcycle not in ("", *UPCYCLE_RULES):
@@ -97,10 +98,20 @@ class RunConfig:
     def __post_init__(self):
         if self.data.chunk_rows < 0:
             raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
-        if self.data.negatives < 0 or (self.data.negatives and not self.data.pairs):
+        if self.init.required and not self.init.source:
             raise UserError(
-                f"data.negatives={self.data.negatives}: a number of 1 or more needs data.pairs, a "
-                "folder of pairs with hard negatives; 0 uses none"
+                "init.source is empty, and this config trains a model further: give "
+                "--config.init.source=MODEL, the work directory of a run (of the stage before), "
+                "an imported or published model folder, or hf://OWNER/NAME"
+            )
+        if self.data.negatives < 0:
+            raise UserError(f"data.negatives={self.data.negatives} must be 0 (none) or more")
+        if self.data.negatives and not self.data.pairs:
+            raise UserError(
+                f"data.pairs is empty, and data.negatives={self.data.negatives} needs data.pairs: "
+                "give --config.data.pairs=FOLDER, pairs with hard negatives (made by "
+                "launch/mine.py, or launch/prepare.py from triplets); --config.data.negatives=0 "
+                "uses none"
             )
         vocabulary = self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
