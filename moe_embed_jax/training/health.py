@@ -33,7 +33,7 @@ class HealthConfig:
     # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
     least_spread: float = 0.1
     # Steps after the warm-up over which loads are averaged; until there are so many, none is
-    # judged. A router of random weights may start narrow, and the balance loss needs the warm-up.
+    # judged. Random routers may start narrow (0.27 was seen in an upcycled model).
     window: int = 50
 
     def __post_init__(self):
