@@ -49,6 +49,7 @@ def smoke_run(data_dir, tmp_path_factory):
 def test_smoke_variant_runs(smoke_run, name):
     workdir = smoke_run(name)
     results = json.loads((workdir / "results.json").read_text())
+    assert set(results) == {"BM25", "before" if name == "finetune" else "untrained", "trained"}
     assert 0 <= results["trained"]["translations/aa"]["ndcg_at_10"] <= 1
     # What was trained can be used by the other commands.
     texts = workdir / "texts.jsonl"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import matplotlib
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
+from matplotlib.ticker import MaxNLocator
 
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.health import effective_experts, moe_layers
@@ -49,9 +50,10 @@ def _over_steps(layers: list[int], experts: int, records: list[dict]) -> Map:
         axes = figure.subplots()
         _show(figure, axes, image_ES, extent=extent)
         _name_experts(axes.yaxis, axes.axhline, layers, experts)
-        axes.set(title="Load of every expert over the run", xlabel="step")
+        axes.set_title("Load of every expert over the run")
+        steps_along(axes)
 
-    return Map(min(1.2 + 0.115 * len(image_ES), MOST_INCHES), draw)
+    return Map(min(1.4 + 0.115 * len(image_ES), MOST_INCHES), draw)
 
 
 def _by_language(layers: list[int], experts: int, shares: dict[str, np.ndarray]) -> Map:
@@ -65,7 +67,7 @@ def _by_language(layers: list[int], experts: int, shares: dict[str, np.ndarray])
         _name_experts(axes.xaxis, axes.axvline, layers, experts)
         axes.set(title="Load of every expert by language, on held-out documents, at the end")
 
-    return Map(min(1.2 + 0.16 * len(languages), 2 * MOST_INCHES), draw)
+    return Map(min(1.4 + 0.16 * len(languages), 2 * MOST_INCHES), draw)
 
 
 def _show(figure, axes, load, **place) -> None:
@@ -74,6 +76,12 @@ def _show(figure, axes, load, **place) -> None:
     colours = dict(norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     image = axes.imshow(load, **colours, **place)
     figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label="load (1 = equal share)")
+
+
+def steps_along(axes) -> None:
+    """The x axis counts steps."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _stretches(records: list[dict]) -> np.ndarray:
@@ -119,8 +127,9 @@ def draw_use(axes, config: RunConfig, records: list[dict]) -> None:
         )
         axes.axhline(lowest, color="red", linewidth=0.8, linestyle="--", label="collapsed below")
     axes.set_ylim(0, model.num_experts * 1.05)
-    axes.set(title=f"Experts in use (load of the last {health.window} steps)", xlabel="step")
+    axes.set_title(f"Experts in use (load of the last {health.window} steps)")
     axes.set_ylabel("effective number of experts")
+    steps_along(axes)
     axes.legend(fontsize=7, loc="center right", ncols=1 + len(layers) // 6)
     twin = axes.twinx()
     twin.plot(step, [record["balance"] for record in records], color="0.6", linewidth=0.8)

@@ -13,6 +13,7 @@ from moe_embed_jax.training.run_config import RunConfig
 
 WIDTH = 13.0  # inches
 CURVES_HEIGHT = 3.6  # inches of a row of curves
+MANY = 500  # steps: smaller dots
 
 
 def draw_report(
@@ -63,9 +64,12 @@ def _draw_loss(axes, records: list[dict]) -> None:
     for source, points in by_source.items():
         step, loss = np.array(points, float).T
         axes.plot(step, loss, ".", markersize=_marker_size(records), label=source)
-    axes.set(title="Training loss of each batch, by source", xlabel="step", ylabel="InfoNCE (nats)")
+    axes.set(title="Training loss of each batch, by source", ylabel="InfoNCE (nats)")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper right", markerscale=8 / (1 + _marker_size(records)))
+    expert_pictures.steps_along(axes)
+    # The best place is slow to find among many points, and losses fall.
+    place = "best" if len(records) < MANY else "upper right"
+    axes.legend(fontsize=8, loc=place, markerscale=8 / (1 + _marker_size(records)))
 
 
 def _draw_quality(axes, evaluations: list[dict]) -> None:
@@ -82,9 +86,9 @@ def _draw_quality(axes, evaluations: list[dict]) -> None:
     for set_name, points in curves.items():
         step, value = np.array(points).T
         axes.plot(step, value, "o-", markersize=3, label=set_name)
-    axes.set(title="Held-out retrieval (languages of every evaluation)", xlabel="step")
-    axes.set_ylabel("nDCG@10")
+    axes.set(title="Held-out retrieval (languages of every evaluation)", ylabel="nDCG@10")
     axes.set_ylim(0, 1)
+    expert_pictures.steps_along(axes)
     axes.legend(fontsize=8)
 
 
@@ -104,12 +108,12 @@ def _draw_rates(axes, config: RunConfig, records: list[dict]) -> None:
     axes.plot(step, rate, color="C0")
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
-    title = f"Learning rate ({config.optimizer.schedule}) and gradient"
-    axes.set(title=title, xlabel="step")
+    axes.set(title=f"Learning rate ({config.optimizer.schedule}) and gradient")
     axes.set_ylabel("learning rate", color="C0")
     axes.set_ylim(bottom=0)
+    expert_pictures.steps_along(axes)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
 def _marker_size(records: list[dict]) -> float:
-    return 4.0 if len(records) < 500 else 1.5
+    return 4.0 if len(records) < MANY else 1.5

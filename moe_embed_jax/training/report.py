@@ -93,7 +93,8 @@ class Judge:
         bm25 = {name: evaluate_bm25(each) for name, each in self.sets.items()}
         columns = {"BM25": bm25}
         if complete[0]["step"] == 0:
-            columns["untrained"] = complete[0]["sets"]
+            start = "before" if self.config.init.source else "untrained"
+            columns[start] = complete[0]["sets"]
         columns["trained"] = complete[-1]["sets"]
         save_json(self.workdir / RESULTS_FILE, columns)
         console = Console(width=110)
