@@ -7,6 +7,7 @@ Because restore is given shapes and shardings, any mesh can read a checkpoint of
 """
 
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,6 +23,7 @@ class Checkpoints:
 
     def __init__(self, folder, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()
+        self._set_aside: set[int] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
@@ -35,7 +37,25 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in order."""
+        return sorted(set(self._manager.all_steps()) - self._set_aside)
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Takes the checkpoint of `step` out of use, without deleting it; returns where it is.
+
+        Every process calls this; process 0 moves the folder.
+        """
+        self.wait()
+        self._set_aside.add(step)
+        target = self.folder.with_name(f"{self.folder.name}_set_aside") / str(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt at the same run
+            target.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(target)
+        return target
 
     def save(self, step: int, data: dict, **trees) -> None:
         """Starts writing `trees` (names in `TREES`) in the background.

@@ -77,7 +77,13 @@ def export_model(
     if not dry_run:
         loaded = opened.load(single_device_mesh())
         export.write_folder(
-            target, loaded.model, loaded.params, loaded.vocabulary, loaded.prompts, progress
+            target,
+            loaded.model,
+            loaded.params,
+            loaded.vocabulary,
+            loaded.prompts,
+            max(loaded.max_lengths.values()),
+            progress,
         )
 
 

@@ -46,6 +46,12 @@ def true_anywhere(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def from_process_0(array: np.ndarray) -> np.ndarray:
+    """Process 0's `array` in every process; all of them have to call this together, with arrays of
+    one shape and dtype."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
 def to_devices(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """A host array, the same in every process, as a global array.
 

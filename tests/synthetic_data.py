@@ -16,6 +16,7 @@ from moe_embed_jax.data.data_spec import (
     source_checksums,
     vocabulary_path,
 )
+from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.tokenizer_json import open_vocabulary
 from moe_embed_jax.data.vocabulary import (
@@ -159,6 +160,24 @@ def write_store(folder, train, vocabulary: Vocabulary) -> None:
                     vocabulary.encode_text(DOCUMENT_PREFIX + document, spec["document_length"]),
                 ]
                 writer.write(sequences, content_ids([query, document]))
+
+
+PAIR_GROUPS = (("descriptions", "cc", 33), ("translations", "aa", 90), ("translations", "bb", 41))
+
+
+def write_pairs(folder: pathlib.Path, seed: int = 1) -> PairFolder:
+    """A prepared folder of pairs: row i of a group has i % 5 hard negatives; some are empty to the
+    model."""
+    with PairWriter(folder, {"seed": seed}, rows_per_shard=50) as writer:
+        for source, language, count in PAIR_GROUPS:
+            pairs_ = pairs(source, language, count, seed)
+            documents = [document for _, document in pairs_]
+            for i, (query, document) in enumerate(pairs_):
+                negatives = [documents[(i + 3 * k) % count] for k in range(1, 1 + i % 5)]
+                if i == 4:
+                    negatives[1] = "\u0007"  # the model deletes control characters
+                writer.write(PairRow(query, document, tuple(negatives), source, language))
+    return PairFolder(folder)
 
 
 def write_beir(folder: pathlib.Path, pairs_: list[tuple[str, str]]) -> None:

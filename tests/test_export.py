@@ -199,7 +199,7 @@ np.savez({str(tmp_path / "torch.npz")!r},
     result = run_torch(code)
     assert result.returncode == 0, result.stderr
     torch = np.load(tmp_path / "torch.npz")
-    assert torch["max_length"] == 512
+    assert torch["max_length"] == (512 if kind == "bert" else 2048)  # of its table; no limit known
     embedder = Embedder.load(exported)
     prompts = {"query": "query", "passage": "document", "document": "document", "bare": None}
     for name, prompt in prompts.items():
@@ -261,4 +261,4 @@ def test_a_training_runs_model_leaves(data_dir, tmp_path):
         np.testing.assert_allclose(
             theirs.encode(texts, prompt), ours.encode(texts, prompt), atol=1e-6
         )
-    assert theirs.max_lengths == {"query": 512, "document": 512}
+    assert theirs.max_lengths == {"query": 64, "document": 64}  # the run's own

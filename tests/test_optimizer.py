@@ -10,6 +10,7 @@ from moe_embed_jax.training.optimizer import (
     OptimizerConfig,
     decay_mask,
     learning_rate,
+    learning_rates,
     make_optimizer,
 )
 
@@ -51,6 +52,19 @@ def test_schedules(schedule, end):
         assert values[55] == pytest.approx(1.0)
     if schedule == "linear":
         assert values[55] == pytest.approx(1.0)
+
+
+def test_the_rates_of_a_run_are_those_of_its_updates():
+    """What metrics.jsonl says is what AdamW used: without decay, its first steps are the rate."""
+    config = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=3, weight_decay=0.0)
+    rates = learning_rates(config, 8)
+    assert rates.shape == (8,) and rates.dtype == np.float32
+    optimizer = make_optimizer(config, 8)
+    params = {"groups/x": jnp.ones((1, 2, 2))}
+    state = optimizer.init(params)
+    for rate in rates:  # with a gradient that does not change, Adam moves by the rate itself
+        updates, state = optimizer.update({"groups/x": jnp.full((1, 2, 2), 0.1)}, state, params)
+        np.testing.assert_allclose(-updates["groups/x"], rate, rtol=1e-4)
 
 
 def test_warmup_must_end():

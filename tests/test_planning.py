@@ -31,6 +31,7 @@ from moe_embed_jax.planning.workload import (
     masked_workload,
     workload,
 )
+from moe_embed_jax.training.overview import training_flops_per_token
 from moe_embed_jax.training.run_config import DataConfig
 
 tpu_aot = [
@@ -88,6 +89,13 @@ def test_set_is_config(capsys):
 def test_a_run_is_planned_without_its_vocabulary():
     config = config_page.load(PlannedRun, str(ROOT / "configs/pretrain.py"), {})
     assert config.data.vocabulary.path
+
+
+def test_fine_tuning_is_planned_without_its_model_and_pairs():
+    config = config_page.load(PlannedRun, str(ROOT / "configs/finetune.py"), {"data.dir": "none"})
+    load = workload(config, types.SimpleNamespace(size=8), 12, 90)
+    assert load.tokens == 256 * (12 + 11 * 90)
+    assert (load.chunks, load.rows) == (1, -(-32 * 1002 * 10 // (9 * 512)))
 
 
 def test_rows_follow_from_assumed_lengths(run):
@@ -284,6 +292,25 @@ class TestCompiled:
         others = found["compiled_flops_per_chip"] - attention
         # One more forward pass of the block and of the head.
         assert 1.2 < others / found["model_flops_per_chip"] < 1.6
+
+    def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(self, tmp_path):
+        changes = dict(width=128, ffn_width=256, num_layers=2, remat_rows=2)
+        text, found = plan(
+            (
+                *("launch/plan.py", "--config=configs/finetune.py:smoke", "--topology=v5e:2x2"),
+                *(f"--set=model.{key}={value}" for key, value in changes.items()),
+                *("--set=data.row_length=512", "--set=data.negatives=10", "--set=data.dir=no_data"),
+            ),
+            tmp_path / "plan.json",
+        )
+        assert found["fits"] and not found["kernels_without_estimate"]
+        assert "rows of 512 slots" in text
+        # A pair has 12 texts: what is computed are their rows, not those of two.
+        config = EncoderConfig(vocab_size=16_384, num_heads=4, **changes)
+        rows = -(-4 * (12 + 11 * 90) * 10 // (9 * 512))
+        assert found["model_flops_per_chip"] == pytest.approx(
+            training_flops_per_token(config) * rows * 512
+        )
 
     def test_encoding_has_no_optimiser_and_a_third_of_the_work(self, tmp_path):
         picture = tmp_path / "plan.png"

@@ -10,8 +10,8 @@ from conftest import metric, run_python
 from moe_embed_jax import config as config_module
 from moe_embed_jax.data import prepare
 from moe_embed_jax.data.batches import MAX_BUCKETS, Batches
-from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
+from moe_embed_jax.data.data_spec import token_store_path, vocabulary_path
+from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.data.vocabulary import (
@@ -23,10 +23,10 @@ from moe_embed_jax.data.vocabulary import (
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.training import workdir
+from moe_embed_jax.training.overview import describe_hard_negatives
 from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.step import batch_specs
 
-GROUPS = (("descriptions", "cc", 33), ("translations", "aa", 90), ("translations", "bb", 41))
 CONFIG = {
     "vocabulary": {"kind": "train", "size": 512},
     "query_length": 16,
@@ -34,23 +34,9 @@ CONFIG = {
 }
 
 
-def write_pairs(folder, seed: int = 1) -> PairFolder:
-    """Row i of a group has i % 5 hard negatives; some are empty to the model."""
-    with PairWriter(folder, {"seed": seed}, rows_per_shard=50) as writer:
-        for source, language, count in GROUPS:
-            pairs = synthetic_data.pairs(source, language, count, seed)
-            documents = [document for _, document in pairs]
-            for i, (query, document) in enumerate(pairs):
-                negatives = [documents[(i + 3 * k) % count] for k in range(1, 1 + i % 5)]
-                if i == 4:
-                    negatives[1] = "\u0007"  # the model deletes control characters
-                writer.write(PairRow(query, document, tuple(negatives), source, language))
-    return PairFolder(folder)
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> PairFolder:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
+    return synthetic_data.write_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +155,10 @@ def test_training_end_to_end(pairs, prepared, tmp_path, compilation_cache):
     result = run_python(command, **compilation_cache)
     assert result.returncode == 0, result.stderr
     assert "up to 48 hard negatives, 3 of its own" in result.stdout
+    assert (
+        "hard        of 164 pairs 64 (39.0%) have 3 or more, 33 (20.1%) have 2, 33 (20.1%) have 1, "
+        "34 (20.7%) have none\n"
+    ) in result.stdout
     assert "there are no held-out sets" in result.stdout
     losses = metric(run, "contrastive_loss")
     assert len(losses) == 2 and np.isfinite(losses).all()
@@ -177,7 +167,7 @@ def test_training_end_to_end(pairs, prepared, tmp_path, compilation_cache):
 
 def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):
     config, data_dir, store = prepared
-    other = write_pairs(tmp_path / "other", seed=2)
+    other = synthetic_data.write_pairs(tmp_path / "other", seed=2)
     vocabulary = {"kind": "file", "path": str(vocabulary_path(config, data_dir))}
     folder = prepare.prepare(
         {**CONFIG, "pairs": str(other.folder), "vocabulary": vocabulary}, tmp_path
@@ -191,6 +181,27 @@ def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):
     fewer = dataclasses.replace(run, data=dataclasses.replace(run.data, negatives=2))
     with pytest.raises(UserError, match="negatives: 3 -> 2"):
         workdir.check_data_spec(before, workdir.data_spec(store, fewer))
+
+
+def test_a_run_says_how_many_pairs_have_how_many_negatives(prepared):
+    config, data_dir, _ = prepared
+    store = TokenStore.open(token_store_path(config, data_dir))
+
+    def said(rates, negatives):
+        schedule = Schedule(mixture_groups(store.groups, rates), 16, 4, seed=0)
+        batches = Batches(store, schedule, single_device_mesh(), 48, 6, 1, 0, negatives)
+        return describe_hard_negatives(batches)
+
+    counts = np.diff(store.negative_starts[:34])  # the first group
+    expected = ", ".join(
+        f"{(counts == n).sum()} ({(counts == n).mean():.1%}) have {n or 'none'}"
+        for n in (3, 2, 1, 0)
+    )
+    more = f"{(counts >= 4).sum()} ({(counts >= 4).mean():.1%}) have 4 or more"
+    assert said({"descriptions": 1.0}, 4) == f"of 33 pairs {more}, {expected}"
+    assert "have 5" not in said({"descriptions": 1.0}, 9)
+    store.negative_starts = np.zeros_like(store.negative_starts)
+    assert said(None, 4).startswith("WARNING: none of the 164 pairs has a hard negative")
 
 
 def test_negatives_need_pairs(tmp_path):

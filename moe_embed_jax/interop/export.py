@@ -23,7 +23,6 @@ from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.interop.tokenizer_files import write_tokenizer
 from moe_embed_jax.models.encoder import EncoderConfig
 
-MAX_LENGTH = 512  # tokens, as the released model
 MODELING_FILE = "modeling_moe_embed.py"  # torch_model.py under the name that config.json gives
 
 
@@ -60,20 +59,26 @@ def refuse_existing(folder) -> None:
 
 
 def write_folder(
-    folder, model: EncoderConfig, params: dict, vocabulary, prompts: dict, progress=iter
+    folder,
+    model: EncoderConfig,
+    params: dict,
+    vocabulary,
+    prompts: dict,
+    max_length: int,
+    progress=iter,
 ) -> None:
     """Writes `folder`, which appears when it is complete.
 
     Args:
       vocabulary: None leaves the tokenizer out (then only token ids can be embedded).
       prompts: name -> prefix; "document" is there as "passage" too.
+      max_length: of a text, in tokens; PyTorch's side has one for queries and documents.
       progress: wraps the iterable of tensors, as tqdm does.
 
     Raises `UserError` if `folder` exists.
     """
     folder = pathlib.Path(folder)
     refuse_existing(folder)
-    max_length = min(MAX_LENGTH, model.max_positions or MAX_LENGTH)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -39,7 +39,8 @@ def resolve(config, workdir: pathlib.Path) -> tuple:
     card_path = workdir / MODEL_CARD
     if card_path.is_file():
         card = json.loads(card_path.read_text())
-        if config_page.build(type(init), card.get("init", {})) == init:  # new keys: defaults
+        # Built, so that a key that is newer than the card has its default there.
+        if config_page.build(type(init), card.get("init", {}), "init") == init:
             model = config_page.build(EncoderConfig, card["model"], "model")
             vocabulary = config_page.build(VocabularyConfig, card["data"]["vocabulary"])
             own_copy = find_tokenizer(workdir)

@@ -14,8 +14,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax.errors import UserError
-
 METRICS_FILE = "metrics.jsonl"
 LOSSES = ("contrastive_loss", "masked_loss")  # of the objectives; `loss` has the balance besides
 
@@ -39,12 +37,21 @@ SummaryWriter = _import_summary_writer()
 class Journal:
     """Collects device metrics without waiting for the device; writes them at `flush`."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int, steps: int, is_writer: bool):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        learning_rates: np.ndarray,
+        is_writer: bool,
+    ):
         """Forgets what an earlier run wrote after `start_step` (it will be computed again).
 
-        `is_writer`: process 0 writes; the others only keep time.
+        Args:
+          learning_rates: of every step of the run, which the records repeat.
+          is_writer: process 0 writes; the others only keep time.
         """
         self.is_writer = is_writer
+        self._learning_rates = learning_rates
         self._pending = []
         self._clock = time.perf_counter()
         if not is_writer:
@@ -56,7 +63,7 @@ class Journal:
         # A terminal is redrawn twice a second; a log file gets a line every half minute.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
-            total=steps,
+            total=len(learning_rates),
             initial=start_step,
             desc="training",
             unit="step",
@@ -70,26 +77,19 @@ class Journal:
         self._pending.append((step, group, tokens, metrics))
 
     def flush(self) -> list[dict]:
-        """Fetches and writes the pending steps; returns their records.
-
-        Raises `UserError` at the first step whose loss is not finite.
-        """
+        """Fetches and writes the pending steps; returns their records, in every process."""
         fetched = jax.device_get([metrics for *_, metrics in self._pending])
         records = []
         for (step, group, _, _), metrics in zip(self._pending, fetched, strict=True):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-            records.append({"step": step, "group": group, **values})
-            if not np.isfinite(values["loss"]):
-                raise UserError(
-                    f"loss is {values['loss']} at step {step} (batch of {group}): lower "
-                    "optimizer.peak_learning_rate or look at the data; the last checkpoint is good"
-                )
+            rate = float(self._learning_rates[step - 1])
+            records.append({"step": step, "group": group, "learning_rate": rate, **values})
         seconds = time.perf_counter() - self._clock
-        rate = sum(tokens for _, _, tokens, _ in self._pending) / max(seconds, 1e-9)
+        tokens_per_second = sum(n for _, _, n, _ in self._pending) / max(seconds, 1e-9)
         self._clock = time.perf_counter()
         self._pending = []
         if self.is_writer and records:
-            self._write(records, rate)
+            self._write(records, tokens_per_second)
         return records
 
     def pause(self) -> None:

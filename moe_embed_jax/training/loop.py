@@ -14,9 +14,10 @@ from moe_embed_jax.processes import process_0_first, true_anywhere
 from moe_embed_jax.training import init
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.contrastive import Contrastive
-from moe_embed_jax.training.journal import Journal
+from moe_embed_jax.training.health import Health
+from moe_embed_jax.training.journal import METRICS_FILE, Journal, read_records
 from moe_embed_jax.training.masked_lm import MaskedLM
-from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.optimizer import learning_rates, make_optimizer
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.state import (
     abstract_state,
@@ -71,6 +72,7 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         state = from_items(checkpoints.restore(start, **abstract))
 
     def save(step: int) -> None:
+        health.check_state(step, state)
         checkpoints.save(step, data_spec, **to_items(state))
 
     ### Say what will happen
@@ -82,8 +84,12 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
     judge = objective.judge(start)
-    journal = Journal(workdir, start, config.steps, is_writer)
+    on_exit.callback(judge.draw)  # also of a run that is stopped: what there is
+    rates = learning_rates(config.optimizer, config.steps)
+    journal = Journal(workdir, start, rates, is_writer)
     on_exit.callback(journal.close)
+    recent = read_records(workdir / METRICS_FILE) if is_writer else []
+    health = Health(config.health, config.model, config.optimizer.warmup_steps, checkpoints, recent)
 
     def evaluate(step: int, every_language: bool) -> None:
         scores = judge.evaluate(objective.trained_model(state), step, every_language)
@@ -104,14 +110,15 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         journal.add(step, batch.group.name, batch.tokens, metrics)
         is_last = step == config.steps
         stop = preemption.requested(step, config.log_every)
-        if step % config.log_every == 0 or is_last or stop:
-            journal.flush()
-        if step % config.checkpoint_every == 0 or is_last or stop:
-            journal.flush()  # a checkpoint never holds a state whose loss was not finite
+        evaluates = bool(config.eval_every) and step % config.eval_every == 0 and not is_last
+        saves = step % config.checkpoint_every == 0 or is_last or stop
+        if step % config.log_every == 0 or saves or evaluates:
+            health.check(journal.flush())  # before anything is made of a sick state
+        if saves:
             save(step)
         if stop:
             break
-        if config.eval_every and step % config.eval_every == 0 and not is_last:
+        if evaluates:
             evaluate(step, every_language=False)
     checkpoints.wait()
     if step < config.steps:

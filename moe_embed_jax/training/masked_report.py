@@ -44,6 +44,7 @@ class MaskedJudge:
         self.is_writer = is_writer
         self.documents = load_documents(documents_folder)
         self.model: MaskedModel | None = None
+        self._routing: dict[str, np.ndarray] = {}  # known at the end of a run
         if is_writer:
             keep_steps(workdir / EVALUATIONS_FILE, start_step)
 
@@ -68,24 +69,27 @@ class MaskedJudge:
         return {f"{METRIC}/{SET}{suffix}": geometric_mean(sets.values())}
 
     def report(self) -> None:
-        """Writes results.json and report.png; prints the table and some guesses.
+        """Writes results.json; prints the table and some guesses. `draw` comes after it.
 
         Every process calls this: what is encoded is encoded on the mesh; process 0 writes.
         """
-        routing = self._routing_by_language()
+        self._routing = self._routing_by_language()
         examples = self._examples()
         if self.is_writer:
-            self._write(routing, examples)
+            self._write_results(examples)
+            print(f"Picture, metrics and checkpoints are in {self.workdir}/")
         wait_for_all("report")
 
-    def _write(self, routing: dict[str, np.ndarray], examples: list) -> None:
+    def draw(self) -> None:
+        """Writes report.png, also of a run that was stopped: what there is of it."""
+        records = read_records(self.workdir / METRICS_FILE) if self.is_writer else []
+        if records:
+            evaluations = read_records(self.workdir / EVALUATIONS_FILE)
+            path = self.workdir / PICTURE_FILE
+            pictures.draw_report(path, self.config, records, evaluations, self._routing)
+
+    def _write_results(self, examples: list) -> None:
         evaluations = read_records(self.workdir / EVALUATIONS_FILE)
-        pictures.draw_report(
-            self.workdir / PICTURE_FILE,
-            read_records(self.workdir / METRICS_FILE),
-            evaluations,
-            routing,
-        )
         complete = [record for record in evaluations if record["complete"]]
         if complete:
             columns = {}
@@ -99,7 +103,6 @@ class MaskedJudge:
             for language, text, hidden, guesses in examples:
                 line = f"\n{language}: {text}\n  hidden: {hidden}   guessed: {guesses}"
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-        print(f"Picture, metrics and checkpoints are in {self.workdir}/")
 
     def _examples(self) -> list[tuple[str, str, str, str]]:
         """[(language, text with the hidden token as ___, that token, the best guesses)].

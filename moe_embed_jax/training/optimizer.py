@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_embed_jax.errors import UserError
@@ -43,6 +44,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # A warm-up that starts at 0 would make the first step a no-op.
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rise, after], [warmup])
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """float32 [steps]: the rate of every update of a run; the first is that of step 1."""
+    return np.asarray(jax.jit(jax.vmap(learning_rate(config, steps)))(jnp.arange(steps)))
 
 
 def decay_mask(params: dict) -> dict:

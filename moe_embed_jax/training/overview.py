@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_embed_jax import mesh as mesh_module
 from moe_embed_jax.data.batches import Batches
@@ -24,6 +25,7 @@ def describe_run(config: RunConfig, batches: Batches, mesh: jax.sharding.Mesh) -
     sources = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     tokens = batches.mean_tokens
     seconds = _step_seconds(config.model, training_flops_per_token(config.model) * tokens, mesh)
+    hard = [f"hard        {describe_hard_negatives(batches)}"] if batches.negatives else []
     return "\n".join(
         (
             *_mesh_and_model(config.model, mesh),
@@ -33,15 +35,37 @@ def describe_run(config: RunConfig, batches: Batches, mesh: jax.sharding.Mesh) -
             f"{batches.row_length}-token rows; row counts per device {batches.buckets}"
             + (f", encoded {batches.chunk_rows} at a time" if batches.chunk_rows else ""),
             f"negatives   {describe_negatives(config.loss, config.batch_size, batches.negatives)}",
+            *hard,
             _schedule(config, "pairs", batches.store.lengths.shape[0], seconds),
         )
     )
 
 
+def describe_hard_negatives(batches: Batches) -> str:
+    """How many pairs of the run's groups have how many hard negatives."""
+    most = batches.negatives
+    counts = np.diff(batches.store.negative_starts)
+    used = [counts[group.start : group.stop] for group in batches.schedule.groups]
+    pairs_of_count = np.bincount(np.minimum(np.concatenate(used), most), minlength=most + 1)
+    total = pairs_of_count.sum()
+    if not pairs_of_count[1:].any():
+        return (
+            f"WARNING: none of the {total:,} pairs has a hard negative, data.negatives={most} has "
+            "no effect; launch/mine.py finds some"
+        )
+    parts = [
+        f"{pairs:,} ({pairs / total:.1%}) have "
+        + (f"{most} or more" if count == most else str(count or "none"))
+        for count, pairs in reversed(list(enumerate(pairs_of_count.tolist())))
+        if pairs
+    ]
+    return f"of {total:,} pairs " + ", ".join(parts)
+
+
 def describe_masked_run(
     config: MaskedRunConfig, batches: MaskedBatches, mesh: jax.sharding.Mesh
 ) -> str:
-    """The same of masked language modelling."""
+    """`describe_run` of masked language modelling."""
     data, loss, table = config.data, config.loss, batches.table
     groups = batches.schedule.groups
     weights = group_weights(groups, data.language_exponent)

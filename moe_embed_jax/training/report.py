@@ -41,6 +41,7 @@ class Judge:
             print(f"evaluation  none: there are no held-out sets in {config.data.dir}/retrieval")
         self.sampled = sample_languages(self.sets, config.eval_languages)
         self.embedder: Embedder | None = None
+        self._routing: dict[str, np.ndarray] = {}  # known at the end of a run
         if is_writer:
             keep_steps(workdir / EVALUATIONS_FILE, start_step)
 
@@ -63,36 +64,37 @@ class Judge:
         return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}
 
     def report(self) -> None:
-        """Writes results.json and report.png; prints the table and some searches.
+        """Writes results.json; prints the table and some searches. `draw` comes after it.
 
         Every process calls this: what is encoded is encoded on the mesh; process 0 writes.
         """
-        routing = self._routing_by_language()
+        self._routing = self._routing_by_language()
         searches = self._searches()
         if self.is_writer:
-            self._write(routing, searches)
+            if self.sets:
+                self._write_results(self._evaluations(), searches)
+            print(f"Picture, metrics and checkpoints are in {self.workdir}/")
         # BM25 takes a while on large sets, and a process that is done waits only so long at its
         # exit for the others.
         wait_for_all("report")
 
-    def _write(self, routing: dict[str, np.ndarray], searches: list) -> None:
-        evaluations = read_records(self.workdir / EVALUATIONS_FILE) if self.sets else []
-        pictures.draw_report(
-            self.workdir / PICTURE_FILE,
-            read_records(self.workdir / METRICS_FILE),
-            evaluations,
-            routing,
-        )
-        if self.sets:
-            self._write_results(evaluations, searches)
-        print(f"Picture, metrics and checkpoints are in {self.workdir}/")
+    def draw(self) -> None:
+        """Writes report.png, also of a run that was stopped: what there is of it."""
+        records = read_records(self.workdir / METRICS_FILE) if self.is_writer else []
+        if records:
+            path = self.workdir / PICTURE_FILE
+            pictures.draw_report(path, self.config, records, self._evaluations(), self._routing)
+
+    def _evaluations(self) -> list[dict]:
+        return read_records(self.workdir / EVALUATIONS_FILE) if self.sets else []
 
     def _write_results(self, evaluations: list[dict], searches: list) -> None:
         complete = [record for record in evaluations if record["complete"]]
         bm25 = {name: evaluate_bm25(each) for name, each in self.sets.items()}
         columns = {"BM25": bm25}
         if complete[0]["step"] == 0:
-            columns["untrained"] = complete[0]["sets"]
+            start = "before" if self.config.init.source else "untrained"
+            columns[start] = complete[0]["sets"]
         columns["trained"] = complete[-1]["sets"]
         save_json(self.workdir / RESULTS_FILE, columns)
         console = Console(width=110)

@@ -11,6 +11,7 @@ from moe_embed_jax.interop.upcycle import RULES as UPCYCLE_RULES
 from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.model_folder import MASKED_LM
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.training.health import HealthConfig
 from moe_embed_jax.training.masked_step import MaskedLossConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig
 from moe_embed_jax.training.step import LossConfig
@@ -78,6 +79,7 @@ class InitConfig:
     positions: str = "learned"
     upcycle: str = ""  # "paper" or "preserving": make `model`'s experts of a dense source
     noise: float = 0.0  # added to the experts, relative to their weights
+    required: bool = False  # a stage that goes on from another: no run without a source
 
     def __post_init__(self):
         if self.positions not in ("learned", "rotary"):
@@ -107,6 +109,7 @@ class Run:
     model: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self):
         own = type(self).objective
@@ -117,6 +120,12 @@ class Run:
             )
         if self.data.chunk_rows < 0:
             raise UserError(f"data.chunk_rows={self.data.chunk_rows} must be 0 (off) or more")
+        if self.init.required and not self.init.source:
+            raise UserError(
+                "init.source is empty, and this config trains a model further: give "
+                "--config.init.source=MODEL, the work directory of a run (of the stage before), "
+                "an imported or published model folder, or hf://OWNER/NAME"
+            )
         vocabulary = self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
             raise UserError(
@@ -139,10 +148,14 @@ class RunConfig(Run):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data.negatives < 0 or (self.data.negatives and not self.data.pairs):
+        if self.data.negatives < 0:
+            raise UserError(f"data.negatives={self.data.negatives} must be 0 (none) or more")
+        if self.data.negatives and not self.data.pairs:
             raise UserError(
-                f"data.negatives={self.data.negatives}: a number of 1 or more needs data.pairs, a "
-                "folder of pairs with hard negatives; 0 uses none"
+                f"data.pairs is empty, and data.negatives={self.data.negatives} needs data.pairs: "
+                "give --config.data.pairs=FOLDER, pairs with hard negatives (made by "
+                "launch/mine.py, or launch/prepare.py from triplets); --config.data.negatives=0 "
+                "uses none"
             )
 
 

@@ -22,8 +22,8 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import MODEL_CARD
 from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
-# A run may move to another mesh, folder, chunk size, rhythm of reports, or way to compute the same
-# experts; everything else changes its numbers.
+# A run may move to another mesh, folder, chunk size, rhythm of reports, way to compute the same
+# experts, or idea of when to stop; everything else changes its numbers.
 FREE_KEYS = (
     "mesh",
     "log_every",
@@ -31,6 +31,7 @@ FREE_KEYS = (
     "eval_languages",
     "checkpoint_every",
     "keep_checkpoints",
+    "health",
 )
 FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs", "texts")
 FREE_LOSS_KEYS = ("predictions_at_once",)
