@@ -22,19 +22,50 @@ def load(tmp_path, values: dict, **overrides) -> RunConfig:
     return config_page.load(RunConfig, path, overrides)
 
 
+# What a page asks its user for.
+GIVEN = {
+    "pretrain": {"data.vocabulary.path": "sentencepiece.model"},
+    "mlm": {"init.source": "xlm-roberta-base"},
+}
 TRAINED = {"data": {"vocabulary": {"kind": "train", "size": 100}}}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_smoke_variant_and_says_how_to_run_it(path):
-    given = {"data.vocabulary.path": "sentencepiece.model"} if "pretrain" in path.stem else {}
-    given |= {"init.source": "xlm-roberta-base"} if path.stem == "mlm" else {}
+    given = GIVEN.get(path.stem, {})
     full = config_page.load(PAGES, str(path), given)
-    smoke = config_page.load(PAGES, f"{path}:smoke", {})
+    smoke = config_page.load(PAGES, f"{path}:smoke", given)
     assert smoke.steps <= 10 < full.steps
     assert f"launch/train.py --config=configs/{path.name}" in path.read_text()
     with pytest.raises(UserError, match="unknown variant 'nonsense'"):
         config_page.load(PAGES, f"{path}:nonsense", given)
+
+
+def test_mlm_has_the_papers_figures():
+    """paper_facts (b): stage 1; Adam as the code's mmlm.yaml, of which the paper says nothing."""
+    path = CONFIGS[0].parent / "mlm.py"
+    config = config_page.load(PAGES, str(path), GIVEN["mlm"])
+    assert (config.batch_size, config.data.row_length, config.steps) == (4096, 2048, 10_000)
+    optimizer = config.optimizer
+    assert optimizer.peak_learning_rate == 4e-4
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.clip_norm) == ("linear", 500, 1.0)
+    assert (optimizer.b1, optimizer.b2, optimizer.epsilon) == (0.9, 0.98, 1e-6)
+    assert optimizer.weight_decay == 0.0
+    loss = config.loss
+    assert (loss.mask_rate, loss.mask_share, loss.random_share) == (0.3, 0.8, 0.1)
+    assert (config.data.language_exponent, config.data.one_language) == (0.3, True)
+    assert (config.model.moe_every, config.model.rotary_base) == (0, 10_000.0)
+    assert config.init.positions == "rotary" and not config.data.across_documents
+
+
+def test_a_page_chooses_its_keys_by_its_objective(tmp_path):
+    path = write(tmp_path, "def get_config(variant=''):\n    return {'objective': 'masked'}\n")
+    with pytest.raises(UserError, match="objective='masked': choose one of contrastive, masked_lm"):
+        config_page.load(PAGES, path, {})
+    pairs_key = {"objective": "masked_lm", "data": {"query_length": 3}}
+    path = write(tmp_path, f"def get_config(variant=''):\n    return {pairs_key!r}\n")
+    with pytest.raises(UserError, match=r"unknown config key data\.query_length"):
+        config_page.load(PAGES, path, {})
 
 
 def test_pretrain_has_the_papers_figures():
