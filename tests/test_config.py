@@ -26,6 +26,7 @@ def load(tmp_path, values: dict, **overrides) -> RunConfig:
 GIVEN = {
     "pretrain": {"data.vocabulary.path": "sentencepiece.model"},
     "mlm": {"init.source": "xlm-roberta-base"},
+    "finetune": {"init.source": "runs/pretrain", "data.pairs": "mined"},
 }
 TRAINED = {"data": {"vocabulary": {"kind": "train", "size": 100}}}
 
