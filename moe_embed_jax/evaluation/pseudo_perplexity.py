@@ -34,8 +34,8 @@ from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import rules_for, specs
 
 PASSES = 8
-ROW_LENGTH = 512  # at most; a document counts up to here
-TOKENS = 1024  # per language, about: its documents in order until there are so many
+ROW_LENGTH = 256  # at most; a document counts up to here
+TOKENS = 512  # per language, about: its documents in order until there are so many
 ROWS_PER_CALL = TOKENS * PASSES // ROW_LENGTH  # what a language needs, more or less
 AT_ONCE = 1024  # predictions with logits at a time
 

@@ -98,10 +98,10 @@ class Run:
 
     objective: str = ""
     seed: int = 0
-    batch_size: int = 16_384  # pairs per step over all devices
+    batch_size: int = 16_384  # pairs (masked language modelling: rows) per step over all devices
     steps: int = 1000
     log_every: int = 10
-    eval_every: int = 1000  # retrieval on held-out data; 0: only at the end
+    eval_every: int = 1000  # on held-out data; 0: only at the start and the end
     eval_languages: int = 8  # of the periodic evaluation (the final one takes all)
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
