@@ -70,7 +70,7 @@ def test_the_run_tells_what_it_does_and_learns(whole_run):
     results = json.loads((whole_run / "results.json").read_text())
     for name, trained in results["trained"].items():
         assert trained["perplexity"] < results["untrained"][name]["perplexity"] < 1000
-        assert trained["tokens"] > 500
+        assert trained["tokens"] > 400
 
 
 def test_resume_after_a_loss_of_the_newest_state_is_bitwise(
