@@ -122,6 +122,7 @@ def run(arguments, work: pathlib.Path) -> dict:
             pairs, pathlib.Path(output) / "kept", work / f"{noisy.name}.work", embedding, rule, mesh
         )
     seconds = time.monotonic() - start
+    np.save(noisy.with_suffix(noisy.suffix + ".kept.npy"), keep)  # for filtering_effect.py
     sources = {}
     for (source, _), (first, last) in pairs.groups.items():
         sources.setdefault(source, []).append(np.arange(first, last))
