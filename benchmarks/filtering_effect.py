@@ -4,11 +4,11 @@
     python benchmarks/filtering_effect.py --noisy=DIR/noisy-50000-0.1-0 --data_dir=runs/data \\
         --work=DIR/effect [--seeds=0,1,2] [--steps=195] [--sets=translations/de,...]
 
-Trains configs/quickstart.py on three folders of pairs: `noisy`, as it was planted; `filtered`, what
-the filter kept of it; `right`, without exactly the planted pairs, which no filter can know. All
-runs take the same number of steps, with the vocabulary of the default data, and are judged on its
-held-out sets. Prints nDCG@10 as mean and 95 % confidence interval over the seeds (Student t), and
-the difference to `noisy`, seed by seed.
+Trains configs/quickstart.py on folders of pairs: `noisy`, as it was planted; what each rule that
+consistency_noise.py tried (--k, --margin) kept of it; `right`, without exactly the planted pairs,
+which no filter can know. All runs take the same number of steps, with the vocabulary of the default
+data, and are judged on its held-out sets. Prints nDCG@10 as mean and 95 % confidence interval over
+the seeds (Student t), and the difference to `noisy`, seed by seed.
 
 Runs that are finished are not repeated, interrupted ones continue: start it again.
 """
@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 from moe_embed_jax import launching  # noqa: E402
 
-ARMS = ("noisy", "filtered", "right")
 SETS = (
     "api/en,descriptions/de,descriptions/en,descriptions/tr,translations/de,translations/ja,"
     "translations/tr,translations/zh-Hans"
@@ -37,15 +36,18 @@ def write_arms(noisy: pathlib.Path, work: pathlib.Path) -> dict[str, pathlib.Pat
     from moe_embed_jax.data.pairs import PairFolder, PairWriter
     from moe_embed_jax.errors import UserError
 
-    masks = {}
-    for name, ending in (("planted", ".npy"), ("keep", ".kept.npy")):
-        path = noisy.with_suffix(noisy.suffix + ending)
-        if not path.is_file():
-            raise UserError(f"{path} is missing: run benchmarks/consistency_noise.py --work first")
-        masks[name] = np.load(path)
+    planted_file = noisy.with_suffix(noisy.suffix + ".npy")
+    kept_files = sorted(noisy.parent.glob(f"{noisy.name}.kept *.npy"))
+    if not planted_file.is_file() or not kept_files:
+        raise UserError(
+            f"{planted_file} or {noisy}.kept*.npy is missing: run benchmarks/consistency_noise.py "
+            "--work first"
+        )
+    masks = {path.stem.partition(".kept ")[2]: np.load(path) for path in kept_files}
+    masks["right"] = ~np.load(planted_file)
     pairs = PairFolder(noisy)
     folders = {"noisy": noisy}
-    for arm, chosen in (("filtered", masks["keep"]), ("right", ~masks["planted"])):
+    for arm, chosen in masks.items():
         folders[arm] = work / arm
         if folders[arm].exists():
             continue
@@ -144,9 +146,9 @@ def main():
         "data.vocabulary.kind": "file",
         "data.vocabulary.path": pathlib.Path(vocabulary).resolve(),
     }
-    scores = {arm: [] for arm in ARMS}
+    scores = {arm: [] for arm in folders}
     for seed in map(int, arguments.seeds.split(",")):
-        for arm in ARMS:
+        for arm in folders:
             run = {"seed": seed, "data.pairs": folders[arm]}
             workdir = work / f"{arm}-{arguments.steps}-{seed}"
             scores[arm].append(train(workdir, arguments.variant, common | run))

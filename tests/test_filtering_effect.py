@@ -42,7 +42,7 @@ def noisy(tmp_path):
     rng = np.random.default_rng(0)
     planted, kept = rng.random(len(pairs)) < 0.1, rng.random(len(pairs)) < 0.8
     np.save(tmp_path / "noisy-164-0.1-0.npy", planted)
-    np.save(tmp_path / "noisy-164-0.1-0.kept.npy", kept)
+    np.save(tmp_path / "noisy-164-0.1-0.kept k=2.npy", kept)
     return pairs.folder, planted, kept
 
 
@@ -51,13 +51,13 @@ def test_arms(benchmark, noisy, tmp_path):
     rows = PairFolder(folder).read(range(len(planted)))
     for _ in range(2):  # a second call finds them
         arms = benchmark.write_arms(folder, tmp_path / "work")
-        assert [*arms] == ["noisy", "filtered", "right"] and arms["noisy"] == folder
-        for arm, mask in (("filtered", kept), ("right", ~planted)):
+        assert [*arms] == ["noisy", "k=2", "right"] and arms["noisy"] == folder
+        for arm, mask in (("k=2", kept), ("right", ~planted)):
             written = PairFolder(arms[arm])
             expected = [row for row, chosen in zip(rows, mask, strict=True) if chosen]
             assert written.read(range(len(written))) == expected
-    (tmp_path / "noisy-164-0.1-0.kept.npy").unlink()
-    with pytest.raises(UserError, match=r"kept\.npy is missing: run benchmarks/consistency_noise"):
+    (tmp_path / "noisy-164-0.1-0.kept k=2.npy").unlink()
+    with pytest.raises(UserError, match=r"is missing: run benchmarks/consistency_noise"):
         benchmark.write_arms(folder, tmp_path / "other")
 
 
@@ -84,7 +84,7 @@ def test_all_runs(benchmark, noisy, data_dir, tmp_path, monkeypatch, capsys):
         runs.append((arguments.workdir.name, pathlib.Path(config.data.pairs).name, config.seed))
         if runs[-1] == ("right-7-4", "right", 4):
             return subprocess.CompletedProcess(command, 2)
-        score = {"noisy": 0.2, "filtered": 0.3, "right": 0.5}[runs[-1][0].split("-")[0]]
+        score = {"noisy": 0.2, "k=2": 0.3, "right": 0.5}[runs[-1][0].split("-")[0]]
         metrics = {name: score for name in METRICS} | {"queries": 1, "documents": 1}
         results = {"translations/aa": metrics}
         save_json(arguments.workdir / "results.json", {"trained": results})
@@ -97,8 +97,8 @@ def test_all_runs(benchmark, noisy, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["filtering_effect.py", *flags, "--seeds=3"])
     for _ in range(2):  # nothing is trained twice
         assert launching.run(benchmark.main) == 0
-        assert "| filtered - noisy | +0.100 ± nan |" in capsys.readouterr().out
-    arms = [("noisy", noisy[0].name), ("filtered", "filtered"), ("right", "right")]
+        assert "| k=2 - noisy | +0.100 ± nan |" in capsys.readouterr().out
+    arms = [("noisy", noisy[0].name), ("k=2", "k=2"), ("right", "right")]
     assert runs == [(f"{arm}-7-3", folder, 3) for arm, folder in arms]
     monkeypatch.setattr(sys, "argv", ["filtering_effect.py", *flags, "--seeds=4"])
     assert launching.run(benchmark.main) == 2
