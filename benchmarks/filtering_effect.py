@@ -2,7 +2,7 @@
 
     python benchmarks/consistency_noise.py --teacher=MODEL --work=DIR ...   # first: plants, filters
     python benchmarks/filtering_effect.py --noisy=DIR/noisy-50000-0.1-0 --data_dir=runs/data \\
-        --work=DIR/effect [--seeds=0,1,2] [--steps=195] [--sets=translations/de,...]
+        --work=DIR/effect [--seeds=0,1,2] [--arms=k=2,right] [--steps=130] [--sets=api/en,...]
 
 Trains configs/quickstart.py on folders of pairs: `noisy`, as it was planted; what each rule that
 consistency_noise.py tried (--k, --margin) kept of it; `right`, without exactly the planted pairs,
@@ -125,7 +125,8 @@ def main():
     flags.add_argument("--data_dir", default="runs/data", help="the prepared default data")
     flags.add_argument("--work", required=True, help="folder for runs; continues what is there")
     flags.add_argument("--seeds", default="0,1,2")
-    flags.add_argument("--steps", type=int, default=195)
+    flags.add_argument("--arms", help="folders to train on besides `noisy`; default: all")
+    flags.add_argument("--steps", type=int, default=130)
     flags.add_argument("--vocabulary", help="its file; default: the quickstart's")
     flags.add_argument("--sets", default=SETS, help="held-out sets to judge by")
     flags.add_argument("--variant", default="", help="of configs/quickstart.py")
@@ -133,6 +134,7 @@ def main():
     arguments = flags.parse_args()
 
     from moe_embed_jax.data.data_spec import vocabulary_path
+    from moe_embed_jax.errors import UserError
 
     work, data_dir = pathlib.Path(arguments.work).resolve(), pathlib.Path(arguments.data_dir)
     work.mkdir(parents=True, exist_ok=True)
@@ -146,6 +148,11 @@ def main():
         "data.vocabulary.kind": "file",
         "data.vocabulary.path": pathlib.Path(vocabulary).resolve(),
     }
+    if arguments.arms:
+        chosen = ["noisy", *arguments.arms.split(",")]
+        if unknown := [arm for arm in chosen if arm not in folders]:
+            raise UserError(f"--arms: there is no {unknown[0]}; choose from {', '.join(folders)}")
+        folders = {arm: folders[arm] for arm in chosen}
     scores = {arm: [] for arm in folders}
     for seed in map(int, arguments.seeds.split(",")):
         for arm in folders:
