@@ -122,6 +122,8 @@ def run(arguments, work: pathlib.Path) -> dict:
             pairs, pathlib.Path(output) / "kept", work / f"{noisy.name}.work", embedding, rule, mesh
         )
     seconds = time.monotonic() - start
+    rule_name = f"k={rule.k}" + (f",margin={rule.margin}" if rule.margin else "")
+    np.save(work / f"{noisy.name}.kept {rule_name}.npy", keep)  # for filtering_effect.py
     sources = {}
     for (source, _), (first, last) in pairs.groups.items():
         sources.setdefault(source, []).append(np.arange(first, last))

@@ -101,6 +101,24 @@ def test_kill_9_and_resume(tmp_path):
     np.testing.assert_array_equal(store[:], encode(TEXTS))
 
 
+@pytest.mark.parametrize("name", ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"])
+def test_a_kill_while_the_folder_is_made(tmp_path, monkeypatch, name):
+    """The folder as a kill leaves it, when `name` was the last file that was written."""
+    order = ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"]
+    write_vectors(tmp_path / "whole", lambda: TEXTS, encode, ENCODER)
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for file in order[: order.index(name) + 1]:
+        source = tmp_path / "whole" / file.removesuffix(".tmp")
+        (folder / file).write_bytes(source.read_bytes())
+        if file == "about.json":
+            (folder / "about.json.tmp").unlink()
+    counting = Counting()
+    store = write_vectors(folder, lambda: TEXTS, counting, ENCODER)
+    assert sum(counting.sizes) == 70
+    np.testing.assert_array_equal(store[:], encode(TEXTS))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,12 +5,13 @@ store of vectors larger than memory. Every device walks over its slice of the lo
 keeps the best k so far, so that the B x N scores never exist at once; the k of each device are
 merged after each load. Arrays are padded to a few sizes, so that a hundred small sets share a
 handful of compilations; the walk stops after the last real block, so padding costs memory, not
-time. `selection` is how a block's best are found.
+time. CPUs walk in their own way (`search.cpu`), with the same result.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Protocol
 
 import jax
@@ -20,12 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.processes import to_devices
-from moe_embed_jax.search.selection import Best, merge, merge_block, nothing
+from moe_embed_jax.search import cpu
+from moe_embed_jax.search.selection import Best, masked, merge, nothing
 
 QUERY_BLOCK = 1024
 BLOCK = 8192  # documents scored at once on a device
 LOAD = 131_072  # documents on a device at a time
 SMALLEST_QUERIES = 64
+ALIGNMENT = 64  # bytes; JAX on CPUs computes on NumPy's memory where it is aligned so, else copies
 SMALLEST_DOCUMENTS = 256
 
 
@@ -66,8 +69,8 @@ def top_k(
     document_ND: Documents,
     k: int,
     mesh: jax.sharding.Mesh | None = None,
-    block: int = BLOCK,
-    load: int | None = LOAD,
+    block: int | None = None,
+    load: int | None = None,
     recall: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `min(k, N)` documents of highest inner product with each query, best first.
@@ -78,7 +81,8 @@ def top_k(
         one device). Where the mesh spans processes, all of them call this with the same arrays.
       k: how many; more than N gives N.
       block: documents scored at once on a device; at most QUERY_BLOCK x block scores exist there.
-      load: documents on a device at a time (a second load is under way meanwhile); None: all.
+      load: documents on a device at a time; a second load is under way meanwhile. Both have
+        defaults that suit the device.
       recall: None is exact; else, for speed on TPUs, the expected share of the k that is found
         (`jax.lax.approx_max_k` in each block; elsewhere than on TPUs the result is exact).
 
@@ -94,7 +98,7 @@ def top_k(
     B, (N, width) = len(query_BD), _shape(document_ND, "document")
     if query_BD.shape[1] != width:
         raise ValueError(f"queries {query_BD.shape} and documents {(N, width)}: other width")
-    if k < 1 or block < 1 or (load is not None and load < 1):
+    if k < 1 or (block is not None and block < 1) or (load is not None and load < 1):
         raise ValueError(f"k={k}, block={block} and load={load} must be at least 1")
     if recall is not None and not 0 < recall < 1:
         raise ValueError(f"recall={recall} must be between 0 and 1")
@@ -103,30 +107,52 @@ def top_k(
         return np.zeros((B, wanted), np.float32), np.zeros((B, wanted), np.int32)
 
     mesh = single_device_mesh() if mesh is None else mesh
+    on_cpu = runs_on_cpu(mesh)
+    block, load = block or (cpu.BLOCK if on_cpu else BLOCK), load or (cpu.LOAD if on_cpu else LOAD)
     layout = document_layout(N, mesh.size, block, load)
-    starts = range(0, B, QUERY_BLOCK)
-    counts = [min(QUERY_BLOCK, B - start) for start in starts]
-    queries, best = [], []
-    for start, count in zip(starts, counts, strict=True):
-        rows = _bucket(count, SMALLEST_QUERIES)
-        padded_BD = _pad_rows(query_BD[start : start + count], rows)
-        queries.append(to_devices(padded_BD, replicated(mesh)))
-        best.append(_start(rows, k, mesh))
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(_load, document_ND, 0, layout.rows, mesh)
-        for i in range(layout.loads):
-            first = i * layout.rows
-            loaded_ND = pending.result()
-            if i + 1 < layout.loads:
-                pending = reader.submit(_load, document_ND, first + layout.rows, layout.rows, mesh)
-            jax.block_until_ready(best)  # or all loads would wait on the devices at a time
-            best = [
-                search(part_BD, loaded_ND, first, N, part, layout.block, recall, mesh)
-                for part_BD, part in zip(queries, best, strict=True)
-            ]
-    scores = [np.asarray(s)[:n, :wanted] for n, (s, _) in zip(counts, best, strict=True)]
-    indices = [np.asarray(i)[:n, :wanted] for n, (_, i) in zip(counts, best, strict=True)]
-    return np.concatenate(scores), np.concatenate(indices)
+    queries = []
+    for start in range(0, B, QUERY_BLOCK):
+        part_BD = query_BD[start : start + QUERY_BLOCK]
+        part_BD = _pad_rows(part_BD, _bucket(len(part_BD), SMALLEST_QUERIES))
+        queries.append(to_devices(part_BD, replicated(mesh)))
+    if on_cpu:
+        found = _walk_on_cpu(queries, document_ND, k, layout, mesh)
+    else:
+        found = _walk(queries, document_ND, k, layout, recall, mesh)
+    scores = [np.asarray(score_Bk)[:, :wanted] for score_Bk, _ in found]
+    indices = [np.asarray(index_Bk)[:, :wanted] for _, index_Bk in found]
+    return np.concatenate(scores)[:B], np.concatenate(indices)[:B]
+
+
+def _walk(queries, document_ND: Documents, k: int, layout: Layout, recall, mesh) -> list[Best]:
+    """The best k of each part of the queries; padding of either side is still there."""
+    count = _shape(document_ND, "document")[0]
+    best = [_start(len(part_BD), k, mesh) for part_BD in queries]
+    for first, load_ND in _in_loads(document_ND, layout.rows, mesh, reuse=False):
+        jax.block_until_ready(best)  # or all loads would wait on the devices at a time
+        best = [
+            search(part_BD, load_ND, first, count, part, layout.block, recall, mesh)
+            for part_BD, part in zip(queries, best, strict=True)
+        ]
+    return best
+
+
+def _walk_on_cpu(queries, document_ND: Documents, k: int, layout: Layout, mesh) -> list[Best]:
+    """`_walk` of `search.cpu`."""
+    count = _shape(document_ND, "document")[0]
+    found = [cpu.start(len(part_BD), k, mesh) for part_BD in queries]
+    scores = {B: cpu.score_memory(B, layout.block, mesh) for B in set(map(len, queries))}
+    for first, load_ND in _in_loads(document_ND, layout.rows, mesh, reuse=True):
+        for part, part_BD in enumerate(queries):
+            B = len(part_BD)
+            found[part], scores[B] = cpu.visit(
+                found[part], scores[B], part_BD, load_ND, first, count, layout.block, mesh
+            )
+    return [cpu.finish(part, k, mesh) for part in found]
+
+
+def runs_on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    return np.asarray(mesh.devices).flat[0].platform == "cpu"
 
 
 @functools.partial(jax.jit, static_argnames=("block", "recall", "mesh"))
@@ -139,26 +165,22 @@ def search(
       query_BD: replicated. document_ND: one load, its rows over all axes of the mesh.
       first: index of the load's first document. count: of all documents; what follows is padding.
       best: of the loads before, replicated.
+      recall: as of `top_k`.
     """
     k = best[0].shape[1]
-    cpu = np.asarray(mesh.devices).flat[0].platform == "cpu"
     walk = jax.shard_map(
-        functools.partial(
-            _search_shard, k=k, block=block, recall=recall, cpu=cpu, axes=mesh.axis_names
-        ),
+        functools.partial(_search_shard, k=k, block=block, recall=recall, axes=mesh.axis_names),
         mesh=mesh,
-        in_specs=(PartitionSpec(), _rows(mesh), PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        in_specs=(PartitionSpec(), _rows(mesh), PartitionSpec(), PartitionSpec()),
         out_specs=PartitionSpec(None, mesh.axis_names),
     )
-    found = walk(query_BD, document_ND, first, count, best[0][:, -1])
+    found = walk(query_BD, document_ND, first, count)
     # Devices hold rising ranges of documents, so the order of ties survives the merge.
-    return jax.lax.with_sharding_constraint(merge([best, found], k, cpu), replicated(mesh))
+    return jax.lax.with_sharding_constraint(merge([best, found], k), replicated(mesh))
 
 
-def _search_shard(
-    query_BD, document_nD, first, count, bar_B, *, k, block, recall, cpu, axes
-) -> Best:
-    """Best k of one device's n documents that score above `bar_B`; the rest has score -inf."""
+def _search_shard(query_BD, document_nD, first, count, *, k, block, recall, axes) -> Best:
+    """Best k of one device's n documents."""
     n = len(document_nD)
     first = first + jax.lax.axis_index(axes) * n
     valid = jnp.clip(count - first, 0, n)
@@ -168,10 +190,14 @@ def _search_shard(
         block_nD = block_nD.astype(jnp.float32)
         score_Bn = jnp.matmul(query_BD, block_nD.T, precision=jax.lax.Precision.HIGHEST)
         start = i * block
-        return merge_block(best, score_Bn, first + start, valid - start, bar_B, recall, cpu)
+        score_Bn = masked(score_Bn, jnp.arange(block), valid - start)
+        if recall is None:
+            score_Bk, at_Bk = jax.lax.top_k(score_Bn, min(k, block))
+        else:
+            score_Bk, at_Bk = jax.lax.approx_max_k(score_Bn, min(k, block), recall_target=recall)
+        return merge([best, (score_Bk, first + start + at_Bk)], best[0].shape[1])
 
     best = jax.lax.pcast(nothing(len(query_BD), min(k, n)), axes, to="varying")
-    bar_B = jax.lax.pcast(bar_B, axes, to="varying")
     return jax.lax.fori_loop(0, (valid + block - 1) // block, visit, best)
 
 
@@ -184,9 +210,46 @@ def _rows(mesh) -> PartitionSpec:
     return PartitionSpec(mesh.axis_names)
 
 
-def _load(document_ND: Documents, first: int, rows: int, mesh) -> jax.Array:
-    x_ND = _checked_values(document_ND[first : first + rows], "document", first)
-    return to_devices(_pad_rows(x_ND, rows), NamedSharding(mesh, _rows(mesh)))
+def _in_loads(
+    document_ND: Documents, rows: int, mesh, reuse: bool
+) -> Iterator[tuple[int, jax.Array]]:
+    """(index of its first document, load) of all loads; the next one is read in a thread meanwhile.
+
+    reuse: the memory of a load may be written over when the one after the next is asked for. New
+    memory costs more than the copy into it.
+    """
+    count = _shape(document_ND, "document")[0]
+    memory = [None, None]
+
+    def read(first: int) -> jax.Array:
+        x_ND = _checked_values(document_ND[first : first + rows], "document", first)
+        if reuse and not (len(x_ND) == rows and _is_aligned(x_ND)):
+            turn = first // rows % 2
+            if memory[turn] is None:
+                memory[turn] = _aligned_empty((rows, x_ND.shape[1]), x_ND.dtype)
+            memory[turn][: len(x_ND)] = x_ND
+            memory[turn][len(x_ND) :] = 0
+            x_ND = memory[turn]
+        return to_devices(_pad_rows(x_ND, rows), NamedSharding(mesh, _rows(mesh)))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(read, 0)
+        for first in range(0, count, rows):
+            load_ND = pending.result()
+            if first + rows < count:
+                pending = reader.submit(read, first + rows)
+            yield first, load_ND
+
+
+def _is_aligned(x_ND: np.ndarray) -> bool:
+    return x_ND.flags.c_contiguous and x_ND.ctypes.data % ALIGNMENT == 0
+
+
+def _aligned_empty(shape, dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _shape(x_ND, name: str) -> tuple[int, int]:
@@ -206,12 +269,11 @@ def _checked_values(x_ND, name: str, first: int) -> np.ndarray:
     x_ND = np.asarray(x_ND)
     if x_ND.dtype.itemsize > 2 or x_ND.dtype.kind in "iub":
         x_ND = x_ND.astype(np.float32, copy=False)
-    # 0 times what is not finite is not 0: a matrix product is the fastest look at all values.
-    with np.errstate(invalid="ignore"):
-        finite_N = x_ND @ np.zeros(x_ND.shape[1], x_ND.dtype) == 0
-    if not finite_N.all():
-        index = first + int(np.argmin(finite_N))
-        raise ValueError(f"{name} {index} holds a value that is not finite")
+    with np.errstate(invalid="ignore", over="ignore"):
+        doubtful = np.flatnonzero(~np.isfinite(x_ND.sum(axis=1)))  # fast; finite sums may overflow
+    for index in doubtful:
+        if not np.isfinite(x_ND[index]).all():
+            raise ValueError(f"{name} {first + index} holds a value that is not finite")
     return x_ND
 
 

@@ -123,22 +123,32 @@ def hash_texts(texts: Iterable[str]) -> tuple[int, str]:
 
 
 def _start(folder: Path, about: dict) -> int:
-    """Rows that are written already; makes the folder if it is new."""
-    if not (folder / ABOUT).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Rows that are written already; makes the folder if it is new.
+
+    What it is comes first: a kill at any time leaves a folder that is known, or an empty one.
+    """
+    if (folder / ABOUT).is_file():
+        found = differences(_read_json(folder / ABOUT), about)
+        if found:
+            raise UserError(
+                f"{folder} holds other vectors than asked for: {'; '.join(found)}. "
+                "Delete it or choose another folder"
+            )
+    else:
+        if folder.exists() and not (folder.is_dir() and _is_unused(folder)):
             raise UserError(f"{folder} holds something else: choose another folder")
-        if about["texts"]["count"]:
-            _open(folder, about)
-        save_json(folder / PROGRESS, {"rows": 0})
         save_json(folder / ABOUT, about)
-        return 0
-    found = differences(_read_json(folder / ABOUT), about)
-    if found:
-        raise UserError(
-            f"{folder} holds other vectors than asked for: {'; '.join(found)}. "
-            "Delete it or choose another folder"
-        )
-    return _read_json(folder / PROGRESS)["rows"]
+    if (folder / PROGRESS).is_file():
+        return _read_json(folder / PROGRESS)["rows"]
+    if about["texts"]["count"]:
+        _open(folder, about)
+    save_json(folder / PROGRESS, {"rows": 0})
+    return 0
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether there is nothing but a file that a killed `save_json` left."""
+    return all(path.name == f"{ABOUT}.tmp" for path in folder.iterdir())
 
 
 def _embed(folder: Path, texts: Iterator[str], encode: Encode, about: dict, done: int) -> None:
@@ -190,7 +200,7 @@ def _open(folder: Path, about: dict | None = None):
     return ts.open(
         spec,
         create=True,
-        delete_existing=True,
+        open=True,  # what a killed call has made
         dtype=ts.dtype(about["dtype"]),
         shape=shape,
         fill_value=np.nan,  # a lost chunk must not read as zeros
