@@ -108,6 +108,13 @@ def test_equals_oracle_whatever_the_order(name, walk):
         np.testing.assert_array_equal(score_Bk, expected_score)
 
 
+def test_a_negative_zero_is_a_zero():
+    score_Bn = np.zeros((1, 64), np.float32)
+    score_Bn[0, :32] = -0.0
+    _, at_Bm = cpu._best_groups(score_Bn, 2)
+    np.testing.assert_array_equal(at_Bm[0], np.arange(32))
+
+
 class Watched:
     """Documents that are not in memory: counts how often each row is read."""
 

@@ -166,7 +166,8 @@ def _best_groups(score_Bn, k: int):
     if k >= G:
         return score_Bn, jnp.broadcast_to(jnp.arange(n), (B, n))
     score_BGt = score_Bn.reshape(B, G, size)
-    group_Bg = jnp.sort(_top_k(score_BGt.max(axis=2), k)[1], axis=1)
+    peak_BG = masked(score_BGt.max(axis=2), 0, 1)  # -0 as 0; groups of padding are the last
+    group_Bg = jnp.sort(_top_k(peak_BG, k)[1], axis=1)
     score_Bgt = jax.vmap(lambda score_Gt, at_g: score_Gt[at_g])(score_BGt, group_Bg)
     at_Bgt = group_Bg[:, :, None] * size + jnp.arange(size)
     return score_Bgt.reshape(B, -1), at_Bgt.reshape(B, -1)
