@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -22,6 +23,14 @@ SHARED = ROOT.parent / "shared"  # reference data of the project, where it is th
 def data_dir(tmp_path_factory) -> pathlib.Path:
     """Prepared synthetic data, see synthetic_data.py."""
     return synthetic_data.write_data(tmp_path_factory.mktemp("data"))
+
+
+def load_benchmark(name: str):
+    """The module benchmarks/NAME.py; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_environment(devices: int, **environment) -> dict[str, str]:
