@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -24,6 +25,14 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
     return synthetic_data.write_documents(
         synthetic_data.write_data(tmp_path_factory.mktemp("data"))
     )
+
+
+def load_benchmark(name: str):
+    """The module benchmarks/NAME.py; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_environment(devices: int, **environment) -> dict[str, str]:

@@ -1,13 +1,12 @@
 """The planted-noise benchmark: labels, counts, and a whole run; the default data as a folder."""
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
 import synthetic_wheels
-from conftest import ROOT
+from conftest import load_benchmark
 from stand_in_teacher import StandInTeacher
 from test_consistency import pair
 
@@ -21,11 +20,7 @@ from moe_embed_jax.data.pairs import PairFolder, PairWriter
 
 @pytest.fixture
 def benchmark():
-    path = ROOT / "benchmarks" / "consistency_noise.py"
-    spec = importlib.util.spec_from_file_location("consistency_noise", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("consistency_noise")
 
 
 def test_documents_change_places(benchmark):

@@ -1,7 +1,6 @@
 """The benchmark of what filtering is worth: its three folders, its statistics, its runs."""
 
 import argparse
-import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import synthetic_data
-from conftest import ROOT
+from conftest import ROOT, load_benchmark
 from test_train_on_pairs import CONFIG, GROUPS
 
 from moe_embed_jax import launching
@@ -24,11 +23,7 @@ from moe_embed_jax.training.run_config import RunConfig
 
 @pytest.fixture
 def benchmark():
-    path = ROOT / "benchmarks" / "filtering_effect.py"
-    spec = importlib.util.spec_from_file_location("filtering_effect", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("filtering_effect")
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_kill_9_and_resume(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"])
-def test_a_kill_while_the_folder_is_made(tmp_path, monkeypatch, name):
+def test_a_kill_while_the_folder_is_made(tmp_path, name):
     """The folder as a kill leaves it, when `name` was the last file that was written."""
     order = ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"]
     write_vectors(tmp_path / "whole", lambda: TEXTS, encode, ENCODER)
