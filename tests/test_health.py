@@ -20,7 +20,7 @@ from moe_embed_jax import embedder
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training import loop, report
+from moe_embed_jax.training import contrastive, loop, report
 from moe_embed_jax.training.health import (
     Health,
     HealthConfig,
@@ -213,7 +213,7 @@ def page(data_dir, monkeypatch):
 
 def spoilt(monkeypatch, change):
     """From now on every step's (state, metrics) go through `change(step, state, metrics)`."""
-    jit_train_step = loop.jit_train_step
+    jit_train_step = contrastive.jit_train_step
 
     def jit_spoilt_step(*arguments):
         train_step = jit_train_step(*arguments)
@@ -224,7 +224,7 @@ def spoilt(monkeypatch, change):
 
         return step
 
-    monkeypatch.setattr(loop, "jit_train_step", jit_spoilt_step)
+    monkeypatch.setattr(contrastive, "jit_train_step", jit_spoilt_step)
 
 
 def multiplied_after(step, factor):
