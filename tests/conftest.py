@@ -2,8 +2,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
@@ -16,7 +18,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # For jax.jit and compile() where many programs are compiled to run once: half the time without
 # LLVM's optimisations, and the same numbers to rounding.
 QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+QUICK_FLAGS = "--xla_backend_optimization_level=0"  # the same, for whole subprocesses
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
+
+
+def pytest_configure(config):
+    """What one test compiles serves all later ones and their subprocesses."""
+    compiled = tempfile.mkdtemp(prefix="compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(compiled))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # read when jax is imported, after this
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +49,7 @@ def load_benchmark(name: str):
 def python_environment(devices: int, **environment) -> dict[str, str]:
     return {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         **environment,
     }
@@ -51,15 +62,6 @@ def run_python(arguments, devices: int = 1, timeout: float = 600, **environment)
     return subprocess.run(
         command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False
     )
-
-
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    """Environment with which the runs of a test file share what they compile."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def metric(workdir, name: str) -> np.ndarray:

@@ -1,13 +1,10 @@
 """Exact search against a NumPy oracle, on one device and on eight fake ones."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import run_python
 
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.search import cpu, knn
@@ -234,13 +231,8 @@ def test_refuses_values_that_are_not_finite():
 
 
 def test_eight_devices():
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=120)
+    result = run_python([__file__], devices=8, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 if __name__ == "__main__":

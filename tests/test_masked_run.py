@@ -25,15 +25,15 @@ def config(data_dir, tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def train(config, workdir, *flags, compilation_cache, devices=1):
+def train(config, workdir, *flags, devices=1):
     arguments = ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
-    return run_python(arguments, devices=devices, **compilation_cache)
+    return run_python(arguments, devices=devices)
 
 
 @pytest.fixture(scope="module")
-def whole_run(config, compilation_cache, tmp_path_factory) -> pathlib.Path:
+def whole_run(config, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = train(config, workdir, compilation_cache=compilation_cache)
+    result = train(config, workdir)
     assert result.returncode == 0, result.stderr
     (workdir / "stdout.txt").write_text(result.stdout)
     return workdir
@@ -73,15 +73,13 @@ def test_the_run_tells_what_it_does_and_learns(whole_run):
         assert trained["tokens"] > 400
 
 
-def test_resume_after_a_loss_of_the_newest_state_is_bitwise(
-    config, compilation_cache, whole_run, tmp_path
-):
+def test_resume_after_a_loss_of_the_newest_state_is_bitwise(config, whole_run, tmp_path):
     """What is left after a kill between steps 4 and 8: the run ends with the same bits."""
     workdir = tmp_path / "run"
     shutil.copytree(whole_run, workdir)
     for step in (8, 12):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    result = train(config, workdir, compilation_cache=compilation_cache)
+    result = train(config, workdir)
     assert result.returncode == 0, result.stderr
     assert f"resuming    {workdir} after step 4" in result.stdout
     for name in ("metrics.jsonl", "evaluations.jsonl", "results.json"):
@@ -90,9 +88,9 @@ def test_resume_after_a_loss_of_the_newest_state_is_bitwise(
 
 
 @pytest.mark.slow
-def test_eight_devices_in_chunks_equal_one(config, compilation_cache, whole_run, tmp_path):
+def test_eight_devices_in_chunks_equal_one(config, whole_run, tmp_path):
     flags = ("--config.mesh.fsdp=2", "--config.data.chunk_rows=1", "--config.batch_size=8")
-    result = train(config, tmp_path, *flags, compilation_cache=compilation_cache, devices=8)
+    result = train(config, tmp_path, *flags, devices=8)
     assert result.returncode == 0, result.stderr
     one, eight = (metric(path, "masked_loss") for path in (whole_run, tmp_path))
     np.testing.assert_allclose(eight, one, atol=2e-5, rtol=0)
@@ -102,10 +100,10 @@ def test_eight_devices_in_chunks_equal_one(config, compilation_cache, whole_run,
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_device(config, compilation_cache, whole_run, tmp_path):
+def test_two_processes_equal_one_device(config, whole_run, tmp_path):
     flags = ("--config.mesh.fsdp=2", "--config.model.remat_rows=1")
     arguments = ["launch/train.py", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags]
-    together = Together(arguments, tmp_path, **compilation_cache)
+    together = Together(arguments, tmp_path)
     together.wait()
     one, two = (metric(path, "masked_loss") for path in (whole_run, tmp_path / "run"))
     np.testing.assert_allclose(two, one, atol=2e-5, rtol=0)
@@ -113,9 +111,7 @@ def test_two_processes_equal_one_device(config, compilation_cache, whole_run, tm
     assert together.output("out1") == ""
 
 
-def test_all_languages_in_every_batch_across_documents_with_experts(
-    config, compilation_cache, tmp_path
-):
+def test_all_languages_in_every_batch_across_documents_with_experts(config, tmp_path):
     flags = (
         "--config.data.one_language=False",
         "--config.data.across_documents=True",
@@ -124,7 +120,7 @@ def test_all_languages_in_every_batch_across_documents_with_experts(
         "--config.steps=3",
         "--config.eval_every=0",
     )
-    result = train(config, tmp_path, *flags, compilation_cache=compilation_cache)
+    result = train(config, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     assert "attention across documents" in result.stdout
     assert "all languages in each" in result.stdout
@@ -134,7 +130,7 @@ def test_all_languages_in_every_batch_across_documents_with_experts(
     assert all(record["utilisation"] > 0.97 for record in found)
 
 
-def test_its_encoder_embeds_and_starts_stage_2(data_dir, compilation_cache, whole_run, tmp_path):
+def test_its_encoder_embeds_and_starts_stage_2(data_dir, whole_run, tmp_path):
     """A dense run of stage 1 becomes the experts of a contrastive run; its head stays behind."""
     embedder = Embedder.load(whole_run)
     assert embedder.max_lengths == {"query": 64, "document": 64}
@@ -148,7 +144,7 @@ def test_its_encoder_embeds_and_starts_stage_2(data_dir, compilation_cache, whol
     # The store of pairs is named by the vocabulary: tokenise them with that of stage 1.
     synthetic_data.write_tokens(data_dir, with_vocabulary_of(whole_run, synthetic_data.PREPARATION))
     flags = ("--config.optimizer.warmup_steps=0", "--config.optimizer.peak_learning_rate=0.0")
-    result = train(config, tmp_path / "run", *flags, compilation_cache=compilation_cache)
+    result = train(config, tmp_path / "run", *flags)
     assert result.returncode == 0, result.stderr
     assert "upcycled (paper)" in result.stdout
     dense = load_model(whole_run, single_device_mesh())
@@ -167,14 +163,12 @@ def with_vocabulary_of(run: pathlib.Path, preparation: dict) -> dict:
     return preparation | {"vocabulary": {"kind": "file", "path": str(run / "sentencepiece.model")}}
 
 
-def test_a_run_goes_on_from_another_with_its_head(
-    data_dir, config, compilation_cache, whole_run, tmp_path
-):
+def test_a_run_goes_on_from_another_with_its_head(data_dir, config, whole_run, tmp_path):
     synthetic_data.write_documents(
         data_dir, with_vocabulary_of(whole_run, synthetic_data.DOCUMENTS_PREPARATION)
     )
     flags = (f"--config.init.source={whole_run}", "--config.steps=3", "--config.eval_every=0")
-    result = train(config, tmp_path, *flags, compilation_cache=compilation_cache)
+    result = train(config, tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     before, after = (
         json.loads((path / "results.json").read_text()) for path in (whole_run, tmp_path)
@@ -192,15 +186,13 @@ def test_a_run_goes_on_from_another_with_its_head(
         (["--config.batch_size=9"], "batch_size=9 is not divisible by the 8 devices"),
     ],
 )
-def test_bad_config_is_one_line(config, compilation_cache, tmp_path, flags, message):
-    result = train(config, tmp_path, *flags, compilation_cache=compilation_cache, devices=8)
+def test_bad_config_is_one_line(config, tmp_path, flags, message):
+    result = train(config, tmp_path, *flags, devices=8)
     assert_refused(result, message)
 
 
-def test_a_work_directory_of_another_objective_is_refused(
-    data_dir, compilation_cache, whole_run, tmp_path
-):
+def test_a_work_directory_of_another_objective_is_refused(data_dir, whole_run, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(synthetic_data.config_text(data_dir))
-    result = train(config, whole_run, compilation_cache=compilation_cache)
+    result = train(config, whole_run)
     assert_refused(result, "belongs to another run .objective: masked_lm -> contrastive.")

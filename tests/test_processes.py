@@ -34,10 +34,10 @@ def command(config, workdir, *flags):
 
 
 @pytest.fixture(scope="module")
-def whole_run(config, compilation_cache, tmp_path_factory):
+def whole_run(config, tmp_path_factory):
     """On eight devices of one process."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = run_python(command(config, workdir), devices=8, **compilation_cache)
+    result = run_python(command(config, workdir), devices=8)
     assert result.returncode == 0, result.stderr
     return workdir
 
@@ -135,9 +135,9 @@ def test_each_process_reads_its_slice(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(config, compilation_cache, whole_run, tmp_path):
+def test_two_processes_equal_one(config, whole_run, tmp_path):
     workdir = tmp_path / "run"
-    together = Together(command(config, workdir), tmp_path, **compilation_cache)
+    together = Together(command(config, workdir), tmp_path)
     together.wait()
     assert "on 8 cpu device(s), 2 process(es)" in together.output("out0")
     assert together.output("out1") == ""
@@ -150,13 +150,11 @@ def test_two_processes_equal_one(config, compilation_cache, whole_run, tmp_path)
 
 
 @pytest.mark.slow
-def test_processes_stop_together_and_continue_as_one(
-    config, compilation_cache, whole_run, tmp_path
-):
+def test_processes_stop_together_and_continue_as_one(config, whole_run, tmp_path):
     """Two processes continue a run of one; SIGTERM to one of them stops both; one continues it."""
     workdir = tmp_path / "run"
     stopped_run(whole_run, workdir)
-    together = Together(command(config, workdir), tmp_path, **compilation_cache)
+    together = Together(command(config, workdir), tmp_path)
     deadline = time.monotonic() + 300
     while "resuming" not in together.output("out0"):
         assert together.members[0].poll() is None, together.output("err0")
@@ -168,7 +166,7 @@ def test_processes_stop_together_and_continue_as_one(
     assert "stopped by SIGTERM after step 6" in together.output("err0")
     assert (workdir / "checkpoints" / "6").is_dir()
     assert len(metric(workdir, "loss")) == 6
-    result = run_python(command(config, workdir), devices=8, **compilation_cache)
+    result = run_python(command(config, workdir), devices=8)
     assert result.returncode == 0, result.stderr
     assert "after step 6" in result.stdout
     assert_same_numbers(workdir, whole_run)
@@ -180,12 +178,12 @@ def test_processes_stop_together_and_continue_as_one(
     [(4, (4, 1, 1)), (1, (1, 1, 1)), (8, (2, 2, 2))],
     ids=["4 devices", "1 device", "2x2x2 devices"],
 )
-def test_run_moves_to_other_devices(config, compilation_cache, whole_run, tmp_path, devices, mesh):
+def test_run_moves_to_other_devices(config, whole_run, tmp_path, devices, mesh):
     workdir = tmp_path / "run"
     stopped_run(whole_run, workdir)
     axes = zip(("data", "fsdp", "expert"), mesh, strict=True)
     flags = [f"--config.mesh.{axis}={size}" for axis, size in axes]
-    result = run_python(command(config, workdir, *flags), devices=devices, **compilation_cache)
+    result = run_python(command(config, workdir, *flags), devices=devices)
     assert result.returncode == 0, result.stderr
     assert f"after step {SAVED}" in result.stdout
     assert len(metric(workdir, "loss")) == STEPS

@@ -146,13 +146,13 @@ def run_config(data_dir, pairs) -> dict:
     return values
 
 
-def test_training_end_to_end(pairs, prepared, tmp_path, compilation_cache):
+def test_training_end_to_end(pairs, prepared, tmp_path):
     _, data_dir, _ = prepared
     config = tmp_path / "config.py"
     config.write_text(f"def get_config(v):\n    return {run_config(data_dir, pairs.folder)!r}\n")
     run = tmp_path / "run"
     command = ["launch/train.py", f"--config={config}", f"--workdir={run}"]
-    result = run_python(command, **compilation_cache)
+    result = run_python(command)
     assert result.returncode == 0, result.stderr
     assert "up to 48 hard negatives, 3 of its own" in result.stdout
     assert (

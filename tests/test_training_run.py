@@ -28,15 +28,15 @@ def config(data_dir, tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def train(config, workdir, *flags, compilation_cache, devices=1):
+def train(config, workdir, *flags, devices=1):
     arguments = ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
-    return run_python(arguments, devices=devices, **compilation_cache)
+    return run_python(arguments, devices=devices)
 
 
 @pytest.fixture(scope="module")
-def whole_run(config, compilation_cache, tmp_path_factory) -> pathlib.Path:
+def whole_run(config, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = train(config, workdir, compilation_cache=compilation_cache)
+    result = train(config, workdir)
     assert result.returncode == 0, result.stderr
     (workdir / "stdout.txt").write_text(result.stdout)
     return workdir
@@ -85,12 +85,12 @@ def test_it_learns(whole_run):
     assert curve[-6:].mean() < curve[:6].mean() - 0.3
 
 
-def start_and_signal(config, workdir, compilation_cache, signal_number, after_steps):
+def start_and_signal(config, workdir, signal_number, after_steps):
     """Starts a run, signals it when `after_steps` steps are in its journal; (status, stderr)."""
     process = subprocess.Popen(
         [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"],
         cwd=ROOT,
-        env=python_environment(1, **compilation_cache),
+        env=python_environment(1),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -107,13 +107,11 @@ def start_and_signal(config, workdir, compilation_cache, signal_number, after_st
     return process.returncode, output
 
 
-def test_resume_after_sigterm_is_bitwise(config, compilation_cache, whole_run, tmp_path):
-    status, output = start_and_signal(
-        config, tmp_path, compilation_cache, signal.SIGTERM, after_steps=9
-    )
+def test_resume_after_sigterm_is_bitwise(config, whole_run, tmp_path):
+    status, output = start_and_signal(config, tmp_path, signal.SIGTERM, after_steps=9)
     assert status == 0
     assert "stopped by SIGTERM after step" in output
-    result = train(config, tmp_path, compilation_cache=compilation_cache)
+    result = train(config, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "resuming" in result.stdout
     metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
@@ -121,13 +119,13 @@ def test_resume_after_sigterm_is_bitwise(config, compilation_cache, whole_run, t
     assert_same_checkpoint(whole_run, tmp_path)
 
 
-def test_resume_after_kill_9_is_bitwise(config, compilation_cache, whole_run, tmp_path):
-    status, _ = start_and_signal(config, tmp_path, compilation_cache, signal.SIGKILL, after_steps=9)
+def test_resume_after_kill_9_is_bitwise(config, whole_run, tmp_path):
+    status, _ = start_and_signal(config, tmp_path, signal.SIGKILL, after_steps=9)
     assert status == -9
     # A line cut short by the kill must not matter either.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "gro')
-    result = train(config, tmp_path, compilation_cache=compilation_cache)
+    result = train(config, tmp_path)
     assert result.returncode == 0, result.stderr
     metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
     assert metrics[0] == metrics[1]
@@ -135,14 +133,14 @@ def test_resume_after_kill_9_is_bitwise(config, compilation_cache, whole_run, tm
 
 
 @pytest.mark.parametrize(("mesh", "chunk_rows"), [((8, 1, 1), 0), ((2, 2, 2), 1)])
-def test_eight_devices_equal_one(config, compilation_cache, whole_run, tmp_path, mesh, chunk_rows):
+def test_eight_devices_equal_one(config, whole_run, tmp_path, mesh, chunk_rows):
     """Sharded, and in one case in chunks too: the same losses as on one device in one piece."""
     flags = [
         f"--config.mesh.{axis}={n}"
         for axis, n in zip(("data", "fsdp", "expert"), mesh, strict=True)
     ]
     flags.append(f"--config.data.chunk_rows={chunk_rows}")
-    result = train(config, tmp_path, *flags, compilation_cache=compilation_cache, devices=8)
+    result = train(config, tmp_path, *flags, devices=8)
     assert result.returncode == 0, result.stderr
     assert bool(chunk_rows) == (f"encoded {chunk_rows} at a time" in result.stdout)
     one, eight = losses(whole_run), losses(tmp_path)
@@ -152,13 +150,11 @@ def test_eight_devices_equal_one(config, compilation_cache, whole_run, tmp_path,
     np.testing.assert_allclose(eight[:20], one[:20], atol=1e-5, rtol=0)
 
 
-def test_checkpoint_moves_to_another_mesh(config, compilation_cache, whole_run, tmp_path):
+def test_checkpoint_moves_to_another_mesh(config, whole_run, tmp_path):
     """A run stopped on one device continues on eight with the same batches."""
-    status, _ = start_and_signal(config, tmp_path, compilation_cache, signal.SIGTERM, after_steps=9)
+    status, _ = start_and_signal(config, tmp_path, signal.SIGTERM, after_steps=9)
     assert status == 0
-    result = train(
-        config, tmp_path, "--config.mesh.expert=2", compilation_cache=compilation_cache, devices=8
-    )
+    result = train(config, tmp_path, "--config.mesh.expert=2", devices=8)
     assert result.returncode == 0, result.stderr
     np.testing.assert_allclose(losses(tmp_path), losses(whole_run), atol=2e-5, rtol=0)
 
@@ -182,33 +178,29 @@ def assert_refused(result, message):
         (["--config.model.vocab_size=100"], "vocab_size=100 is smaller than the vocabulary"),
     ],
 )
-def test_bad_config_is_one_line(config, compilation_cache, tmp_path, flags, message):
-    assert_refused(
-        train(config, tmp_path, *flags, compilation_cache=compilation_cache, devices=8), message
-    )
+def test_bad_config_is_one_line(config, tmp_path, flags, message):
+    assert_refused(train(config, tmp_path, *flags, devices=8), message)
 
 
-def test_work_directory_of_another_config_is_refused(config, compilation_cache, whole_run):
+def test_work_directory_of_another_config_is_refused(config, whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    result = train(
-        config, whole_run, "--config.optimizer.b1=0.8", compilation_cache=compilation_cache
-    )
+    result = train(config, whole_run, "--config.optimizer.b1=0.8")
     assert_refused(result, r"belongs to another config \(optimizer.b1: 0.9 -> 0.8\)")
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_changed_data_is_refused(compilation_cache, whole_run, tmp_path):
+def test_changed_data_is_refused(whole_run, tmp_path):
     """Same config, but the prepared data behind it is not what the checkpoint was trained on."""
     other_data = tmp_path / "data"
     rows = dict(synthetic_data.GROUP_ROWS, descriptions=(64, 50, 10))
     synthetic_data.write_data(other_data, rows)
     config = tmp_path / "config.py"
     config.write_text(synthetic_data.config_text(other_data, steps=STEPS, eval_every=12))
-    result = train(config, whole_run, compilation_cache=compilation_cache)
+    result = train(config, whole_run)
     assert_refused(result, "the data changed since the checkpoint .*descriptions/cc 9 rows")
 
 
-def test_damaged_record_stops_the_run_with_its_name(compilation_cache, tmp_path):
+def test_damaged_record_stops_the_run_with_its_name(tmp_path):
     data = synthetic_data.write_data(tmp_path / "data")
     shard = next(data.glob("tokens/*/shard-*.array_record"))
     content = bytearray(shard.read_bytes())
@@ -216,6 +208,4 @@ def test_damaged_record_stops_the_run_with_its_name(compilation_cache, tmp_path)
     shard.write_bytes(content)
     config = tmp_path / "config.py"
     config.write_text(synthetic_data.config_text(data))
-    assert_refused(
-        train(config, tmp_path / "run", compilation_cache=compilation_cache), re.escape(shard.name)
-    )
+    assert_refused(train(config, tmp_path / "run"), re.escape(shard.name))
