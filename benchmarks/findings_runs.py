@@ -20,8 +20,6 @@ from moe_embed_jax.training.run_config import RunConfig
 
 PAGE = "configs/quickstart.py"
 SCORES = "scores.json"  # the last file of a run: it is finished and judged
-SHARED = ("tfds", "wheels")  # of the prepared data: read only
-GROWING = ("tokens", "vocabulary")  # a setting may add its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +71,32 @@ def load_config(place: Place, arm: str, seed: int = 0) -> RunConfig:
 
 
 def prepare(place: Place, setting_name: str) -> None:
-    """The data folder of a setting: the prepared data with its held-out sets only; its vocabulary
-    and tokens are made if they are not there."""
+    """The data folder of a setting: vocabulary and tokens, made if they are not there, and its
+    held-out sets alone. What is made lies in `work`/prepared beside links to `data_dir`."""
     from moe_embed_jax.training import init, workdir
 
-    folder = link_sets(place.data_dir, place.work / setting_name, SETTINGS[setting_name].sets)
-    link(place.data_dir / "retrieval/statistics.json", folder / "retrieval/statistics.json")
-    for name in SHARED:
+    prepared = place.work / "prepared"
+    for name in ("retrieval", "tfds", "wheels"):
         if (place.data_dir / name).exists():
-            link(place.data_dir / name, folder / name)
-    for name in GROWING:
-        for source in (place.data_dir / name).glob("*"):
-            link(source, folder / name / source.name)
-    if not (folder / "statistics.json").exists() and (place.data_dir / "statistics.json").exists():
-        shutil.copyfile(place.data_dir / "statistics.json", folder / "statistics.json")
+            link(place.data_dir / name, prepared / name)
+    link_each(place.data_dir, prepared)
+    statistics = place.data_dir / "statistics.json"
+    if statistics.exists() and not (prepared / statistics.name).exists():
+        shutil.copyfile(statistics, prepared / statistics.name)
     arm = next(name for name, arm in ARMS.items() if arm.setting == setting_name)
-    config, _ = init.resolve(load_config(place, arm), place.work / "nowhere")
+    config = load_config(place, arm)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(prepared)))
+    config, _ = init.resolve(config, place.work / "nowhere")
     workdir.prepare(config)
+    folder = link_sets(place.data_dir, place.work / setting_name, SETTINGS[setting_name].sets)
+    link_each(prepared, folder)
+
+
+def link_each(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Links to each vocabulary and token store; others may be made beside them."""
+    for name in ("tokens", "vocabulary"):
+        for store in (source / name).glob("*"):
+            link(store, target / name / store.name)
 
 
 def write_xquad(place: Place, setting: Setting, name: str) -> dict[str, pathlib.Path]:
