@@ -15,13 +15,11 @@ Runs that are finished are not repeated, interrupted ones continue: start it aga
 
 import json
 import pathlib
-import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from seeded_runs import held_out_scores, interval, link_sets, markdown, train
 
-from moe_embed_jax import launching  # noqa: E402
+from moe_embed_jax import launching
 
 SETS = (
     "api/en,descriptions/de,descriptions/en,descriptions/tr,translations/de,translations/ja,"
@@ -57,55 +55,10 @@ def write_arms(noisy: pathlib.Path, work: pathlib.Path) -> dict[str, pathlib.Pat
     return folders
 
 
-def link_sets(data_dir: pathlib.Path, work: pathlib.Path, names: list[str]) -> pathlib.Path:
-    """A data folder that holds only these held-out sets."""
-    from moe_embed_jax.errors import UserError
-
-    for name in names:
-        source = data_dir / "retrieval" / name
-        if not source.is_dir():
-            raise UserError(f"there is no held-out set {source}: prepare the default data first")
-        link = work / "data" / "retrieval" / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(source.resolve())
-    return work / "data"
-
-
-def train(workdir: pathlib.Path, variant: str, overrides: dict) -> dict[str, float]:
-    """{set: nDCG@10, mean over its languages, and "all": mean over sets} of a finished run."""
-    from moe_embed_jax.errors import UserError
-    from moe_embed_jax.evaluation.retrieval import mean_over_languages
-
-    results = workdir / "results.json"
-    if not results.exists():
-        flags = [f"--config.{key}={value}" for key, value in overrides.items()]
-        page = "configs/quickstart.py" + (f":{variant}" if variant else "")
-        command = [sys.executable, "launch/train.py", f"--config={page}"]
-        command += [f"--workdir={workdir}", *flags]
-        if subprocess.run(command, check=False, cwd=ROOT).returncode:
-            raise UserError(f"training in {workdir} failed; its message stands above")
-    means = mean_over_languages(json.loads(results.read_text())["trained"])
-    found = {name: mean["ndcg_at_10"] for name, mean in means.items()}
-    return found | {"all": sum(found.values()) / len(found)}
-
-
-def interval(values) -> tuple[float, float]:
-    """(mean, half of the 95 % confidence interval by Student's t)."""
-    import numpy as np
-    from scipy import stats
-
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
-
-
 def table(scores: dict[str, list[dict[str, float]]]) -> str:
     """Markdown; `scores`: arm -> one dict per seed."""
     sets = [*scores["noisy"][0]]
-    lines = [["pairs", *sets], ["---", *["---:"] * len(sets)]]
+    lines = [["pairs", *sets]]
     for arm, runs in scores.items():
         cells = ["{:.3f} ± {:.3f}".format(*interval([run[name] for run in runs])) for name in sets]
         lines.append([arm, *cells])
@@ -116,7 +69,7 @@ def table(scores: dict[str, list[dict[str, float]]]) -> str:
             differences = [after[name] - before[name] for after, before in pairs]
             cells.append("{:+.3f} ± {:.3f}".format(*interval(differences)))
         lines.append([f"{arm} - noisy", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def main():
@@ -153,12 +106,14 @@ def main():
         if unknown := [arm for arm in chosen if arm not in folders]:
             raise UserError(f"--arms: there is no {unknown[0]}; choose from {', '.join(folders)}")
         folders = {arm: folders[arm] for arm in chosen}
+    page = "configs/quickstart.py" + (f":{arguments.variant}" if arguments.variant else "")
     scores = {arm: [] for arm in folders}
     for seed in map(int, arguments.seeds.split(",")):
         for arm in folders:
             run = {"seed": seed, "data.pairs": folders[arm]}
             workdir = work / f"{arm}-{arguments.steps}-{seed}"
-            scores[arm].append(train(workdir, arguments.variant, common | run))
+            train(workdir, page, common | run)
+            scores[arm].append(held_out_scores(workdir))
     print(table(scores))
     if arguments.output:
         content = {"arguments": vars(arguments), "scores": scores}

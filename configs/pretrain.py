@@ -62,8 +62,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.temperature = 0.02
-    # 1 at perfect balance, over the global batch, once. Code: per device, and the terms of queries
-    # and documents are added (2 at balance).
+    # 1 at perfect balance, over the global batch, once. Code: per device (loss.balance_over), and
+    # the terms of queries and documents are added (2 at balance).
     config.loss.balance = 1.0
 
     config.mesh = ConfigDict()

@@ -39,7 +39,10 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def load_benchmark(name: str):
-    """The module benchmarks/NAME.py; the folder is no package."""
+    """The module benchmarks/NAME.py; the folder is no package, its files import each other as
+    scripts do."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import synthetic_data
 from conftest import ROOT, load_benchmark
-from test_train_on_pairs import CONFIG, GROUPS
+from test_train_on_pairs import CONFIG
 
 from moe_embed_jax import launching
 from moe_embed_jax.config import save_json
@@ -30,7 +30,11 @@ def benchmark():
 def noisy(tmp_path):
     """(folder, planted, kept) as benchmarks/consistency_noise.py leaves them."""
     with PairWriter(tmp_path / "noisy-164-0.1-0", {}) as writer:
-        for source, language, count in (*GROUPS, ("aws_api", "aa", 30), ("google_api", "aa", 30)):
+        for source, language, count in (
+            *synthetic_data.PAIR_GROUPS,
+            ("aws_api", "aa", 30),
+            ("google_api", "aa", 30),
+        ):
             for query, document in synthetic_data.pairs(source, language, count, 1):
                 writer.write(PairRow(query, document, (), source, language))
     pairs = PairFolder(tmp_path / "noisy-164-0.1-0")
@@ -85,7 +89,7 @@ def test_all_runs(benchmark, noisy, data_dir, tmp_path, monkeypatch, capsys):
         save_json(arguments.workdir / "results.json", {"trained": results})
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     flags = [f"--noisy={noisy[0]}", f"--data_dir={data_dir}", f"--work={tmp_path}/work"]
     flags += ["--steps=7", "--sets=translations/aa", "--variant=smoke"]
     flags += [f"--vocabulary={vocabulary_path(CONFIG, data_dir)}"]

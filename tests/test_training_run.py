@@ -78,6 +78,9 @@ def test_the_run_tells_what_it_does(whole_run):
         json.loads(s) for s in (whole_run / "evaluations.jsonl").read_text().splitlines()
     ]
     assert [(e["step"], e["complete"]) for e in evaluations] == [(0, True), (12, False), (24, True)]
+    routing = json.loads((whole_run / "routing.json").read_text())
+    assert set(routing) == {"aa", "bb", "cc"}
+    assert all(np.allclose(np.sum(share, axis=1), 1) for share in routing.values())
 
 
 def test_it_learns(whole_run):

@@ -3,7 +3,8 @@
 Switch-style: E * sum_e f_e p_e, with f_e the fraction of the T*K assignments that expert e
 received and p_e its mean router probability. The statistics are summed over queries and documents
 and over all devices *before* the product: single-source batches are not forced to use every expert
-on every device (the reference takes them per device and per pass, and adds two such terms).
+on every device. The reference takes the product per device (and per pass, adding two such terms);
+`loss.balance_over="device"` does so too, over queries and documents together.
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class RoutingStatistics:
-    """Sums over the valid tokens of one or more layers (a leading axis M per MoE layer).
+    """Sums over the valid tokens of one or more layers (a leading axis M per MoE layer, and before
+    it one per device where the statistics of devices are kept apart).
 
     assignments_E: how many (token, choice) pairs went to each expert, float32.
     probability_E: sum of router probabilities, float32.
@@ -51,7 +53,8 @@ def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
 
 
 def balance_loss(statistics: RoutingStatistics):
-    """Scalar, mean over MoE layers; 1 at perfect balance, E when one expert takes everything."""
+    """Scalar, mean over MoE layers (and devices, if their statistics were not added up); 1 at
+    perfect balance, E when one expert takes everything."""
     assigned_ME = statistics.assignments_E
     fraction_ME = assigned_ME / jnp.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
     mean_ME = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]

@@ -20,6 +20,7 @@ from moe_embed_jax.training.run_config import RunConfig
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 RESULTS_FILE = "results.json"
+ROUTING_FILE = "routing.json"
 PICTURE_FILE = "report.png"
 METRIC = "ndcg_at_10"
 ROUTING_TEXTS = 64  # held-out documents per language for the routing map
@@ -64,13 +65,17 @@ class Judge:
         return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}
 
     def report(self) -> None:
-        """Writes results.json; prints the table and some searches. `draw` comes after it.
+        """Writes results.json, and routing.json of a model with experts ({language: each layer's
+        shares of the assignments}); prints the table and some searches. `draw` comes after it.
 
         Every process calls this: what is encoded is encoded on the mesh; process 0 writes.
         """
         self._routing = self._routing_by_language()
         searches = self._searches()
         if self.is_writer:
+            if self._routing:
+                shares = {language: share.tolist() for language, share in self._routing.items()}
+                save_json(self.workdir / ROUTING_FILE, shares)
             if self.sets:
                 self._write_results(self._evaluations(), searches)
             print(f"Picture, metrics and checkpoints are in {self.workdir}/")

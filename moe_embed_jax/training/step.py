@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -29,10 +30,21 @@ from moe_embed_jax.training.state import LOG_SCALE, TrainState, encoder_params, 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig(ContrastConfig):
-    """The contrastive loss, and `balance`: coefficient of the load-balancing loss (perfect
-    balance = 1)."""
+    """The contrastive loss, and that of the routers.
+
+    balance: coefficient of the load-balancing loss (perfect balance = 1).
+    balance_over: what is to be balanced: the whole "batch", or the part of each "device", whose
+      losses are averaged (the reference code; it forces every expert on every device, and depends
+      on how many there are).
+    """
 
     balance: float = 1.0
+    balance_over: str = "batch"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.balance_over not in ("batch", "device"):
+            raise UserError(f"loss.balance_over={self.balance_over!r}: choose 'batch' or 'device'")
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +125,7 @@ class StepConfig:
 
 
 def encode_batch(config: StepConfig, params: dict, batch: Batch):
-    """(query_BD, document_BMD, routing statistics of the whole batch or None).
+    """(query_BD, document_BMD, routing statistics of every device or None).
 
     Every device encodes its own rows and takes its own texts from them; devices add up their
     gradients once, after the last chunk.
@@ -135,7 +147,7 @@ def encode_batch(config: StepConfig, params: dict, batch: Batch):
         out_specs=BATCH_SPEC,
         check_vma=False,
     )(encoder, batch)
-    return query_BD, document_BMD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
+    return query_BD, document_BMD, statistics
 
 
 def encode_chunk(config: StepConfig, params: dict, rows):
@@ -164,7 +176,7 @@ def encode_chunks(config: StepConfig, params: dict, rows_CRL):
 
 def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
     """Total loss (float32 scalar) and metrics of one batch."""
-    query_BD, document_BMD, statistics = encode_batch(config, params, batch)
+    query_BD, document_BMD, of_devices = encode_batch(config, params, batch)
     contrast = infonce(
         config.loss,
         query_BD,
@@ -187,8 +199,9 @@ def loss_and_metrics(config: StepConfig, params: dict, batch: Batch):
     if config.loss.learn_temperature:
         metrics["temperature"] = jnp.exp(-clip_log_scale(config.loss, params[LOG_SCALE]))
     loss = contrast.loss
-    if statistics is not None:
-        balance = balance_loss(statistics)
+    if of_devices is not None:
+        statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), of_devices)
+        balance = balance_loss(of_devices if config.loss.balance_over == "device" else statistics)
         loss += config.loss.balance * balance
         metrics |= {"balance": balance} | routing_metrics(statistics)
     return loss, metrics | {"loss": loss}

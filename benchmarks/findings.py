@@ -1,0 +1,90 @@
+"""Short experiments about the design, each arm with several seeds: docs/results.
+
+    python benchmarks/findings.py --work=DIR --data_dir=runs/data --xquad=XQUAD --e5=E5 \\
+        [--findings=a,b,c,d,e,f] [--seeds=0,1,2] [--jobs=2] --report=docs/results
+
+a  dense against top-1 against top-2            b  upcycling: paper against preserving
+c  balance over the batch or over a device      d  experts in every layer or every second
+e  Matryoshka on and off                        f  packed or padded, chunked or not
+
+findings_arms.py says what is run: configs/quickstart.py with a few keys changed. Judged on held-out
+sets of the default data (`make quickstart` leaves it in runs/data) and on XQuAD (a folder with
+de/corpus.jsonl.gz, queries.jsonl.gz and qrels.tsv.gz, and so on). E5 is multilingual-e5-small: its
+folder, or hf://intfloat/multilingual-e5-small.
+
+Start it again and it goes on: finished runs are not repeated, those of other findings are shared.
+--report writes what there is, --jobs=0 nothing else. `--jobs` runs share the processors.
+"""
+
+import pathlib
+import sys
+
+import seeded_runs  # noqa: F401  (puts the repository on the path)
+
+from moe_embed_jax import launching
+
+
+def main():
+    from findings_arms import FINDINGS, SETTINGS
+
+    flags = launching.parser(__doc__)
+    flags.add_argument("--work", required=True, help="folder for runs; continues what is there")
+    flags.add_argument("--data_dir", default="runs/data", help="the prepared default data")
+    flags.add_argument("--xquad", help="its folder; default: not judged by it")
+    flags.add_argument("--e5", help="multilingual-e5-small; default: its arms are not run")
+    flags.add_argument("--findings", default=",".join(FINDINGS))
+    flags.add_argument("--seeds", default="0,1,2")
+    flags.add_argument("--arms", help="run these only; default: all of the findings")
+    flags.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    flags.add_argument("--report", help="folder for pages, pictures and numbers")
+    for name, setting in SETTINGS.items():
+        text = f"of the {name} runs; default {setting.steps}"
+        flags.add_argument(f"--{name}_steps", type=int, help=text)
+    arguments = flags.parse_args()
+
+    import findings_report
+    from findings_arms import arms_of
+    from findings_runs import Place, sweep
+
+    from moe_embed_jax.errors import UserError
+
+    keys = arguments.findings.split(",")
+    if unknown := [key for key in keys if key not in FINDINGS]:
+        raise UserError(
+            f"--findings: there is no {unknown[0]!r}; choose from {', '.join(FINDINGS)}"
+        )
+    try:
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds={arguments.seeds}: {error}") from error
+    arms = arms_of(keys)
+    if arguments.arms:
+        chosen = arguments.arms.split(",")
+        if unknown := [arm for arm in chosen if arm not in arms]:
+            raise UserError(f"--arms: there is no {unknown[0]!r}; choose from {', '.join(arms)}")
+        arms = chosen
+    e5 = arguments.e5
+    if e5 and "://" not in e5:
+        e5 = str(pathlib.Path(e5).resolve())
+    steps = {name: getattr(arguments, f"{name}_steps") for name in SETTINGS}
+    place = Place(
+        work=pathlib.Path(arguments.work).resolve(),
+        data_dir=pathlib.Path(arguments.data_dir).resolve(),
+        xquad=pathlib.Path(arguments.xquad).resolve() if arguments.xquad else None,
+        e5=e5,
+        steps={name: count for name, count in steps.items() if count},
+    )
+    errors = []
+    if arguments.jobs:
+        possible = [arm for arm in arms if place.is_possible(arm)]
+        if left_out := [arm for arm in arms if arm not in possible]:
+            print(f"without --e5, not run: {', '.join(left_out)}")
+        errors = sweep(place, possible, seeds, arguments.jobs)
+    if arguments.report:
+        findings_report.write(pathlib.Path(arguments.report), place, keys, seeds)
+    if errors:
+        raise UserError(f"{len(errors)} run(s) failed: " + "; ".join(errors))
+
+
+if __name__ == "__main__":
+    sys.exit(launching.run(main))

@@ -1,0 +1,225 @@
+"""What findings.py trains and compares: settings, arms, findings. Nothing here runs anything.
+
+An arm is a setting with a few keys changed. Arms that several findings use are one run.
+"""
+
+import dataclasses
+
+SETS = (
+    *(f"descriptions/{language}" for language in ("de", "en", "ru", "tr")),
+    *(f"translations/{language}" for language in ("bg", "fr", "he", "id", "ja", "ko")),
+    *(f"translations/{language}" for language in ("nl", "pl", "uk", "vi", "zh-Hans")),
+)
+FEW_SETS = ("descriptions/de", "translations/bg", "translations/ko", "translations/vi")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the arms of a kind have in common, on the page configs/quickstart.py.
+
+    steps: of a whole run.
+    width: of the model; a third of it is the narrow width that is evaluated too.
+    sets: held-out sets of the default data that judge it.
+    languages, every: the languages of XQuAD, and of its queries every how many; none: not judged
+      by XQuAD.
+    """
+
+    steps: int
+    width: int
+    sets: tuple[str, ...]
+    languages: str
+    every: int
+    config: dict
+
+    @property
+    def narrow(self) -> int:
+        return self.width // 3
+
+
+NEVER_STOP = {"health.stop_on_collapse": False}  # a collapsed router is a finding here
+SETTINGS = {
+    "scratch": Setting(
+        steps=100, width=128, sets=SETS, languages="ar de en es ru zh", every=2, config=NEVER_STOP
+    ),
+    # A few steps of the same training: what matters is whether the losses are equal.
+    "curves": Setting(
+        steps=30, width=128, sets=("translations/vi",), languages="", every=1, config=NEVER_STOP
+    ),
+    # multilingual-e5-small trained further, on the shorter texts: 21 M parameters in its layers.
+    "upcycled": Setting(
+        steps=30,
+        width=384,
+        sets=FEW_SETS,
+        languages="de en zh",
+        every=5,
+        config=NEVER_STOP
+        | {
+            "batch_size": 64,
+            "data.rates": {"translations": 0.7, "descriptions": 0.3},
+            "optimizer.peak_learning_rate": 5e-5,
+            "optimizer.warmup_steps": 5,
+        },
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """
+    text: what it is, for the report.
+    changes: keys of the config.
+    devices: fake CPU devices that share the batch.
+    """
+
+    setting: str
+    text: str
+    changes: dict
+    devices: int = 1
+
+
+FOUR = 4  # devices of the arms about balance: 64 pairs each
+ARMS = {
+    "top-2": Arm("scratch", "8 experts, top-2, every second layer (the quickstart)", {}),
+    "top-1": Arm("scratch", "8 experts, top-1, every second layer", {"model.experts_per_token": 1}),
+    "dense": Arm("scratch", "dense; active parameters of top-1", {"model.moe_every": 0}),
+    "dense-wide": Arm(
+        "scratch",
+        "dense, feed-forward 1.5 times as wide; active parameters of top-2",
+        {"model.moe_every": 0, "model.ffn_width": 384},
+    ),
+    "every-layer": Arm("scratch", "top-2 experts in every layer", {"model.moe_every": 1}),
+    "every-layer-slim": Arm(
+        "scratch",
+        "top-2 in every layer, experts 3/4 as wide; active parameters of top-2",
+        {"model.moe_every": 1, "model.ffn_width": 192},
+    ),
+    "matryoshka": Arm(
+        "scratch",
+        "top-2, loss at full width and at a third",
+        {"loss.dims": {"128": 1.0, "42": 1.0}},
+    ),
+    "balance-0": Arm("scratch", "no balance loss", {"loss.balance": 0.0}, FOUR),
+    **{
+        f"{over}-{coefficient:g}": Arm(
+            "scratch",
+            f"balance over the {over}, coefficient {coefficient:g}",
+            {"loss.balance_over": over, "loss.balance": coefficient},
+            FOUR,
+        )
+        for over in ("batch", "device")
+        for coefficient in (0.1, 1.0)
+    },
+    "packed": Arm("curves", "up to 8 texts share a row of 64 tokens", {}),
+    "padded": Arm("curves", "every text has a row of its own", {"data.texts_per_row": 1}),
+    "chunked": Arm("curves", "packed, 32 rows at a time (GradCache)", {"data.chunk_rows": 32}),
+    "e5-dense": Arm("upcycled", "multilingual-e5-small as it is", {}),
+    "e5-top-1-paper": Arm(
+        "upcycled",
+        "upcycled as in the paper, top-1; active parameters of e5-dense",
+        {"init.upcycle": "paper", "model.experts_per_token": 1},
+    ),
+    "e5-top-2-paper": Arm("upcycled", "upcycled as in the paper, top-2", {"init.upcycle": "paper"}),
+    "e5-top-2-preserving": Arm(
+        "upcycled", "upcycled, preserving the function, top-2", {"init.upcycle": "preserving"}
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """
+    name: of its files in the report.
+    comparisons: (arm, other arm, what differs); reported as arm - other.
+    notes: what a reader must know that no number says.
+    """
+
+    name: str
+    title: str
+    arms: tuple[str, ...]
+    comparisons: tuple[tuple[str, str, str], ...]
+    notes: str = ""
+
+
+E5_NOTE = (
+    "Upcycled arms start from multilingual-e5-small. Mode `preserving` needs at least two experts "
+    "per token (with one, its gate would always be 1 and the router would not learn), so top-1 is "
+    "upcycled in mode `paper`. A dense e5 with the active parameters of top-2 does not exist: "
+    "against e5-dense, top-2 has more."
+)
+FINDINGS = {
+    "a": Finding(
+        "dense_vs_moe",
+        "Dense against top-1 against top-2",
+        (
+            *("dense", "top-1", "dense-wide", "top-2"),
+            *("e5-dense", "e5-top-1-paper", "e5-top-2-preserving"),
+        ),
+        (
+            ("top-1", "dense", "equal active parameters"),
+            ("top-2", "dense-wide", "equal active parameters"),
+            ("top-2", "top-1", "equal total parameters"),
+            ("top-2", "dense", "equal layers, top-2 computes more"),
+            ("e5-top-1-paper", "e5-dense", "equal active parameters"),
+            ("e5-top-2-preserving", "e5-dense", "equal start, top-2 computes more"),
+        ),
+        E5_NOTE,
+    ),
+    "b": Finding(
+        "upcycling",
+        "Upcycling: `paper` against `preserving`",
+        ("e5-dense", "e5-top-2-paper", "e5-top-2-preserving"),
+        (
+            ("e5-top-2-paper", "e5-top-2-preserving", "the rule"),
+            ("e5-top-2-paper", "e5-dense", "experts"),
+            ("e5-top-2-preserving", "e5-dense", "experts"),
+        ),
+        "`at the start` is the model before its first step: what upcycling broke or kept.",
+    ),
+    "c": Finding(
+        "balance",
+        "Balance over the batch or over each device; coefficient 0, 0.1, 1",
+        ("balance-0", "batch-0.1", "batch-1", "device-0.1", "device-1"),
+        (
+            ("batch-0.1", "balance-0", "coefficient"),
+            ("batch-1", "balance-0", "coefficient"),
+            ("batch-1", "batch-0.1", "coefficient"),
+            ("device-0.1", "batch-0.1", "statistic"),
+            ("device-1", "batch-1", "statistic"),
+        ),
+        f"All arms share their batches among {FOUR} devices, so that only the statistic differs; "
+        "batches are of one source and language, as always.",
+    ),
+    "d": Finding(
+        "moe_layers",
+        "Experts in every layer or in every second one",
+        ("top-2", "every-layer-slim", "every-layer"),
+        (
+            ("every-layer-slim", "top-2", "equal active parameters"),
+            ("every-layer", "top-2", "every layer has more parameters, active and total"),
+        ),
+    ),
+    "e": Finding(
+        "matryoshka",
+        "Matryoshka on and off, at full width and at a third",
+        ("top-2", "matryoshka"),
+        (("matryoshka", "top-2", "the loss"),),
+        "Without Matryoshka the vectors are cut all the same: the first third of the features.",
+    ),
+    "f": Finding(
+        "packing_chunking",
+        "Packed or padded, in chunks or not: the same losses",
+        ("packed", "padded", "chunked"),
+        (("padded", "packed", "rows"), ("chunked", "packed", "chunks")),
+        "These runs are judged by their losses alone.",
+    ),
+}
+
+
+def home(arm: str) -> str:
+    """The finding in whose folder the arm's runs are."""
+    return next(finding.name for finding in FINDINGS.values() if arm in finding.arms)
+
+
+def arms_of(findings: list[str]) -> list[str]:
+    """The arms of these findings, each once."""
+    return list(dict.fromkeys(arm for key in findings for arm in FINDINGS[key].arms))
