@@ -142,11 +142,11 @@ def test_rules_of_a_normaliser_are_all_there():
     rng = np.random.default_rng(0)
     keys = sorted(rules)
     for key in [*rng.choice(keys, 300), "ﬃ", "e\u0301", "\uff76\uff9e"]:
-        assert normalizer.normalize(f"x{key}y") == f"x{rules[key]}y", ascii(key)
+        assert normalizer.normalize(f"7{key}7") == f"7{rules[key]}7", ascii(key)
     single = {key for key in keys if len(key) == 1}
     for code in range(0x21, 0x3000):
         if chr(code) not in single:
-            assert normalizer.normalize(f"x{chr(code)}y") == f"x{chr(code)}y"
+            assert normalizer.normalize(f"7{chr(code)}7") == f"7{chr(code)}7"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,8 @@ def test_the_real_wheel(tmp_path_factory, monkeypatch, capsys):
     if not original.is_file():
         pytest.skip("XLM-R's own SentencePiece model is not beside the project")
     exact = Vocabulary.load(original)
-    texts = [gzip.open(path, "rt").read() for path in (SHARED / "data/xquad").rglob("*.jsonl.gz")]
+    paths = sorted((SHARED / "data/xquad").rglob("*.jsonl.gz"))
+    texts = [gzip.decompress(path.read_bytes()).decode() for path in paths]
     characters = [f"a{chr(c)}b" for c in range(0x11000) if not 0xD800 <= c < 0xE000]
     lines = [line for text in texts for line in text.splitlines()] + characters
     assert embedder.vocabulary.encode_batch(lines) == exact.encode_batch(lines)
