@@ -42,12 +42,18 @@ def build(cls, values, name: str = ""):
     return cls(**arguments)
 
 
+class _AnyKeys(dict):
+    """A section (of type `dict`) that takes any keys, nested ones too; later ones are merged in."""
+
+
 def defaults(cls) -> dict:
     """All keys of the dataclass with their default values, nested; None where there is none."""
     result = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             result[field.name] = defaults(field.type)
+        elif field.type is dict:
+            result[field.name] = _AnyKeys()
         else:
             result[field.name] = None if field.default is dataclasses.MISSING else field.default
     return result
@@ -95,7 +101,9 @@ def _chosen(classes: dict, page: dict, path: str) -> type:
 
 def _merge(values: dict, page, name: str) -> None:
     for key, value in dict(page).items():
-        if key not in values:
+        if isinstance(values, _AnyKeys):
+            values.setdefault(key, _AnyKeys() if hasattr(value, "items") else None)
+        elif key not in values:
             raise _unknown(name + key, key, values, name)
         if isinstance(values[key], dict):
             if not hasattr(value, "items"):
