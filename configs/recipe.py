@@ -104,6 +104,9 @@ def get_config(variant: str = "") -> ConfigDict:
         config.prepare.count = 400
         config.stage1.page = "configs/mlm.py:smoke"
         config.stage1.set = ConfigDict()
+        for stage in (config.stage1, config.stage2, config.stage3):
+            stage.set.steps = 2
+            stage.set.eval_every = 0
         config.teacher = "stage1"  # no download
         config.stage2.page = "configs/pretrain.py:smoke"
         config.mine.count = 3

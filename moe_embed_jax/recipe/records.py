@@ -1,6 +1,7 @@
 """What each step was made with: WORKDIR/recipe/STEP.json.
 
-{"id": of this making of the step, "arguments", "after": {step it needed: its id}, "seconds"}
+{"id": of this making of the step, "arguments", "after": {step it needed: its id}, "seconds",
+ "finished"}
 """
 
 import contextlib
@@ -64,14 +65,16 @@ class Records:
 
     def begin(self, step: Step) -> dict:
         """The record of a step that is about to run: a new one unless it was begun before."""
+        made_of = {
+            # As a file has them: lists for tuples.
+            "arguments": json.loads(json.dumps(step.arguments)),
+            "after": {name: self.read(name)["id"] for name in step.needs},
+        }
         record = self.read(step.name)
-        if record is None or not step.folder.exists():
-            record = {
-                "id": uuid.uuid4().hex,
-                "arguments": step.arguments,
-                "after": {name: self.read(name)["id"] for name in step.needs},
-                "seconds": 0.0,
-            }
+        # The folder of a step that was begun may not be there yet.
+        goes_on = record is not None and (step.folder.exists() or not record["finished"])
+        if not goes_on or any(record[key] != value for key, value in made_of.items()):
+            record = {"id": uuid.uuid4().hex, **made_of, "seconds": 0.0, "finished": False}
             self.write(step.name, record)
         return record
 

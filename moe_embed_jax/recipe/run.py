@@ -1,7 +1,6 @@
 """Runs what is left of a recipe, one step after the other, each as a process of its own."""
 
 import contextlib
-import ctypes
 import os
 import pathlib
 import re
@@ -20,7 +19,12 @@ LOGS = "logs"
 LAST_LINES = 8  # of the log of a step that failed
 TICK = 0.2  # seconds
 SAVE_EVERY = 10.0  # seconds, of the time that a step has taken
-_PR_SET_PDEATHSIG = 1
+# A recipe that is killed takes its step along (on Linux; 1 is PR_SET_PDEATHSIG), and by SIGTERM, so
+# that it can save. Not by a function between fork and exec: JAX's threads make that unsafe.
+_END_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 class Stopped(Exception):
@@ -57,6 +61,7 @@ def _run_step(step: Step, workdir, records: Records, shown: View, signals, descr
         # Seldom, and at the end: what a kill loses of it is little.
         if state != "running" or seconds > record["seconds"] + SAVE_EVERY:
             record["seconds"] = round(seconds, 1)
+            record["finished"] = state == "done"
             records.write(step.name, record)
         shown.update(step.name, state, seconds, (last_lines(log, 1) or [""])[0])
 
@@ -77,13 +82,12 @@ def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -
         start = file.tell()
         signals.raise_if_stopped(step.name)
         process = subprocess.Popen(
-            command.argv,
+            [*_wrapper(), *command.argv],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it as SIGTERM, from here
             pass_fds=[descriptor],
-            preexec_fn=_end_with_parent,
         )
     with signals.of(process):
         while process.poll() is None:
@@ -103,10 +107,8 @@ def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -
         )
 
 
-def _end_with_parent() -> None:
-    """In the new process: a killed recipe takes it along (on Linux), and it can still save."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _wrapper() -> list[str]:
+    return [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
 
 
 class _Signals:

@@ -44,11 +44,11 @@ class View:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        table.add_column("step", no_wrap=True)
-        table.add_column("state", no_wrap=True)
-        table.add_column("time", justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, overflow="ellipsis")
+        table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
+        table.add_column("step", width=8)
+        table.add_column("state", width=11)
+        table.add_column("time", width=9, justify="right")
+        table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
         for name, (state, seconds, line) in self._rows.items():
             shown = duration(seconds) if state else ""
             table.add_row(name, Text(state, STYLES.get(state, "")), shown, Text(line, "dim"))
