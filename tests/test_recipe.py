@@ -335,6 +335,10 @@ def smoke(data_dir, tmp_path_factory, compilation_cache):
         "--config.stage1.set.model.vocab_size=512",
         "--config.stage2.set.data.query_length=16",
         "--config.stage2.set.data.document_length=24",
+        # Chunks have tests of their own, and take their time to compile.
+        "--config.stage2.set.data.chunk_rows=0",
+        "--config.stage2.set.model.remat_rows=0",
+        "--config.stage3.set.model.remat_rows=0",
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
     flags = " ".join(f"--{name}={value}" for name, value in QUICK_COMPILATION.items())

@@ -92,7 +92,7 @@ def _training(folder: pathlib.Path) -> Training:
         card["batch_size"],
         "rows" if masked else "pairs",
         np.array([main_loss(record) for record in records]),
-        sum(record["tokens"] for record in records),
+        sum(int(record["tokens"]) for record in records),
         {name: geometric_mean(column.values()) for name, column in results.items()}
         if masked
         else {},
