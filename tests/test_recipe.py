@@ -71,7 +71,9 @@ def starts(workdir) -> dict[str, int]:
 def test_runs_each_step_once(tmp_path):
     said = run_chain(chain(tmp_path), tmp_path)
     assert starts(tmp_path) == {"a": 1, "b": 1, "c": 1, "d": 1}
-    assert "working on c" in (tmp_path / "logs/c.log").read_text()
+    log = (tmp_path / "logs/c.log").read_text()
+    assert log.startswith(f"$ {sys.executable} -c ") and "working on c" in log
+    assert run.last_lines(tmp_path / "logs/c.log", 1) == ["working on c"]
     assert [line.split()[:2] for line in said.splitlines() if " done " in line] == [
         [name, "done"] for name in "abcd"
     ]

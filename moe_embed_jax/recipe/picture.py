@@ -7,6 +7,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.recipe.facts import Facts
@@ -30,7 +31,8 @@ def draw(path: pathlib.Path, facts: Facts) -> None:
         mean = np.convolve(loss_S, np.ones(width) / width, "valid")
         axes.plot(step_S[width - 1 :], mean, color=COLOURS[name])
         axes.set(title=f"stage {name[-1]}: {TITLES[name]}", xlabel="step", ylabel="loss (nats)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * loss_S.max())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _draw_pairs(figure.add_subplot(grid[1, 0]), facts)
     if facts.scores:
         _draw_scores(figure.add_subplot(grid[1, 1:]), facts)
