@@ -42,12 +42,22 @@ def build(cls, values, name: str = ""):
     return cls(**arguments)
 
 
+class _AnyKeys(dict):
+    """A section (of type `dict`) that takes any keys, nested ones too; later ones are merged in."""
+
+
+class _Whole(dict):
+    """A section given on the command line as one literal: replaces what a `_AnyKeys` has there."""
+
+
 def defaults(cls) -> dict:
     """All keys of the dataclass with their default values, nested; None where there is none."""
     result = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             result[field.name] = defaults(field.type)
+        elif field.type is dict:
+            result[field.name] = _AnyKeys()
         else:
             result[field.name] = None if field.default is dataclasses.MISSING else field.default
     return result
@@ -65,14 +75,7 @@ def load(classes, spec: str, overrides: dict[str, str]):
 
     Raises `UserError` in one line, naming file or key.
     """
-    path, _, variant = spec.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"config file {path} does not exist")
-    page = runpy.run_path(path)
-    if "get_config" not in page:
-        raise UserError(f"config file {path} does not define get_config(variant)")
-    page = page["get_config"](variant)
-    cls = classes if isinstance(classes, type) else _chosen(classes, dict(page), path)
+    cls, page = read_page(classes, spec)
     values = defaults(cls)
     _merge(values, page, "")
     for key, text in overrides.items():
@@ -80,10 +83,24 @@ def load(classes, spec: str, overrides: dict[str, str]):
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
+        if isinstance(value, dict):
+            value = _Whole(value)
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value, "")
     return build(cls, values)
+
+
+def read_page(classes, spec: str) -> tuple[type, dict]:
+    """(the class, the values) of a config file; arguments and errors as in `load`."""
+    path, _, variant = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"config file {path} does not exist")
+    page = runpy.run_path(path)
+    if "get_config" not in page:
+        raise UserError(f"config file {path} does not define get_config(variant)")
+    values = dict(page["get_config"](variant))
+    return (classes if isinstance(classes, type) else _chosen(classes, values, path)), values
 
 
 def _chosen(classes: dict, page: dict, path: str) -> type:
@@ -95,7 +112,12 @@ def _chosen(classes: dict, page: dict, path: str) -> type:
 
 def _merge(values: dict, page, name: str) -> None:
     for key, value in dict(page).items():
-        if key not in values:
+        if isinstance(values, _AnyKeys):
+            is_section = hasattr(value, "items")
+            was_section = isinstance(values.get(key), dict)
+            if key not in values or is_section != was_section or isinstance(value, _Whole):
+                values[key] = _AnyKeys() if is_section else None
+        elif key not in values:
             raise _unknown(name + key, key, values, name)
         if isinstance(values[key], dict):
             if not hasattr(value, "items"):

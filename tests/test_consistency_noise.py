@@ -98,3 +98,32 @@ def test_the_default_data_as_a_prepared_folder(tmp_path, monkeypatch, capsys):
     assert f"{len(expected):,} pairs" in capsys.readouterr().out
     assert launching.run(export_pairs.main) == 2
     assert "is not empty" in capsys.readouterr().err
+
+    def draw(*more):
+        flags = [f"--data_dir={tmp_path}/data", f"--output={tmp_path}/{len(more)}-{more[-1]}"]
+        monkeypatch.setattr(sys, "argv", ["export_pairs", *flags, *more])
+        assert launching.run(export_pairs.main) == 0
+        drawn = PairFolder(flags[1].removeprefix("--output="))
+        return [row._asdict() for row in drawn.read(range(len(drawn)))]
+
+    rates = '--rates={"translations": 3, "aws_api": 1}'
+    first = draw("--count=40", rates)
+    sources = [row["source"] for row in first]
+    assert {name: sources.count(name) for name in sources} == {"translations": 30, "aws_api": 10}
+    assert draw("--seed=0", "--count=40", rates) == first  # the same in another place
+    assert draw("--seed=1", rates, "--count=40") != first
+    order = {tuple(row.items()): i for i, row in enumerate(expected)}
+    places = [order[tuple((k, v) for k, v in row.items() if k != "negatives")] for row in first]
+    assert places == sorted(set(places))  # real rows, each once, in groups
+    assert len(draw("--count=1000000", '--rates={"aws_api": 1}')) == sum(
+        row["source"] == "aws_api" for row in expected
+    )
+    for flag, message in (
+        ("--rates=x", "must be JSON"),
+        ('--rates={"x": 1}', "unknown task 'x'"),
+        ("--count=-1", "count=-1 must be 0"),
+    ):
+        command = ["export_pairs", f"--data_dir={tmp_path}/data", f"--output={tmp_path}/no", flag]
+        monkeypatch.setattr(sys, "argv", command)
+        assert launching.run(export_pairs.main) == 2
+        assert message in capsys.readouterr().err

@@ -31,7 +31,9 @@ class StandIn:
         if not Path(folder).is_dir():
             raise UserError(f"{folder} is not a model folder")
         cls.calls = []
-        return cls()
+        stand_in = cls()
+        stand_in.mesh = mesh
+        return stand_in
 
     def identity(self, prompt):
         return {"hash": "stand-in", "prefix": str(prompt), "max_length": 8}
@@ -237,11 +239,39 @@ def test_evaluates_folders_of_equal_and_other_names(launch, tmp_path, capsys):
     assert {prompt for prompt, _ in StandIn.calls} == {"query", "document"}
 
 
+def test_evaluates_held_out_sets_at_several_widths(launch, tmp_path, capsys):
+    for name in ("translations/de", "translations/fr"):
+        folder = tmp_path / "data/retrieval" / name
+        write_beir(folder, ["rot rot gelb", "blau blau blau", "weiss weiss", "gelb rot blau"])
+        for file in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+            (folder / f"{file}.gz").write_bytes(gzip.compress((folder / file).read_bytes()))
+            (folder / file).unlink()
+    write_beir(tmp_path / "set", ["eins eins", "zwei zwei"])
+    flags = ["--model=model", "--heldout=data", "--output=r.json"]
+    assert launch("evaluate", *flags, "--dataset=set", "--dim=64,2") == 0
+    wide, narrow = (json.loads((tmp_path / "r.json").read_text())[dim] for dim in ("64", "2"))
+    assert [*wide] == [*narrow] == ["translations/de", "translations/fr", "set"]
+    assert wide["translations/de"]["ndcg_at_10"] == 1.0
+    assert narrow["translations/de"]["ndcg_at_10"] < 1.0
+    # Each text once, whatever the widths; equal texts of the held-out sets are one.
+    assert [call for call in StandIn.calls if call[1]] == [
+        *(("query", 4), ("document", 4)),
+        *(("query", 2), ("document", 2)),
+    ]
+    assert "2 dimensions" in capsys.readouterr().out
+    assert launch("evaluate", *flags, "--dim=2") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["translations/de"] == pytest.approx(
+        narrow["translations/de"]
+    )
+    assert launch("evaluate", "--model=bm25", "--heldout=data", "--output=r.json") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["translations/fr"]["ndcg_at_10"] > 0.9
+
+
 def test_evaluate_prompts(launch, tmp_path):
     write_beir(tmp_path / "set", ["rot", "blau"])
     flags = ["--model=model", "--dataset", "set", "--output", "r.json", "--query_prompt=none"]
     assert launch("evaluate", *flags, "--document_prompt", "query") == 0
-    assert [prompt for prompt, _ in StandIn.calls] == [None, "query"]
+    assert [prompt for prompt, count in StandIn.calls if count] == [None, "query"]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +280,8 @@ def test_evaluate_prompts(launch, tmp_path):
         (["--dataset=gone"], "error: gone: no such folder"),
         (["--dataset=set,,./set"], "error: set: the same folder was named twice"),
         (["--dataset=,"], "error: no folder of a retrieval set was named"),
+        (["--heldout=gone"], "error: gone/retrieval holds no held-out sets"),
+        (["--dataset=set", "--dim=a"], "error: --dim=a must be a number, or several with commas"),
         (["--dataset=set", "--output=model"], "error: --output=model is a folder"),
         (["--dataset=set", "--model=none"], "error: none is not a model folder"),
     ],

@@ -163,6 +163,7 @@ def test_training_end_to_end(pairs, prepared, tmp_path):
     losses = metric(run, "contrastive_loss")
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert (run / "report.png").is_file()
+    assert (run / "results.json").read_text() == "{}\n"  # the run is finished
 
 
 def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):

@@ -68,6 +68,8 @@ def test_the_run_tells_what_it_does(whole_run):
     records = [json.loads(s) for s in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert all(record["utilisation"] > 0.6 for record in records)
+    # 16 queries of up to 16 tokens and 16 documents of up to 24.
+    assert all(32 * 2 < record["tokens"] <= 16 * (16 + 24) for record in records)
     assert all(r["expert_load_min"] <= 1 <= r["expert_load_max"] for r in records)
     assert all(0 < r["router_entropy"] <= np.log(4) + 1e-5 for r in records)
     assert all(np.isclose(np.sum(record["expert_load"], axis=1), 1).all() for record in records)

@@ -80,10 +80,11 @@ class Journal:
         """Fetches and writes the pending steps; returns their records, in every process."""
         fetched = jax.device_get([metrics for *_, metrics in self._pending])
         records = []
-        for (step, group, _, _), metrics in zip(self._pending, fetched, strict=True):
+        for (step, group, tokens, _), metrics in zip(self._pending, fetched, strict=True):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
             rate = float(self._learning_rates[step - 1])
-            records.append({"step": step, "group": group, "learning_rate": rate, **values})
+            head = {"step": step, "group": group, "tokens": int(tokens), "learning_rate": rate}
+            records.append({**head, **values})
         seconds = time.perf_counter() - self._clock
         tokens_per_second = sum(n for _, _, n, _ in self._pending) / max(seconds, 1e-9)
         self._clock = time.perf_counter()

@@ -91,7 +91,9 @@ class MaskedJudge:
     def _write_results(self, examples: list) -> None:
         evaluations = read_records(self.workdir / EVALUATIONS_FILE)
         complete = [record for record in evaluations if record["complete"]]
-        if complete:
+        if not complete:  # the file says that the run is finished
+            save_json(self.workdir / RESULTS_FILE, {})
+        else:
             columns = {}
             if complete[0]["step"] == 0:
                 start = "before" if self.config.init.source else "untrained"

@@ -65,8 +65,9 @@ class Judge:
         return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}
 
     def report(self) -> None:
-        """Writes results.json, and routing.json of a model with experts ({language: each layer's
-        shares of the assignments}); prints the table and some searches. `draw` comes after it.
+        """Writes results.json ({} without sets), and routing.json of a model with experts
+        ({language: each layer's shares of the assignments}); prints the table and some searches.
+        `draw` comes after it.
 
         Every process calls this: what is encoded is encoded on the mesh; process 0 writes.
         """
@@ -78,6 +79,8 @@ class Judge:
                 save_json(self.workdir / ROUTING_FILE, shares)
             if self.sets:
                 self._write_results(self._evaluations(), searches)
+            else:  # the file says that the run is finished
+                save_json(self.workdir / RESULTS_FILE, {})
             print(f"Picture, metrics and checkpoints are in {self.workdir}/")
         # BM25 takes a while on large sets, and a process that is done waits only so long at its
         # exit for the others.

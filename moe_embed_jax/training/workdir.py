@@ -38,7 +38,8 @@ FREE_LOSS_KEYS = ("predictions_at_once",)
 FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
 
 
-def _identity(card: dict) -> dict:
+def identity(card: dict) -> dict:
+    """What of a run's page (as a dict) decides its numbers."""
     kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
     data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
     kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
@@ -64,7 +65,7 @@ def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
                 f"{config.objective}); use a new --workdir"
             )
         saved = config_page.build(PAGES[objective], saved)  # new keys: defaults
-        lines = differences(_identity(dataclasses.asdict(saved)), _identity(card))
+        lines = differences(identity(dataclasses.asdict(saved)), identity(card))
         if lines:
             raise UserError(
                 f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "

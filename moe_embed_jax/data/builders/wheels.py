@@ -28,7 +28,11 @@ _PIP_DOWNLOAD = ["download", "--no-deps", "--only-binary=:all:", "--python-versi
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: `name` is the distribution's, `size` is in bytes."""
+    """One pinned wheel: `name` is the distribution's, `size` is in bytes.
+
+    platform: pip's name of the platform that the wheel is for; "" is any. It is data here, wherever
+    this runs.
+    """
 
     name: str
     version: str
@@ -37,10 +41,16 @@ class Wheel:
     licence: str
     size: int
     homepage: str
+    platform: str = ""
 
     @property
     def requirement(self) -> str:
         return f"{self.name}=={self.version}"
+
+    @property
+    def pip_download(self) -> list[str]:
+        """Arguments of pip, without where to and what."""
+        return [*_PIP_DOWNLOAD, *(["--platform", self.platform] if self.platform else [])]
 
     def as_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -86,7 +96,17 @@ def fetch(
     wheels_dir: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """Paths of the verified wheels of `WHEELS` with these names, by name.
+    """`fetch_wheels` of those of `WHEELS` with these names."""
+    return fetch_wheels([WHEELS[name] for name in names], cache_dir, wheels_dir, progress)
+
+
+def fetch_wheels(
+    wheels: Sequence[Wheel],
+    cache_dir: str | Path,
+    wheels_dir: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Path]:
+    """Paths of verified wheels, by name.
 
     Looked for in `wheels_dir` (or the folder named by MOE_EMBED_WHEELS), then in `cache_dir`, then
     downloaded with pip, which follows the user's own pip configuration, into `cache_dir`.
@@ -98,7 +118,7 @@ def fetch(
     given_dir = _given_dir(wheels_dir)
     found: dict[str, Path] = {}
     missing: list[Wheel] = []
-    for wheel in (WHEELS[name] for name in names):
+    for wheel in wheels:
         given = given_dir / wheel.file_name if given_dir else None
         cached = cache_dir / wheel.file_name
         if given and given.is_file():
@@ -180,7 +200,7 @@ def _download(wheel: Wheel, missing: Sequence[Wheel], cache_dir: Path, bars: Pro
 def _run_pip(
     wheel: Wheel, missing: Sequence[Wheel], folder: Path, report: Callable[[int], None]
 ) -> None:
-    command = [sys.executable, "-m", "pip", *_PIP_DOWNLOAD]
+    command = [sys.executable, "-m", "pip", *wheel.pip_download]
     command += ["--quiet", "--disable-pip-version-check", "--no-input", "-d", str(folder)]
     with tempfile.TemporaryFile("w+", errors="replace") as messages:
         process = subprocess.Popen(
@@ -219,8 +239,9 @@ def _failure(wheel: Wheel, missing: Sequence[Wheel], messages: str) -> str:
     errors = [line for line in lines if line.startswith("ERROR:")]
     last_line = (errors or lines or ["no message"])[-1]
     requirements = " ".join(other.requirement for other in missing)
+    command = " ".join(["python -m pip", *wheel.pip_download, "-d wheels", requirements])
     return (
         f"could not download {wheel.requirement}: pip said: {last_line} -- without a network, run "
-        f"`python -m pip {' '.join(_PIP_DOWNLOAD)} -d wheels {requirements}` on a machine that has "
-        f"one, then pass that folder as --wheels_dir=wheels or {WHEELS_DIR_VARIABLE}=wheels"
+        f"`{command}` on a machine that has one, then pass that folder as --wheels_dir=wheels or "
+        f"{WHEELS_DIR_VARIABLE}=wheels"
     )

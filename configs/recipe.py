@@ -1,0 +1,139 @@
+"""The whole recipe of the paper as one chain of steps, each of them a launcher of its own.
+
+    python launch/recipe.py --config=configs/recipe.py --workdir=runs/recipe \\
+        --config.prepare.sources=sources.json --config.stage1.set.data.texts=runs/texts
+
+prepare -> stage1 (masked language modelling) -> filter -> stage2 (contrastive, experts made of
+stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export -> report. See
+docs/recipe.md. `stageN.page` is a config of launch/train.py, `stageN.set` what is changed of it.
+
+Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the default data on two
+CPU cores in about half an hour, without a hub; `:smoke` is a few steps of each, for tests.
+
+Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; those of training stand in the pages.
+"""
+
+from ml_collections import ConfigDict
+
+from moe_embed_jax.errors import UserError
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.data_dir = "runs/data"  # prepared data, shared by runs
+    config.wheels_dir = ""  # folder with the pinned wheels, where there is no network
+
+    config.prepare = ConfigDict()
+    config.prepare.sources = ""  # to be given: names your raw pairs (docs/curation.md)
+    config.prepare.flags = ""  # of Beam, e.g. "--runner=DataflowRunner --project=..."
+
+    config.stage1 = ConfigDict()
+    config.stage1.page = "configs/mlm.py"
+    config.stage1.set = ConfigDict()
+    config.stage1.set.init = ConfigDict(dict(source="hf://FacebookAI/xlm-roberta-base"))
+    config.stage1.set.data = ConfigDict(dict(texts=""))  # to be given: CC100, see docs/curation.md
+
+    config.teacher = "hf://intfloat/multilingual-e5-small"  # of the filter
+
+    config.filter = ConfigDict()
+    config.filter.k = 2  # a pair stays if fewer than 2 other documents are nearer to its query
+    config.filter.chunk = 1_000_000  # pairs of one source and language that compete
+    config.filter.margin = 0.0
+    config.filter.query_prompt = "query: "  # the teacher's
+    config.filter.document_prompt = "passage: "
+    config.filter.dtype = "float16"
+
+    config.stage2 = ConfigDict()
+    config.stage2.page = "configs/pretrain.py"
+    config.stage2.set = ConfigDict()
+    config.stage2.set.init = ConfigDict(dict(upcycle="paper"))  # 8 experts, copies of stage 1's
+
+    config.mine = ConfigDict()
+    # The paper fine-tunes on other pairs than those of stage 2: MS MARCO, NQ, HotpotQA, FEVER,
+    # MIRACL, SQuAD, StackExchange. Prepare them (launch/prepare.py) and name the folder here; "" is
+    # the filtered pairs.
+    config.mine.pairs = ""
+    # Best of the paper's ablation; most of its sets came mined by BGE-M3.
+    config.mine.teacher = "sentence-transformers:NovaSearch/stella_en_1.5B_v5"
+    config.mine.query_prompt = (
+        "Instruct: Given a web search query, retrieve relevant passages that answer the query.\n"
+        "Query: "
+    )
+    config.mine.document_prompt = "none"
+    config.mine.count = 10  # code: mines 20, trains on the first 10
+    config.mine.relative = 0.95  # of the score of the query's own document
+    config.mine.absolute = None
+    config.mine.skip = 0
+    config.mine.search = 10_000  # ranks that are looked at
+    config.mine.dtype = "float16"
+
+    config.stage3 = ConfigDict()
+    config.stage3.page = "configs/finetune.py"
+    config.stage3.set = ConfigDict()
+
+    config.evaluate = ConfigDict()
+    # Beside the held-out sets of the default data, if they lie in data_dir: BEIR folders, e.g.
+    # "beir/scifact,beir/nfcorpus". All stages are judged, at the widths of stage 3's loss.dims.
+    config.evaluate.beir = ""
+
+    if variant in ("small", "smoke"):
+        config.prepare = ConfigDict(dict(mixture="package_texts"))  # the embedded default data
+        # Shares as in configs/quickstart.py. The teacher embeds some 34 pairs a second here, so
+        # 12,000 of the 501,957 pairs are what fits into the time.
+        config.prepare.count = 12_000
+        config.prepare.rates = dict(
+            translations=0.6, descriptions=0.16, aws_api=0.12, google_api=0.12
+        )
+        config.teacher = "wheel://multilingual-e5-small"  # from PyPI, where there is no hub
+        # Stage 2's own model: it embeds these pairs in seconds, e5 would take minutes again.
+        config.mine.teacher = "stage2"
+        config.mine.query_prompt = "query"
+        config.mine.document_prompt = "document"
+        config.mine.search = 1_000
+    if variant == "small":
+        config.stage1.page = "configs/mlm.py:laptop"
+        config.stage1.set = ConfigDict(dict(steps=300, eval_every=0, checkpoint_every=50))
+        # Its page with the architecture of stage 1 and 8 experts in every second layer.
+        config.stage2.page = "configs/quickstart.py"
+        config.stage2.set.batch_size = 128  # languages have some 150 pairs here
+        config.stage2.set.steps = 200
+        config.stage2.set.eval_every = 0
+        config.stage2.set.checkpoint_every = 50
+        config.stage3.set = _small_finetuning()
+    elif variant == "smoke":
+        config.prepare.count = 400
+        config.stage1.page = "configs/mlm.py:smoke"
+        config.stage1.set = ConfigDict()
+        for stage in (config.stage1, config.stage2, config.stage3):
+            stage.set.steps = 2
+            stage.set.eval_every = 0
+        config.teacher = "stage1"  # no download
+        config.stage2.page = "configs/pretrain.py:smoke"
+        config.mine.count = 3
+        config.stage3.page = "configs/finetune.py:smoke"
+        config.stage3.set.loss = ConfigDict(dict(dims={"32": 1.0, "16": 1.0}))
+    elif variant:
+        raise UserError(
+            f"unknown variant {variant!r} of configs/recipe.py; there are: small, smoke"
+        )
+    return config
+
+
+def _small_finetuning() -> ConfigDict:
+    """configs/finetune.py for a model of width 128 and texts of a line."""
+    stage = ConfigDict()
+    stage.batch_size = 32
+    stage.steps = 120
+    stage.log_every = 10
+    stage.eval_every = 0
+    stage.checkpoint_every = 40
+    stage.model = ConfigDict(dict(dtype="float32", remat_rows=0))
+    stage.data = ConfigDict()
+    stage.data.negatives = 7
+    stage.data.query_length = 32  # as stage 2's
+    stage.data.document_length = 64
+    stage.data.row_length = 64
+    stage.data.texts_per_row = 8
+    stage.optimizer = ConfigDict(dict(peak_learning_rate=5e-4, warmup_steps=12))
+    stage.loss = ConfigDict(dict(dims={"128": 1.0, "32": 1.0}))
+    return stage

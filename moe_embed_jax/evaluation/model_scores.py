@@ -1,0 +1,66 @@
+"""Scores of one model on many retrieval sets, at several widths; what BM25 has on them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_embed_jax.evaluation.beir import RetrievalSet
+from moe_embed_jax.evaluation.bm25 import evaluate_bm25
+from moe_embed_jax.evaluation.retrieval import Metrics, evaluate_many
+
+BM25 = "bm25"  # in place of a model
+
+
+def score_model(
+    embedder,
+    groups: Sequence[dict[str, RetrievalSet]],
+    dims: Sequence[int | None],
+    prompts: tuple[str | None, str | None],
+    show_progress: bool = False,
+) -> dict[int | None, dict[str, Metrics]]:
+    """{dim: {name of the set: metrics}}.
+
+    Every text is embedded once, whatever the number of widths.
+
+    Args:
+      groups: the sets of a group are in memory, embedded, at the same time.
+      dims: first features to keep, then normalised again (Matryoshka); None: all.
+      prompts: of queries and documents, see `Embedder.encode`.
+
+    Raises:
+      UserError: a width that the model does not have, or an unknown prompt.
+    """
+    for dim in dims:
+        for prompt in prompts:
+            embedder.encode([], prompt=prompt, dim=dim)  # complains before anything is embedded
+    results: dict[int | None, dict[str, Metrics]] = {dim: {} for dim in dims}
+    for group in groups:
+        encoded: dict[int, np.ndarray] = {}
+
+        def encoder(side: int, dim: int | None, encoded=encoded):
+            def encode(texts):
+                if side not in encoded:
+                    prompt = prompts[side]
+                    encoded[side] = embedder.encode(
+                        texts, prompt=prompt, show_progress=show_progress
+                    )
+                return _first_features(encoded[side], dim)
+
+            return encode
+
+        for dim in dims:
+            queries, documents = encoder(0, dim), encoder(1, dim)
+            results[dim] |= evaluate_many(queries, documents, group, embedder.mesh)
+    return results
+
+
+def score_bm25(groups: Sequence[dict[str, RetrievalSet]]) -> dict[str, Metrics]:
+    """{name of the set: metrics} of BM25 over words."""
+    return {name: evaluate_bm25(each) for group in groups for name, each in group.items()}
+
+
+def _first_features(x_ND: np.ndarray, dim: int | None) -> np.ndarray:
+    if dim is None:
+        return x_ND
+    x_ND = x_ND[:, :dim]
+    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,113 @@
+"""What a finished recipe left behind, read from its files."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax.data.pair_manifest import read_manifest
+from moe_embed_jax.evaluation.model_scores import BM25
+from moe_embed_jax.evaluation.retrieval import mean_over_languages
+from moe_embed_jax.models.encoder import EncoderConfig, count_params
+from moe_embed_jax.recipe.page import STAGES
+from moe_embed_jax.recipe.records import Records
+from moe_embed_jax.recipe.steps import Step
+from moe_embed_jax.training.journal import METRICS_FILE, main_loss, read_records
+from moe_embed_jax.training.masked_report import geometric_mean
+from moe_embed_jax.training.report import METRIC, RESULTS_FILE
+
+WHOLE = "all"  # dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A stage: its parameters, its journal. perplexity: column -> pseudo-perplexity, of stage 1."""
+
+    total: int
+    active: int
+    batch_size: int
+    unit: str  # that batch_size counts
+    loss_S: np.ndarray
+    tokens: int
+    perplexity: dict[str, float]
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last tenth of the steps."""
+        return float(self.loss_S[-max(1, len(self.loss_S) // 10) :].mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """scores: model -> dimensions -> set -> metrics, means over languages. pairs: step -> manifest
+    of what it wrote."""
+
+    seconds: dict[str, float]
+    pairs: dict[str, dict]
+    filtered: dict
+    mined: dict
+    stages: dict[str, Training]
+    scores: dict[str, dict[str, dict[str, dict]]]
+    exported_bytes: int
+
+    def ndcg(self, model: str, dim: str, name: str) -> float | None:
+        of_model = self.scores.get(model, {})
+        found = of_model.get(WHOLE if model == BM25 else dim, {}).get(name)
+        return None if found is None else found[METRIC]
+
+
+def collect(steps: list[Step], workdir: pathlib.Path) -> Facts:
+    records = Records(workdir)
+    by_name = {step.name: step for step in steps}
+    folders = {"prepare": "pairs", "filter": "filtered", "mine": "mined"}
+    export = workdir / "export"
+    return Facts(
+        seconds={step.name: records.read(step.name)["seconds"] for step in steps},
+        pairs={step: read_manifest(workdir / folder) for step, folder in folders.items()},
+        filtered=_curation_report(workdir / "filtered"),
+        mined=_curation_report(workdir / "mined"),
+        stages={name: _training(workdir / name) for name in STAGES},
+        scores=_scores(by_name["evaluate"]) if "evaluate" in by_name else {},
+        exported_bytes=sum(path.stat().st_size for path in export.rglob("*") if path.is_file()),
+    )
+
+
+def _curation_report(folder: pathlib.Path) -> dict:
+    """The work folder has it too, and had it first."""
+    paths = [folder / "report.json", folder.with_name(f"{folder.name}.work") / "report.json"]
+    return next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
+
+
+def _training(folder: pathlib.Path) -> Training:
+    card = json.loads((folder / "config.json").read_text())
+    total, active = count_params(config_page.build(EncoderConfig, card["model"], "model"))
+    records = read_records(folder / METRICS_FILE)
+    results = json.loads((folder / RESULTS_FILE).read_text())
+    masked = card["objective"] == "masked_lm"
+    return Training(
+        total,
+        active,
+        card["batch_size"],
+        "rows" if masked else "pairs",
+        np.array([main_loss(record) for record in records]),
+        sum(int(record["tokens"]) for record in records),
+        {name: geometric_mean(column.values()) for name, column in results.items()}
+        if masked
+        else {},
+    )
+
+
+def _scores(step: Step) -> dict:
+    dims = step.arguments.get("dim", WHOLE).split(",")
+    scores = {}
+    for command in step.commands:
+        content = json.loads(command.output.read_text())
+        model = command.output.stem
+        if model == BM25:
+            by_dim = {WHOLE: content}
+        else:
+            by_dim = content if len(dims) > 1 else {dims[0]: content}
+        scores[model] = {dim: mean_over_languages(sets) for dim, sets in by_dim.items()}
+    return scores

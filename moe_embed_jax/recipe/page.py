@@ -1,0 +1,186 @@
+"""The page of a recipe: configs/recipe.py builds one of these."""
+
+import ast
+import dataclasses
+import pathlib
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.run_config import PAGES, Run
+
+WHEEL_TEACHER = "wheel://multilingual-e5-small"
+STAGES = ("stage1", "stage2", "stage3")
+# What the recipe itself gives to a stage: where the stage before left its output.
+GIVEN = {
+    "stage1": ("data.dir", "data.wheels_dir"),
+    "stage2": ("data.dir", "data.wheels_dir", "data.pairs", "init.source"),
+    "stage3": ("data.dir", "data.wheels_dir", "data.pairs", "init.source"),
+}
+WANTED = {
+    "data.texts": "a folder of documents, made by launch/prepare.py (format texts)",
+    "init.source": "the model to start from",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Where the pairs come from: `sources` or `mixture`."""
+
+    sources: str = ""  # sources.json of launch/prepare.py, which reads raw files with Beam
+    flags: str = ""  # further ones of launch/prepare.py, e.g. of Beam, separated by spaces
+    mixture: str = ""  # "package_texts": the default data
+    count: int = 0  # of it: pairs to draw; 0: all
+    rates: dict[str, float] | None = None  # of its sources in the draw; None: by rows
+    seed: int = 0  # of the draw
+
+    def __post_init__(self):
+        if bool(self.sources) == bool(self.mixture):
+            has = "both are given" if self.sources else "both are empty"
+            raise UserError(
+                f"prepare.sources and prepare.mixture: {has}; give --config.prepare.sources=FILE, "
+                "a sources.json that names your raw pairs (docs/curation.md), or "
+                "--config.prepare.mixture=package_texts, the default data (as the variant :small)"
+            )
+        if self.mixture not in ("", "package_texts"):
+            raise UserError(f"prepare.mixture={self.mixture!r}: there is package_texts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A run of launch/train.py: its config file (with :variant), and what is changed of it."""
+
+    page: str = ""
+    set: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """The rule of launch/filter.py."""
+
+    k: int = 2
+    chunk: int = 1_000_000
+    margin: float = 0.0
+    query_prompt: str = "query: "
+    document_prompt: str = "passage: "
+    dtype: str = "float16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """The rule of launch/mine.py."""
+
+    pairs: str = ""  # a prepared folder to fine-tune on; "": the filtered pairs of stage 2
+    teacher: str = "stage2"
+    count: int = 10
+    relative: float | None = 0.95
+    absolute: float | None = None
+    skip: int = 0
+    search: int = 1000
+    query_prompt: str = "query"
+    document_prompt: str = "document"
+    dtype: str = "float16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Beside the held-out sets of the data: BEIR folders, separated by commas."""
+
+    beir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """teacher (also mine.teacher): a model folder, hf://OWNER/NAME, sentence-transformers:NAME,
+    wheel://multilingual-e5-small, or a stage that is trained before ("stage1", "stage2")."""
+
+    data_dir: str = "runs/data"  # prepared data, shared by runs
+    wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
+    prepare: Prepare = dataclasses.field(default_factory=Prepare)
+    stage1: Stage = dataclasses.field(default_factory=Stage)
+    teacher: str = WHEEL_TEACHER
+    filter: Filter = dataclasses.field(default_factory=Filter)
+    stage2: Stage = dataclasses.field(default_factory=Stage)
+    mine: Mine = dataclasses.field(default_factory=Mine)
+    stage3: Stage = dataclasses.field(default_factory=Stage)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+
+    def __post_init__(self):
+        for key, name, stages in (
+            ("teacher", self.teacher, STAGES[:1]),
+            ("mine.teacher", self.mine.teacher, STAGES[:2]),
+        ):
+            _check_teacher(key, name, stages)
+        for name in STAGES:
+            if not getattr(self, name).page:
+                raise UserError(f"{name}.page is empty: give a config file of launch/train.py")
+
+    @property
+    def needs_wheel(self) -> bool:
+        return WHEEL_TEACHER in (self.teacher, self.mine.teacher)
+
+
+def _check_teacher(key: str, name: str, stages: tuple[str, ...]) -> None:
+    if name in (WHEEL_TEACHER, *stages) or name.startswith(("hf://", "sentence-transformers:")):
+        return
+    if not pathlib.Path(name).is_dir():
+        raise UserError(
+            f"{key}={name!r} is no model folder; others are hf://OWNER/NAME, "
+            f"sentence-transformers:NAME, {WHEEL_TEACHER}, {', '.join(stages)}"
+        )
+
+
+def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tuple[list[str], Run]:
+    """(flags of launch/train.py, the page that they mean) of a stage.
+
+    Args:
+      given: what the recipe decides, "data.pairs" -> value; see `GIVEN`.
+      root: page files that are not absolute lie below it.
+
+    Raises:
+      UserError: a key that the page does not know, that is the recipe's, or that is left to be
+        given; names it as --config.STAGE.set.KEY.
+    """
+    path, colon, variant = stage.page.partition(":")
+    file = pathlib.Path(path)
+    page = f"{file if file.is_absolute() else root / file}{colon}{variant}"
+    where = f"--config.{name}.set."
+    try:
+        known = config_page.defaults(config_page.read_page(PAGES, page)[0])
+        changed = dict(_leaves(stage.set, known))
+        for key, value in changed.items():
+            if key in GIVEN[name]:
+                raise UserError(f"{where}{key}: the recipe decides that; leave it out")
+            if value == "":
+                what = WANTED.get(key, "a value")
+                raise UserError(f"{where}{key}=... is to be given: {what}")
+        overrides = _texts(changed | given)
+        config = config_page.load(PAGES, page, overrides)
+    except UserError as error:
+        raise UserError(f"{name} ({stage.page}): {error}") from None
+    flags = [f"--config.{key}={text}" for key, text in overrides.items()]
+    return [f"--config={page}", *flags], config
+
+
+def _leaves(section, known, prefix: str = ""):
+    """("data.row_length", value) of every value; a table such as `loss.dims` is one."""
+    for key, value in dict(section).items():
+        inner = known.get(key) if isinstance(known, dict) else None
+        if hasattr(value, "items") and (isinstance(inner, dict) or key not in known):
+            yield from _leaves(value, inner or {}, f"{prefix}{key}.")
+        else:
+            yield prefix + key, dict(value) if hasattr(value, "items") else value
+
+
+def _texts(values: dict) -> dict[str, str]:
+    """As the command line has them: Python literals, strings bare where they stay strings."""
+    return {key: _text(value) for key, value in values.items()}
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return repr(value)

@@ -1,0 +1,156 @@
+"""report.md: what each step took and gave, how good the models are, how to use the last one."""
+
+import pathlib
+
+from moe_embed_jax.data.text_files import written_whole
+from moe_embed_jax.evaluation.model_scores import BM25
+from moe_embed_jax.recipe import picture
+from moe_embed_jax.recipe.facts import Facts, Training, collect
+from moe_embed_jax.recipe.page import STAGES
+from moe_embed_jax.recipe.steps import Step
+from moe_embed_jax.recipe.view import duration
+
+MARKDOWN_FILE, PICTURE_FILE = "report.md", "report.png"
+TITLES = {BM25: "BM25", "stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3"}
+
+
+def write_report(steps: list[Step], workdir: pathlib.Path) -> str:
+    """Writes report.md and report.png of a finished recipe; returns the table of evaluations."""
+    facts = collect(steps, workdir)
+    picture.draw(workdir / PICTURE_FILE, facts)
+    with written_whole(workdir / MARKDOWN_FILE) as file:
+        file.write(markdown(facts, workdir).encode())
+    return evaluation_table(facts)
+
+
+def markdown(facts: Facts, workdir: pathlib.Path) -> str:
+    total = duration(sum(facts.seconds.values()))
+    parts = [
+        f"# Recipe in {workdir}",
+        f"![losses, pairs, evaluations]({PICTURE_FILE})",
+        f"## Steps ({total} in all)",
+        _table(["step", "time", "what came out"], _step_rows(facts), "lrl"),
+        "## Models",
+        _model_table(facts),
+        "Loss: mean over the last tenth of the steps; those of different stages measure different "
+        "things.",
+    ]
+    if facts.filtered:
+        parts += ["## Pairs kept by the filter", _filter_table(facts.filtered)]
+    parts += ["## Evaluation", _evaluation(facts), "## Use", _use(workdir)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _step_rows(facts: Facts) -> list[list[str]]:
+    return [
+        [name, duration(seconds), _outcome(name, facts)] for name, seconds in facts.seconds.items()
+    ]
+
+
+def _outcome(name: str, facts: Facts) -> str:
+    if name == "prepare":
+        manifest = facts.pairs["prepare"]
+        return f"{manifest['rows']:,} pairs in {len(manifest['languages'])} languages"
+    if name == "filter":
+        kept, read = facts.pairs["filter"]["rows"], facts.pairs["prepare"]["rows"]
+        return f"{kept:,} of {read:,} pairs kept ({kept / read:.1%})"
+    if name == "mine":
+        total = facts.mined.get("total")
+        if not total:
+            return f"{facts.pairs['mine']['rows']:,} pairs"
+        return (
+            f"{total['negatives']:,} hard negatives for {total['queries']:,} queries; "
+            f"{total['short'] + total['empty']:,} found fewer than asked for"
+        )
+    if name in facts.stages:
+        stage = facts.stages[name]
+        loss = f"loss {stage.loss_S[0]:.3f} -> {stage.final_loss:.3f}"
+        if "trained" in stage.perplexity:
+            return f"{loss}, pseudo-perplexity {_arrow(stage.perplexity)}"
+        return loss
+    if name == "evaluate":
+        return f"{len(facts.scores) - 1} models and BM25"
+    if name == "export":
+        return f"a PyTorch folder of {facts.exported_bytes / 1e6:,.1f} MB"
+    return "multilingual-e5-small"
+
+
+def _arrow(columns: dict[str, float]) -> str:
+    return " -> ".join(f"{value:,.1f}" for value in columns.values())
+
+
+def _model_table(facts: Facts) -> str:
+    head = ["", "parameters", "active per token", "steps", "batch", "tokens", "loss"]
+    rows = [[TITLES[name], *_model_cells(stage)] for name, stage in facts.stages.items()]
+    return _table(head, rows, "lrrrrrr")
+
+
+def _model_cells(stage: Training) -> list[str]:
+    steps = len(stage.loss_S)
+    return [
+        f"{stage.total:,}",
+        f"{stage.active:,}",
+        f"{steps:,}",
+        f"{stage.batch_size:,} {stage.unit}",
+        f"{stage.tokens:,}",
+        f"{stage.final_loss:.3f}",
+    ]
+
+
+def _filter_table(report: dict) -> str:
+    sources: dict[str, list[int]] = {}
+    for group in report["groups"]:
+        counts = sources.setdefault(group["source"], [0, 0])
+        counts[0] += group["pairs"]
+        counts[1] += group["kept"]
+    rows = [[name, f"{n:,}", f"{kept:,}", f"{kept / n:.1%}"] for name, (n, kept) in sources.items()]
+    return _table(["source", "pairs", "kept", "share"], rows, "lrrr")
+
+
+def _evaluation(facts: Facts) -> str:
+    if not facts.scores:
+        return "No retrieval sets: name BEIR folders with `--config.evaluate.beir=FOLDER,FOLDER`."
+    return (
+        evaluation_table(facts)
+        + "\n\nnDCG@10 by exact search, means over the languages of a set. BM25 over words has no "
+        "dimensions. Stage 1 was trained to guess words, not to embed: it is the baseline."
+    )
+
+
+def evaluation_table(facts: Facts) -> str:
+    """Sets x dimensions by models; empty without evaluations."""
+    if not facts.scores:
+        return ""
+    models = [BM25, *STAGES]
+    rows = []
+    for dim, sets in facts.scores[STAGES[-1]].items():
+        for name, metrics in sets.items():
+            values = [facts.ndcg(model, dim, name) for model in models]
+            cells = ["-" if value is None else f"{value:.3f}" for value in values]
+            rows.append([name, str(metrics["languages"]), dim, *cells])
+    rows.sort(key=lambda row: row[0])  # stable: the widths of a set stay in their order
+    head = ["set", "languages", "dimensions", *(TITLES[model] for model in models)]
+    return _table(head, rows, "lrrrrrr")
+
+
+def _use(workdir: pathlib.Path) -> str:
+    return f"""```
+python launch/embed.py --model={workdir}/stage3 --input=texts.jsonl --prompt=document --output=x.npy
+python launch/evaluate.py --model={workdir}/stage3 --dataset=BEIR_FOLDER --output=results.json
+```
+
+```python
+from moe_embed_jax import Embedder
+
+embedder = Embedder.load("{workdir}/stage3")
+queries = embedder.encode(["..."], prompt="query")
+documents = embedder.encode(["..."], prompt="document")
+```
+
+`{workdir}/export` is the same model for PyTorch: a self-contained folder that sentence-transformers
+and transformers load (`trust_remote_code=True`)."""
+
+
+def _table(head: list[str], rows: list[list[str]], sides: str) -> str:
+    rule = [{"l": "---", "r": "---:"}[side] for side in sides]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])

@@ -1,0 +1,162 @@
+"""Runs what is left of a recipe, one step after the other, each as a process of its own."""
+
+import contextlib
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.recipe.records import Records, lock
+from moe_embed_jax.recipe.steps import Command, Step
+from moe_embed_jax.recipe.view import View
+
+LOGS = "logs"
+LAST_LINES = 8  # of the log of a step that failed
+TICK = 0.2  # seconds
+SAVE_EVERY = 10.0  # seconds, of the time that a step has taken
+# A recipe that is killed takes its step along (on Linux; 1 is PR_SET_PDEATHSIG), and by SIGTERM, so
+# that it can save. Not by a function between fork and exec: JAX's threads make that unsafe.
+_END_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class Stopped(Exception):
+    """SIGTERM (or Ctrl-C) ended the recipe in the step that is named."""
+
+
+def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None) -> None:
+    """Runs the steps that are not done; returns when all are.
+
+    Raises:
+      UserError: a step was made with other settings than those of now, or failed.
+      Stopped: after SIGTERM, which the running step was given, too.
+    """
+    with lock(workdir) as descriptor, _Signals() as signals:
+        records = Records(workdir)
+        records.check(steps)
+        (workdir / LOGS).mkdir(exist_ok=True)
+        with view or View([step.name for step in steps]) as shown:
+            for step in steps:
+                if step.is_done:
+                    record = records.read(step.name)
+                    shown.update(step.name, "done before", record["seconds"])
+                else:
+                    _run_step(step, workdir, records, shown, signals, descriptor)
+
+
+def _run_step(step: Step, workdir, records: Records, shown: View, signals, descriptor) -> None:
+    record = records.begin(step)
+    log = workdir / LOGS / f"{step.name}.log"
+    before, start = record["seconds"], time.monotonic()
+
+    def tick(state: str = "running") -> None:
+        seconds = before + time.monotonic() - start
+        # Seldom, and at the end: what a kill loses of it is little.
+        if state != "running" or seconds > record["seconds"] + SAVE_EVERY:
+            record["seconds"] = round(seconds, 1)
+            record["finished"] = state == "done"
+            records.write(step.name, record)
+        shown.update(step.name, state, seconds, (last_lines(log, 1) or [""])[0])
+
+    try:
+        for command in step.commands:
+            if not command.output.is_file():
+                _run_command(step, command, log, tick, signals, descriptor)
+    except BaseException:
+        tick("failed")
+        raise
+    tick("done")
+
+
+def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -> None:
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command.argv)}\n".encode())
+        file.flush()
+        start = file.tell()
+        signals.raise_if_stopped(step.name)
+        process = subprocess.Popen(
+            [*_wrapper(), *command.argv],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it as SIGTERM, from here
+            pass_fds=[descriptor],
+        )
+    with signals.of(process):
+        while process.poll() is None:
+            tick()
+            time.sleep(TICK)
+    signals.raise_if_stopped(step.name)
+    if process.returncode:
+        lines = "\n  ".join(last_lines(log, LAST_LINES, start))
+        ended = f"exit status {process.returncode}"
+        if process.returncode < 0:
+            ended = f"ended by {signal.Signals(-process.returncode).name}"
+        raise UserError(f"step {step.name} failed ({ended}); its log is {log}:\n  {lines}")
+    if not command.output.is_file():
+        raise UserError(
+            f"step {step.name} ended before it was finished ({command.output} is missing; its log "
+            f"is {log}): the same command continues"
+        )
+
+
+def _wrapper() -> list[str]:
+    return [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
+
+
+class _Signals:
+    """Passes SIGTERM and Ctrl-C on to the running process, and remembers them."""
+
+    def __init__(self):
+        self._stopped = False
+        self._process: subprocess.Popen | None = None
+        self._old: dict = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def of(self, process: subprocess.Popen):
+        self._process = process
+        self._pass_on()  # one that came between the start and now
+        try:
+            yield
+        finally:
+            self._process = None
+
+    def raise_if_stopped(self, name: str) -> None:
+        if self._stopped:
+            raise Stopped(name)
+
+    def _stop(self, signum, frame) -> None:
+        del signum, frame
+        self._stopped = True
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._stopped and self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+
+def last_lines(log: pathlib.Path, count: int, start: int = 0) -> list[str]:
+    """The last lines of a log after byte `start`, commands left out; the states of a progress bar
+    are lines."""
+    with log.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(start, end - 1000 * count))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    return [line for line in lines if line and not line.startswith("$ ")][-count:]
