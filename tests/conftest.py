@@ -24,6 +24,8 @@ SHARED = ROOT.parent / "shared"  # reference data of the project, where it is th
 
 def pytest_configure(config):
     """What one test compiles serves all later ones and their subprocesses."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist has the folder of its controller
     compiled = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(compiled))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # read when jax is imported, after this
