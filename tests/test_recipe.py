@@ -83,6 +83,15 @@ def test_runs_each_step_once(tmp_path):
     assert {n: (tmp_path / f"recipe/{n}.json").read_text() for n in "abcd"} == before
 
 
+def test_the_last_lines_of_a_log_say_something(tmp_path):
+    log = tmp_path / "x.log"
+    text = "$ command\nfirst\n│ 0.5 │\n└──────┘\n  1%\r  2%\r\n\n"
+    log.write_text(text)
+    assert run.last_lines(log, 9) == ["first", "│ 0.5 │", "1%", "2%"]
+    assert run.last_lines(log, 2) == ["1%", "2%"]
+    assert run.last_lines(log, 9, start=len(text.encode()) - 5) == ["2%"]
+
+
 def test_a_missing_output_is_made_again(tmp_path):
     run_chain(chain(tmp_path), tmp_path)
     (tmp_path / "c" / "done").unlink()
@@ -365,10 +374,8 @@ def test_the_whole_chain(smoke):
 
     report = (workdir / "report.md").read_text()
     assert (workdir / "report.png").stat().st_size > 20_000
-    read, kept = (
-        json.loads((workdir / f"{n}/manifest.json").read_text())["rows"]
-        for n in ("pairs", "filtered")
-    )
+    manifests = (workdir / name / "manifest.json" for name in ("pairs", "filtered"))
+    read, kept = (json.loads(path.read_text())["rows"] for path in manifests)
     assert f"{kept:,} of {read:,} pairs kept" in report
     evaluation = json.loads((workdir / "evaluation/stage3.json").read_text())
     assert [*evaluation] == ["32", "16"]

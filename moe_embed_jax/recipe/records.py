@@ -17,7 +17,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
-LONGEST_WAIT = 120  # seconds for a process that a killed recipe left behind
+LONGEST_WAIT = 600  # seconds for a process that a killed recipe left behind, which may save
 
 
 class Records:

@@ -152,11 +152,13 @@ class _Signals:
 
 
 def last_lines(log: pathlib.Path, count: int, start: int = 0) -> list[str]:
-    """The last lines of a log after byte `start`, commands left out; the states of a progress bar
-    are lines."""
+    """The last lines of a log after byte `start` that say something: no commands, no borders of
+    tables; the states of a progress bar are lines."""
     with log.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(start, end - 1000 * count))
         text = file.read().decode("utf-8", errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    return [line for line in lines if line and not line.startswith("$ ")][-count:]
+    return [line for line in lines if any(map(str.isalnum, line)) and not line.startswith("$ ")][
+        -count:
+    ]
