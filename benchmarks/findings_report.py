@@ -169,7 +169,7 @@ def quality_tables(finding: Finding, runs: Runs) -> str:
             if not any(found.values()):
                 verdicts.append(f"* {pair}: not run.")
                 continue
-            for column in [c for c in columns if c.startswith(("held-out", "XQuAD"))]:
+            for column in filter(finding.judges, columns):
                 verdicts.append(f"* {pair}, {column}: {verdict(arm, other, found[column])}.")
         parts.append(markdown([["difference", *columns], *rows]))
         parts.append("\n".join(verdicts))

@@ -53,7 +53,7 @@ def overrides(place: Place, arm: str, seed: int) -> dict:
         "seed": seed,
         "steps": steps,
         # In between only where it is cheap; a first and a last evaluation are always made.
-        "eval_every": max(steps // 4, 1) if ARMS[arm].setting == "scratch" else 0,
+        "eval_every": max(steps // 2, 1) if ARMS[arm].setting == "scratch" else 0,
         "eval_languages": len(setting.sets),
         "checkpoint_every": steps,
         "keep_checkpoints": 1,
@@ -151,15 +151,14 @@ def run_arm(place: Place, arm: str, seed: int, xquad: dict[str, pathlib.Path]) -
             "xquad": {},
         }
         sets = dict(xquad)
-        for width in (setting.width, setting.narrow) if sets else ():
-            if width == setting.narrow and ARMS[arm].setting == "scratch":
-                retrieval = place.work / ARMS[arm].setting / "data/retrieval"
-                sets |= {name: retrieval / name for name in setting.sets}
-            found = evaluate(folder, sets, width, process)
+        if xquad and ARMS[arm].setting == "scratch":  # once more, to cut the vectors too
+            retrieval = place.work / ARMS[arm].setting / "data/retrieval"
+            sets |= {name: retrieval / name for name in setting.sets}
+        for width, found in evaluate(folder, sets, setting, process).items() if sets else ():
             for kind in ("xquad", "held_out"):
                 of_kind = {n: s for n, s in found.items() if (n in xquad) == (kind == "xquad")}
                 if of_kind:
-                    scores[kind][str(width)] = means(of_kind)
+                    scores[kind][width] = means(of_kind)
     save_json(folder / SCORES, scores)
     if ARMS[arm].setting == "upcycled":  # 2 GB
         shutil.rmtree(folder / "checkpoints")
@@ -170,14 +169,17 @@ def start_column(folder: pathlib.Path) -> str:
     return next(name for name in ("before", "untrained") if name in columns)
 
 
-def evaluate(folder: pathlib.Path, sets: dict, width: int, process: dict) -> dict[str, dict]:
-    """{set: metrics} of launch/evaluate.py at this width, in the order of `sets`."""
-    output = folder / f"evaluation-{width}.json"
+def evaluate(folder: pathlib.Path, sets: dict, setting: Setting, process: dict) -> dict[str, dict]:
+    """{width: {set: metrics}} of launch/evaluate.py, full and narrow, in the order of `sets`."""
+    output = folder / "evaluation.json"
     if not output.exists():
         flags = [f"--model={folder}", f"--dataset={','.join(map(str, sets.values()))}"]
-        flags += [f"--output={output}", f"--dim={width}"]
+        flags += [f"--output={output}", f"--dim={setting.width},{setting.narrow}"]
         launch("evaluate.py", flags, f"the evaluation of {folder}", **process)
-    return dict(zip(sets, json.loads(output.read_text()).values(), strict=True))
+    return {
+        width: dict(zip(sets, found.values(), strict=True))
+        for width, found in json.loads(output.read_text()).items()
+    }
 
 
 def means(results: dict[str, dict]) -> dict[str, float]:
@@ -215,7 +217,8 @@ def sweep(place: Place, arms: list[str], seeds: list[int], jobs: int) -> list[st
             run_arm(place, arm, seed, xquad[ARMS[arm].setting])
         except (UserError, OSError) as problem:
             error = f"{arm} with seed {seed}: {problem}"
-        parts.put(part)
+        finally:
+            parts.put(part)
         took, since = time.monotonic() - clock, time.monotonic() - started
         outcome = error or f"{arm} with seed {seed}: {took:.0f} s"
         print(f"[{index + 1} of {len(todo)}, {since / 60:.0f} min] {outcome}", flush=True)

@@ -189,7 +189,8 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
             given = flags.parse_args(command[2:])
             sets = given.dataset.split(",")
             started.append((pathlib.Path(given.model).name, f"evaluate {given.dim} {len(sets)}"))
-            save_json(given.output, {str(i): score for i in range(len(sets))})
+            found = {str(i): score for i in range(len(sets))}
+            save_json(given.output, {dim: found for dim in given.dim.split(",")})
             return subprocess.CompletedProcess(command, 0)
         flags.add_argument("--workdir", type=pathlib.Path)
         given, config = launching.parse_with_config(flags, RunConfig, command[2:])
@@ -220,8 +221,8 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
     assert [name for name, what in started if what == "train 4"] == sorted(
         runs, key=[name for name, what in started if what == "train 4"].index
     )
-    for name in set(runs) - failing:  # XQuAD; and at the narrow width the held-out sets too
-        assert [w for n, w in started if n == name] == ["train 4", "evaluate 32 2", "evaluate 10 6"]
+    for name in set(runs) - failing:  # XQuAD in two languages and four held-out sets
+        assert [w for n, w in started if n == name] == ["train 4", "evaluate 32,10 6"]
     page = (tmp_path / "report/dense_vs_moe.md").read_text()
     assert "**Not run:** dense (seeds 4); top-1 (seeds 3, 4)" in page
     assert "+0.000: one seed" in page  # top-2 - dense: of the seed that both have
