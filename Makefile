@@ -12,6 +12,8 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 TEST_EXTRAS ?= test,pytorch,plan,beam
+# Test files in two processes, each of which needs up to 4 GB: make test PYTEST_FLAGS= for one.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test clean
