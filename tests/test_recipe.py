@@ -20,6 +20,7 @@ from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.recipe import page, records, run, steps
 from moe_embed_jax.recipe.view import View
+from moe_embed_jax.training.masked_report import geometric_mean
 
 # A step: counts its starts, then writes its output, or does what the test wants.
 SCRIPT = """
@@ -377,6 +378,9 @@ def test_the_whole_chain(smoke):
     manifests = (workdir / name / "manifest.json" for name in ("pairs", "filtered"))
     read, kept = (json.loads(path.read_text())["rows"] for path in manifests)
     assert f"{kept:,} of {read:,} pairs kept" in report
+    results = json.loads((workdir / "stage1/results.json").read_text())
+    before, after = (geometric_mean(results[name].values()) for name in ("untrained", "trained"))
+    assert f"pseudo-perplexity {before:,.1f} -> {after:,.1f}" in report
     evaluation = json.loads((workdir / "evaluation/stage3.json").read_text())
     assert [*evaluation] == ["32", "16"]
     of_set = [v["ndcg_at_10"] for k, v in evaluation["16"].items() if k.startswith("translations")]

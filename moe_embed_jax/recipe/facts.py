@@ -19,6 +19,7 @@ from moe_embed_jax.training.masked_report import geometric_mean
 from moe_embed_jax.training.report import METRIC, RESULTS_FILE
 
 WHOLE = "all"  # dimensions
+TRAINED = "trained"  # of the columns of results.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def _training(folder: pathlib.Path) -> Training:
     total, active = count_params(config_page.build(EncoderConfig, card["model"], "model"))
     records = read_records(folder / METRICS_FILE)
     results = json.loads((folder / RESULTS_FILE).read_text())
+    columns = sorted(results, key=lambda name: name == TRAINED)  # before and after
     masked = card["objective"] == "masked_lm"
     return Training(
         total,
@@ -93,9 +95,7 @@ def _training(folder: pathlib.Path) -> Training:
         "rows" if masked else "pairs",
         np.array([main_loss(record) for record in records]),
         sum(int(record["tokens"]) for record in records),
-        {name: geometric_mean(column.values()) for name, column in results.items()}
-        if masked
-        else {},
+        {name: geometric_mean(results[name].values()) for name in columns} if masked else {},
     )
 
 

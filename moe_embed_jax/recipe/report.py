@@ -5,7 +5,7 @@ import pathlib
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.recipe import picture
-from moe_embed_jax.recipe.facts import Facts, Training, collect
+from moe_embed_jax.recipe.facts import TRAINED, Facts, Training, collect
 from moe_embed_jax.recipe.page import STAGES
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.recipe.view import duration
@@ -65,7 +65,7 @@ def _outcome(name: str, facts: Facts) -> str:
     if name in facts.stages:
         stage = facts.stages[name]
         loss = f"loss {stage.loss_S[0]:.3f} -> {stage.final_loss:.3f}"
-        if "trained" in stage.perplexity:
+        if TRAINED in stage.perplexity:
             return f"{loss}, pseudo-perplexity {_arrow(stage.perplexity)}"
         return loss
     if name == "evaluate":
