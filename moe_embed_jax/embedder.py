@@ -89,7 +89,7 @@ class Embedder:
         width = self._width(dim)
         sequences = self.tokenize(texts, prompt)
         pooled = self.embed_sequences(sequences, None, batch_size, show_progress)
-        return _unit(pooled[:, :width])
+        return unit_norm(pooled[:, :width])
 
     def tokenize(self, texts, prompt: str | None) -> list[np.ndarray]:
         """Token ids (specials included) of the prompted texts, truncated at their side's length."""
@@ -174,7 +174,7 @@ class Embedder:
         sequences = [ids[mask] for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         positions = [np.flatnonzero(mask).astype(np.int32) for mask in mask_BL]
         pooled = self.embed_sequences(sequences, positions)[:, :width]
-        return _unit(pooled) if normalize else pooled
+        return unit_norm(pooled) if normalize else pooled
 
     def hidden_states(self, input_ids, attention_mask) -> np.ndarray:
         """Last hidden states: float32 [batch, length, width], zeros where the mask is 0.
@@ -288,7 +288,8 @@ class Embedder:
             return function(self.model, self.params, *arrays)
 
 
-def _unit(x_ND: np.ndarray) -> np.ndarray:
+def unit_norm(x_ND: np.ndarray) -> np.ndarray:
+    """Rows of length 1; rows of zeros stay."""
     return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
 
 

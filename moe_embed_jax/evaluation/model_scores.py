@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_embed_jax.embedder import unit_norm
 from moe_embed_jax.evaluation.beir import RetrievalSet
 from moe_embed_jax.evaluation.bm25 import evaluate_bm25
 from moe_embed_jax.evaluation.retrieval import Metrics, evaluate_many
@@ -44,7 +45,8 @@ def score_model(
                     encoded[side] = embedder.encode(
                         texts, prompt=prompt, show_progress=show_progress
                     )
-                return _first_features(encoded[side], dim)
+                x_ND = encoded[side]
+                return x_ND if dim is None else unit_norm(x_ND[:, :dim])
 
             return encode
 
@@ -57,10 +59,3 @@ def score_model(
 def score_bm25(groups: Sequence[dict[str, RetrievalSet]]) -> dict[str, Metrics]:
     """{name of the set: metrics} of BM25 over words."""
     return {name: evaluate_bm25(each) for group in groups for name, each in group.items()}
-
-
-def _first_features(x_ND: np.ndarray, dim: int | None) -> np.ndarray:
-    if dim is None:
-        return x_ND
-    x_ND = x_ND[:, :dim]
-    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
