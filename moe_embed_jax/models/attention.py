@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.models import long_attention
-from moe_embed_jax.models.fused_attention import fused_attention, supports
+from moe_embed_jax.models import blocked_attention, fused_attention, long_attention
 
 
 def rotation(position_RL, head: int, base: float):
@@ -30,9 +29,9 @@ def rotate(x_RLHC, rotation_RLC):
 
 
 def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
-    """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`, which TPUs
-    run on rows of up to 512; on longer ones they run this with `long_attention`. The rest is plain
-    XLA, for other devices and other shapes."""
+    """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`. Plain XLA, for
+    devices other than TPUs and shapes that the kernels do not take; with `long_attention` on a TPU
+    for rows that are too long for them."""
     rows, length, features = qkv_RLM.shape
     qkv = qkv_RLM.reshape(rows, length, 3, heads, -1)
     q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
@@ -53,6 +52,16 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
     return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
 
 
+def attention_for(row_length: int, width: int, heads: int):
+    """The function that computes attention for this shape on the devices of the mesh."""
+    shape = row_length, width, heads
+    if platform() == "tpu" and fused_attention.supports(*shape):
+        return fused_attention.fused_attention
+    if platform() == "tpu" and blocked_attention.supports(*shape):
+        return blocked_attention.blocked_attention
+    return attention
+
+
 class Attention(nnx.Module):
     """q, k, v in one matrix laid out [q | k | v], heads contiguous in each; all with bias."""
 
@@ -67,6 +76,5 @@ class Attention(nnx.Module):
         `rotation_RLC` None: positions are in the embeddings (learned), nothing is rotated.
         """
         _, length, width = x_RLD.shape
-        fused = platform() == "tpu" and supports(length, width, self.num_heads)
-        function = fused_attention if fused else attention
+        function = attention_for(length, width, self.num_heads)
         return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLC, self.num_heads))

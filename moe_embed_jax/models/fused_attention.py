@@ -2,10 +2,8 @@
 
 A program of the kernel has one row of L slots in fast memory: the scores of a row never reach HBM,
 forward or backward, and q, k, v are read where the projection left them, without transposes. The
-backward pass computes the scores again; nothing is saved but its arguments.
-
-Heads of C features are taken together in groups of P = 128 lanes. Inside a group the features of
-other heads are zeroed instead of cut out: matrix units contract and write 128 lanes in any case.
+backward pass computes the scores again; nothing is saved but its arguments. Heads of C features
+are taken together in groups of P = 128 lanes (head_lanes.py). Longer rows: blocked_attention.py.
 """
 
 import functools
@@ -15,22 +13,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.models.head_lanes import (
+    LANES,
+    NEVER,
+    head_masks,
+    only,
+    rotate,
+    rotate_back,
+    rotation_lanes,
+    supports_heads,
+)
 from moe_embed_jax.mxu import dot
 
-LANES = 128
 LONGEST_ROW = 512  # longer ones have scores that do not fit fast memory
-NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def supports(row_length: int, width: int, heads: int) -> bool:
     """Whether the kernel takes rows of this length and heads of this size."""
-    head = width // heads
-    return (
-        row_length % LANES == 0
-        and row_length <= LONGEST_ROW
-        and width % LANES == 0
-        and (LANES % head == 0 or head % LANES == 0)
-    )
+    fits = row_length % LANES == 0 and row_length <= LONGEST_ROW
+    return fits and supports_heads(width, heads)
 
 
 def fused_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
@@ -42,11 +43,7 @@ def fused_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret:
       rotation_RLC: (cos, signed sin) of `attention.rotation`, or None.
     """
     head = qkv_RLM.shape[-1] // 3 // heads
-    group = max(head, LANES)
-    if rotation_RLC is None:
-        shape = (*text_index_RL.shape, head)
-        rotation_RLC = jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-    cos_RLP, sin_RLP = (jnp.tile(table, group // head) for table in rotation_RLC)
+    cos_RLP, sin_RLP = rotation_lanes(rotation_RLC, text_index_RL, head)
     return _attention(
         qkv_RLM, text_index_RL[:, None].astype(jnp.int32), cos_RLP, sin_RLP, heads, interpret
     )
@@ -101,7 +98,7 @@ def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, *, heads)
         context_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
         for own_LP in group.heads():
             weight_LL = _softmax(group, own_LP, same_LL)
-            context_LP += dot(weight_LL.astype(group.v_LP.dtype), _only(own_LP, group.v_LP), 1, 0)
+            context_LP += dot(weight_LL.astype(group.v_LP.dtype), only(own_LP, group.v_LP), 1, 0)
         context_ref[0, :, group.lanes] = context_LP.astype(context_ref.dtype)
 
 
@@ -114,13 +111,13 @@ def _backward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, dcontext_ref, dqkv_re
         dq_LP = dk_LP = dv_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
         for own_LP in group.heads():
             weight_LL = _softmax(group, own_LP, same_LL)
-            dhead_LP = _only(own_LP, dcontext_LP)
+            dhead_LP = only(own_LP, dcontext_LP)
             dv_LP += dot(weight_LL.astype(dtype), dhead_LP, 0, 0)
             dweight_LL = dot(dhead_LP, group.v_LP, 1, 1)
             mean_L1 = jnp.sum(weight_LL * dweight_LL, axis=-1, keepdims=True)
             dscore_LL = (weight_LL * (dweight_LL - mean_L1)).astype(dtype)
-            dq_LP += dot(dscore_LL, _only(own_LP, group.k_LP), 1, 0)
-            dk_LP += dot(dscore_LL, _only(own_LP, group.q_LP), 0, 0)
+            dq_LP += dot(dscore_LL, only(own_LP, group.k_LP), 1, 0)
+            dk_LP += dot(dscore_LL, only(own_LP, group.q_LP), 0, 0)
         dq_LP = group.rotate_back(dq_LP * group.scale)
         for part, gradient_LP in enumerate((dq_LP, group.rotate_back(dk_LP), dv_LP)):
             start = part * width + group.lanes.start
@@ -134,35 +131,21 @@ class _Group:
     def __init__(self, qkv_ref, cos_ref, sin_ref, lanes: slice, head: int):
         width = qkv_ref.shape[-1] // 3
         self.lanes, self.head = lanes, head
-        self.cos_LP, self.sin_LP = cos_ref[0], sin_ref[0]
+        self._rotation = cos_ref[0], sin_ref[0], head
         self.scale = head**-0.5
         q_LP, k_LP, self.v_LP = (
             qkv_ref[0, :, part * width + lanes.start : part * width + lanes.stop]
             for part in range(3)
         )
-        self.q_LP = (self._rotate(q_LP) * self.scale).astype(q_LP.dtype)
-        self.k_LP = self._rotate(k_LP).astype(k_LP.dtype)
+        self.q_LP = (rotate(q_LP, *self._rotation) * self.scale).astype(q_LP.dtype)
+        self.k_LP = rotate(k_LP, *self._rotation).astype(k_LP.dtype)
 
     def heads(self):
         """[L, P] masks of the lanes of each head."""
-        lane_LP = jax.lax.broadcasted_iota(jnp.int32, self.v_LP.shape, 1)
-        for first in range(0, self.v_LP.shape[1], self.head):
-            yield (lane_LP >= first) & (lane_LP < first + self.head)
-
-    def _swap(self, x_LP):
-        """The two halves of each head exchanged."""
-        lanes, half = x_LP.shape[1], self.head // 2
-        lane_LP = jax.lax.broadcasted_iota(jnp.int32, x_LP.shape, 1)
-        from_right, from_left = pltpu.roll(x_LP, lanes - half, 1), pltpu.roll(x_LP, half, 1)
-        return jnp.where(lane_LP % self.head < half, from_right, from_left)
-
-    def _rotate(self, x_LP):
-        x_LP = x_LP.astype(jnp.float32)
-        return x_LP * self.cos_LP + self._swap(x_LP) * self.sin_LP
+        return head_masks(self.v_LP.shape, self.head)
 
     def rotate_back(self, x_LP):
-        """The transpose of rotation: what a gradient goes through."""
-        return x_LP * self.cos_LP + self._swap(x_LP * self.sin_LP)
+        return rotate_back(x_LP, *self._rotation)
 
 
 def _groups(qkv_ref, cos_ref, sin_ref, heads: int):
@@ -178,11 +161,7 @@ def _same_text(index_ref):
 
 
 def _softmax(group: _Group, own_LP, same_LL):
-    score_LL = dot(_only(own_LP, group.q_LP), group.k_LP, 1, 1)
+    score_LL = dot(only(own_LP, group.q_LP), group.k_LP, 1, 1)
     score_LL = jnp.where(same_LL, score_LL, NEVER)
     weight_LL = jnp.exp(score_LL - jnp.max(score_LL, axis=-1, keepdims=True))
     return weight_LL / jnp.sum(weight_LL, axis=-1, keepdims=True)
-
-
-def _only(own_LP, x_LP):
-    return jnp.where(own_LP, x_LP, jnp.zeros_like(x_LP))

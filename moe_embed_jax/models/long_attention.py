@@ -1,5 +1,5 @@
-"""Attention over rows that are too long for the kernel of fused_attention.py: JAX's flash attention
-for TPUs, which goes through the keys of a row in blocks, so that no [L, L] scores exist."""
+"""Attention over rows that are too long for the kernel of blocked_attention.py: JAX's flash
+attention for TPUs, which holds no more than a block of keys in fast memory."""
 
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import (

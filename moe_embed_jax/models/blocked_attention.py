@@ -1,0 +1,378 @@
+"""Attention over long packed rows in one TPU kernel: rotary positions, scores, softmax, context.
+
+A program has one block of queries, and the keys and values of its row, for one group of heads
+(head_lanes.py) in fast memory; scores [block, block] never reach HBM. q, k, v are read where the
+projection left them, without transposes. It goes through the blocks of keys with a running softmax
+(Milakov and Gimelshein 2018; Dao et al. 2022), from the first to the last that has a token of a
+text of its queries: packed rows of short texts have few. The backward pass computes the scores
+again from the logarithm of the softmax's denominators, the only thing that is saved beside
+arguments and result.
+
+Scores are transposed, keys down and queries across: what there is one of per query (maximum,
+denominator) then lies along lanes, costs no lanes of its own in HBM, and no sum crosses lanes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moe_embed_jax.mesh import fast_memory_bytes
+from moe_embed_jax.models.head_lanes import (
+    LANES,
+    NEVER,
+    head_masks,
+    only,
+    rotate,
+    rotate_back,
+    rotation_lanes,
+    supports_heads,
+)
+from moe_embed_jax.mxu import dot
+
+BLOCK = 256  # queries of a program, and keys that it meets at a time
+LONGEST_ROW = 2_048  # of longer ones keys and their gradients do not fit fast memory
+
+
+def supports(row_length: int, width: int, heads: int) -> bool:
+    """Whether the kernel takes rows of this length and heads of this size."""
+    fits = row_length % BLOCK == 0 and row_length <= LONGEST_ROW
+    return fits and supports_heads(width, heads) and width // heads % 16 == 0
+
+
+def blocked_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
+    """Context vectors [R, L, D] of every head, side by side.
+
+    Args: as those of `fused_attention.fused_attention`.
+    """
+    head = qkv_RLM.shape[-1] // 3 // heads
+    # Padding stands at the end of a row: numbered after all texts it is not mistaken for a
+    # neighbour of every one.
+    last = jnp.iinfo(jnp.int32).max
+    index_R1L = jnp.where(text_index_RL < 0, last, text_index_RL).astype(jnp.int32)[:, None]
+    tables = rotation_lanes(rotation_RLC, text_index_RL, head)
+    return _attention(qkv_RLM, index_R1L, *tables, heads, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
+    arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
+    return _Call(*arguments, heads, interpret).forward()[0]
+
+
+def _attention_fwd(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
+    arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
+    results = _Call(*arguments, heads, interpret).forward()
+    return results[0], (arguments, results)
+
+
+def _attention_bwd(heads, interpret, saved, dcontext_RLD):
+    arguments, results = saved
+    dqkv_RLM = _Call(*arguments, heads, interpret).backward(*results, dcontext_RLD)
+    return dqkv_RLM, None, None, None
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+class _Call:
+    """The kernels over a grid of rows R, groups of heads G, and blocks of queries N."""
+
+    def __init__(self, qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads: int, interpret: bool):
+        self.rows, self.length, features = qkv_RLM.shape
+        self.width, self.lanes = features // 3, cos_RLP.shape[-1]
+        self.blocks, self.groups = self.length // BLOCK, self.width // self.lanes
+        self.heads, self.dtype, self.interpret = heads, qkv_RLM.dtype, interpret
+        self.heads_of_group = heads // self.groups
+        self.met = _blocks_to_meet(index_R1L[:, 0])
+        self.inputs = [
+            (qkv_RLM, self._queries()),
+            *((qkv_RLM, self._row_of_group(part)) for part in (1, 2)),
+            *((array, self._row(array)) for array in (index_R1L, cos_RLP, sin_RLP)),
+        ]
+
+    def forward(self):
+        """(context [R, L, D], logarithms of denominators [R, G, heads of a group, L])."""
+        log_sum = (self.rows, self.groups, self.heads_of_group, self.length)
+        return self._run(
+            _forward_kernel,
+            inputs=self.inputs,
+            grid_steps=self.blocks,
+            out_specs=[self._queries(), self._statistics()],
+            out_shape=[
+                jax.ShapeDtypeStruct((self.rows, self.length, self.width), self.dtype),
+                jax.ShapeDtypeStruct(log_sum, jnp.float32),
+            ],
+            scratch=[
+                self._scratch(BLOCK, self.lanes, self.dtype),
+                self._scratch(self.lanes, BLOCK, self.dtype),
+                self._scratch(BLOCK, LANES, jnp.int32),
+            ],
+            products=2,
+            name="attention",
+        )
+
+    def backward(self, context_RLD, log_sum_RGHL, dcontext_RLD):
+        """dqkv [R, L, M].
+
+        Of the 3 N programs of a row and group the first N have a block of queries each and write
+        its dq; then the sums over queries are complete, and N write dk of a block each, N dv.
+        """
+        blocks, groups = self.blocks, self.groups
+        shape = (self.rows, self.length, 3 * self.width)
+        (dqkv_RLM,) = self._run(
+            functools.partial(_backward_kernel, blocks=blocks),
+            inputs=[
+                *self.inputs,
+                (context_RLD, self._queries()),
+                (log_sum_RGHL, self._statistics()),
+                (dcontext_RLD, self._queries()),
+            ],
+            grid_steps=3 * blocks,
+            out_specs=[
+                pl.BlockSpec(
+                    (1, BLOCK, self.lanes),
+                    lambda r, g, i, *_: (r, i % blocks, i // blocks * groups + g),
+                )
+            ],
+            out_shape=[jax.ShapeDtypeStruct(shape, self.dtype)],
+            scratch=[
+                self._scratch(BLOCK, self.lanes, self.dtype),
+                self._scratch(self.lanes, BLOCK, self.dtype),
+                self._scratch(BLOCK, LANES, jnp.int32),
+                *[self._scratch(BLOCK, self.lanes, jnp.float32)] * 2,
+            ],
+            products=5,
+            name="attention_backward",
+        )
+        return dqkv_RLM
+
+    def _queries(self):
+        """A block of queries, lanes of the group; the last one for programs that have none."""
+        last = self.blocks - 1
+        block = (1, BLOCK, self.lanes)
+        return pl.BlockSpec(block, lambda r, g, i, *_: (r, jnp.minimum(i, last), g))
+
+    def _statistics(self):
+        last = self.blocks - 1
+        block = (1, 1, self.heads_of_group, BLOCK)
+        return pl.BlockSpec(block, lambda r, g, i, *_: (r, g, 0, jnp.minimum(i, last)))
+
+    def _row_of_group(self, part: int):
+        """All of a row, lanes of the group in part 1 (k) or 2 (v) of qkv."""
+        groups = self.groups
+        block = (1, self.length, self.lanes)
+        return pl.BlockSpec(block, lambda r, g, i, *_: (r, 0, part * groups + g))
+
+    def _row(self, array):
+        return pl.BlockSpec((1, *array.shape[1:]), lambda r, g, i, *_: (r, 0, 0))
+
+    def _scratch(self, *shape_and_dtype):
+        *shape, dtype = shape_and_dtype
+        return pltpu.VMEM((self.blocks, *shape), dtype)
+
+    def _run(
+        self, kernel, *, inputs, grid_steps, out_specs, out_shape, scratch, products: int, name
+    ):
+        # qkv is named three times for its three parts, and read once.
+        arrays = [array for array, _ in inputs]
+        scores = self.rows * self.heads * self.length**2
+        return pl.pallas_call(
+            functools.partial(kernel, head=self.width // self.heads),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2,
+                grid=(self.rows, self.groups, grid_steps),
+                in_specs=[spec for _, spec in inputs],
+                out_specs=out_specs,
+                scratch_shapes=scratch,
+            ),
+            out_shape=out_shape,
+            # As if every block met every other one, zeroed lanes included.
+            cost_estimate=pl.CostEstimate(
+                flops=products * 2 * scores * self.lanes,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays[2:], *out_shape)),
+                transcendentals=scores,
+            ),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=fast_memory_bytes(),
+            ),
+            interpret=self.interpret,
+            name=name,
+        )(*self.met, *arrays)
+
+
+def _blocks_to_meet(index_RL):
+    """(first, behind the last) block that may share a text with each block, [R N] int32."""
+    index_RNB = index_RL.reshape(len(index_RL), -1, BLOCK)
+    low_RN, high_RN = index_RNB.min(axis=-1), index_RNB.max(axis=-1)
+    meet_RNN = (low_RN[:, :, None] <= high_RN[:, None]) & (low_RN[:, None] <= high_RN[:, :, None])
+    blocks = meet_RNN.shape[-1]
+    first_RN = jnp.argmax(meet_RNN, axis=-1)
+    stop_RN = blocks - jnp.argmax(meet_RNN[:, :, ::-1], axis=-1)
+    return first_RN.reshape(-1).astype(jnp.int32), stop_RN.reshape(-1).astype(jnp.int32)
+
+
+def _forward_kernel(
+    first_ref,
+    stop_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    index_ref,
+    cos_ref,
+    sin_ref,
+    context_ref,
+    log_sum_ref,
+    key_ref,
+    value_PK_ref,
+    key_index_ref,
+    *,
+    head,
+):
+    row, block, blocks = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
+
+    @pl.when(block == 0)
+    def _():
+        def prepare(n):
+            _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head)
+            value_PK_ref[n] = v_ref[0, _slots(n)].T
+
+        _for_each(blocks, prepare)
+
+    q_QP = _queries(q_ref, cos_ref, sin_ref, block, head)
+    q_hQP = [only(own_QP, q_QP) for own_QP in head_masks(q_QP.shape, head)]
+    index_1Q = index_ref[0, :, _slots(block)]
+
+    def meet(n, states):
+        same_KQ = key_index_ref[n][:, :1] == index_1Q
+        results = []
+        for h, (q_QP, (max_1Q, sum_1Q, total_CQ)) in enumerate(zip(q_hQP, states, strict=True)):
+            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QP, 1, 1), NEVER)
+            before_1Q, max_1Q = max_1Q, jnp.maximum(max_1Q, score_KQ.max(axis=0, keepdims=True))
+            # Where no key was met so far, what was added up goes to zero with the first that is.
+            shrink_1Q, weight_KQ = jnp.exp(before_1Q - max_1Q), jnp.exp(score_KQ - max_1Q)
+            sum_1Q = sum_1Q * shrink_1Q + weight_KQ.sum(axis=0, keepdims=True)
+            value_CK = value_PK_ref[n, h * head : (h + 1) * head]
+            context_CQ = dot(value_CK, weight_KQ.astype(value_CK.dtype), 1, 0)
+            results.append((max_1Q, sum_1Q, total_CQ * shrink_1Q + context_CQ))
+        return tuple(results)
+
+    start = (
+        jnp.full((1, BLOCK), NEVER, jnp.float32),
+        jnp.zeros((1, BLOCK), jnp.float32),
+        jnp.zeros((head, BLOCK), jnp.float32),
+    )
+    here = row * blocks + block
+    states = jax.lax.fori_loop(first_ref[here], stop_ref[here], meet, (start,) * len(q_hQP))
+    context_PQ = jnp.concatenate([total_CQ / sum_1Q for _, sum_1Q, total_CQ in states])
+    context_ref[0] = context_PQ.T.astype(context_ref.dtype)
+    for h, (max_1Q, sum_1Q, _) in enumerate(states):
+        log_sum_ref[0, 0, h : h + 1] = max_1Q + jnp.log(sum_1Q)
+
+
+def _backward_kernel(
+    first_ref,
+    stop_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    index_ref,
+    cos_ref,
+    sin_ref,
+    context_ref,
+    log_sum_ref,
+    dcontext_ref,
+    dqkv_ref,
+    key_ref,
+    key_PK_ref,
+    key_index_ref,
+    dkey_ref,
+    dvalue_ref,
+    *,
+    head,
+    blocks,
+):
+    row, step = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        def prepare(n):
+            _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head)
+            key_PK_ref[n] = key_ref[n].T
+            dkey_ref[n] = dvalue_ref[n] = jnp.zeros(dkey_ref.shape[1:], jnp.float32)
+
+        _for_each(blocks, prepare)
+
+    @pl.when(step < blocks)
+    def _():
+        q_QP = _queries(q_ref, cos_ref, sin_ref, step, head)
+        dcontext_QP = dcontext_ref[0]
+        index_1Q = index_ref[0, :, _slots(step)]
+        dot_PQ = (context_ref[0].astype(jnp.float32) * dcontext_QP.astype(jnp.float32)).T
+
+        def meet(n, dq_hCQ):
+            same_KQ = key_index_ref[n][:, :1] == index_1Q
+            value_KP = v_ref[0, _slots(n)]
+            dkey_KP = dvalue_KP = jnp.zeros(value_KP.shape, jnp.float32)
+            results = []
+            for h, own_QP in enumerate(head_masks(q_QP.shape, head)):
+                lanes = slice(h * head, (h + 1) * head)
+                own_q_QP, dhead_QP = only(own_QP, q_QP), only(own_QP, dcontext_QP)
+                score_KQ = jnp.where(same_KQ, dot(key_ref[n], own_q_QP, 1, 1), NEVER)
+                weight_KQ = jnp.exp(score_KQ - log_sum_ref[0, 0, h : h + 1])
+                dweight_KQ = dot(value_KP, dhead_QP, 1, 1)
+                mean_1Q = dot_PQ[lanes].sum(axis=0, keepdims=True)
+                dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QP.dtype)
+                dvalue_KP += dot(weight_KQ.astype(q_QP.dtype), dhead_QP, 1, 0)
+                dkey_KP += dot(dscore_KQ, own_q_QP, 1, 0)
+                results.append(dq_hCQ[h] + dot(key_PK_ref[n, lanes], dscore_KQ, 1, 0))
+            dkey_ref[n] += dkey_KP
+            dvalue_ref[n] += dvalue_KP
+            return tuple(results)
+
+        here = row * blocks + step
+        start = (jnp.zeros((head, BLOCK), jnp.float32),) * (q_QP.shape[1] // head)
+        dq_hCQ = jax.lax.fori_loop(first_ref[here], stop_ref[here], meet, start)
+        dq_QP = jnp.concatenate(dq_hCQ).T * head**-0.5
+        rotation = cos_ref[0, _slots(step)], sin_ref[0, _slots(step)]
+        dqkv_ref[0] = rotate_back(dq_QP, *rotation, head).astype(dqkv_ref.dtype)
+
+    @pl.when((step >= blocks) & (step < 2 * blocks))
+    def _():
+        n = step - blocks
+        rotation = cos_ref[0, _slots(n)], sin_ref[0, _slots(n)]
+        dqkv_ref[0] = rotate_back(dkey_ref[n], *rotation, head).astype(dqkv_ref.dtype)
+
+    @pl.when(step >= 2 * blocks)
+    def _():
+        dqkv_ref[0] = dvalue_ref[step - 2 * blocks].astype(dqkv_ref.dtype)
+
+
+def _slots(block):
+    """The slots of a block in its row."""
+    return pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+
+
+def _for_each(blocks, body):
+    def visit(n, nothing):
+        body(n)
+        return nothing
+
+    jax.lax.fori_loop(0, blocks, visit, 0)
+
+
+def _queries(q_ref, cos_ref, sin_ref, block, head: int):
+    """Rotated and scaled."""
+    rotation = cos_ref[0, _slots(block)], sin_ref[0, _slots(block)]
+    return (rotate(q_ref[0], *rotation, head) * head**-0.5).astype(q_ref.dtype)
+
+
+def _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head: int):
+    """Block n of the rotated keys, and of their texts, one per sublane."""
+    slots = _slots(n)
+    key_KP = rotate(k_ref[0, slots], cos_ref[0, slots], sin_ref[0, slots], head)
+    key_ref[n] = key_KP.astype(key_ref.dtype)
+    key_index_ref[n] = jnp.broadcast_to(index_ref[0, :, slots], (LANES, BLOCK)).T

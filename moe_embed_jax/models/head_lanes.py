@@ -1,0 +1,58 @@
+"""Heads of C features side by side in a group of P lanes, inside a TPU kernel.
+
+The features of other heads are zeroed instead of cut out: matrix units contract and write 128
+lanes in any case.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a token of another text
+
+
+def supports_heads(width: int, heads: int) -> bool:
+    """Whether whole heads fill groups of lanes, and whole groups the width."""
+    head = width // heads
+    return width % LANES == 0 and (LANES % head == 0 or head % LANES == 0)
+
+
+def rotation_lanes(rotation_RLC, text_index_RL, head: int):
+    """(cos, signed sin) of `attention.rotation` for each lane of a group, float32 [R, L, P]; None:
+    a rotation by nothing."""
+    if rotation_RLC is None:
+        shape = (*text_index_RL.shape, max(head, LANES))
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    return tuple(jnp.tile(table, max(head, LANES) // head) for table in rotation_RLC)
+
+
+def rotate(x_LP, cos_LP, sin_LP, head: int):
+    """Rotary positions, in float32."""
+    x_LP = x_LP.astype(jnp.float32)
+    return x_LP * cos_LP + _exchange_halves(x_LP, head) * sin_LP
+
+
+def rotate_back(x_LP, cos_LP, sin_LP, head: int):
+    """The transpose of rotation: what a gradient goes through."""
+    return x_LP * cos_LP + _exchange_halves(x_LP * sin_LP, head)
+
+
+def _exchange_halves(x_LP, head: int):
+    """The two halves of each head exchanged."""
+    lanes, half = x_LP.shape[1], head // 2
+    lane_LP = jax.lax.broadcasted_iota(jnp.int32, x_LP.shape, 1)
+    from_right, from_left = pltpu.roll(x_LP, lanes - half, 1), pltpu.roll(x_LP, half, 1)
+    return jnp.where(lane_LP % head < half, from_right, from_left)
+
+
+def head_masks(shape: tuple[int, int], head: int):
+    """[L, P] masks of the lanes of each head."""
+    lane_LP = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    for first in range(0, shape[1], head):
+        yield (lane_LP >= first) & (lane_LP < first + head)
+
+
+def only(own_LP, x_LP):
+    """`x_LP` with zeros outside of the mask."""
+    return jnp.where(own_LP, x_LP, jnp.zeros_like(x_LP))
