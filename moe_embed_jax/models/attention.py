@@ -52,12 +52,12 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
     return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
 
 
-def attention_for(row_length: int, width: int, heads: int):
+def attention_for(row_length: int, width: int, heads: int, dtype):
     """The function that computes attention for this shape on the devices of the mesh."""
     shape = row_length, width, heads
     if platform() == "tpu" and fused_attention.supports(*shape):
         return fused_attention.fused_attention
-    if platform() == "tpu" and blocked_attention.supports(*shape):
+    if platform() == "tpu" and blocked_attention.supports(*shape, dtype):
         return blocked_attention.blocked_attention
     return attention
 
@@ -76,5 +76,5 @@ class Attention(nnx.Module):
         `rotation_RLC` None: positions are in the embeddings (learned), nothing is rotated.
         """
         _, length, width = x_RLD.shape
-        function = attention_for(length, width, self.num_heads)
+        function = attention_for(length, width, self.num_heads, self.qkv.dtype)
         return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLC, self.num_heads))

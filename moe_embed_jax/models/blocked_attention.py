@@ -33,13 +33,18 @@ from moe_embed_jax.models.head_lanes import (
 from moe_embed_jax.mxu import dot
 
 BLOCK = 256  # queries of a program, and keys that it meets at a time
-LONGEST_ROW = 2_048  # of longer ones keys and their gradients do not fit fast memory
+SPARE_BYTES = 2**20  # of fast memory, for what does not grow with the row
 
 
-def supports(row_length: int, width: int, heads: int) -> bool:
-    """Whether the kernel takes rows of this length and heads of this size."""
-    fits = row_length % BLOCK == 0 and row_length <= LONGEST_ROW
-    return fits and supports_heads(width, heads) and width // heads % 16 == 0
+def supports(row_length: int, width: int, heads: int, dtype) -> bool:
+    """Whether the kernel takes rows of this length and heads of this size on the TPUs of the mesh
+    in context: what a row needs of their fast memory decides."""
+    if not supports_heads(width, heads) or width // heads % 16 or row_length % BLOCK:
+        return False
+    lanes, item = max(width // heads, LANES), jnp.dtype(dtype).itemsize
+    arriving = 2 * 2 * lanes * (item + 4)  # k, v, cos and sin of this row and of the next
+    kept = 2 * lanes * (item + 4) + LANES * 4  # keys twice, dk, dv; which text
+    return row_length * (arriving + kept) + SPARE_BYTES <= fast_memory_bytes()
 
 
 def blocked_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):

@@ -1,5 +1,7 @@
 """The masked-language-model head of BERT and RoBERTa: dense, GELU, norm, tied output matrix."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +9,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.layer_norm import layer_norm
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.models.pieces import in_pieces
+from moe_embed_jax.models.pieces import loss_in_pieces
 from moe_embed_jax.objectives.masked_lm import MaskedSums, masked_cross_entropy
 from moe_embed_jax.shapes import PADDING
 
@@ -55,7 +57,7 @@ def predict_tokens(
     """Loss of the hidden tokens of one device's rows, inside shard_map.
 
     Args:
-      at_once: predictions that have logits at a time, float32 [at_once, V]; forward and backward.
+      at_once: predictions that have logits at a time, float32 [at_once, V].
       params: the encoder's, with whole embedding tables.
       x_RLD: token states. column_RP: where in its row a token was hidden. target_RP: which one;
         -1 where a row has fewer than P.
@@ -67,12 +69,14 @@ def predict_tokens(
     x_TD = jnp.pad(x_TD, ((0, spare), (0, 0)))
     target_T = jnp.pad(target_T, (0, spare), constant_values=PADDING)
 
-    def block(weights, x_TD, target_T, kept):
+    def block(weights, x_TD, target_T):
         logits_TV = mlm_logits(config, weights["head"], weights["word"], x_TD)
-        return None, masked_cross_entropy(logits_TV, target_T), kept
+        sums = masked_cross_entropy(logits_TV, target_T)
+        return sums.loss, sums
 
     def cast(weights):  # the large one, once for all pieces
         return weights | {"word": weights["word"].astype(x_TD.dtype)}
 
     weights = {"word": params["embeddings"]["token"], "head": head}
-    return in_pieces(block, lambda whole: whole, cast, pieces, weights, x_TD, target_T)[1]
+    loss, sums = loss_in_pieces(block, cast, pieces, weights, x_TD, target_T)
+    return dataclasses.replace(sums, loss=loss)

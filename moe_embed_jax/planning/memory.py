@@ -129,7 +129,10 @@ def advice(config, step: str, space: str, dominant: str | None) -> list[str]:
         smaller = f"model.remat_rows={rows // 2 or 64}"
         activations.append(f"{smaller}: activations of fewer rows at a time, the same numbers")
     chunk = f"data.chunk_rows={config.data.chunk_rows // 2 or 4 * (rows // 2 or 64)}"
-    activations.append(f"{chunk}: GradCache, a third forward pass in place of the blocks' inputs")
+    cost = "GradCache, a third forward pass in place of the blocks' inputs"
+    if config.objective == MASKED_LM and not config.model.num_moe_layers:
+        cost = "gradients added up over more chunks"
+    activations.append(f"{chunk}: {cost}")
     if config.objective == MASKED_LM:
         at_once = config.loss.predictions_at_once
         activations.append(

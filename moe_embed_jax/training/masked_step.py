@@ -20,7 +20,7 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
 )
 from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
-from moe_embed_jax.models.pieces import in_pieces
+from moe_embed_jax.models.pieces import in_pieces, loss_in_pieces
 from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
 from moe_embed_jax.sharding import MLM_HEAD_RULES, rules_for, specs
 from moe_embed_jax.training.state import HEAD, TrainState, encoder_params, jit_step, updated
@@ -112,7 +112,9 @@ class MaskedStepConfig:
 def predict_batch(config: MaskedStepConfig, params: dict, batch: MaskedBatch):
     """(`MaskedSums`, routing statistics or None) of the whole batch.
 
-    With several chunks, one chunk's activations exist at a time, as in the contrastive step.
+    With several chunks, one chunk's activations exist at a time. Gradients are added up chunk by
+    chunk; with experts, whose balance loss takes statistics of the whole batch, the chunks are
+    computed twice, as in the contrastive step.
     """
     model = config.model
 
@@ -121,21 +123,31 @@ def predict_batch(config: MaskedStepConfig, params: dict, batch: MaskedBatch):
         chunks = len(batch.token_CRL)
         rows = [array.reshape(-1, array.shape[-1]) for array in jax.tree.leaves(batch)]
 
-        def block(weights, _, rows, kept):
+        def block(weights, rows):
             *tokens, column_RP, target_RP = rows
             x_RLD, statistics = encode_rows(model, weights["encoder"], *tokens)
             at_once = config.loss.predictions_at_once
             predictions = (x_RLD, column_RP, target_RP)
             sums = predict_tokens(model, at_once, weights["encoder"], weights["head"], *predictions)
-            return None, (sums, statistics), kept
+            return sums, statistics
 
         def cast(weights):
             return weights | {"encoder": in_compute_dtype(model, weights["encoder"])}
 
+        def loss_of_block(weights, _, rows):
+            sums, _ = block(weights, rows)
+            return sums.loss, sums
+
+        def block_twice(weights, _, rows, kept):
+            return None, block(weights, rows), kept
+
         if chunks == 1:
-            _, sums, _ = block(weights, None, rows, None)
+            sums = block(weights, rows)
+        elif model.num_moe_layers:
+            _, sums = in_pieces(block_twice, lambda whole: whole, cast, chunks, weights, None, rows)
         else:
-            _, sums = in_pieces(block, lambda whole: whole, cast, chunks, weights, None, rows)
+            loss, others = loss_in_pieces(loss_of_block, cast, chunks, weights, None, rows)
+            sums = dataclasses.replace(others, loss=loss), None
         return jax.tree.map(lambda leaf: leaf[None], sums)
 
     # check_vma: see step.encode_batch.
