@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from moe_embed_jax.planning.collectives import device_groups, spanned_axes
-from moe_embed_jax.planning.cost import module_cost
+from moe_embed_jax.planning.cost import Kernel, module_cost
 from moe_embed_jax.planning.hlo import parse_module, parse_shapes
 from moe_embed_jax.planning.matmul import matmul_flops
 from moe_embed_jax.planning.memory import parse_exhausted
@@ -79,7 +79,7 @@ def test_collectives_are_counted_with_bytes_and_axes():
 import json, jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec as P, NamedSharding
 from moe_embed_jax.mesh import MeshConfig, make_mesh
-from moe_embed_jax.planning.cost import module_cost
+from moe_embed_jax.planning.cost import Kernel, module_cost
 from moe_embed_jax.planning.hlo import parse_module
 
 mesh = make_mesh(MeshConfig(data=2, fsdp=1, expert=2))
@@ -164,6 +164,36 @@ def test_tpu_loops_without_known_trip_count_are_read_from_their_condition(tpu_co
 def test_tpu_kernels_count_by_their_own_estimate(tpu_cost):
     ((kernel, count),) = tpu_cost.kernels.items()
     assert (kernel.name, kernel.flops, kernel.bytes, count) == ("gmm", 196608, 13312, 1)
+
+
+def test_a_tpu_kernel_fused_with_the_slice_it_writes_counts_its_estimate_only():
+    """The compiler spreads the JSON of such a kernel over several lines."""
+    text = """
+%fused (x: bf16[8,128], all: bf16[4,8,128], i: s32[]) -> bf16[4,8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %all = bf16[4,8,128]{2,1,0} parameter(1)
+  %kernel.3 = bf16[1,8,128]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config": {"cost_estimate": {
+"bytes_accessed":4096,
+"flops":67108864,
+"transcendentals":0
+}, "serialization_format": 1}, "flag_configs": []}
+  %i = s32[] parameter(2)
+  ROOT %update = bf16[4,8,128]{2,1,0} dynamic-update-slice(%all, %kernel.3, %i, %i, %i)
+}
+
+ENTRY %main (x.1: bf16[8,128], all.1: bf16[4,8,128], i.1: s32[]) -> bf16[4,8,128] {
+  %x.1 = bf16[8,128]{1,0} parameter(0)
+  %all.1 = bf16[4,8,128]{2,1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  ROOT %fusion = bf16[4,8,128]{2,1,0} fusion(%x.1, %all.1, %i.1), kind=kCustom, calls=%fused
+}
+"""
+    module = parse_module(text)
+    assert module.computations["fused"].root.opcode == "dynamic-update-slice"
+    cost = module_cost(module, None)
+    assert dict(cost.kernels) == {Kernel("kernel", 67108864.0, 4096.0, 0.0): 1}
+    assert not cost.unestimated
 
 
 def test_tpu_collectives_woven_into_fusions_count_once(tpu_cost):

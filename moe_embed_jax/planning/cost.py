@@ -166,6 +166,8 @@ class _Walk:
         if opcode == "fusion":
             (inner,) = it.called["calls"]
             cost.add(self.computation(inner, False, _communication(it, inner, communicates)))
+            if cost.kernels:  # a kernel that writes into a slice of a larger array: its time is all
+                return cost
         elif opcode in ("dot", "convolution"):
             lhs, rhs = (shapes[0] for shapes in parent.operand_shapes(it)[:2])
             cost.matmul_flops += matmul_flops(it, lhs, rhs)

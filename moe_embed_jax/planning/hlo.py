@@ -120,7 +120,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 def parse_module(text: str) -> Module:
     """The module in `compiled.as_text()`."""
     computations, entry, name, instructions = {}, None, None, {}
-    for line in text.splitlines():
+    for line in _lines(text):
         header = None if line.startswith(" ") else _HEADER.match(line)
         if header:
             name, instructions = header.group(2), {}
@@ -135,6 +135,21 @@ def parse_module(text: str) -> Module:
     if entry is None:
         raise ValueError("no ENTRY computation in the text of the compiled module")
     return Module(computations, entry)
+
+
+def _lines(text: str):
+    """Lines of the text; the JSON of a `backend_config` that is spread over several (those of
+    kernels inside fusions are) joined to the line that it began in."""
+    joined = None
+    for line in text.splitlines():
+        if joined is not None and line.startswith(('"', "},")):
+            joined += line
+            continue
+        if joined is not None:
+            yield joined
+        joined = line
+    if joined is not None:
+        yield joined
 
 
 def _parse_instruction(line: str) -> Instruction | None:
