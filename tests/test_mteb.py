@@ -20,7 +20,7 @@ from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout
 from moe_embed_jax.evaluation.retrieval import METRICS, score_run
-from moe_embed_jax.model_folder import PROMPTS, LoadedModel, save_model
+from moe_embed_jax.model_folder import PROMPTS, LoadedModel, save_model, with_document
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 
 MODEL = EncoderConfig(
@@ -227,10 +227,18 @@ def test_the_more_specific_prompt_decides(make, local):
 
 
 def test_prompts_of_the_models_own_folder(make, local, embedder):
-    prompts = {**PROMPTS, "passage": "search_document: ", "STS": "classification: "}
-    other = Embedder(MODEL, embedder.params, embedder.vocabulary, LENGTHS, embedder.mesh, prompts)
+    published = {  # some of nomic-embed-text-v2-moe's
+        "query": "search_query: ",
+        "passage": "search_document: ",
+        "Clustering": "clustering: ",
+        "STS": "classification: ",
+        "Speed": "search_document: ",  # no task type of MTEB
+    }
+    arguments = (MODEL, embedder.params, embedder.vocabulary, LENGTHS, embedder.mesh)
+    other = Embedder(*arguments, with_document(published))
     model = make(embedder=other)
-    assert model.prompts["STS"] == "STS" and "passage" not in model.prompts
+    assert (model.prompts["STS"], model.prompts["BitextMining"]) == ("STS", "document")
+    assert not {"passage", "Speed"} & model.prompts.keys()
     x_BD = other.encode(FIRST, "classification: ")
     np.testing.assert_allclose(local.encode(model, FIRST), x_BD, atol=1e-6)
     assert make(embedder=other, prompts={"STS": "query"}).prompts["STS"] == "query"
@@ -251,18 +259,15 @@ def test_embeddings_are_the_embedders(make, embedder, local, capsys):
 
 
 def test_similarity_is_the_cosine(make):
+    from mteb.models import EncoderProtocol
+
     x_BD, y_ND = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
     x_BD, y_ND = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x_BD, y_ND))
     model = make()
+    assert isinstance(model, EncoderProtocol)
     np.testing.assert_allclose(model.similarity(x_BD, y_ND[:3]), x_BD @ y_ND[:3].T, atol=1e-6)
     pairwise = model.similarity_pairwise(x_BD, y_ND)
     np.testing.assert_allclose(pairwise, (x_BD * y_ND).sum(axis=1), atol=1e-6)
-
-
-def test_it_is_an_encoder_to_mteb(make):
-    from mteb.models import EncoderProtocol, SearchProtocol
-
-    assert isinstance(make(), EncoderProtocol) and not isinstance(make(), SearchProtocol)
 
 
 ### What MTEB files
@@ -324,13 +329,10 @@ def test_kept_results_belong_to_one_model(make, local, sts, tokenised, tmp_path)
     assert again == pytest.approx(first, abs=1e-6) and len(tokenised) == 2 * len(variants)
     files = [*(tmp_path / "results" / "tests__tiny").rglob("LocalSTS.json")]
     assert len(files) == len(variants)
-    (plain,) = [file.parent for file in files if file.parent.name == _revision(models[0])]
+    revision = models[0].mteb_model_meta.revision
+    (plain,) = [file.parent for file in files if file.parent.name == revision]
     saved = json.loads((plain / "model_meta.json").read_text())
-    assert saved["name"] == "tests/tiny" and saved["revision"] == _revision(models[0])
-
-
-def _revision(model) -> str:
-    return model.mteb_model_meta.revision
+    assert saved["name"] == "tests/tiny" and saved["revision"] == revision
 
 
 ### Mistakes
