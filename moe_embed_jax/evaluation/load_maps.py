@@ -49,24 +49,28 @@ def map_of_layers(title: str, layers: list[int], share_ME: np.ndarray) -> Map:
 
     def draw(figure):
         axes = figure.subplots()
-        show_load(figure, axes, load_ME)
+        norm = show_load(figure, axes, load_ME)
         axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
         if experts <= MOST_NAMED:
             axes.set_xticks(range(experts))
         if experts <= 16:  # more numbers would not fit into their cells
             for (row, column), load in np.ndenumerate(load_ME):
-                axes.text(column, row, f"{load:.2f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(norm(load) - 0.5) > 0.35 else "black"
+                place = dict(ha="center", va="center", fontsize=8)
+                axes.text(column, row, f"{load:.2f}", color=colour, **place)
         axes.set(title=title, xlabel="expert")
 
     return Map(min(1.4 + 0.35 * len(layers), MOST_INCHES), draw)
 
 
-def show_load(figure, axes, load, **place) -> None:
-    """Red above an equal share, blue below; borders between experts stay sharp."""
+def show_load(figure, axes, load, **place) -> TwoSlopeNorm:
+    """Red above an equal share, blue below; borders between experts stay sharp. Returns what maps
+    loads to colours: 0.5 for an equal share."""
     norm = TwoSlopeNorm(1.0, 0.0, max(np.nanmax(load, initial=0.0), 1.1))
     colours = dict(norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     image = axes.imshow(load, **colours, **place)
     figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label="load (1 = equal share)")
+    return norm
 
 
 def name_experts(axis, line, layers: list[int], experts: int) -> None:
