@@ -66,7 +66,8 @@ def map_of_layers(title: str, layers: list[int], share_ME: np.ndarray) -> Map:
 def show_load(figure, axes, load, **place) -> TwoSlopeNorm:
     """Red above an equal share, blue below; borders between experts stay sharp. Returns what maps
     loads to colours: 0.5 for an equal share."""
-    norm = TwoSlopeNorm(1.0, 0.0, max(np.nanmax(load, initial=0.0), 1.1))
+    # Full red from twice the share on: nearly equal loads are pale, in all pictures alike.
+    norm = TwoSlopeNorm(1.0, 0.0, max(np.nanmax(load, initial=0.0), 2.0))
     colours = dict(norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     image = axes.imshow(load, **colours, **place)
     figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label="load (1 = equal share)")
