@@ -102,21 +102,19 @@ def effective_experts(load_SME) -> tuple[float, float]:
     """(of the mean load over the last half of the steps, mean of those of single batches): the
     first says whether all experts are used, the second how many one language's batch uses. Means
     over layers."""
-    from moe_embed_jax.training import health
+    from moe_embed_jax.objectives.balance import effective_experts as effective
 
     load_SME = np.asarray(load_SME)[len(load_SME) // 2 :]
-    whole = health.effective_experts(load_SME.mean(axis=0)).mean()
-    return float(whole), float(health.effective_experts(load_SME).mean())
+    whole = effective(load_SME.mean(axis=0)).mean()
+    return float(whole), float(effective(load_SME).mean())
 
 
 def mutual_information(share_AME: np.ndarray) -> float:
     """Bits that the expert of an assignment tells about the language of its text, all languages
     equally frequent; mean over layers. `share_AME`: of the assignments of each language."""
-    share_AME = np.asarray(share_AME, np.float64)
-    joint_AME = share_AME / len(share_AME)
-    expected_AME = joint_AME.sum(axis=0, keepdims=True) / len(share_AME)
-    ratio = np.where(joint_AME > 0, joint_AME / np.where(expected_AME > 0, expected_AME, 1), 1)
-    return float((joint_AME * np.log2(ratio)).sum(axis=(0, 2)).mean())
+    from moe_embed_jax.evaluation.expert_use import mutual_information as by_layer
+
+    return float(by_layer(share_AME).mean())
 
 
 def curve_differences(runs: Runs, arm: str, other: str) -> tuple[list[float], list[float]]:

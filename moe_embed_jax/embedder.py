@@ -15,7 +15,7 @@ from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, load_model
-from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
+from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
@@ -265,8 +265,7 @@ class Embedder:
 
     def expert_shares(self, texts, prompt: str | None = "document") -> np.ndarray:
         """Share of the token assignments that each expert gets: float32 [MoE layers, E]."""
-        if not self.model.num_moe_layers:
-            raise UserError("this model has no experts (moe_every=0)")
+        self.check_experts()
         sequences = self.tokenize(texts, prompt)
         lengths = np.array([len(s) for s in sequences], np.int64)
         assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
@@ -275,12 +274,38 @@ class Embedder:
             assigned_ME += to_host(statistics.assignments_E)
         return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
 
+    def expert_choices(self, texts, prompt: str | None = "document") -> list[np.ndarray]:
+        """Of each text the experts of its tokens: int16 [MoE layers, tokens, K], best first.
+
+        The tokens are those of `tokenize(texts, prompt)`. All processes call this together.
+        """
+        self.check_experts()
+        sequences = self.tokenize(texts, prompt)
+        shape = self.model.num_moe_layers, 0, self.model.experts_per_token
+        chosen = [np.zeros(shape, np.int16)] * len(sequences)
+        for call in plan_calls([len(s) for s in sequences], self.mesh.size):
+            arrays = self._rows(call, sequences)
+            expert_MRLK = to_host(self._call(_choose_rows, *arrays)).astype(np.int16)
+            places = zip(call.members, call.packing.row, call.packing.start, strict=True)
+            for text, row, start in places:
+                span = slice(start, start + len(sequences[text]))
+                chosen[text] = expert_MRLK[:, row, span].copy()
+        return chosen
+
+    def check_experts(self) -> None:
+        """Raises `UserError` for a model without experts."""
+        if not self.model.num_moe_layers:
+            raise UserError("this model has no experts (moe_every=0)")
+
     def _run(self, call: Call, sequences, positions=None):
         """(pooled_RSD, routing statistics) of one device call."""
+        return self._call(_pool_rows, *self._rows(call, sequences, positions))
+
+    def _rows(self, call: Call, sequences, positions=None):
+        """token_RL, text_index_RL, position_RL of one device call."""
         sequences = [sequences[i] for i in call.members]
         positions = None if positions is None else [positions[i] for i in call.members]
-        arrays = fill_rows(call.packing, sequences, call.rows, call.row_length, PAD_ID, positions)
-        return self._call(_pool_rows, *arrays)
+        return fill_rows(call.packing, sequences, call.rows, call.row_length, PAD_ID, positions)
 
     def _call(self, function, *arrays):
         arrays = [to_devices(array, batch_sharding(self.mesh)) for array in arrays]
@@ -297,6 +322,9 @@ def unit_norm(x_ND: np.ndarray) -> np.ndarray:
 def _pool_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_RL):
     x_RLD, statistics = encode_tokens(model, params, token_RL, text_index_RL, position_RL)
     return mean_pool(x_RLD, text_index_RL, SLOTS), statistics
+
+
+_choose_rows = jax.jit(expert_choices, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,14 +20,9 @@ from moe_embed_jax import embedder
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.objectives.balance import effective_experts
 from moe_embed_jax.training import contrastive, loop, report
-from moe_embed_jax.training.health import (
-    Health,
-    HealthConfig,
-    effective_experts,
-    moe_layers,
-    spread,
-)
+from moe_embed_jax.training.health import Health, HealthConfig, spread
 from moe_embed_jax.training.journal import read_records
 from moe_embed_jax.training.run_config import RunConfig
 
@@ -126,7 +121,7 @@ def test_models_without_a_choice_are_not_judged(checkpoints):
     plain = [{k: v for k, v in r.items() if k != "expert_load"} for r in records([BALANCED] * 3)]
     Health(config, dense, 0, checkpoints, plain).check(plain)
     Health(config, all_of_them, 0, checkpoints, []).check(records([[[0.5, 0.5]] * 2] * 3))
-    assert moe_layers(MODEL) == [1, 3] and moe_layers(dense) == []
+    assert MODEL.moe_layers == [1, 3] and dense.moe_layers == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.expert_pictures import _stretches, _trailing_mean
-from moe_embed_jax.training.health import moe_layers
 from moe_embed_jax.training.run_config import InitConfig, RunConfig
 
 STEPS = 30
@@ -84,7 +83,7 @@ def test_a_finished_run_with_experts(drawn, layers, experts):
         next(axes for title, axes in found.items() if word in title)
         for word in (OVER_STEPS, BY_LANGUAGE)
     )
-    names = [f"layer {layer}" for layer in moe_layers(model)]
+    names = [f"layer {layer}" for layer in model.moe_layers]
     for axis, ends in ((by_step.yaxis, by_step.get_ylim()), (by_language.xaxis, None)):
         assert [label.get_text() for label in axis.get_ticklabels(minor=True)] == names
         count = model.num_moe_layers * experts

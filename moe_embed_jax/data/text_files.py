@@ -8,6 +8,7 @@ belongs to the line end, and a byte order mark at the start of a file is dropped
 import contextlib
 import gzip
 import json
+import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,12 @@ from moe_embed_jax.errors import UserError
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields `(line number from 1, line)`; files named `*.gz` are decompressed on the way.
+    """Yields `(line number from 1, line)`; `*.gz` and `*.xz` are decompressed on the way.
 
-    Raises `UserError` for a file that cannot be read, a damaged .gz and invalid UTF-8.
+    Raises `UserError` for a file that cannot be read, a damaged .gz or .xz and invalid UTF-8.
     """
     path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
         with opener(path, "rb") as file:
@@ -35,8 +36,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
                         "convert the file to UTF-8"
                     ) from None
                 yield number, line.removesuffix("\n").removesuffix("\r")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}:{number + 1}: damaged .gz file ({error})") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise UserError(f"{path}:{number + 1}: damaged {path.suffix} file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
 

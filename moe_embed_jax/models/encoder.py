@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import BATCH_SPEC
+from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
@@ -103,8 +103,13 @@ class EncoderConfig:
         return {name: (count, size) for name, (count, size) in parts.items() if count and size}
 
     @property
+    def moe_layers(self) -> list[int]:
+        """Layers with experts, counted from 0, in the order of the routing statistics."""
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
+
+    @property
     def num_moe_layers(self) -> int:
-        return sum(map(self.is_moe, range(self.num_layers)))
+        return len(self.moe_layers)
 
 
 def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> LayerNorm:
@@ -145,7 +150,7 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept_RLD):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept_RLD, keep_choices=False):
         """(x_RLD, statistics or None, the sum before the last norm). `kept_RLD`: that sum from an
         earlier pass, or None; with it the feed-forward layer need not be computed again."""
         dtype = x_RLD.dtype
@@ -153,7 +158,7 @@ class Block(nnx.Module):
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
         statistics = None
         if self.is_moe:
-            y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0)
+            y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0, keep_choices)
         else:
             y_RLD = self.feed_forward(x_RLD)
         sum_RLD = instead(y_RLD + x_RLD, kept_RLD)
@@ -168,12 +173,14 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept, keep_choices=False):
         """(x_RLD, statistics or None, what each block keeps); `kept` of an earlier pass or None."""
         statistics, kept = None, [None] * self.size if kept is None else list(kept)
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, of_block, kept[i] = block(x_RLD, text_index_RL, rotation_RLC, kept[i])
+            x_RLD, of_block, kept[i] = block(
+                x_RLD, text_index_RL, rotation_RLC, kept[i], keep_choices
+            )
             statistics = statistics if of_block is None else of_block
         return x_RLD, statistics, kept
 
@@ -222,10 +229,12 @@ def in_compute_dtype(config: EncoderConfig, params: dict) -> dict:
 
 
 def encode_rows(
-    config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL
+    config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL, keep_choices=False
 ) -> tuple[jax.Array, RoutingStatistics | None]:
     """`encode_tokens` of one device's rows, inside shard_map: `params` is this device's part, with
-    whole embedding tables, and the statistics are those of its own tokens."""
+    whole embedding tables, and the statistics are those of its own tokens.
+
+    `keep_choices`: with `expert_RLK` among them; not where rows come in pieces (`remat_rows`)."""
     rows = token_RL.shape[0]
     pieces = -(-rows // config.remat_rows) if config.remat_rows else 1
     padding = ((0, -rows % pieces), (0, 0))
@@ -243,7 +252,9 @@ def encode_rows(
     statistics = []
     for name, (_, size) in config.parts.items():
         whole = functools.partial(gather, tree_specs=placed[name], axis="fsdp", skip=1)
-        one_group = functools.partial(_one_group, config, size, whole, pieces, context)
+        one_group = functools.partial(
+            _one_group, config, size, whole, pieces, keep_choices, context
+        )
         x_RLD, of_part = jax.lax.scan(one_group, x_RLD, params[name])
         if of_part is not None:
             statistics.append(of_part)
@@ -253,12 +264,12 @@ def encode_rows(
     return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
 
 
-def _one_group(config: EncoderConfig, size: int, whole, pieces: int, context, x_RLD, params):
+def _one_group(config, size: int, whole, pieces: int, keep_choices: bool, context, x_RLD, params):
     """(x_RLD, statistics) of one group; `params` are this device's shards."""
 
     def block(weights, x_RLD, context, kept):
         group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
-        return group(x_RLD, *context, kept)
+        return group(x_RLD, *context, kept, keep_choices)
 
     cast = functools.partial(in_compute_dtype, config)
     if config.remat_rows:
@@ -292,6 +303,24 @@ def encode_tokens(
         check_vma=False,
     )(params, token_RL, text_index_RL, position_RL)
     return x_RLD, jax.tree.map(lambda of_device: of_device.sum(axis=0), statistics)
+
+
+def expert_choices(config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL):
+    """The experts that the routers choose: int32 expert_MRLK, M layers with experts, the one with
+    the largest gate first; E for padding. Arguments and mesh as for `encode_tokens`."""
+    # Statistics of pieces are added up; and without a backward pass there is little to save.
+    config = dataclasses.replace(config, remat_rows=0)
+
+    def local(params, *rows):
+        params = gather_embeddings(config, params)
+        return encode_rows(config, params, *rows, keep_choices=True)[1].expert_RLK
+
+    return jax.shard_map(
+        local,
+        in_specs=(specs(params, rules_for(config)), *(BATCH_SPEC,) * 3),
+        out_specs=ROWS_SPEC,
+        check_vma=False,
+    )(params, token_RL, text_index_RL, position_RL)
 
 
 def count_params(config: EncoderConfig) -> tuple[int, int]:

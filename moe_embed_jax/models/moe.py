@@ -50,7 +50,7 @@ class MoE(nnx.Module):
         self.bias_in = nnx.Param(jnp.zeros((experts, ffn))) if config.expert_bias else None
         self.bias = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x_RLD, valid_RL) -> tuple[jax.Array, RoutingStatistics]:
+    def __call__(self, x_RLD, valid_RL, keep_choices=False) -> tuple[jax.Array, RoutingStatistics]:
         logits_RLE = self.router(x_RLD.astype(jnp.float32))
         expert_RLK, gate_RLK, statistics = route(
             logits_RLE, valid_RL, self.experts_per_token, self.normalize_gates
@@ -58,5 +58,6 @@ class MoE(nnx.Module):
         weights = (self.w_in, self.bias_in, self.w_out)
         weights = [None if w is None else w[...].astype(x_RLD.dtype) for w in weights]
         y_RLD, dropped = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.experts)
-        statistics = dataclasses.replace(statistics, dropped=dropped)
+        kept_RLK = expert_RLK if keep_choices else None
+        statistics = dataclasses.replace(statistics, dropped=dropped, expert_RLK=kept_RLK)
         return add_bias(y_RLD, self.bias[...].astype(x_RLD.dtype)), statistics

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +25,9 @@ class RoutingStatistics:
     entropy: sum of the routers' entropies in nats, float32.
     tokens: number of valid tokens, float32.
     dropped: number of assignments that were not computed, float32.
+
+    expert_RLK is no sum: int32, the experts of every token, best first, and E for padding. It is
+    there only where the encoder is asked for it (models/encoder.py, expert_choices).
     """
 
     assignments_E: jax.Array
@@ -31,6 +35,7 @@ class RoutingStatistics:
     entropy: jax.Array
     tokens: jax.Array
     dropped: jax.Array
+    expert_RLK: jax.Array | None = None
 
 
 def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
@@ -59,6 +64,13 @@ def balance_loss(statistics: RoutingStatistics):
     fraction_ME = assigned_ME / jnp.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
     mean_ME = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]
     return assigned_ME.shape[-1] * jnp.mean(jnp.sum(fraction_ME * mean_ME, axis=-1))
+
+
+def effective_experts(load_E: np.ndarray) -> np.ndarray:
+    """exp(entropy) of shares over the last axis: 1 to E, the number of experts in use."""
+    load_E = np.asarray(load_E, np.float64)
+    entropy = -np.sum(load_E * np.log(np.where(load_E > 0, load_E, 1.0)), axis=-1)
+    return np.exp(entropy)
 
 
 def routing_metrics(statistics: RoutingStatistics) -> dict:

@@ -20,6 +20,7 @@ import numpy as np
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.objectives.balance import effective_experts
 from moe_embed_jax.processes import from_process_0
 from moe_embed_jax.sharding import path_of
 
@@ -46,13 +47,6 @@ class HealthConfig:
             raise UserError(f"health.window={self.window} must be at least 1 step")
 
 
-def effective_experts(load_E: np.ndarray) -> np.ndarray:
-    """exp(entropy) of shares over the last axis: 1 to E, the number of experts in use."""
-    load_E = np.asarray(load_E, np.float64)
-    entropy = -np.sum(load_E * np.log(np.where(load_E > 0, load_E, 1.0)), axis=-1)
-    return np.exp(entropy)
-
-
 def spread(load_E: np.ndarray, experts_per_token: int) -> np.ndarray:
     """0 if all tokens take the same K experts, 1 if all experts have the same load.
 
@@ -63,11 +57,6 @@ def spread(load_E: np.ndarray, experts_per_token: int) -> np.ndarray:
     if choice == 0:
         return np.full(np.shape(load_E)[:-1], np.nan)
     return (effective_experts(load_E) - experts_per_token) / choice
-
-
-def moe_layers(model: EncoderConfig) -> list[int]:
-    """Layers with experts, counted from 0, in the order of the routing statistics."""
-    return [layer for layer in range(model.num_layers) if model.is_moe(layer)]
 
 
 class Health:
@@ -140,7 +129,7 @@ class Health:
         if not len(collapsed):
             return
         layers = [
-            f"layer {moe_layers(model)[m]}: expert {load_ME[m].argmax()} gets "
+            f"layer {model.moe_layers[m]}: expert {load_ME[m].argmax()} gets "
             f"{model.experts_per_token * load_ME[m].max():.1%} of the tokens, "
             f"{effective_experts(load_ME[m]):.2f} of {model.num_experts} experts are in use "
             f"(spread {spread_M[m]:.3f})"
