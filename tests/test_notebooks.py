@@ -186,7 +186,7 @@ def execute(path: pathlib.Path, folder: pathlib.Path, **environment):
     # No folder of installed kernels: what is left is the kernel of this Python.
     specs = KernelSpecManager(kernel_dirs=[])
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
-    client = nbclient.NotebookClient(notebook, km=manager, timeout=600)
+    client = nbclient.NotebookClient(notebook, km=manager, timeout=1200)
     client.execute(cleanup_kc=True, env=env, cwd=str(folder))
     executable, result = json.loads(notebook.cells[-1].outputs[0].text)
     assert executable == sys.executable
@@ -255,6 +255,7 @@ CHECKS = {
 def test_runs_from_top_to_bottom(path, data_dir, tmp_path):
     skip_without_extra(path.stem)
     notebook, result = execute(path, tmp_path, MOE_EMBED_DATA=str(data_dir))
+    assert result, "the last cell sets `result`: the numbers that the notebook found"
     if path.stem in CHECKS:
         CHECKS[path.stem](notebook, result, tmp_path)
 
