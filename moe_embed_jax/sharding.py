@@ -124,7 +124,7 @@ def shardings(tree, rules, mesh) -> object:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules))
+    return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules), is_leaf=is_array)
 
 
 def as_moments(grads, rules) -> object:

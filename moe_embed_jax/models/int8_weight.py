@@ -14,10 +14,10 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-LEVELS = 127  # -127 ... 127; -128 is not used, so that the sign of a value can change
+LEVELS = 127  # -127 ... 127; -128 is not used, as usual in symmetric schemes
+PIECE = 1 << 24  # values that are float32 twice at a time, at least those of one first index
 
 # Parameters that become int8, and the axis of an output channel's inputs. The router decides which
 # experts a token meets, and is small; norms and biases are vectors: they stay float32.
@@ -74,23 +74,21 @@ def input_axis(path: str) -> int | None:
 
 
 def quantized(path: str, array: np.ndarray) -> "np.ndarray | Int8Weight":
-    """The parameter at `path` (by layer or stacked) as int8, if it is one of those that become it.
+    """The parameter at `path` (by layer or stacked) as int8 if it is one of those that become it,
+    else as it is.
 
-    On the host, in pieces along the first axis: a word table needs no float32 copy of itself.
+    In pieces along the first axis: a word table needs no second float32 copy of itself.
     """
     axis = input_axis(path)
     if axis is None:
         return array
     array = np.asarray(array)
     largest = np.maximum(array.max(axis, keepdims=True), -array.min(axis, keepdims=True))
-    scale = np.where(largest > 0, largest / LEVELS, 1).astype(np.float32)
+    scale = np.maximum(largest / LEVELS, np.finfo(np.float32).tiny).astype(np.float32)
+    of_row = np.broadcast_to(scale, (len(array), *scale.shape[1:]))
     values = np.empty(array.shape, np.int8)
     step = max(1, PIECE // max(array[:1].size, 1))
     for begin in range(0, len(array), step):
         piece = slice(begin, begin + step)
-        scaled = array[piece] / np.broadcast_to(scale, (len(array), *scale.shape[1:]))[piece]
-        values[piece] = np.clip(np.rint(scaled), -LEVELS, LEVELS)
+        values[piece] = np.clip(np.rint(array[piece] / of_row[piece]), -LEVELS, LEVELS)
     return Int8Weight(values, scale)
-
-
-PIECE = 1 << 24  # values at a time
