@@ -87,19 +87,19 @@ def test_efficiency(data_dir, tmp_path):
     turns = type("Turns", (), {"wait": lambda self, result: None})()
     model = tmp_path / "model"
     efficiency_models.make_random(turns, str(model), fields, str(source), PROMPTS, lengths, 0)
-    sets = sorted((data_dir / "retrieval").glob("*/*"))[:2]
+    dataset = min((data_dir / "retrieval").glob("*/*"))
     output = tmp_path / "report"
     command = [
         "benchmarks/efficiency.py",
         f"--model={model}",
-        f"--dataset={','.join(map(str, sets))}",
+        f"--dataset={dataset}",
         f"--output={output}",
         "--queries=5",
         "--documents=9",
         "--rounds=2",
         "--batch_sizes=4,8",
     ]
-    result = run_python(command, OMP_WAIT_POLICY="PASSIVE")
+    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
     assert result.returncode == 0, result.stderr
     report = json.loads((output / "report.json").read_text())
     names = {"ours", "ours, int8", "dense twin", "sentence-transformers"}
@@ -116,7 +116,7 @@ def test_efficiency(data_dir, tmp_path):
         memory = report["memory"][name]
         assert 0 < memory["imported"] <= memory["peak"] and memory["used"] <= memory["peak"]
         assert 0 < report["latencies"][name]["p50"] <= report["latencies"][name]["p95"]
-    assert len(report["quality"]) == 2
+    assert len(report["quality"]) == 1
     for of_weights in report["quality"].values():
         for rows in of_weights.values():
             sizes = {(row["dim"], row["index"]): row["bytes"] for row in rows}
@@ -128,10 +128,10 @@ def test_efficiency(data_dir, tmp_path):
     assert all(name in text for name in names) and "MB per million documents" in text
 
     # Parts that are there are kept, and a part that is lost is measured again.
-    part = output / "parts/memory.json"
+    (part,) = (output / "parts").glob("quality-*-int8.json")
     times = {path.name: path.stat().st_mtime_ns for path in part.parent.iterdir()}
     part.unlink()
-    result = run_python(command, OMP_WAIT_POLICY="PASSIVE")
+    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
     assert result.returncode == 0, result.stderr
     for path in part.parent.iterdir():
         assert (path.stat().st_mtime_ns == times[path.name]) == (path != part)

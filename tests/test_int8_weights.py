@@ -169,20 +169,23 @@ def test_one_device_only(folder):
 
 
 MEMORY = """
-import pathlib, resource, sys
+import pathlib, sys
 import numpy as np
 from moe_embed_jax import Embedder
 from moe_embed_jax.mesh import single_device_mesh
+
+def memory(name):  # not ru_maxrss, which a process takes over from the one that started it
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split(name + ":")[1].split()[0]) << 10
+
 single_device_mesh()
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-before = peak()
+before = memory("VmRSS")
 embedder = Embedder.load(sys.argv[1], weights=sys.argv[2])
-status = pathlib.Path("/proc/self/status").read_text()
-loaded = int(status.split("VmRSS:")[1].split()[0]) << 10
+loaded = memory("VmRSS")
 ids = np.arange(64)[None] % 500
 x = embedder.encode_ids(ids, np.ones_like(ids))
 assert np.isfinite(x).all()
-print(before, loaded - before, peak() - before)
+print(loaded - before, memory("VmHWM") - before)
 """
 
 
@@ -200,15 +203,15 @@ def test_memory(tmp_path):
     checkpoints.save(0, {}, params=params)
     checkpoints.close()
     total = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert total > 350e6
+    assert total > 300e6
     used = {}
     for weights in ("float32", "int8"):
         result = run_python(["-c", MEMORY, tmp_path, weights])
         assert result.returncode == 0, result.stderr
         used[weights] = [int(word) for word in result.stdout.split()]
-    _, loaded, peak = used["int8"]
-    assert loaded < 0.75 * total and peak < 0.9 * total, (total, used)
-    assert used["float32"][1] > 0.9 * total, (total, used)  # the measure sees a copy
+    loaded, peak = used["int8"]
+    assert 0.25 * total < loaded < 0.75 * total and peak < 0.9 * total, (total, used)
+    assert min(used["float32"]) > 0.9 * total, (total, used)  # the measure sees a copy
 
 
 def test_a_mesh_of_one_device_is_the_default(folder):
