@@ -6,8 +6,10 @@ it would read the same batches).
 Because restore is given shapes and shardings, any mesh can read a checkpoint of any other.
 """
 
+import contextlib
 import pathlib
 import shutil
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -88,6 +90,20 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         return {name: restored[name] for name in abstract}
+
+    def restore_each(self, step: int, name: str, abstract) -> Iterator[tuple[str, jax.Array]]:
+        """(path, array) of the leaves of the tree `name`, in their order and each when it is asked
+        for, so that a caller who makes them smaller never holds the whole tree."""
+        self._check_shapes(step, name, abstract)
+        with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+            for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+                branch = leaf  # the tree with this leaf alone
+                for key in reversed(path):
+                    branch = {key.key: branch}
+                how = ocp.checkpoint_utils.construct_restore_args(branch)
+                args = ocp.args.PyTreeRestore(branch, restore_args=how, partial_restore=True)
+                restored = reader.restore(self.folder / str(step) / name, args=args)
+                yield path_of(path), jax.tree.leaves(restored)[0]
 
     def _check_shapes(self, step: int, item: str, abstract) -> None:
         """Name what differs before Orbax fails on it with a long trace."""

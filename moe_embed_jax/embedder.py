@@ -14,7 +14,7 @@ from moe_embed_jax.data.calls import SLOTS, Call, call_rows, plan_calls
 from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
-from moe_embed_jax.model_folder import PROMPTS, load_model
+from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.processes import to_devices, to_host
@@ -52,15 +52,21 @@ class Embedder:
         self.prompts = dict(prompts)
 
     @classmethod
-    def load(cls, folder, step: int | None = None, mesh=None) -> "Embedder":
+    def load(
+        cls, folder, step: int | None = None, mesh=None, weights: str = WEIGHTS[0]
+    ) -> "Embedder":
         """From any model folder: a training run's work directory (`step` None: its newest
         checkpoint), an imported model, or a published checkpoint as safetensors (the layout of
         nomic-embed-text-v2-moe, BERT, XLM-RoBERTa).
 
-        Raises `UserError` when the folder is not a model, naming what is missing.
+        weights: "float32", or "int8" for a quarter of the memory on a CPU: matrices and word table
+        are kept as int8 (models/int8_weight.py), computation stays float32.
+
+        Raises `UserError` when the folder is not a model, naming what is missing; for other
+        weights, and for int8 on a mesh that is not one CPU device.
         """
         mesh = mesh or single_device_mesh()
-        loaded = load_model(folder, mesh, step)
+        loaded = load_model(folder, mesh, step, weights)
         return cls(
             loaded.model, loaded.params, loaded.vocabulary, loaded.max_lengths, mesh, loaded.prompts
         )

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.checkpoint import Checkpoints
@@ -26,13 +27,16 @@ from moe_embed_jax.interop.tokenizer_files import (
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
-from moe_embed_jax.sharding import rules_for, shardings, with_shardings
+from moe_embed_jax.models.int8_weight import quantized
+from moe_embed_jax.processes import to_devices
+from moe_embed_jax.sharding import is_array, rules_for, shardings, with_shardings
 
 MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them from others
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
 MASKED_LM = "masked_lm"  # objective of a run of stage 1
+WEIGHTS = ("float32", "int8")  # what matrices are kept as; computation is float32
 LONGEST = 2048  # tokens, where neither the folder nor a position table limits them
 # A tokenizer with far fewer ids than the word table has rows belongs to another model.
 MOST_UNUSED_ROWS = 1024
@@ -68,11 +72,30 @@ class ModelFolder:
     prompts: dict[str, str]
     max_lengths: dict[str, int]
     unused: list[str]
-    _read: Callable[..., tuple[dict, dict | None]]
+    _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, (path, array) -> leaf
 
-    def load(self, mesh: jax.sharding.Mesh, progress=iter) -> LoadedModel:
-        """Parameters sharded over `mesh` by the table of rules; `progress` as tqdm."""
-        params, mlm_head = self._read(mesh, progress)
+    def load(
+        self, mesh: jax.sharding.Mesh, progress=iter, weights: str = WEIGHTS[0]
+    ) -> LoadedModel:
+        """Parameters sharded over `mesh` by the table of rules.
+
+        Args:
+          progress: as tqdm.
+          weights: one of WEIGHTS. "int8": matrices as `int8_weight.quantized` makes them, one
+            after the other, for inference on one CPU device.
+
+        Raises:
+          UserError: other weights; int8 on another mesh.
+        """
+        if weights not in WEIGHTS:
+            raise UserError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
+        device, *others = mesh.devices.flat
+        if weights == "int8" and (others or device.platform != "cpu"):
+            raise UserError(
+                f"weights='int8' is for one CPU device; this mesh has {mesh.size} of platform "
+                f"{device.platform}: use weights='float32'"
+            )
+        params, mlm_head = self._read(mesh, progress, quantized if weights == "int8" else _as_is)
         return LoadedModel(
             self.model, params, mlm_head, self.vocabulary, self.prompts, self.max_lengths
         )
@@ -111,9 +134,16 @@ def open_model(
     return opened
 
 
-def load_model(folder, mesh: jax.sharding.Mesh, step: int | None = None) -> LoadedModel:
-    """`open_model(folder, step).load(mesh)`."""
-    return open_model(folder, step).load(mesh)
+def load_model(
+    folder, mesh: jax.sharding.Mesh, step: int | None = None, weights: str = WEIGHTS[0]
+) -> LoadedModel:
+    """`open_model(folder, step).load(mesh, weights=weights)`."""
+    return open_model(folder, step).load(mesh, weights=weights)
+
+
+def _as_is(path: str, array):
+    del path
+    return array
 
 
 def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
@@ -122,8 +152,8 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     default = PROMPTS if published.model_type == "nomic_bert" else NO_PROMPTS
     length = max_length(published.model, settings.max_length)
 
-    def read(mesh, progress):
-        params, mlm_head = published.read(progress)
+    def read(mesh, progress, form):
+        params, mlm_head = published.read(progress, form)
         return place(params, published.model, mesh), mlm_head
 
     return ModelFolder(
@@ -148,9 +178,12 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
             raise UserError(f"{folder / CHECKPOINTS} holds no finished checkpoint yet")
         items = checkpoints.items(step)
 
-    def read(mesh, progress):
+    def read(mesh, progress, form):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         abstract = {"params": with_shardings(shapes, rules_for(model), mesh)}
+        if form is not _as_is:
+            params = _read_each(folder / CHECKPOINTS, step, abstract["params"], progress, form)
+            return place(params, model, mesh), None
         if "mlm_head" in items:
             everywhere = replicated(mesh)
             abstract["mlm_head"] = jax.tree.map(
@@ -177,15 +210,22 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
     )
 
 
+def _read_each(folder: pathlib.Path, step: int, abstract: dict, progress, form) -> dict:
+    """`params` on the host in another form, never all of them as they are saved."""
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        arrays = progress(checkpoints.restore_each(step, "params", abstract))
+        leaves = [form(path, np.asarray(array)) for path, array in arrays]
+    return jax.tree.structure(abstract).unflatten(leaves)
+
+
 def place(params: dict, model: EncoderConfig, mesh: jax.sharding.Mesh) -> dict:
     """NumPy parameters (the same on every process) to device arrays in their shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: leaf[index]
-        ),
-        params,
-        shardings(params, rules_for(model), mesh),
-    )
+
+    def put(leaf, sharding):
+        return jax.tree.map(lambda array: to_devices(array, sharding), leaf)
+
+    placed = shardings(params, rules_for(model), mesh)
+    return jax.tree.map(put, params, placed, is_leaf=is_array)
 
 
 def check_vocabulary(vocabulary, model: EncoderConfig, where) -> None:

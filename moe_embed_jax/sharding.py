@@ -52,6 +52,12 @@ def path_of(key_path) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
+def is_array(node) -> bool:
+    """Whether a node of parameters is one of them: an array, its abstract stand-in, or what is an
+    array to the layers (models/int8_weight.py)."""
+    return hasattr(node, "shape")
+
+
 def rules_for(model) -> tuple[tuple[str, P], ...]:
     """The table of an encoder with configuration `model`: rules of the parts that it has."""
     parts = (
@@ -81,7 +87,7 @@ def specs(tree, rules) -> object:
                 return spec
         raise UserError(f"parameter {path} {leaf.shape} matches no sharding rule in sharding.py")
 
-    result = jax.tree_util.tree_map_with_path(spec_of, tree)
+    result = jax.tree_util.tree_map_with_path(spec_of, tree, is_leaf=is_array)
     unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
     if unused:
         raise UserError(f"sharding rule(s) that no parameter uses: {', '.join(unused)}")
@@ -118,7 +124,7 @@ def shardings(tree, rules, mesh) -> object:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules))
+    return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules), is_leaf=is_array)
 
 
 def as_moments(grads, rules) -> object:

@@ -3,7 +3,11 @@
 import json
 
 import pytest
-from conftest import run_python
+import synthetic_data
+from conftest import load_benchmark, run_python
+
+from moe_embed_jax.data.data_spec import vocabulary_path
+from moe_embed_jax.model_folder import PROMPTS
 
 TINY = [
     "--vocabulary_size=512",
@@ -69,3 +73,76 @@ def test_knn(tmp_path):
     for search in report["searches"]:
         assert search["same_neighbours"] > 0.99 and search["ratio_cpu"] > 0
         assert all(len(turns) == 2 for turns in search["rounds"].values())
+
+
+@pytest.mark.slow
+def test_efficiency(data_dir, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    efficiency_models = load_benchmark("efficiency_models")
+    source = vocabulary_path(synthetic_data.PREPARATION, data_dir)
+    fields = dict(
+        vocab_size=512, num_layers=2, width=48, num_heads=2, ffn_width=96, num_experts=4
+    )  # fmt: skip
+    lengths = {"query": 16, "document": 24}
+    turns = type("Turns", (), {"wait": lambda self, result: None})()
+    model = tmp_path / "model"
+    efficiency_models.make_random(turns, str(model), fields, str(source), PROMPTS, lengths, 0)
+    dataset = min((data_dir / "retrieval").glob("*/*"))
+    output = tmp_path / "report"
+    command = [
+        "benchmarks/efficiency.py",
+        f"--model={model}",
+        f"--dataset={dataset}",
+        f"--output={output}",
+        "--queries=5",
+        "--documents=9",
+        "--rounds=2",
+        "--batch_sizes=4,8",
+    ]
+    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((output / "report.json").read_text())
+    names = {"ours", "ours, int8", "dense twin", "sentence-transformers"}
+    for part in ("latency", "throughput"):
+        assert report[part]["turns"].keys() == names
+        assert report[part]["ratio"]["ours"] == 1
+    total, twin = (report["about"][name][0] for name in ("parameters", "twin_parameters"))
+    assert abs(twin - total) < 8 * 2 * (2 * 48 + 1)  # of 8 hidden units in both layers
+    assert report["about"]["twin"]["moe_every"] == 0
+    found = report["throughput"]["embeddings"]
+    assert found["sentence-transformers"]["largest_difference"] < 1e-5
+    assert 0.99 < found["ours, int8"]["least_cosine"] < 1
+    for name in names:
+        memory = report["memory"][name]
+        assert 0 < memory["imported"] <= memory["peak"] and memory["used"] <= memory["peak"]
+        assert 0 < report["latencies"][name]["p50"] <= report["latencies"][name]["p95"]
+    assert len(report["quality"]) == 1
+    for of_weights in report["quality"].values():
+        for rows in of_weights.values():
+            sizes = {(row["dim"], row["index"]): row["bytes"] for row in rows}
+            assert sizes[48, "float32"] == 192 and sizes[48, "int8"] == 48
+            assert sizes[16, "binary, rescored"] == 2
+            assert sizes[16, "binary, rescored by int8"] == 18
+            assert all(0 <= row["ndcg_at_10"] <= 1 for row in rows)
+    text = (output / "report.md").read_text()
+    assert all(name in text for name in names) and "MB per million documents" in text
+
+    # Parts that are there are kept, and a part that is lost is measured again.
+    (part,) = (output / "parts").glob("quality-*-int8.json")
+    times = {path.name: path.stat().st_mtime_ns for path in part.parent.iterdir()}
+    part.unlink()
+    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
+    assert result.returncode == 0, result.stderr
+    for path in part.parent.iterdir():
+        assert (path.stat().st_mtime_ns == times[path.name]) == (path != part)
+
+
+def test_efficiency_of_what_is_no_model(tmp_path):
+    flags = [f"--dataset={tmp_path}", f"--output={tmp_path / 'report'}"]
+    for more, message in (
+        (["--shape=nomic-v2"], "--shape needs --vocabulary"),
+        ([f"--model={tmp_path}"], "config.json is missing"),
+    ):
+        result = run_python(["benchmarks/efficiency.py", *flags, *more])
+        assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
+        assert message in result.stderr

@@ -48,6 +48,18 @@ def test_a_call_is_at_least_half_full(rows, row_length, devices):
         assert spare < devices or 2 * spare <= sizes[-1]
 
 
+@given(st.integers(1, 3_000), st.sampled_from([1, 8]))
+def test_a_text_alone_has_a_row_of_its_own_size(length, devices):
+    (call,) = plan_calls([length], devices)
+    assert call.rows == devices and call.members.tolist() == [0]
+    assert length <= call.row_length < max(17, 2 * length)
+    tokens = np.arange(100, 100 + length)
+    token_RL, text_index_RL, _ = fill_rows(call.packing, [tokens], devices, call.row_length, 1)
+    row, index = divmod(int(call.packing.slot(SLOTS)[0]), SLOTS)
+    np.testing.assert_array_equal(token_RL[row, text_index_RL[row] == index], tokens)
+    assert (text_index_RL >= 0).sum() == length
+
+
 def test_many_texts_are_planned_in_parts():
     lengths = np.full(70_000, 3)
     calls = list(plan_calls(lengths, 1))

@@ -8,6 +8,7 @@ import numpy as np
 from moe_embed_jax.data.packing import Packing, Rows
 
 TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
+SHORTEST_ROW = 16  # of a text alone
 SLOTS = 32  # most texts that share a row
 TEXTS_PER_PLAN = 32_768  # planned together; more would not fill rows better
 
@@ -35,9 +36,16 @@ def plan_calls(lengths, devices: int, batch_size: int | None = None) -> Iterator
 
     Texts are packed into rows not much longer than themselves, because attention costs what the row
     is long; what stays free in a call is filled with shorter texts, so that one call of them all is
-    not full.
+    not full. A text that comes alone, such as a query in a search box, has a row of its own size.
     """
     lengths = np.asarray(lengths)
+    if lengths.size == 1 and lengths[0] > 0:
+        row_length = max(SHORTEST_ROW, _power_of_two(int(lengths[0])))
+        rows = Rows(row_length, SLOTS)
+        rows.open(devices)
+        place = np.array(rows.place(int(lengths[0])), np.int32)
+        yield Call(np.array([0]), Packing(*place[:, None], devices), row_length)
+        return
     step = batch_size or TEXTS_PER_PLAN
     for begin in range(0, lengths.size, step):
         part = lengths[begin : begin + step]
@@ -81,7 +89,7 @@ def _plan_longest(lengths, order: list[int], devices: int) -> tuple[list[Call], 
 
 def row_length_of(length: int) -> int:
     """64, 256, 512, 1024, ...: rows for a text of `length` tokens."""
-    return 64 if length <= 64 else max(256, 1 << (length - 1).bit_length())
+    return 64 if length <= 64 else max(256, _power_of_two(length))
 
 
 def call_rows(rows: int, row_length: int, devices: int) -> list[int]:
@@ -98,3 +106,7 @@ def call_rows(rows: int, row_length: int, devices: int) -> list[int]:
         sizes.append(enough)
         rows -= enough
     return sizes
+
+
+def _power_of_two(length: int) -> int:
+    return 1 << (length - 1).bit_length()

@@ -55,9 +55,10 @@ def by_layer(config: EncoderConfig, params: dict) -> dict[str, np.ndarray]:
 
 
 def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]]) -> dict:
-    """The parameter tree (NumPy, float32) from (path by layer, array) pairs, each path once.
+    """The parameter tree (NumPy) from (path by layer, array) pairs, each path once.
 
     Reads the pairs one by one, so an iterator that loads them needs no second copy of the model.
+    Arrays may be `Int8Weight`s of arrays, which stay so.
 
     Raises:
       ValueError: a path that the architecture lacks, comes twice, is missing, or has another shape.
@@ -74,12 +75,24 @@ def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]])
         for key in keys[:-1]:
             node = node.setdefault(key, {})
         if index is None:
-            node[keys[-1]] = np.ascontiguousarray(array, np.float32)
+            node[keys[-1]] = jax.tree.map(_packed, array)
         else:
             if keys[-1] not in node:
                 count = config.parts[keys[0]][0]
-                node[keys[-1]] = np.empty((count, *shape), np.float32)
-            node[keys[-1]][index] = array
+                node[keys[-1]] = jax.tree.map(
+                    lambda part, count=count: np.empty((count, *part.shape), _dtype(part)), array
+                )
+            for whole, part in zip(*map(jax.tree.leaves, (node[keys[-1]], array)), strict=True):
+                whole[index] = part
     if places:
         raise ValueError(f"no value for {next(iter(places))}")
     return tree
+
+
+def _dtype(array: np.ndarray) -> np.dtype:
+    """Of parameters: float32, or int8 as it comes."""
+    return array.dtype if array.dtype == np.int8 else np.dtype(np.float32)
+
+
+def _packed(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, _dtype(array))

@@ -49,16 +49,17 @@ class PublishedModel:
     _tensors: Tensors
     _table: list[Entry]
 
-    def read(self, progress=iter) -> tuple[dict, dict | None]:
+    def read(self, progress=iter, form=lambda path, array: array) -> tuple[dict, dict | None]:
         """(encoder parameters, head or None), NumPy float32.
 
-        `progress` wraps the iterable of parameters, as tqdm does.
+        `progress` wraps the iterable of parameters, as tqdm does. `form`: (path by layer, array of
+        a layer) -> what becomes the parameter, see `int8_weight.quantized`.
 
         Raises `UserError` for NaN or infinite weights, naming the tensor.
         """
         head: dict = {}
         arrays = progress(self._adapted(head))
-        params = from_layers(self.model, arrays)
+        params = from_layers(self.model, ((path, form(path, array)) for path, array in arrays))
         return params, unflatten_dict(head, sep="/") if self.has_mlm_head else None
 
     def _adapted(self, head: dict) -> Iterator[tuple[str, np.ndarray]]:

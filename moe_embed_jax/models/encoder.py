@@ -24,7 +24,7 @@ from moe_embed_jax.models.pieces import in_pieces, instead
 from moe_embed_jax.objectives.balance import RoutingStatistics
 from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
 from moe_embed_jax.shapes import PADDING
-from moe_embed_jax.sharding import gather, path_of, rules_for, specs
+from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def in_compute_dtype(config: EncoderConfig, params: dict) -> dict:
         stays = path.startswith("embeddings/") or re.search(r"norm_\d/|router/", path)
         return leaf if stays else leaf.astype(config.dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_array)
 
 
 def encode_rows(

@@ -63,6 +63,8 @@ def _forward(
 
     def one_expert(buffers, expert):
         w_in_DF, bias_in_F, w_out_FD, first, count = expert
+        # Weights that are kept as int8 become arrays here: once, not for every block.
+        w_in_DF, w_out_FD = jnp.asarray(w_in_DF), jnp.asarray(w_out_FD)
 
         def one_block(i, buffers):
             y_SD, pre_SF = buffers

@@ -1,0 +1,132 @@
+"""The report of benchmarks/efficiency.py as Markdown."""
+
+from efficiency_models import DENSE, INT8, OURS, PEER
+
+GOAL = 2.5  # documents/s of ours / sentence-transformers
+MILLION = 1_000_000
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markdown(report: dict) -> str:
+    parts = [
+        f"# Efficiency: {report['shape'] or report['arguments']['model']}",
+        conditions(report),
+        "## Speed and memory",
+        speed(report),
+        verdict(report),
+        agreement(report),
+    ]
+    if report["quality"]:
+        parts += ["## Index size and nDCG@10", quality(report), cost_of_int8(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def conditions(report: dict) -> str:
+    machine, texts, about = report["machine"], report["texts"], report["about"]
+    total, active = about["parameters"]
+    share = max(report[part]["others_cpu_share"] for part in ("latency", "throughput"))
+    lines = [
+        f"* {machine['processor']}, {machine['cores']} cores; jax {machine.get('jax')}, "
+        f"torch {machine.get('torch')}, sentence-transformers "
+        f"{machine.get('sentence-transformers')}",
+        f"* {total:,} parameters, {active:,} of them used per token"
+        + (" (random weights)" if report["shape"] else ""),
+        f"* texts: {texts['queries']} queries and {texts['documents']} documents of "
+        f"{texts['dataset']}, {report['arguments']['rounds']} rounds",
+        f"* other processes used {share:.0%} of the machine meanwhile"
+        + ("" if share <= 0.05 else ": **not a quiet machine, do not trust the figures**"),
+    ]
+    return "\n".join(lines)
+
+
+def speed(report: dict) -> str:
+    about, rates = report["about"], report["throughput"]["rates"]
+    parameters = {name: about["parameters"] for name in (OURS, INT8, PEER)}
+    parameters[DENSE] = about["twin_parameters"]
+    tokens = report["throughput"]["ready"][OURS]["tokens"] / report["texts"]["documents"]
+    rows = []
+    for name in rates:
+        memory = report["memory"][name]
+        latency = report["latencies"][name]
+        documents = rates[name]["wall"]["median"]
+        rows.append(
+            [
+                name,
+                *(f"{count / MILLION:,.1f}" for count in parameters[name]),
+                *(f"{1e3 * latency[q]:,.1f}" for q in ("p50", "p95")),
+                f"{documents:,.2f}",
+                f"{documents * tokens:,.0f}",
+                f"{report['throughput']['ratio'][name]:.2f}",
+                *(f"{memory[when] / MILLION:,.0f}" for when in ("imported", "loaded", "used")),
+                f"{memory['peak'] / MILLION:,.0f}",
+            ]
+        )
+    header = [
+        "",
+        "M parameters",
+        "M per token",
+        "query p50 ms",
+        "query p95 ms",
+        "documents/s",
+        "tokens/s",
+        "ours is faster by",
+        "MB before loading",
+        "MB loaded",
+        "MB in use",
+        "MB peak",
+    ]
+    return table(header, rows)
+
+
+def verdict(report: dict) -> str:
+    ratio = report["throughput"]["ratio"]
+    said = "reached" if ratio[PEER] >= GOAL else "not reached"
+    lines = [
+        f"Documents/s against sentence-transformers: {ratio[PEER]:.2f} (goal {GOAL}: {said}); per "
+        f"processor second {report['throughput']['ratio_cpu'][PEER]:.2f}."
+    ]
+    if DENSE in ratio:
+        ours, dense = (report["latencies"][name]["p50"] for name in (OURS, DENSE))
+        lines.append(
+            f"What the experts buy: {ratio[DENSE]:.2f} times the documents/s of a dense model of "
+            f"as many parameters in total, and a query in {ours / dense:.2f} of its time."
+        )
+    return " ".join(lines)
+
+
+def agreement(report: dict) -> str:
+    found = report["throughput"]["embeddings"]
+    return (
+        f"The embeddings of the documents: sentence-transformers' differ by at most "
+        f"{found[PEER]['largest_difference']:.1e} in a component; int8 weights leave a cosine of "
+        f"at least {found[INT8]['least_cosine']:.4f} with those of float32 weights."
+    )
+
+
+def quality(report: dict) -> str:
+    sets = list(report["quality"])
+    rows = []
+    for index, first in enumerate(report["quality"][sets[0]]["float32"]):
+        scores = [
+            f"{rows_of[weights][index]['ndcg_at_10']:.4f}"
+            for rows_of in report["quality"].values()
+            for weights in rows_of
+        ]
+        size = f"{first['bytes'] * MILLION / 1e6:,.0f}"
+        rows.append([f"{first['dim']}, {first['index']}", size, *scores])
+    header = ["dimensions, index", "MB per million documents"]
+    header += [f"{name}, {weights} weights" for name in sets for weights in report["quality"][name]]
+    return table(header, rows)
+
+
+def cost_of_int8(report: dict) -> str:
+    """Of int8 weights, with float32 vectors of all dimensions."""
+    costs = [
+        f"{rows_of['int8'][0]['ndcg_at_10'] - rows_of['float32'][0]['ndcg_at_10']:+.4f} on {name}"
+        for name, rows_of in report["quality"].items()
+    ]
+    return f"int8 weights change nDCG@10 by {', '.join(costs)}."
