@@ -9,7 +9,7 @@ probability of 3e-5; it would be reported as a repeated id.
 import dataclasses
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,5 +147,4 @@ def _embedded(
     def texts() -> Iterator[str]:
         return (text for _, _, text in read_records(shard, id_field))
 
-    read: Callable[[], Iterator[str]] = texts
-    return vectors.stream(read, "document", each.texts, label)
+    return vectors.stream(texts, "document", each.texts, label)
