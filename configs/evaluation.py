@@ -11,8 +11,6 @@ it; docs/evaluation.md says what each kind of task reads.
 What to expect: the first variant embeds about 600,000 texts, 13 million tokens.
 """
 
-from ml_collections import ConfigDict
-
 from moe_embed_jax.errors import UserError
 
 XQUAD = ("ar", "de", "en", "es", "ru", "zh")
@@ -37,33 +35,33 @@ BEIR_FOLDERS = {  # task, as MTEB calls it -> folder, as BEIR does
 }
 
 
-def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
-    config.tasks = ConfigDict()
+def get_config(variant: str = "") -> dict:
+    """A dict keeps the order of the tasks, in which they run and are reported."""
+    tasks = {}
     if variant == "":
-        shared(config.tasks)
+        shared(tasks)
     elif variant == "miracl":
-        miracl(config.tasks)
+        miracl(tasks)
     elif variant == "beir":
-        beir(config.tasks)
+        beir(tasks)
     elif variant == "smoke":
-        smoke(config.tasks)
+        smoke(tasks)
     else:
         raise UserError(
             f"unknown variant {variant!r} of configs/evaluation.py; there are: miracl, beir, smoke"
         )
-    return config
+    return {"tasks": tasks}
 
 
-def shared(tasks: ConfigDict) -> None:
+def shared(tasks: dict) -> None:
     """Every set of the shared data that can be scored."""
     # 240 paragraphs and 1,190 questions, the same in all languages: 36 pairs of languages.
-    tasks.XQuAD = dict(kind="cross_lingual", path="xquad/{subset}", languages=XQUAD)
+    tasks["XQuAD"] = dict(kind="cross_lingual", path="xquad/{subset}", languages=XQUAD)
 
     # Retrieval in one language. The names of two end in "train": no model here has seen them.
-    tasks.Cranfield = dict(kind="retrieval", path="cranfield", languages="en")
-    tasks.CACM = dict(kind="retrieval", path="cacm", languages="en")
-    tasks.QuestionParagraph = dict(
+    tasks["Cranfield"] = dict(kind="retrieval", path="cranfield", languages="en")
+    tasks["CACM"] = dict(kind="retrieval", path="cacm", languages="en")
+    tasks["QuestionParagraph"] = dict(
         kind="retrieval",
         path="qa_retrieval/{subset}",
         languages=dict(
@@ -72,32 +70,36 @@ def shared(tasks: ConfigDict) -> None:
     )
 
     # As MTEB: STS-B and its translations; the sets of a SemEval year are one.
-    tasks.STSBenchmarkMultilingual = dict(kind="sts", path="sts/stsb/{subset}.test.tsv.gz")
-    tasks.JSTS = dict(kind="sts", path="sts/jsts/valid.tsv.gz", languages="ja", split="validation")
-    tasks.KorSTS = dict(kind="sts", path="sts/korsts/test.tsv.gz", languages="ko")
+    tasks["STSBenchmarkMultilingual"] = dict(kind="sts", path="sts/stsb/{subset}.test.tsv.gz")
+    tasks["JSTS"] = dict(
+        kind="sts", path="sts/jsts/valid.tsv.gz", languages="ja", split="validation"
+    )
+    tasks["KorSTS"] = dict(kind="sts", path="sts/korsts/test.tsv.gz", languages="ko")
     # MTEB's STS12 has MSRvid too, which is not there.
-    tasks.STS12withoutMSRvid = dict(kind="sts", path="sts/sts12-16/2012.*.tsv.gz", languages="en")
+    tasks["STS12withoutMSRvid"] = dict(
+        kind="sts", path="sts/sts12-16/2012.*.tsv.gz", languages="en"
+    )
     for year in (13, 14, 15, 16):
         path = f"sts/sts12-16/20{year}.*.tsv.gz"
         tasks[f"STS{year}"] = dict(kind="sts", path=path, languages="en")
 
     # 112 languages to English, up to 1,000 sentences each.
-    tasks.Tatoeba = dict(
+    tasks["Tatoeba"] = dict(
         kind="bitext", layout="table", path="bitext_tatoeba/tatoeba_v1.tsv.xz", pivot="eng"
     )
     # 1,004 sentences of FLORES-200, 77 languages to English.
-    tasks.FloresToEnglish = dict(
+    tasks["FloresToEnglish"] = dict(
         kind="bitext", layout="aligned", path="sib200_flores/{subset}.tsv.xz", pivot="eng_Latn"
     )
     # Software texts repeat themselves: where a side came before, nothing tells the translation.
-    tasks.PythonDocs = dict(
+    tasks["PythonDocs"] = dict(
         kind="bitext",
         layout="columns",
         path="python_docs_parallel/{subset}.tsv.xz",
         languages=("en-es", "en-ja"),
         unique=True,
     )
-    tasks.TldrPages = dict(
+    tasks["TldrPages"] = dict(
         kind="bitext",
         layout="records",
         path="tldr_pages/pages.jsonl.xz",
@@ -107,14 +109,14 @@ def shared(tasks: ConfigDict) -> None:
     )
 
     # Seven topics; the classifier is trained on English and tested on all 78 languages.
-    tasks.SIB200Transfer = dict(
+    tasks["SIB200Transfer"] = dict(
         kind="classification", path="sib200_flores/{subset}.tsv.xz", train="eng_Latn"
     )
 
 
-def miracl(tasks: ConfigDict) -> None:
+def miracl(tasks: dict) -> None:
     """The hub's miracl/miracl and miracl/miracl-corpus side by side in --data: 102 M passages."""
-    tasks.MIRACL = dict(
+    tasks["MIRACL"] = dict(
         kind="miracl",
         topics="miracl-v1.0-{subset}/topics/topics.miracl-v1.0-{subset}-dev.tsv",
         qrels="miracl-v1.0-{subset}/qrels/qrels.miracl-v1.0-{subset}-dev.tsv",
@@ -123,28 +125,28 @@ def miracl(tasks: ConfigDict) -> None:
     )
 
 
-def beir(tasks: ConfigDict) -> None:
+def beir(tasks: dict) -> None:
     """The 15 public sets of BEIR, each a folder in --data."""
-    tasks.MSMARCO = dict(kind="retrieval", path="msmarco", languages="en", split="dev")
+    tasks["MSMARCO"] = dict(kind="retrieval", path="msmarco", languages="en", split="dev")
     for task, folder in BEIR_FOLDERS.items():
         tasks[task] = dict(kind="retrieval", path=folder, languages="en")
-    tasks.CQADupstack = dict(kind="retrieval", path="cqadupstack/{subset}", languages="en")
+    tasks["CQADupstack"] = dict(kind="retrieval", path="cqadupstack/{subset}", languages="en")
 
 
-def smoke(tasks: ConfigDict) -> None:
+def smoke(tasks: dict) -> None:
     """A little of each kind, of the shared data."""
-    tasks.XQuAD = dict(kind="cross_lingual", path="xquad/{subset}", languages=("en", "zh"))
-    tasks.STSBenchmarkMultilingual = dict(
+    tasks["XQuAD"] = dict(kind="cross_lingual", path="xquad/{subset}", languages=("en", "zh"))
+    tasks["STSBenchmarkMultilingual"] = dict(
         kind="sts", path="sts/stsb/{subset}.test.tsv.gz", languages=("de",)
     )
-    tasks.Tatoeba = dict(
+    tasks["Tatoeba"] = dict(
         kind="bitext",
         layout="table",
         path="bitext_tatoeba/tatoeba_v1.tsv.xz",
         pivot="eng",
         languages=("amh", "fra"),
     )
-    tasks.SIB200Transfer = dict(
+    tasks["SIB200Transfer"] = dict(
         kind="classification",
         path="sib200_flores/{subset}.tsv.xz",
         train="eng_Latn",

@@ -22,13 +22,15 @@ def model_vectors(
     widths: Sequence[int | None],
     dtype: str,
 ) -> TextVectors:
-    """Raises `UserError` for an unknown prompt and for a width the model does not have."""
+    """A width of all features is None. Raises `UserError` for an unknown prompt and for a width
+    that the model does not have."""
     for side in SIDES:
         full = encoder.encode([], prompt=prompts[side]).shape[1]
     for width in widths:
         if width is not None and not 1 <= width <= full:
             raise UserError(f"--dim={width} must be between 1 and the model's width {full}")
-    return TextVectors(encoder, cache, prompts, mesh, widths, dtype)
+    widths = dict.fromkeys(None if width == full else width for width in widths)
+    return TextVectors(encoder, cache, prompts, mesh, tuple(widths), dtype)
 
 
 def model_card(encoder: TextEncoder, vectors: TextVectors, name: str) -> ModelCard:
