@@ -5,9 +5,9 @@
 
 MODEL is a folder of multilingual-e5-small (or another with a BERT or XLM-RoBERTa checkpoint) that
 both can load. Both get E5's prefixes: "query: " for queries and for symmetric tasks, "passage: "
-for documents. Vectors are kept in OUTPUT/vectors, per encoder: a run that was interrupted continues,
-and one that is repeated only scores. Writes parity.md; exit status 1 if any score (0 to 1) differs
-by more than 0.001, 2 for a mistake.
+for documents. Vectors are kept in OUTPUT/vectors, per encoder: a run that was interrupted
+continues, and one that is repeated only scores. Writes parity.md; exit status 1 if any score (0 to
+1) differs by more than 0.001, 2 for a mistake.
 
 Of such a folder sentence-transformers does not always find the right tokenizer: with a bare
 sentencepiece.bpe.model beside a BERT config it loads another one and says nothing. So PyTorch runs
