@@ -1,4 +1,14 @@
-"""Scores a model on retrieval sets in BEIR's layout.
+"""Scores a model: on a suite of tasks, or on retrieval sets in BEIR's layout.
+
+    python launch/evaluate.py --model=MODEL --suite=PAGE[:VARIANT] --data=FOLDER --output=FOLDER \\
+        [--cache=FOLDER] [--dim=N[,N]] [--dtype=bfloat16] [--name=ORGANISATION/MODEL] \\
+        [--query_prompt=...] [--document_prompt=...] [--symmetric_prompt=...]
+
+A suite is a page like configs/evaluation.py: retrieval (BEIR, MIRACL, across languages), semantic
+similarity, bitext mining and topic classification; its paths are in --data. In --output: results/
+(JSON files as MTEB writes them), table.md and languages.png. Every text is embedded once and kept
+in --cache (default: OUTPUT/vectors); a run that was interrupted continues. MODEL is a folder, or
+sentence-transformers:NAME. Details: docs/evaluation.md.
 
     python launch/evaluate.py --model=DIR --dataset=BEIR_FOLDER[,BEIR_FOLDER] \\
         --output=results.json [--heldout=DATA_DIR] [--dim=N[,N]] \\
@@ -22,14 +32,75 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--model", required=True, help="folder of the model, or bm25")
+    flags.add_argument("--suite", help="page of a suite, with an optional :variant")
+    flags.add_argument("--data", help="of a suite: the folder of its paths")
+    flags.add_argument("--cache", help="of a suite: folder of vectors; default OUTPUT/vectors")
+    flags.add_argument("--name", help="of a suite: what the results call the model, ORG/MODEL")
+    flags.add_argument("--dtype", default="float32", help="of a suite: of kept vectors")
+    flags.add_argument(
+        "--symmetric_prompt", default="query", help="of a suite: of texts that are no document"
+    )
     flags.add_argument("--dataset", default="", help="folders, separated by commas")
     flags.add_argument("--heldout", help="folder of prepared data, whose test sets are taken")
-    flags.add_argument("--output", required=True, help="results to write: .json")
+    flags.add_argument("--output", required=True, help="results to write: .json, or a folder")
     flags.add_argument("--dim", help="keep the first features only (Matryoshka)")
     flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
     flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
     arguments = flags.parse_args()
 
+    if arguments.suite:
+        score_suite(arguments)
+    else:
+        score_sets(arguments)
+
+
+def score_suite(arguments) -> None:
+    from moe_embed_jax.errors import UserError
+
+    if arguments.dataset or arguments.heldout:
+        raise UserError("--suite and --dataset or --heldout: give one, a suite lists its sets")
+    if not arguments.data:
+        raise UserError("--suite needs --data=FOLDER, where its sets are")
+    if arguments.model == "bm25":
+        raise UserError("--model=bm25 has no vectors: it scores --dataset only")
+    output = pathlib.Path(arguments.output)
+    if output.is_file():
+        raise UserError(f"--output={output} is a file, expected a folder")
+    launching.start_distributed()
+
+    from moe_embed_jax.curation.teacher import load_teacher
+    from moe_embed_jax.evaluation.suite import check_files, load_suite, run_tasks
+    from moe_embed_jax.evaluation.suite_model import model_card, model_vectors
+    from moe_embed_jax.mesh import MeshConfig, make_mesh
+
+    tasks, data = load_suite(arguments.suite), pathlib.Path(arguments.data)
+    check_files(tasks, data)
+    mesh = make_mesh(MeshConfig())
+    encoder = load_teacher(arguments.model, mesh)
+    query, document = launching.prompts(arguments)
+    symmetric = launching.prompt(arguments.symmetric_prompt)
+    prompts = {"query": query, "document": document, "symmetric": symmetric}
+    cache = pathlib.Path(arguments.cache) if arguments.cache else output / "vectors"
+    vectors = model_vectors(encoder, cache, prompts, mesh, widths(arguments.dim), arguments.dtype)
+    card = model_card(encoder, vectors, arguments.name or arguments.model)
+
+    import jax
+
+    from moe_embed_jax.evaluation.results import write_summary, write_task
+
+    results, writes = [], jax.process_index() == 0
+    for result in run_tasks(tasks, data, vectors):
+        results.append(result)
+        if writes:
+            write_task(output, card, result)
+        scores = ", ".join(f"{100 * result.mean(width):.2f}" for width in vectors.widths)
+        print(f"{result.name}: {result.main_score} {scores} ({result.seconds:.1f} s)", flush=True)
+    if writes:
+        write_summary(output, card, results)
+    print(f"{output}: results, table.md, languages.png")
+
+
+def score_sets(arguments) -> None:
     from moe_embed_jax.data.text_files import written_whole
     from moe_embed_jax.errors import UserError
     from moe_embed_jax.evaluation.beir import load_beir, unique_names

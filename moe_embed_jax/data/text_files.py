@@ -1,4 +1,6 @@
-"""Text files as people have them: JSON lines or one text per line, plain or .gz, UTF-8.
+"""Text files as people have them: JSON lines, tables or one text per line, UTF-8.
+
+Plain, .gz or .xz.
 
 Every complaint is one line that starts with `file:line:`, so that an editor can jump to it. Lines
 end at a line feed and nowhere else (U+2028 and friends are text), a carriage return before it
@@ -10,20 +12,23 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from moe_embed_jax.errors import UserError
 
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields `(line number from 1, line)`; `*.gz` and `*.xz` are decompressed on the way.
+    """Yields `(line number from 1, line)`; files named `*.gz` or `*.xz` are decompressed on the
+    way.
 
     Raises `UserError` for a file that cannot be read, a damaged .gz or .xz and invalid UTF-8.
     """
     path = Path(path)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    opener = OPENERS.get(path.suffix, open)
     number = 0
     try:
         with opener(path, "rb") as file:
@@ -91,6 +96,41 @@ def title_and_text(record: dict, where: str) -> str:
     """Title and text of a BEIR-like record joined by a space; the title may be missing or empty."""
     title = string_field(record, "title", where, default="")
     return f"{title} {string_field(record, 'text', where)}".strip()
+
+
+def read_table(
+    path: str | Path, columns: Sequence[str], header: bool = True
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields (`file:line`, the values of `columns`) of a table whose fields are parted by tabs.
+
+    Nothing is quoted or escaped. With `header` the first line names the columns, in any order and
+    with others between; without, the file has exactly these columns. Blank lines are skipped.
+
+    Raises `UserError`: a column is missing, a line has another number of fields, no line at all.
+    """
+    names = None if header else list(columns)
+    is_empty = True
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if names is None:
+            names = fields
+            if missing := [column for column in columns if column not in names]:
+                raise UserError(
+                    f"{path}:{number}: column '{missing[0]}' is missing (columns: "
+                    f"{', '.join(names)})"
+                )
+            continue
+        if len(fields) != len(names):
+            raise UserError(
+                f"{path}:{number}: expected {len(names)} fields separated by tabs "
+                f"({', '.join(names)}), got {len(fields)}"
+            )
+        is_empty = False
+        yield f"{path}:{number}", [fields[names.index(column)] for column in columns]
+    if is_empty:
+        raise UserError(f"{path}: empty file, expected lines of {', '.join(columns)}")
 
 
 def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:

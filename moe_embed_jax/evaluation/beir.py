@@ -8,8 +8,6 @@ from pathlib import Path
 from moe_embed_jax.data.text_files import parse_json, read_lines, string_field, title_and_text
 from moe_embed_jax.errors import UserError
 
-QRELS_FILES = ("qrels.tsv", "qrels/test.tsv")
-
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
@@ -60,23 +58,86 @@ def load_beir(folder: str | Path, name: str | None = None) -> RetrievalSet:
 
     Raises `UserError`, one line naming file, line, field and fault.
     """
+    files = find_files(folder)
+    corpus: dict[str, str] = {}
+    repeated = []
+    for where, identity, text in read_records(files.corpus):
+        if identity in corpus:
+            repeated.append((identity, where))
+        corpus[identity] = text
+    questions = load_questions(files)
+    meant = questions.judged_documents()
+    for identity, where in repeated:
+        if identity in meant:
+            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}, which is judged")
+    kept = questions.qrels
+    return RetrievalSet(
+        name=name or unique_names([folder])[0],
+        query_ids=list(kept),
+        queries=list(questions.queries.values()),
+        document_ids=list(corpus),
+        documents=list(corpus.values()),
+        qrels=kept,
+        unjudged_queries=questions.unjudged,
+        unknown_queries=questions.unknown,
+        unknown_documents=sum(d not in corpus for grades in kept.values() for d in grades),
+        repeated_documents=len(repeated),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BeirFiles:
+    corpus: Path
+    queries: Path
+    qrels: Path
+
+
+def find_files(folder: str | Path, split: str = "test") -> BeirFiles:
+    """The files of a BEIR-like folder; qrels.tsv, or else those of the split.
+
+    Raises `UserError`: no folder, or one of the files is missing.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {fault}; expected a folder with corpus.jsonl, queries.jsonl")
-    corpus_file = _find(folder, ("corpus.jsonl",))
-    query_file = _find(folder, ("queries.jsonl",))
-    qrels_file = _find(folder, QRELS_FILES)
+    return BeirFiles(
+        corpus=_find(folder, ("corpus.jsonl",)),
+        queries=_find(folder, ("queries.jsonl",)),
+        qrels=_find(folder, ("qrels.tsv", f"qrels/{split}.tsv")),
+    )
 
-    corpus, repeated = _read_records(corpus_file)
-    queries, repeated_queries = _read_records(query_file)
-    for identity, where in repeated_queries:
-        raise UserError(f"{where}: field '_id' repeats {identity!r:.60}")
-    judged = _read_qrels(qrels_file, queries)
-    meant = {document_id for grades in judged.values() for document_id in grades}
-    for identity, where in repeated:
-        if identity in meant:
-            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}, which is judged")
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Queries with a relevant judgement, id -> text, and their judgements, in the same order.
+
+    unjudged: queries without one. unknown: judged queries that do not exist. Both are left out.
+    """
+
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    unjudged: int
+    unknown: int
+
+    def judged_documents(self) -> set[str]:
+        return {document_id for grades in self.qrels.values() for document_id in grades}
+
+
+def load_questions(files: BeirFiles) -> Questions:
+    """The queries and judgements of a folder; raises as `load_beir` does."""
+    queries: dict[str, str] = {}
+    for where, identity, text in read_records(files.queries):
+        if identity in queries:
+            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}")
+        queries[identity] = text
+    return judged_questions(queries, _read_qrels(files.qrels, queries), files.queries, files.qrels)
+
+
+def judged_questions(
+    queries: dict[str, str], judged: dict[str, dict[str, int]], query_file: Path, qrels_file: Path
+) -> Questions:
+    """What of `queries` has a relevant judgement; `UserError` if nothing has."""
     kept = {
         query_id: judged[query_id]
         for query_id in queries
@@ -84,17 +145,11 @@ def load_beir(folder: str | Path, name: str | None = None) -> RetrievalSet:
     }
     if not kept:
         raise UserError(f"{qrels_file}: no query of {query_file.name} has a relevant document")
-    return RetrievalSet(
-        name=name or unique_names([folder])[0],
-        query_ids=list(kept),
-        queries=[queries[query_id] for query_id in kept],
-        document_ids=list(corpus),
-        documents=list(corpus.values()),
+    return Questions(
+        queries={query_id: queries[query_id] for query_id in kept},
         qrels=kept,
-        unjudged_queries=len(queries) - len(kept),
-        unknown_queries=sum(query_id not in queries for query_id in judged),
-        unknown_documents=sum(d not in corpus for grades in kept.values() for d in grades),
-        repeated_documents=len(repeated),
+        unjudged=len(queries) - len(kept),
+        unknown=sum(query_id not in queries for query_id in judged),
     )
 
 
@@ -125,13 +180,12 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     raise UserError(f"{folder}: no {' or '.join(names)}, neither plain nor .gz")
 
 
-def _read_records(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """`_id` -> text of a JSONL file in file order, and where an id came again (id, file:line).
+def read_records(path: Path, id_field: str = "_id") -> Iterator[tuple[str, str, str]]:
+    """Yields (file:line, id, text after title) of a JSONL file, line by line.
 
-    Blank lines are skipped.
+    Blank lines are skipped. Raises `UserError`: a bad line, or no line at all.
     """
-    texts: dict[str, str] = {}
-    repeated = []
+    is_empty = True
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -139,22 +193,19 @@ def _read_records(path: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
         record = parse_json(line, where)
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
-        identity = _identity(record, where)
-        if identity in texts:
-            repeated.append((identity, where))
-        texts[identity] = title_and_text(record, where)
-    if not texts:
+        is_empty = False
+        yield where, _identity(record, id_field, where), title_and_text(record, where)
+    if is_empty:
         raise UserError(f"{path}: empty file, expected one JSON object per line")
-    return texts, repeated
 
 
-def _identity(record: dict, where: str) -> str:
-    identity = record.get("_id")
+def _identity(record: dict, field: str, where: str) -> str:
+    identity = record.get(field)
     if isinstance(identity, int) and not isinstance(identity, bool):
         return str(identity)  # numbers are common, and qrels.tsv cannot tell
-    identity = string_field(record, "_id", where)
+    identity = string_field(record, field, where)
     if not identity:
-        raise UserError(f"{where}: field '_id' is empty")
+        raise UserError(f"{where}: field '{field}' is empty")
     return identity
 
 
@@ -170,15 +221,20 @@ def _read_qrels(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]
             raise UserError(
                 f"{where}: field 'score' must be an integer, got {score!r:.40}"
             ) from None
-        grades = judged.setdefault(query_id, {})
-        if grades.setdefault(document_id, grade) != grade:
-            raise UserError(
-                f"{where}: query {query_id!r:.60} and document {document_id!r:.60} were judged "
-                f"{grades[document_id]} before, now {grade}"
-            )
+        judge(judged, query_id, document_id, grade, where)
     if not judged:
         raise UserError(f"{path}: empty file, expected query-id, corpus-id and score per line")
     return judged
+
+
+def judge(judged: dict[str, dict[str, int]], query_id, document_id, grade: int, where: str) -> None:
+    """Adds a judgement; `UserError` if the pair has another grade already."""
+    grades = judged.setdefault(query_id, {})
+    if grades.setdefault(document_id, grade) != grade:
+        raise UserError(
+            f"{where}: query {query_id!r:.60} and document {document_id!r:.60} were judged "
+            f"{grades[document_id]} before, now {grade}"
+        )
 
 
 def _qrels_rows(path: Path) -> Iterator[tuple[str, bool, list[str]]]:

@@ -78,17 +78,34 @@ def score_run(retrieval_set: RetrievalSet, index_Bk: np.ndarray) -> Metrics:
             f"ranking has {len(index_Bk)} rows, set '{retrieval_set.name}' has "
             f"{len(retrieval_set.queries)} queries"
         )
-    run = _trec_run(retrieval_set, index_Bk)
+    ids = retrieval_set.document_ids
+    rankings = {
+        query_id: [ids[index] for index in index_k if index >= 0]
+        for query_id, index_k in zip(retrieval_set.query_ids, index_Bk.tolist(), strict=True)
+    }
+    metrics = score_rankings(retrieval_set.qrels, rankings)
+    return {**metrics, "queries": len(rankings), "documents": len(ids)}
+
+
+def score_rankings(
+    qrels: Mapping[str, Mapping[str, int]], rankings: Mapping[str, Sequence[str]]
+) -> Metrics:
+    """The metrics of `score_run` without its counts, of document ids per query id, best first."""
+    run = {}
+    # trec_eval sorts by score and breaks ties by document id; scores made of ranks leave it none.
+    rank_scores = [float(score) for score in range(DEPTH, 0, -1)]
+    for query_id, ranked in rankings.items():
+        if qrels[query_id].get(query_id, 0) <= 0:
+            ranked = [document_id for document_id in ranked if document_id != query_id]
+        run[query_id] = dict(zip(ranked, rank_scores, strict=False))  # cut at DEPTH
     # trec_eval knows no cut-off for the reciprocal rank: ranks beyond 10 are cut off here.
-    evaluator = ir_measures.pytrec_eval.evaluator([nDCG @ 10, R @ DEPTH, RR], retrieval_set.qrels)
+    evaluator = ir_measures.pytrec_eval.evaluator([nDCG @ 10, R @ DEPTH, RR], qrels)
     total = dict.fromkeys(("nDCG", "R", "RR"), 0.0)
     for metric in evaluator.iter_calc(run):
         name = metric.measure.NAME
         if name != "RR" or metric.value > 1 / 10.5:
             total[name] += metric.value
-    count = len(retrieval_set.queries)
-    means = {name: value / count for name, value in zip(METRICS, total.values(), strict=True)}
-    return {**means, "queries": count, "documents": len(retrieval_set.documents)}
+    return {name: value / len(run) for name, value in zip(METRICS, total.values(), strict=True)}
 
 
 def mean_over_languages(results: Mapping[str, Metrics]) -> dict[str, Metrics]:
@@ -109,23 +126,6 @@ def mean_over_languages(results: Mapping[str, Metrics]) -> dict[str, Metrics]:
         }
         for name, group in groups.items()
     }
-
-
-def _trec_run(retrieval_set: RetrievalSet, index_Bk: np.ndarray) -> dict[str, dict[str, float]]:
-    """{query id: {document id: score}} with scores that fall by rank.
-
-    trec_eval sorts by score and breaks ties by document id; scores made of ranks leave it none.
-    """
-    ids = retrieval_set.document_ids
-    shared = set(retrieval_set.query_ids).intersection(ids)
-    rank_scores = [float(score) for score in range(DEPTH, 0, -1)]
-    run = {}
-    for query_id, index_k in zip(retrieval_set.query_ids, index_Bk.tolist(), strict=True):
-        ranked = [ids[index] for index in index_k if index >= 0]
-        if query_id in shared and retrieval_set.qrels[query_id].get(query_id, 0) <= 0:
-            ranked = [document_id for document_id in ranked if document_id != query_id]
-        run[query_id] = dict(zip(ranked, rank_scores, strict=False))  # cut at DEPTH
-    return run
 
 
 def _encode_once(

@@ -95,19 +95,54 @@ def write_vectors(
         another dtype (the message names the difference); a vector that is not finite.
     """
     folder = Path(folder)
+    about = _about(hash_texts(texts()), encode, encoder, dtype)
+    return _complete(folder, texts, encode, about, folder.name)
+
+
+def cached_vectors(
+    cache: str | os.PathLike,
+    texts: Callable[[], Iterable[str]],
+    encode: Encode,
+    encoder: dict,
+    dtype: str = "float32",
+    fingerprint: tuple[int, str] | None = None,
+    label: str = "embedding",
+) -> VectorStore:
+    """The vectors of `texts` in a folder of `cache` that is theirs alone; embeds what is missing.
+
+    The folder's name is a hash of encoder, texts, width and dtype, so that whatever was embedded
+    once is found again, and nothing else. In a run of several processes, ask once for the same.
+
+    Args:
+      texts, encode, encoder, dtype: as of `write_vectors`, and its errors.
+      fingerprint: `hash_texts(texts())` where the caller has it: the texts are then read once.
+      label: of the progress bar.
+    """
+    about = _about(fingerprint or hash_texts(texts()), encode, encoder, dtype)
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:40]
+    return _complete(Path(cache) / key, texts, encode, about, label)
+
+
+def _about(fingerprint: tuple[int, str], encode: Encode, encoder: dict, dtype: str) -> dict:
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
-    count, sha256 = hash_texts(texts())
-    about = {
+    count, sha256 = fingerprint
+    return {
         "format": FORMAT,
         "texts": {"count": count, "sha256": sha256},
         "encoder": json.loads(json.dumps(encoder)),
         "width": int(encode([]).shape[1]),
         "dtype": dtype,
     }
+
+
+def _complete(
+    folder: Path, texts: Callable[[], Iterable[str]], encode: Encode, about: dict, label: str
+) -> VectorStore:
+    count = about["texts"]["count"]
     done = process_0_first(f"vectors {folder}", lambda: _start(folder, about))
     if done < count:
-        _embed(folder, itertools.islice(texts(), done, None), encode, about, done)
+        _embed(folder, itertools.islice(texts(), done, None), encode, about, done, label)
     wait_for_all(f"written {folder}")
     return VectorStore(folder)
 
@@ -151,7 +186,9 @@ def _is_unused(folder: Path) -> bool:
     return all(path.name == f"{ABOUT}.tmp" for path in folder.iterdir())
 
 
-def _embed(folder: Path, texts: Iterator[str], encode: Encode, about: dict, done: int) -> None:
+def _embed(
+    folder: Path, texts: Iterator[str], encode: Encode, about: dict, done: int, label: str
+) -> None:
     count = about["texts"]["count"]
     writes = jax.process_index() == 0
     array = _open(folder) if writes else None
@@ -163,7 +200,7 @@ def _embed(folder: Path, texts: Iterator[str], encode: Encode, about: dict, done
         save_json(folder / PROGRESS, {"rows": end})
 
     with tqdm(
-        total=count, initial=done, desc=folder.name, unit=" texts", disable=None, leave=False
+        total=count, initial=done, desc=label, unit=" texts", disable=None, leave=False
     ) as bar:
         # A kill leaves whole chunks only, so chunks are the same after a resume.
         while chunk := list(itertools.islice(texts, CHUNK)):

@@ -1,0 +1,126 @@
+"""What all task families share: the files of a task's subsets, and what a subset scores."""
+
+import dataclasses
+import glob
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from moe_embed_jax.errors import UserError
+
+PLACE = "{subset}"  # in a path: the name of a subset
+WHOLE = "default"  # the only subset of a task without a place in its path, MTEB's name for it
+
+Scores = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """A part of a task's data: its name, the language of its texts, and its path."""
+
+    name: str
+    language: str
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SubsetScores:
+    """Scores of a subset at each width; `languages` of its texts, queries before documents."""
+
+    name: str
+    languages: tuple[str, ...]
+    scores: dict[int | None, Scores]
+
+
+class Task(Protocol):
+    """What a page of a suite lists: a dataclass of the family's module."""
+
+    main_score: str  # key of the scores that counts
+    split: str
+
+    def files(self, root: Path) -> list[Path]:
+        """All files it reads; `UserError` for what is missing."""
+
+    def evaluate(self, root: Path, vectors, label: str) -> Iterator[SubsetScores]:
+        """The scores of every subset; `vectors` is a `TextVectors`, `label` the task's name."""
+
+
+def find_subsets(root: Path, path: str, languages) -> list[Subset]:
+    """The subsets of a task.
+
+    Args:
+      path: under `root`; `{subset}` in it stands for the name of a subset.
+      languages: a code: of all subsets. Codes in a list: a subset of each. {subset: code}. None:
+        whatever is there, subsets are named by their language.
+
+    Raises `UserError` where a subset is named that does not exist, or there is none.
+    """
+    if PLACE not in path:
+        if not isinstance(languages, str):
+            raise UserError(f"path {path!r} has no {PLACE}: languages must be one code, like 'en'")
+        return [Subset(WHOLE, languages, _existing(root, path))]
+    if languages is None or isinstance(languages, str):
+        names = subset_names(root, path)
+        return [Subset(n, languages or n, _existing(root, path.replace(PLACE, n))) for n in names]
+    named = languages if hasattr(languages, "items") else {code: code for code in languages}
+    return [
+        Subset(name, language, _existing(root, path.replace(PLACE, name)))
+        for name, language in dict(named).items()
+    ]
+
+
+def subset_names(root: Path, path: str) -> list[str]:
+    """What stands in the place of `{subset}` in the paths that exist, sorted."""
+    found = glob.glob(f"{glob.escape(str(root))}/{path.replace(PLACE, '*')}")
+    first, *others = (re.escape(part).replace(r"\*", "[^/]*") for part in path.split(PLACE))
+    pattern = f"{re.escape(str(root))}/{first}(?P<subset>[^/]+){'(?P=subset)'.join(others)}"
+    names = sorted({match["subset"] for p in found if (match := re.fullmatch(pattern, p))})
+    if not names:
+        raise UserError(f"{root / path}: nothing there has such a name")
+    return names
+
+
+def expand(path: str) -> list[Path]:
+    """The files of a path that may have a `*`, in the order of their names and numbers."""
+    if "*" not in path:
+        return [Path(path)]
+    return sorted(map(Path, glob.glob(path)), key=_numbers_by_value)
+
+
+def check_files(paths: Iterable[Path]) -> list[Path]:
+    paths = list(paths)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+    return paths
+
+
+def check_languages(languages, name: str = "languages") -> None:
+    """Raises `UserError` unless it is what `find_subsets` takes."""
+    codes: Sequence = ()
+    if hasattr(languages, "items"):
+        codes = [*languages.keys(), *languages.values()]
+    elif isinstance(languages, (list, tuple)):
+        codes = languages
+    elif languages is not None and not isinstance(languages, str):
+        raise UserError(f"{name}={languages!r} must be a code, a list of codes, a dict or None")
+    if bad := [code for code in codes if not isinstance(code, str)]:
+        raise UserError(f"{name}: {bad[0]!r} is not a code like 'en'")
+    if languages is not None and not languages:
+        raise UserError(f"{name} is empty: leave it out to take all that are there")
+
+
+def _existing(root: Path, path: str) -> str:
+    full = str(root / path)
+    if "*" in full:
+        if not glob.glob(full):
+            raise UserError(f"{full}: no file has such a name")
+    elif not Path(full).exists():
+        raise UserError(f"{full}: no such file or folder")
+    return full
+
+
+def _numbers_by_value(path: Path) -> list:
+    """docs-9 before docs-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
