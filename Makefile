@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine with python3 (3.11 to 3.13):
 #   make quickstart   prepare the default data, train a small MoE embedder, search with it
 #   make test         lint, format check and the whole test suite
+# and  make docs        the documentation and the API reference, as HTML in build/docs
 # Another Python: make PYTHON=python3.12 quickstart
 # Without PyTorch (on Linux its wheel brings CUDA, several GB): make test TEST_EXTRAS=test; the tests
 # that compare with PyTorch are then skipped.
@@ -11,12 +12,12 @@ RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
-TEST_EXTRAS ?= test,pytorch,plan,beam,mteb
+TEST_EXTRAS ?= test,pytorch,plan,beam,mteb,docs
 # Test files in two processes, each of which needs up to 4 GB: make test PYTEST_FLAGS= for one.
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
 
 quickstart: $(VENV)/base-$(VERSION)
 	$(RUN) launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -25,6 +26,10 @@ test: $(VENV)/test-$(VERSION)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+docs: $(VENV)/docs-$(VERSION)
+	$(RUN) -m sphinx -W --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
 
 $(VENV)/base-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -m venv --help > /dev/null || (echo "error: $(PYTHON) has no venv module (Debian: apt install python3-venv)"; exit 2)
@@ -35,6 +40,10 @@ $(VENV)/base-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/test-$(VERSION): $(VENV)/base-$(VERSION)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[$(TEST_EXTRAS)]
+	@touch $@
+
+$(VENV)/docs-$(VERSION): $(VENV)/base-$(VERSION)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[docs]
 	@touch $@
 
 $(CONSTRAINTS):

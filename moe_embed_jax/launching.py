@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser whose complaints are `UserError`s; flags must be written in full."""
+    """An argument parser that raises `UserError` for a mistake; flags must be written in full."""
     return _Parser(
         description=description,
         allow_abbrev=False,

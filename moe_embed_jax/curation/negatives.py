@@ -44,8 +44,8 @@ class Rule:
     the best `count` are taken whose score is below both limits, where s is the lowest score of the
     query's own documents:
 
-      s - (1 - relative) |s|, that is `relative` x s where s is positive;
-      s - absolute.
+    * `s - (1 - relative) |s|`, that is `relative` x s where s is positive;
+    * `s - absolute`.
 
     relative=1 and absolute=0 ask for a lower score than the positive; None leaves that limit out.
     Texts with the same `data.normal_form` are one query and one document.

@@ -1,4 +1,4 @@
-"""Prepared folders of text pairs with hard negatives: random access, and writing a new one.
+"""Prepared folders of text pairs with hard negatives: random access, and writing a new one::
 
     folder = PairFolder("pairs")
     rows = folder.read(range(*folder.groups["wiki", "de"]))

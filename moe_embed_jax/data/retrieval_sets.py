@@ -80,10 +80,10 @@ def prepare(
     """Writes the retrieval sets of the test splits of `configs`, unless they are there already.
 
     Returns:
-      {"source": ..., "sets": {"translations/de": {"queries": n, "documents": n, "relevant": n}},
-       "left_out": {"translations/ta": queries}, "min_queries": 100}, also stored in
-      retrieval/statistics.json and as section `retrieval_sets` of data_dir/statistics.json. Sets
-      with fewer queries are left out.
+      What is also stored in retrieval/statistics.json and as section `retrieval_sets` of
+      data_dir/statistics.json: "source", "sets" (name, as "translations/de", -> numbers of
+      "queries", "documents" and "relevant"), "left_out" (name -> queries) and "min_queries" (100);
+      sets with fewer queries are left out.
 
     Raises:
       UserError: the texts are not prepared, or damaged.

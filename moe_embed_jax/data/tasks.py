@@ -174,7 +174,7 @@ def join_texts(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def add_prefixes(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """`search_query: ` before the query, `search_document: ` before the document."""
+    """Puts "search_query: " before the query and "search_document: " before the document."""
 
     def add(row: dict) -> dict:
         prefixed = {

@@ -2,11 +2,14 @@
 
 Texts are compared by 64-bit hashes (two int32) that travel with the batch. For pair i, with query
 q_i and document d_i, a document of the batch (own or hard negative) is a negative except
+
   * one that is the own document of q_i, or of another copy of that query, in any copy,
   * one with the content of q_i itself,
   * a second copy of a document: each distinct one counts once (a small language fills a batch with
     several copies of its rows). Own documents are counted before hard negatives;
+
 and for the terms that score queries, a query of the batch is a negative except
+
   * one that has d_i as own document, in any copy (q_i is one),
   * one with the content of d_i itself,
   * a second copy of a query.

@@ -25,10 +25,10 @@ class ContrastConfig:
     that are scored: Z[q->d] = sum of exp s(q_i, d) over d in D_i, Z[d->q] = sum of exp s(d_i, q)
     over q in Q_i, and so on. With o = exp s(q_i, d_i) the loss of a pair is, for `partition`
 
-      "joint":     -log(o / (o + the sum of all terms))                 (GTE, arXiv 2308.03281)
-      "separate":  the mean of -log(o / (o + Z[q->d] + Z[q->q])) and
-                   -log(o / (o + Z[d->q] + Z[d->d])), less the terms that are not listed, and less
-                   the second part if it has none; "q->d d->q" is the symmetric loss of CLIP.
+    * "joint": `-log(o / (o + the sum of all terms))` (GTE, arXiv 2308.03281);
+    * "separate": the mean of `-log(o / (o + Z[q->d] + Z[q->q]))` and
+      `-log(o / (o + Z[d->q] + Z[d->d]))`, less the terms that are not listed, and less the second
+      part if it has none; "q->d d->q" is the symmetric loss of CLIP.
 
     temperature: of the softmax; with `learn_temperature` the value at the start.
     learn_temperature: the caller's parameter `log_scale` (= -log temperature) is used instead,

@@ -1,7 +1,7 @@
 """Reads the text of a compiled (optimised, scheduled) HLO module.
 
 Only the syntax: computations, their instructions, shapes and attributes. What they cost is counted
-in `cost.py`. Grammar by example:
+in `cost.py`. Grammar by example::
 
     %body.1 (param.0: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
       ROOT %add.2 = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} add(%a.1, %b.1), backend_config={...}

@@ -1,6 +1,7 @@
 """From counted work to seconds.
 
 A step is taken to be the sum of
+
   * the compiler's cycle estimates over the chip's clock;
   * Pallas kernels, for which it has none: max(FLOPs / peak, bytes / bandwidth, operations of the
     vector unit) of each call, VECTOR_OPERATIONS for every transcendental;
@@ -8,6 +9,7 @@ A step is taken to be the sum of
     they touch in HBM, and for sorts the operations of the vector unit;
   * collectives that block;
   * what asynchronous collectives exceed all of the above by: they are taken to be hidden otherwise.
+
 Asynchronous copies between HBM and on-chip memory are taken to be hidden. `serial_seconds` hides
 nothing; the truth should lie between the two. Host input, launch gaps and slow links are not in it.
 """

@@ -27,8 +27,8 @@ def fill_cells(destination_TK, destinations: int, cell: int):
       cell: C, slots of each cell.
 
     Returns:
-      slot_TK: int32 destination * C + place; destinations * C for what has no slot. First choices
-        are placed before second ones, and earlier tokens before later ones.
+      (slot_TK, dropped). slot_TK: int32 destination * C + place; destinations * C for what has no
+      slot; first choices are placed before second ones, and earlier tokens before later ones.
       dropped: float32 scalar, assignments that had a destination and found its cell full.
     """
     tokens, top_k = destination_TK.shape

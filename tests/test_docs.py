@@ -1,0 +1,287 @@
+"""What the documentation says exists: links, files, flags, keys, commands; and Sphinx builds it."""
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import itertools
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, load_benchmark
+
+import moe_embed_jax
+from moe_embed_jax import config as config_page
+from moe_embed_jax import launching
+from moe_embed_jax.evaluation.heldout import load_heldout
+from moe_embed_jax.recipe.page import Recipe
+from moe_embed_jax.training.run_config import PAGES
+
+PAGES_OF_TEXT = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("benchmarks", "configs", "docs", "launch", "moe_embed_jax", "tests")
+DOCSTRINGS = [*sorted(ROOT.glob("configs/*.py")), *sorted(ROOT.glob("launch/*.py"))]
+FILES = [
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.*"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.*")))
+]
+MADE_BY_COMMANDS = {"report.md", "modeling_moe_embed.py"}  # no files of the repository
+SCRIPT = r"(?:(?:launch|benchmarks|docs/pictures)/\w+\.py|-m moe_embed_jax\.[\w.]+)"
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def fences(text: str) -> list[str]:
+    """Code blocks: fenced, and indented by four."""
+    indented = "\n".join(line[4:] if line.startswith("    ") else "" for line in text.splitlines())
+    fenced = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    return [*fenced, indented]
+
+
+def inline(text: str) -> list[str]:
+    """What stands in single backticks, outside of blocks."""
+    outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", outside)]
+
+
+def slugs(path) -> set[str]:
+    """The anchors that GitHub and Sphinx make of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ---- links and names ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=name)
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        if link.startswith(("https://", "http://")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        assert path.exists(), f"{name(page)} links to {link}"
+        if anchor:
+            assert anchor in slugs(path), f"{name(page)} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=name)
+def test_named_files_and_tests_exist(page):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for code in inline(page.read_text()):
+        if re.fullmatch(r"[\w./-]+\.(py|md|sh|svg|cfg)", code) and not code.startswith("runs/"):
+            known = any(f"/{path}".endswith(f"/{code}") for path in FILES)
+            assert known or code in MADE_BY_COMMANDS, f"{name(page)} names {code}"
+        if re.fullmatch(r"test_\w+", code):
+            assert f"def {code}(" in tests, f"{name(page)} names {code}"
+
+
+def test_a_missing_file_would_be_seen():
+    """The checks above look at something: the pages have links, files and commands."""
+    text = "".join(page.read_text() for page in PAGES_OF_TEXT)
+    assert len(re.findall(r"\]\([^)\s]+\)", text)) > 50
+    assert sum(code.endswith(".py") for code in inline(text)) > 30
+    assert len(COMMANDS) > 40
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def commands(text: str) -> list[str]:
+    """`python SCRIPT ...` of a block, whole, without what a shell would not pass on."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(rf"python ({SCRIPT}[^\n]*)", joined)
+    return [re.split(r" && | & | \| |   ", command)[0].rstrip(" &") for command in found]
+
+
+def plain(command: str) -> list[str]:
+    """The words of a command with its notation resolved: [optional], a|b, N."""
+    command = command.replace("[:variant]", ":smoke")
+    command = command.replace("--config=...", "--config=configs/mlm.py:smoke")
+    before = None
+    while before != command:
+        before = command
+        command = re.sub(r"\[(?!--)[^\[\]]*\]", "", command)
+    command = re.sub(r"\[(--[^\[\]]*)\]", r"\1", command)
+    command = re.sub(r"=N\b", "=1", command)
+    if command.count('"') % 2:  # the end of what another command is given in quotes
+        command = command.rstrip(' "')
+    return [word.partition("|")[0] for word in shlex.split(command, comments=True)]
+
+
+def docstring(path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+COMMANDS = sorted(
+    {
+        (command, name(path))
+        for path in [*PAGES_OF_TEXT, *DOCSTRINGS]
+        for block in (fences(path.read_text()) if path.suffix == ".md" else [docstring(path)])
+        for command in commands(block)
+    }
+)
+
+
+class Parsed(Exception):
+    """Raised in place of doing what the command says, once it is understood."""
+
+
+def load_main(script: str):
+    """The `main` of launch/x.py, benchmarks/x.py or a module."""
+    if script.startswith("launch/"):
+        spec = importlib.util.spec_from_file_location(script, ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main
+    if script.startswith("benchmarks/"):
+        return load_benchmark(script.removeprefix("benchmarks/").removesuffix(".py")).main
+    if script.endswith(".py"):
+        return runpy.run_path(str(ROOT / script))["main"]
+    return importlib.import_module(script).main
+
+
+@pytest.mark.parametrize(("command", "page"), COMMANDS, ids=[c[:90] for c, _ in COMMANDS])
+def test_commands_parse(command, page, monkeypatch):
+    """Script, flags, config page, keys and the kinds of their values."""
+    words = plain(command)
+    if words[0] == "-m":
+        words = words[1:]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    parse_args = argparse.ArgumentParser.parse_args
+    parse_with_config = launching.parse_with_config
+
+    def parse_only(self, *arguments):
+        parse_args(self, *arguments)
+        raise Parsed
+
+    def parse_only_with_config(*arguments):
+        parse_with_config(*arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(launching, "parse_with_config", parse_only_with_config)
+    if words[0] == "launch/prepare.py":
+        pytest.importorskip("apache_beam")
+        from moe_embed_jax.data.raw import pipeline
+
+        def check_only(options):
+            pipeline._check_flags(options.beam)
+            raise Parsed
+
+        monkeypatch.setattr(pipeline, "prepare", check_only)
+    if words[0].startswith("docs/"):
+        assert (ROOT / words[0]).is_file()
+        return
+    with pytest.raises(Parsed):
+        load_main(words[0])()
+
+
+def test_wrong_commands_do_not_parse(monkeypatch):
+    for command in (
+        "launch/embed.py --model=DIR --input=a.txt --output=a.npy --prompt=query --dimension=3",
+        "launch/train.py --config=configs/mlm.py:smoke --workdir=a --config.data.row_lenght=3",
+        "launch/train.py --config=configs/mlm.py:smoke --workdir=a --config.batch_size=many",
+        "launch/train.py --config=configs/none.py --workdir=a",
+    ):
+        with pytest.raises(Exception, match=r"argument|config"):
+            test_commands_parse(command, "", monkeypatch)
+
+
+def keys_of(section, prefix: str = ""):
+    """Full names of the keys of a page, sections included."""
+    for key, value in section.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{prefix}{key}.")
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=name)
+def test_named_keys_exist(page):
+    """`data.chunk_rows`, `--config.filter.k=5` and the like, wherever they are named."""
+    pages = [config_page.defaults(cls) for cls in (*PAGES.values(), Recipe)]
+    known = set(itertools.chain.from_iterable(map(keys_of, pages)))
+    sections = "init|model|data|optimizer|loss|mesh|health"
+    text = page.read_text()
+    named = re.findall(r"--config\.([\w.]*\w)", text)
+    for code in inline(text):
+        named += re.findall(rf"^((?:{sections})\.[a-z_.]+[a-z_])(?:=.*|)$", code)
+        named += re.findall(rf"^config\.((?:{sections})\.\w+)$", code)
+    for key in named:
+        key = re.sub(r"^stage\d\.set\.|^stageN\.set\.", "", key)
+        if re.search(r"\.(py|safetensors|prepare)$|^stage\d\.page$", key):  # a file, a module
+            continue
+        key = re.sub(r"^(loss\.dims|data\.rates)\..*", r"\1", key)
+        assert key in known, f"{name(page)} names the key {key}"
+
+
+# ---- pages that are run, and built -------------------------------------------------------------
+
+
+def test_the_split_of_own_data(tmp_path):
+    """The program of docs/own_data.md on a small CSV file with what such files have."""
+    page = (ROOT / "docs" / "own_data.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    rows = [f'"How, or why, {i}?","Because of {i // 2}."' for i in range(300)]
+    rows += [rows[0], '"  ","An answer without a question."', '"Größe?","多 行\nzwei"']
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    (tmp_path / "runs" / "own" / "faq.csv").write_text("\n".join(["question,answer", *rows]))
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    own = tmp_path / "runs" / "own"
+    train = [yaml.safe_load(line) for line in (own / "train.jsonl").read_text().splitlines()]
+    (heldout,) = load_heldout(own / "data").values()
+    assert not {row["query"] for row in train} & set(heldout.queries)
+    assert len(train) + len(heldout.queries) == 301
+    assert 15 <= len(heldout.queries) <= 50
+    assert heldout.oddities() == ""
+    assert {row["document"] for row in train} <= set(heldout.documents)
+
+
+def test_versions_agree():
+    version = moe_embed_jax.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert {"cff-version", "message", "title", "authors", "references"} <= set(citation)
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_sphinx_builds_without_warnings(tmp_path):
+    pytest.importorskip("sphinx", reason="pip install -e .[docs]")
+    pytest.importorskip("myst_parser", reason="pip install -e .[docs]")
+    command = ["-m", "sphinx", "-W", "--keep-going", "--quiet", "-E", "-b", "html", "docs"]
+    result = subprocess.run(
+        [sys.executable, *command, tmp_path / "html", "-d", tmp_path / "doctrees"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    page = (tmp_path / "html" / "api" / "embedder.html").read_text()
+    assert 'id="moe_embed_jax.embedder.Embedder.encode"' in page
+    assert "Matryoshka" in page  # the docstring's text, not the signature alone
+    modules = set(
+        re.findall(
+            r"automodule:: ([\w.]+)",
+            "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.rst")),
+        )
+    )
+    built = "".join(path.read_text() for path in (tmp_path / "html" / "api").glob("*.html"))
+    missing = [module for module in modules if f'id="module-{module}"' not in built]
+    assert not missing

@@ -1,0 +1,54 @@
+"""No import runs upwards: the floors of CONTRIBUTING.md."""
+
+import ast
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "moe_embed_jax"
+FLOORS = (
+    {"mesh", "shapes", "processes", "config", "errors", "mxu"},
+    {"routing", "objectives", "data", "search", "sharding"},
+    {"models", "checkpoint"},
+    {"interop"},
+    {"model_folder", "conversion"},
+    {"embedder"},
+    {"evaluation", "curation"},
+    {"training"},
+    {"planning", "recipe"},
+)
+ENTRY = "launching"  # for what has a `main`
+
+
+def floor(room: str) -> int:
+    (found,) = [i for i, rooms in enumerate(FLOORS) if room in rooms]
+    return found
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The rooms of the package that a module imports, also inside functions."""
+    rooms = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moe_embed_jax"):
+            _, *room = node.module.split(".")
+            rooms |= {room[0]} if room else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            rooms |= {parts[1] for parts in names if parts[0] == "moe_embed_jax" and parts[1:]}
+    return rooms
+
+
+def test_imports_run_downwards():
+    upwards, seen = [], 0
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room in ("__init__", ENTRY):
+            continue
+        tree = ast.parse(path.read_text())
+        has_main = any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in tree.body)
+        for other in imported(tree):
+            seen += 1
+            allowed = has_main if other == ENTRY else floor(other) <= floor(room)
+            if not allowed:
+                upwards.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert seen > 100
+    assert not upwards
