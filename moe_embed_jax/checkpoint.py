@@ -102,8 +102,9 @@ class Checkpoints:
                     branch = {key.key: branch}
                 how = ocp.checkpoint_utils.construct_restore_args(branch)
                 args = ocp.args.PyTreeRestore(branch, restore_args=how, partial_restore=True)
-                restored = reader.restore(self.folder / str(step) / name, args=args)
-                yield path_of(path), jax.tree.leaves(restored)[0]
+                # No name for it here: that would keep it while the next one is read.
+                item = self.folder / str(step) / name
+                yield path_of(path), jax.tree.leaves(reader.restore(item, args=args))[0]
 
     def _check_shapes(self, step: int, item: str, abstract) -> None:
         """Name what differs before Orbax fails on it with a long trace."""

@@ -4,11 +4,11 @@ published checkpoint (safetensors). Everything that loads a model goes through h
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.checkpoint import Checkpoints
@@ -214,7 +214,8 @@ def _read_each(folder: pathlib.Path, step: int, abstract: dict, progress, form) 
     """`params` on the host in another form, never all of them as they are saved."""
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         arrays = progress(checkpoints.restore_each(step, "params", abstract))
-        leaves = [form(path, np.asarray(array)) for path, array in arrays]
+        # Not by a loop, whose variable would keep each array while the next one is read.
+        leaves = list(itertools.starmap(form, arrays))
     return jax.tree.structure(abstract).unflatten(leaves)
 
 

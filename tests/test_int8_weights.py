@@ -181,16 +181,17 @@ def memory(name):  # not ru_maxrss, which a process takes over from the one that
 single_device_mesh()
 before = memory("VmRSS")
 embedder = Embedder.load(sys.argv[1], weights=sys.argv[2])
-loaded = memory("VmRSS")
+loaded, loading = memory("VmRSS"), memory("VmHWM")
 ids = np.arange(64)[None] % 500
 x = embedder.encode_ids(ids, np.ones_like(ids))
 assert np.isfinite(x).all()
-print(loaded - before, memory("VmHWM") - before)
+print(loaded - before, loading - before, memory("VmHWM") - before)
 """
 
 
 def test_memory(tmp_path):
-    """No float32 copy of all weights ever exists: not at loading, compiling or computing."""
+    """A float32 copy of all weights never exists: resident memory after loading, and its peaks
+    while loading, compiling and computing."""
     model = EncoderConfig(
         vocab_size=40_000, num_layers=12, width=384, num_heads=6, ffn_width=1536, num_experts=8
     )
@@ -209,9 +210,10 @@ def test_memory(tmp_path):
         result = run_python(["-c", MEMORY, tmp_path, weights])
         assert result.returncode == 0, result.stderr
         used[weights] = [int(word) for word in result.stdout.split()]
-    loaded, peak = used["int8"]
-    assert 0.25 * total < loaded < 0.75 * total and peak < 0.9 * total, (total, used)
-    assert min(used["float32"]) > 0.9 * total, (total, used)  # the measure sees a copy
+    for float32, int8 in zip(*used.values(), strict=True):
+        assert float32 - int8 > 0.2 * total, (total, used)
+    assert 0.25 * total < used["int8"][0] < 0.6 * total, (total, used)
+    assert used["float32"][0] > 0.9 * total, (total, used)  # the measure sees a copy
 
 
 def test_a_mesh_of_one_device_is_the_default(folder):

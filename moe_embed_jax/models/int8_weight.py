@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 LEVELS = 127  # -127 ... 127; -128 is not used, as usual in symmetric schemes
-PIECE = 1 << 24  # values that are float32 twice at a time, at least those of one first index
+PIECE = 1 << 22  # values that are rounded at a time, at least those of one first index
 
 # Parameters that become int8, and the axis of an output channel's inputs. The router decides which
 # experts a token meets, and is small; norms and biases are vectors: they stay float32.
@@ -90,5 +90,6 @@ def quantized(path: str, array: np.ndarray) -> "np.ndarray | Int8Weight":
     step = max(1, PIECE // max(array[:1].size, 1))
     for begin in range(0, len(array), step):
         piece = slice(begin, begin + step)
-        values[piece] = np.clip(np.rint(array[piece] / of_row[piece]), -LEVELS, LEVELS)
+        scaled = array[piece] / of_row[piece]
+        values[piece] = np.clip(np.rint(scaled, out=scaled), -LEVELS, LEVELS, out=scaled)
     return Int8Weight(values, scale)
