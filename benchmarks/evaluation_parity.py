@@ -48,6 +48,7 @@ def main() -> int:
     scores = {key: all_scores(name, tasks, data, output) for key, name in encoders.items()}
     rows = compare(scores["ours"], scores["reference"])
     page = markdown(rows)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "parity.md").write_text(page)
     print(page)
     return int(largest(rows) > LARGEST)

@@ -80,6 +80,15 @@ def test_similarity_refuses(tmp_path, content, message):
         scores_of(Similarity("{subset}.tsv"), tmp_path, tmp_path / "v")
 
 
+def test_a_damaged_xz_names_its_line(tmp_path):
+    path = write(
+        tmp_path / "de.tsv.xz", table(*[(n, "a", "b") for n in range(99)], header=STS_HEAD)
+    )
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"de.tsv.xz:\d+: damaged .xz file"):
+        scores_of(Similarity("{subset}.tsv.xz"), tmp_path, tmp_path / "v")
+
+
 # Bitext mining
 
 

@@ -47,7 +47,7 @@ def write_all(root: Path) -> Path:
         questions = {f"q{n}": f"wort{n} w{n % 7} frage{language}" for n in range(0, 40, 2)}
         judged = [(f"q{n}", f"d{n}", 1) for n in range(0, 40, 2)]
         write_beir(data / "xquad" / language, documents, questions, judged)
-        rows = [(n / 4, f"a{n} b c", f"a{n % 6} b d{n}") for n in range(20)]
+        rows = [(5 - n / 4, f"a{n} b c", f"a{n % 6} b d{n}") for n in range(20)]
         head = ("score", "sentence1", "sentence2")
         write(data / f"sts/{language}.tsv.gz", table(*rows, header=head))
     rows = [(code, f"s{n} {code}", f"s{n % 9} e") for n in range(12) for code in ("deu", "cmn")]
@@ -71,6 +71,7 @@ def launch(monkeypatch, tmp_path):
     """launch("--flag=value", ...) -> exit status, in `tmp_path` with data and a stand-in model."""
     monkeypatch.chdir(tmp_path)
     write_all(tmp_path)
+    (tmp_path / "runs/my model").mkdir(parents=True)
     encoder = StandInTeacher()
     monkeypatch.setattr(teacher_module, "load_teacher", lambda name, mesh: encoder)
     sys.path.append(str(ROOT / "launch"))
@@ -123,7 +124,7 @@ def test_a_whole_suite(launch, tmp_path, capsys):
     assert "| task | kind | score | subsets | 64 dim | 16 dim |" in page
     matrix = [line for line in page.splitlines() if line.startswith("| de |")]
     expected = [100 * found[f"de-{other}"]["main_score"] for other in ("de", "en")]
-    assert matrix == [f"| de | {expected[0]:.2f} | {expected[1]:.2f} |"]
+    assert matrix[0] == f"| de | {expected[0]:.2f} | {expected[1]:.2f} |"
     assert "published" not in page.lower()  # nothing here has the size of a published set
     assert (tmp_path / "out/languages.png").read_bytes().startswith(b"\x89PNG")
 
@@ -302,7 +303,7 @@ def scores_on(devices: int, folder: Path) -> dict:
 def test_eight_devices_score_like_one(tmp_path):
     write_all(tmp_path)
     one, eight = scores_on(1, tmp_path), scores_on(8, tmp_path)
-    assert one.keys() == eight.keys() and len(one) == 6
+    assert [*one] == [*eight] == ["XQuAD", "Mining", "MIRACL"]
     for name, expected in one.items():
         assert eight[name] == pytest.approx(expected, abs=1e-6), name
 
@@ -314,6 +315,8 @@ if __name__ == "__main__":
     mesh = make_mesh(MeshConfig())
     assert mesh.size == count
     vectors = text_vectors(root / f"v{count}", mesh=mesh)
-    found = run_tasks(load_suite(str(root / "page.py")), root / "data", vectors)
+    tasks = load_suite(str(root / "page.py"))
+    searching = {name: tasks[name] for name in ("XQuAD", "Mining", "MIRACL")}
+    found = run_tasks(searching, root / "data", vectors)
     values = {r.name: [v for s in r.subsets for v in s.scores[None].values()] for r in found}
     print(json.dumps(values))
