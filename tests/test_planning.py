@@ -117,7 +117,7 @@ def test_a_batch_that_the_chips_do_not_divide_is_refused(run):
 def test_masked_rows_are_those_of_the_page():
     config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/mlm.py"), {})
     load = masked_workload(config, types.SimpleNamespace(size=64))
-    assert (load.chunks, load.rows) == (8, 8)
+    assert (load.chunks, load.rows) == (4, 16)
     assert load.tokens == pytest.approx(0.97 * 4096 * 2048)
     with pytest.raises(UserError, match="multiple of 24"):
         masked_workload(config, types.SimpleNamespace(size=24))
