@@ -270,7 +270,12 @@ def test_published_rows_are_marked_in_the_table():
 
 
 def test_languages_of_other_data_sets_are_the_same():
-    for codes in (("ar", "ara", "arb_Arab"), ("zh", "cmn", "zho_Hans"), ("sw", "swh_Latn")):
+    for codes in (
+        ("ar", "ara", "arb_Arab"),
+        ("zh", "cmn", "zho_Hans"),
+        ("sw", "swh_Latn"),
+        ("ko", "kor_Hang"),
+    ):
         assert len({language_tag(code, merged=True) for code in codes}) == 1
     assert [language_tag(c) for c in ("de", "arb_Arab", "zho_Hant", "kor", "no such")] == [
         *("deu-Latn", "arb-Arab", "zho-Hant", "kor-Kore", "no such")

@@ -4,6 +4,8 @@ import functools
 
 import langcodes
 
+PART_OF = {"Hang": "Kore"}  # scripts that are a part of another: Hangul of Korean's
+
 
 @functools.cache
 def language_tag(code: str, merged: bool = False) -> str:
@@ -15,6 +17,7 @@ def language_tag(code: str, merged: bool = False) -> str:
     try:
         tag = langcodes.standardize_tag(code.replace("_", "-"), macro=merged)
         language = langcodes.Language.get(tag, normalize=merged).maximize()
-        return f"{language.to_alpha3()}-{language.script}"
+        script = PART_OF.get(language.script, language.script) if merged else language.script
+        return f"{language.to_alpha3()}-{script}"
     except (langcodes.LanguageTagError, LookupError):
         return code

@@ -34,7 +34,12 @@ def scores_by_language(
 
 
 def save_picture(path, results: list[TaskResult], width: int | None, title: str) -> None:
-    """Writes a PNG: languages x tasks, beside each other in panels where there are many."""
+    """Writes a PNG: languages x tasks, beside each other in panels where there are many.
+
+    Tasks of one language are left out where others have several: table.md has them.
+    """
+    several = [r for r in results if len({subset.languages[0] for subset in r.subsets}) > 1]
+    results = several or results
     tags, score_LT = scores_by_language(results, width)
     panels = -(-len(tags) // ROWS_PER_PANEL)
     rows = -(-len(tags) // panels)
