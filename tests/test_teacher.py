@@ -116,3 +116,14 @@ def test_equals_embedder_through_pytorch(minilm):
             ours.encode(TEXTS, prompt=prompt), theirs.encode(TEXTS, prompt=prompt), atol=1e-5
         )
     assert len(theirs.identity(None)["hash"]) == 64
+
+
+def test_a_tokenizer_is_not_guessed(tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs the extra pytorch")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"pieces")
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer_config\.json"):
+        load_teacher(f"sentence-transformers:{tmp_path}", single_device_mesh())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded"):  # it has no weights
+        load_teacher(f"sentence-transformers:{tmp_path}", single_device_mesh())

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import pathlib
 from typing import Protocol
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.tokenizer_files import XLMR_FILE
 
 EXTERNAL = "sentence-transformers:"
 
@@ -33,7 +35,8 @@ def load_teacher(name: str, mesh: jax.sharding.Mesh) -> Teacher:
       mesh: devices of an `Embedder`.
 
     Raises:
-      UserError: no such model; sentence-transformers is wanted and not installed.
+      UserError: no such model, or a folder without a tokenizer that sentence-transformers reads;
+        sentence-transformers is wanted and not installed.
     """
     if not name.startswith(EXTERNAL):
         return Embedder.load(name, mesh=mesh)
@@ -51,6 +54,7 @@ class SentenceTransformerTeacher:
                 f"the teacher {EXTERNAL}{name} needs sentence-transformers, which is not "
                 f"installed ({error}): pip install -e .[pytorch]"
             ) from None
+        refuse_without_tokenizer(pathlib.Path(name))
         try:
             self._model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
@@ -107,3 +111,16 @@ def _uint8():
     import torch
 
     return torch.uint8
+
+
+def refuse_without_tokenizer(folder: pathlib.Path) -> None:
+    """Raises `UserError` for a folder with XLM-R's pieces that does not say that they are its
+    tokenizer: transformers takes one by the model's type, another one for a BERT, and says
+    nothing."""
+    known = ("tokenizer.json", "tokenizer_config.json")
+    if (folder / XLMR_FILE).is_file() and not any((folder / name).is_file() for name in known):
+        raise UserError(
+            f"{folder} has {XLMR_FILE}, but neither {' nor '.join(known)}: sentence-transformers "
+            "would guess a tokenizer. Save one of them there, or name the folder without "
+            f"'{EXTERNAL}'"
+        )
