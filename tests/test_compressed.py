@@ -20,6 +20,10 @@ def vectors(count: int, width: int, seed: int = 0) -> np.ndarray:
     return unit_norm(x_ND).astype(np.float32)
 
 
+def signs(x_ND: np.ndarray, stored: BinaryVectors) -> np.ndarray:
+    return np.where(x_ND > stored.threshold_D, 1.0, -1.0)
+
+
 def ranked(score_BN: np.ndarray, k: int) -> np.ndarray:
     """Best first, equal ones by the lower index."""
     return np.argsort(-score_BN, axis=1, kind="stable")[:, :k]
@@ -41,8 +45,11 @@ def test_int8_is_off_by_half_a_scale_at_most(x_ND):
 @given(arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 40)), elements=FLOATS))
 def test_bits_are_signs(x_ND):
     stored = BinaryVectors.compress(x_ND)
-    np.testing.assert_array_equal(stored.signs(slice(None)), np.where(x_ND > 0, 1.0, -1.0))
-    assert stored.shape == x_ND.shape
+    np.testing.assert_allclose(stored.threshold_D, x_ND.mean(axis=0, dtype=float), atol=1e-4)
+    np.testing.assert_array_equal(stored.signs(slice(None)), signs(x_ND, stored))
+    plain = BinaryVectors.compress(x_ND, np.zeros(x_ND.shape[1]))
+    np.testing.assert_array_equal(plain.signs(slice(None)), np.where(x_ND > 0, 1.0, -1.0))
+    assert stored.shape == plain.shape == x_ND.shape
 
 
 @pytest.mark.parametrize("width", [8, 24, 100, 256])
@@ -93,9 +100,9 @@ def test_int8_with_the_scale_of_a_sample_saturates():
 )  # fmt: skip
 def test_hamming_search(count, queries, width, k, seed):
     document_ND, query_BD = vectors(count, width, seed), vectors(queries, width, seed + 1)
-    score_Bk, index_Bk = BinaryVectors.compress(document_ND).top_k(query_BD, k)
-    signs_ND, signs_BD = np.where(document_ND > 0, 1, -1), np.where(query_BD > 0, 1, -1)
-    oracle_BN = signs_BD @ signs_ND.T
+    stored = BinaryVectors.compress(document_ND)
+    score_Bk, index_Bk = stored.top_k(query_BD, k)
+    oracle_BN = signs(query_BD, stored) @ signs(document_ND, stored).T
     expected = ranked(oracle_BN, k)
     np.testing.assert_array_equal(index_Bk, expected)
     np.testing.assert_array_equal(score_Bk, np.take_along_axis(oracle_BN, expected, 1))
@@ -106,8 +113,10 @@ def test_hamming_search_over_several_blocks(monkeypatch):
     monkeypatch.setattr(compressed, "QUERY_BLOCK", 16)
     monkeypatch.setattr(compressed, "PIECE", 50)
     documents, queries = vectors(333, 24), vectors(37, 24, 1)
-    _, index_Bk = BinaryVectors.compress(documents).top_k(queries, 90)  # k is above the block
-    oracle_BN = np.where(queries > 0, 1, -1) @ np.where(documents > 0, 1, -1).T
+    stored = BinaryVectors.compress(documents)
+    np.testing.assert_allclose(stored.threshold_D, documents.mean(axis=0), atol=1e-6)
+    _, index_Bk = stored.top_k(queries, 90)  # k is above the block
+    oracle_BN = signs(queries, stored) @ signs(documents, stored).T
     np.testing.assert_array_equal(index_Bk, ranked(oracle_BN, 90))
 
 
@@ -124,7 +133,7 @@ def test_rescoring(by, monkeypatch):
         queries, candidate_Bm, score_Bk, index_Bk, strict=True
     ):
         candidates = np.sort(candidates)
-        oracle = held_ND[candidates] @ query
+        oracle = held_ND[candidates] @ (query if rescorer else query - bits.threshold_D)
         np.testing.assert_array_equal(found, candidates[np.argsort(-oracle, kind="stable")[:10]])
         np.testing.assert_allclose(scores, np.sort(-oracle)[:10] * -1, rtol=1e-5, atol=1e-5)
 
@@ -145,6 +154,18 @@ def test_rescoring_brings_the_true_neighbours_back():
     by_bits = recall(rescored_top_k(queries, bits, 10)[1])
     by_int8 = recall(rescored_top_k(queries, bits, 10, int8)[1])
     assert plain < by_bits < by_int8 <= 1 and recall(int8.top_k(queries, 10)[1]) > 0.95
+
+
+def test_an_offset_of_all_vectors_costs_nothing():
+    """Thresholds are means: bits and candidates are those of the vectors without the offset."""
+    documents, queries = vectors(300, 64), vectors(20, 64, 1)
+    offset_D = 3 * vectors(1, 64, 2)[0]
+    without, shifted = (BinaryVectors.compress(documents + by) for by in (0, offset_D))
+    assert np.mean(without.bits_NW == shifted.bits_NW) > 0.99  # but for rounding
+    expected = rescored_top_k(queries, without, 5)[1]
+    assert np.mean(rescored_top_k(queries + offset_D, shifted, 5)[1] == expected) > 0.95
+    plain = BinaryVectors.compress(documents + offset_D, np.zeros(64))
+    assert np.mean(rescored_top_k(queries + offset_D, plain, 5)[1] == expected) < 0.5
 
 
 def test_all_candidates_give_the_exact_ranking_of_the_rescorer():
@@ -176,7 +197,8 @@ NAN = np.where(np.arange(6)[:, None] == 4, np.nan, X).astype(np.float32)
         (lambda: Int8Vectors.compress(X, np.zeros(16)), "16 positive numbers"),
         (lambda: Int8Vectors(X, np.ones(16)), "must be int8"),
         (lambda: Int8Vectors(X.astype(np.int8), np.ones(15)), "does not fit"),
-        (lambda: BinaryVectors(np.zeros((2, 3), np.uint8), 16), r"uint8 \[N, 2\]"),
+        (lambda: BinaryVectors(np.zeros((2, 3), np.uint8), np.zeros(16)), r"uint8 \[N, 2\]"),
+        (lambda: BinaryVectors.compress(X, np.zeros(15)), "16 numbers"),
         (lambda: BinaryVectors.compress(X).top_k(X[:, :8], 3), r"\[count, 16\]"),
         (lambda: BinaryVectors.compress(X).top_k(NAN, 3), "a query holds"),
         (lambda: BinaryVectors.compress(X).top_k(X, 0), "k=0"),

@@ -5,8 +5,9 @@
     binary    D/8 bytes a vector    rescored_top_k: by Hamming distance, the best ranked again
 
 Definitions as in the field (scalar and binary quantization of sentence-transformers, Faiss' SQ8):
-int8 has a scale per dimension, taken from the vectors themselves; a bit says whether a component is
-above 0, and what few candidates the bits find is ranked again with the query in float32.
+int8 has a scale per dimension, a bit says whether a component is above the mean of its dimension;
+both are taken from the vectors themselves. The few candidates that bits find are ranked again with
+the query in float32.
 """
 
 from collections.abc import Iterator
@@ -105,38 +106,57 @@ class Int8Vectors:
 
 
 class BinaryVectors:
-    """Component d of a vector is +1 where its bit is 1, else -1: bit 1 means above 0.
+    """Component d of a vector is a sign: +1 (bit 1) above `threshold_D[d]`, else -1.
 
     `bits_NW`: uint8 [N, ceil(D / 8)], dimension 0 the highest bit of byte 0 (`np.packbits`), zeros
     behind the last dimension.
+
+    The thresholds are the means of the dimensions. Usual are zeros, but embeddings of many models
+    share a large offset, and a bit that is the same in all vectors says nothing: of
+    multilingual-e5-small's 384 bits on XQuAD's paragraphs 187 are nearly constant with zeros, and
+    nDCG@10 by Hamming distance is 0.63 instead of 0.93. An offset of the documents changes all
+    scores of a query by the same amount, so nothing is lost.
     """
 
-    def __init__(self, bits_NW: np.ndarray, width: int):
-        """Raises ValueError: another dtype, or a width D that the bytes do not fit."""
+    def __init__(self, bits_NW: np.ndarray, threshold_D: np.ndarray):
+        """Raises ValueError: another dtype, or thresholds that the bytes do not fit."""
+        width = len(threshold_D)
         if bits_NW.dtype != np.uint8 or bits_NW.ndim != 2 or bits_NW.shape[1] != -(-width // 8):
             raise ValueError(
                 f"bits must be uint8 [N, {-(-width // 8)}] for width {width}, got "
                 f"{bits_NW.dtype} {bits_NW.shape}"
             )
-        self.bits_NW, self.width = bits_NW, width
+        self.bits_NW, self.threshold_D = bits_NW, threshold_D.astype(np.float32)
 
     @classmethod
-    def compress(cls, document_ND: Documents) -> "BinaryVectors":
-        """The signs of float vectors, read in slices."""
+    def compress(
+        cls, document_ND: Documents, threshold_D: np.ndarray | None = None
+    ) -> "BinaryVectors":
+        """Of float vectors, read in slices, twice without thresholds.
+
+        threshold_D: of a sample, for vectors that are to be added to its index; zeros for plain
+        signs. None: the means of these vectors.
+        """
         N, D = document_ND.shape
+        if threshold_D is None:
+            sum_D = sum((x_nD.sum(axis=0, dtype=np.float64) for _, x_nD in _pieces(document_ND)))
+            threshold_D = np.zeros(D) + sum_D / max(N, 1)
+        threshold_D = np.asarray(threshold_D, np.float32)
+        if threshold_D.shape != (D,) or not np.isfinite(threshold_D).all():
+            raise ValueError(f"threshold_D must be {D} numbers, one per dimension")
         bits_NW = np.empty((N, -(-D // 8)), np.uint8)
         for first, x_nD in _pieces(document_ND):
-            bits_NW[first : first + len(x_nD)] = np.packbits(x_nD > 0, axis=1)
-        return cls(bits_NW, D)
+            bits_NW[first : first + len(x_nD)] = np.packbits(x_nD > threshold_D, axis=1)
+        return cls(bits_NW, threshold_D)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.bits_NW), self.width
+        return len(self.bits_NW), len(self.threshold_D)
 
     @property
     def nbytes(self) -> int:
         """All that is held."""
-        return self.bits_NW.nbytes
+        return self.bits_NW.nbytes + self.threshold_D.nbytes
 
     @property
     def bytes_per_vector(self) -> int:
@@ -148,7 +168,7 @@ class BinaryVectors:
 
     def signs(self, rows) -> np.ndarray:
         """+1 and -1, float32 [..., D], of `rows` (a slice, or indices of any shape)."""
-        bit = np.unpackbits(self.bits_NW[rows], axis=-1, count=self.width)
+        bit = np.unpackbits(self.bits_NW[rows], axis=-1, count=self.shape[1])
         return bit.astype(np.float32) * 2 - 1
 
     def top_k(self, query_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +178,12 @@ class BinaryVectors:
           scores float32 [B, min(k, N)], D - 2 distance (the inner product of the signs), and
           indices int32; best first, equal scores by the lower index.
         """
-        query_BD = _checked_queries(query_BD, self.width)
-        N, B = len(self), len(query_BD)
+        query_BD = _checked_queries(query_BD, self.shape[1])
+        (N, D), B = self.shape, len(query_BD)
         wanted = _checked_k(k, N)
         if B == 0 or wanted == 0:
             return np.zeros((B, wanted), np.float32), np.zeros((B, wanted), np.int32)
-        query_BW = _words(np.packbits(query_BD > 0, axis=1))
+        query_BW = _words(np.packbits(query_BD > self.threshold_D, axis=1))
         block = min(BLOCK, _power_of_two(N))
         parts = [query_BW[start : start + QUERY_BLOCK] for start in range(0, B, QUERY_BLOCK)]
         parts = [_pad_rows(part, _power_of_two(len(part))) for part in parts]
@@ -172,15 +192,16 @@ class BinaryVectors:
             block_nW = _pad_rows(_words(self.bits_NW[first : first + block]), block)
             block_nW = jnp.asarray(block_nW)
             found = [
-                _nearer(best, part, block_nW, first, N - first, self.width)
+                _nearer(best, part, block_nW, first, N - first, D)
                 for best, part in zip(found, parts, strict=True)
             ]
         score_Bk, index_Bk = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return score_Bk[:B], index_Bk[:B]
 
     def scores(self, query_BD: np.ndarray, index_Bm: np.ndarray) -> np.ndarray:
-        """Inner products [B, m] of each float query with the signs of the vectors `index_Bm[b]`."""
-        return np.einsum("BD,BmD->Bm", query_BD, self.signs(index_Bm))
+        """Inner products [B, m] of each float query, less the thresholds, with the signs of the
+        vectors `index_Bm[b]`."""
+        return np.einsum("BD,BmD->Bm", query_BD - self.threshold_D, self.signs(index_Bm))
 
 
 def rescored_top_k(
@@ -211,12 +232,12 @@ def rescored_top_k(
         raise ValueError(f"rescorer {rescorer.shape} and bits {bits.shape}: not the same vectors")
     if oversample < 1:
         raise ValueError(f"oversample={oversample} must be at least 1")
-    query_BD = _checked_queries(query_BD, bits.width)
+    query_BD = _checked_queries(query_BD, bits.shape[1])
     wanted = _checked_k(k, len(bits))
     _, index_Bm = bits.top_k(query_BD, oversample * k)
     index_Bm = np.sort(index_Bm, axis=1)  # of equal scores the lower index is first
     score_Bm = np.empty(index_Bm.shape, np.float32)
-    step = max(1, RESCORED // max(1, index_Bm.shape[1] * bits.width))
+    step = max(1, RESCORED // max(1, index_Bm.shape[1] * bits.shape[1]))
     for start in range(0, len(query_BD), step):
         rows = slice(start, start + step)
         score_Bm[rows] = rescorer.scores(query_BD[rows], index_Bm[rows])
