@@ -190,8 +190,7 @@ print(loaded - before, loading - before, memory("VmHWM") - before)
 
 
 def test_memory(tmp_path):
-    """A float32 copy of all weights never exists: resident memory after loading, and its peaks
-    while loading, compiling and computing."""
+    """Less than with float32 weights after loading, and at the peaks of loading and of use."""
     model = EncoderConfig(
         vocab_size=40_000, num_layers=12, width=384, num_heads=6, ffn_width=1536, num_experts=8
     )
