@@ -8,8 +8,9 @@ from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import PAGES, RunConfig
 
+NO_RUNS = ("recipe", "evaluation")  # test_recipe.py, test_suite.py
 PAGES_OF_RUNS = (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
-CONFIGS = sorted(path for path in PAGES_OF_RUNS if path.stem != "recipe")  # see test_recipe.py
+CONFIGS = sorted(path for path in PAGES_OF_RUNS if path.stem not in NO_RUNS)
 
 
 def write(tmp_path, text) -> str:

@@ -11,7 +11,8 @@ from conftest import ROOT, metric, run_python
 from moe_embed_jax.conversion import export_model
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-CONFIGS.remove("recipe")  # no page of launch/train.py: test_recipe.py
+for no_page_of_training in ("recipe", "evaluation"):  # test_recipe.py, test_suite.py
+    CONFIGS.remove(no_page_of_training)
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,8 @@ def smoke(data_dir, tmp_path_factory):
         "--config.stage3.set.model.remat_rows=0",
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
-    return (lambda *more: run_python([*arguments, *more])), folder / "run"
+    # A chain of eleven processes: 600 s are too few where others share the processors.
+    return (lambda *more: run_python([*arguments, *more], timeout=1500)), folder / "run"
 
 
 @pytest.mark.slow
