@@ -7,7 +7,12 @@ from pathlib import Path
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import RetrievalSet, find_files, load_beir
 from moe_embed_jax.evaluation.retrieval import CANDIDATES, score_run
-from moe_embed_jax.evaluation.subsets import PLACE, SubsetScores, check_languages, find_subsets
+from moe_embed_jax.evaluation.subsets import (
+    SubsetScores,
+    check_languages,
+    check_place,
+    find_subsets,
+)
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
 from moe_embed_jax.search.knn import top_k
 
@@ -27,8 +32,7 @@ class CrossLingual:
 
     def __post_init__(self):
         check_languages(self.languages)
-        if PLACE not in self.path:
-            raise UserError(f"path {self.path!r} has no {PLACE}, the language")
+        check_place(self.path)
 
     def files(self, root: Path) -> list[Path]:
         found = (find_files(subset.path, self.split) for subset in self._subsets(root))

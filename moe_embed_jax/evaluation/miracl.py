@@ -10,10 +10,10 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import Questions, judge, judged_questions
 from moe_embed_jax.evaluation.streamed_retrieval import evaluate_streamed
 from moe_embed_jax.evaluation.subsets import (
-    PLACE,
     SubsetScores,
     check_files,
     check_languages,
+    check_place,
     expand,
     find_subsets,
 )
@@ -39,8 +39,7 @@ class Miracl:
     def __post_init__(self):
         check_languages(self.languages)
         for key in ("topics", "qrels", "corpus"):
-            if PLACE not in getattr(self, key):
-                raise UserError(f"{key} {getattr(self, key)!r} has no {PLACE}, the language")
+            check_place(getattr(self, key), key)
 
     def files(self, root: Path) -> list[Path]:
         return check_files(

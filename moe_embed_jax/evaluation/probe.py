@@ -16,6 +16,7 @@ from moe_embed_jax.evaluation.subsets import (
     SubsetScores,
     check_files,
     check_languages,
+    check_place,
     find_subsets,
 )
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
@@ -49,8 +50,7 @@ class Probe:
 
     def __post_init__(self):
         check_languages(self.languages)
-        if PLACE not in self.path:
-            raise UserError(f"path {self.path!r} has no {PLACE}, the language")
+        check_place(self.path)
 
     def files(self, root: Path) -> list[Path]:
         return check_files(Path(s.path) for s in [self._train(root), *self._subsets(root)])

@@ -111,6 +111,12 @@ def check_languages(languages, name: str = "languages") -> None:
         raise UserError(f"{name} is empty: leave it out to take all that are there")
 
 
+def check_place(path: str, key: str = "path") -> None:
+    """Raises `UserError` unless a path has a place for the name of a subset."""
+    if PLACE not in path:
+        raise UserError(f"{key} {path!r} has no {PLACE}, the language")
+
+
 def _existing(root: Path, path: str) -> str:
     full = str(root / path)
     if "*" in full:
