@@ -260,6 +260,7 @@ def test_unit_norm_of_a_zero_vector_is_finite():
         (dict(width=30), "width=30 must be divisible"),
         (dict(experts_per_token=9), "experts_per_token=9 must be between 1 and num_experts=4"),
         (dict(expert_backend="magic"), "expert_backend='magic'"),
+        (dict(dtype="float16"), "dtype='float16': choose from"),
     ],
 )
 def test_impossible_architectures_are_refused(change, message):

@@ -77,6 +77,7 @@ class EncoderConfig:
                 f"num_experts={self.num_experts}"
             )
         for name, known in (
+            ("dtype", ["float32", "bfloat16"]),  # float16 would need loss scaling
             ("expert_backend", ["auto", *BACKENDS]),
             ("expert_exchange", list(EXCHANGES)),
         ):

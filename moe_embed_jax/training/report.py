@@ -110,7 +110,10 @@ class Judge:
         _print_searches(console, searches)
 
     def _table(self, columns: dict[str, dict]) -> Table:
-        table = Table(title="nDCG@10 on held-out data (no English string of it was trained on)")
+        title = "nDCG@10 on held-out data"
+        if not self.config.data.pairs:  # of pairs of the user's own nobody has checked it
+            title += " (no English string of it was trained on)"
+        table = Table(title=title)
         table.add_column("set")
         table.add_column("language")
         table.add_column("queries", justify="right")
