@@ -52,7 +52,7 @@ SETTINGS = {
         sets=("translations/vi",),
         languages="",
         every=1,
-        config=NEVER_STOP | {"batch_size": 128},
+        config=NEVER_STOP | {"batch_size": 128, "optimizer.warmup_steps": 5},
     ),
     # multilingual-e5-small trained further, on the shorter texts: 21 M parameters in its layers.
     "upcycled": Setting(

@@ -20,6 +20,7 @@ from moe_embed_jax.evaluation.retrieval import METRICS
 from moe_embed_jax.interop.upcycle import upcycled_model
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 from moe_embed_jax.training.init import upcycle_config
+from moe_embed_jax.training.optimizer import learning_rate
 from moe_embed_jax.training.run_config import RunConfig
 
 benchmark = load_benchmark("findings")
@@ -80,6 +81,8 @@ def test_arms():
         assert len({repr((configs[arm], ARMS[arm].devices)) for arm in arms}) == len(arms)
         # What is no change of an arm is the same for all: steps, data, batch.
         assert len({(configs[arm].steps, configs[arm].batch_size) for arm in arms}) == 1
+        for arm in arms:
+            learning_rate(configs[arm].optimizer, configs[arm].steps)  # an error if never reached
     assert findings_arms.home("top-2") == "dense_vs_moe"  # also for the findings d and e
     assert findings_arms.arms_of(["a", "d"]).count("top-2") == 1
     assert configs["matryoshka"].loss.dims == {"128": 1.0, "42": 1.0}

@@ -2,10 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
+from moe_embed_jax import config as config_page
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.sharding import path_of
+from moe_embed_jax.training import loop
 from moe_embed_jax.training.optimizer import (
     OptimizerConfig,
     decay_mask,
@@ -13,6 +16,7 @@ from moe_embed_jax.training.optimizer import (
     learning_rates,
     make_optimizer,
 )
+from moe_embed_jax.training.run_config import RunConfig
 
 
 def test_decay_mask_is_the_papers():
@@ -70,6 +74,16 @@ def test_the_rates_of_a_run_are_those_of_its_updates():
 def test_warmup_must_end():
     with pytest.raises(UserError, match="warmup_steps=1000 must be below steps=1000"):
         make_optimizer(OptimizerConfig(), 1000)
+
+
+def test_a_run_that_cannot_warm_up_claims_nothing(tmp_path):
+    """The error comes before the data are made and before the work directory is this run's."""
+    page = str(ROOT / "configs/quickstart.py")
+    keys = {"steps": "20", "data.dir": str(tmp_path / "data")}
+    config = config_page.load(RunConfig, page, keys)
+    with pytest.raises(UserError, match="warmup_steps=20 must be below steps=20"):
+        loop.train(config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_update_by_hand():

@@ -44,15 +44,13 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     is_writer = jax.process_index() == 0
     preemption = _Preemption()
 
-    ### Mesh, work directory, data
+    ### Mesh, optimiser, work directory, data, step
     mesh = make_mesh(config.mesh)
     config, changed = init.resolve(config, workdir)
+    optimizer = make_optimizer(config.optimizer, config.steps)  # may refuse: before data are made
     process_0_first("claim", lambda: workdir_module.claim(workdir, config, write=is_writer))
     objective = OBJECTIVES[config.objective](config, workdir, mesh, is_writer)
     batches, data_spec, step_config = objective.batches, objective.data_spec, objective.step_config
-
-    ### Optimiser, step
-    optimizer = make_optimizer(config.optimizer, config.steps)
     train_step = objective.jit_train_step(optimizer)
 
     ### State: the newest checkpoint of this work directory, else fresh
