@@ -304,20 +304,39 @@ class TestCompiled:
         # One more forward pass of the block, none of the head.
         assert 1 < (others - encoder / 3) / found["model_flops_per_chip"] < 1.2
 
-    def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(self, tmp_path):
-        changes = dict(width=128, ffn_width=256, num_layers=2, remat_rows=2)
+    @pytest.mark.parametrize(
+        ("topology", "width", "heads"),
+        [
+            ("v5e:2x2", 128, 4),
+            # As wide as the released model: its rows take most of a kernel's memory.
+            pytest.param("v5p:2x2x1", 768, 12, marks=pytest.mark.slow),
+            pytest.param("v4:2x2x1", 768, 12, marks=pytest.mark.slow),
+        ],
+    )
+    def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(
+        self, topology, width, heads, tmp_path
+    ):
+        changes = dict(
+            width=width,
+            ffn_width=256,
+            num_layers=2,
+            num_heads=heads,
+            remat_rows=2,
+            dtype="bfloat16",
+        )
         text, found = plan(
             (
-                *("launch/plan.py", "--config=configs/finetune.py:smoke", "--topology=v5e:2x2"),
+                *("launch/plan.py", "--config=configs/finetune.py:smoke", f"--topology={topology}"),
                 *(f"--set=model.{key}={value}" for key, value in changes.items()),
                 *("--set=data.row_length=512", "--set=data.negatives=10", "--set=data.dir=no_data"),
+                "--set=loss.dims=None",
             ),
             tmp_path / "plan.json",
         )
         assert found["fits"] and not found["kernels_without_estimate"]
         assert "rows of 512 slots" in text
         # A pair has 12 texts: what is computed are their rows, not those of two.
-        config = EncoderConfig(vocab_size=16_384, num_heads=4, **changes)
+        config = EncoderConfig(vocab_size=16_384, **changes)
         rows = -(-4 * (12 + 11 * 90) * 10 // (9 * 512))
         assert found["model_flops_per_chip"] == pytest.approx(
             training_flops_per_token(config) * rows * 512

@@ -54,10 +54,10 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
 
 def attention_for(row_length: int, width: int, heads: int, dtype):
     """The function that computes attention for this shape on the devices of the mesh."""
-    shape = row_length, width, heads
+    shape = row_length, width, heads, dtype
     if platform() == "tpu" and fused_attention.supports(*shape):
         return fused_attention.fused_attention
-    if platform() == "tpu" and blocked_attention.supports(*shape, dtype):
+    if platform() == "tpu" and blocked_attention.supports(*shape):
         return blocked_attention.blocked_attention
     return attention
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.mesh import fast_memory_bytes
 from moe_embed_jax.models.head_lanes import (
     LANES,
     NEVER,
@@ -25,13 +26,19 @@ from moe_embed_jax.models.head_lanes import (
 )
 from moe_embed_jax.mxu import dot
 
-LONGEST_ROW = 512  # longer ones have scores that do not fit fast memory
+LONGEST_ROW = 512  # of longer ones the kernel of blocks is faster
+SCORES = 7  # [L, L] float32 in fast memory at a time, in the backward pass; by the compiler: 6.9
 
 
-def supports(row_length: int, width: int, heads: int) -> bool:
-    """Whether the kernel takes rows of this length and heads of this size."""
-    fits = row_length % LANES == 0 and row_length <= LONGEST_ROW
-    return fits and supports_heads(width, heads)
+def supports(row_length: int, width: int, heads: int, dtype) -> bool:
+    """Whether the kernel takes rows of this length and heads of this size on the TPUs of the mesh
+    in context: what the backward pass of a row needs of their fast memory decides."""
+    if row_length % LANES or row_length > LONGEST_ROW or not supports_heads(width, heads):
+        return False
+    lanes, item = max(width // heads, LANES), jnp.dtype(dtype).itemsize
+    row = 7 * width * item + 2 * lanes * 4  # q, k, v and gradients, one of the context; cos and sin
+    needed = row_length * (2 * row + SCORES * row_length * 4)  # of this row and of the next
+    return needed <= fast_memory_bytes()
 
 
 def fused_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
@@ -86,7 +93,9 @@ def _call(kernel, qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, further, heads, int
             bytes_accessed=moved,
             transcendentals=rows * heads * length * length,
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=fast_memory_bytes()
+        ),
         interpret=interpret,
         name="attention_backward" if further else "attention",
     )(*inputs)
