@@ -255,5 +255,18 @@ def test_out_of_memory_is_understood(message, space, needed, available):
     assert (found.space, found.needed, found.available) == (space, needed, available)
 
 
+def test_the_kernel_that_ran_out_of_fast_memory_is_named():
+    message = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space "
+        "vmem while allocating on stack for %attention.26 = bf16[35,512,2304]{2,1,0} custom-call("
+        '%fusion.29), metadata={op_name="jit(train_step)/attention_backward" stack_frame_id=5}. '
+        "Scoped allocation with size 18.43M and limit 16.00M exceeded scoped vmem limit by 2.43M."
+    )
+    found = parse_exhausted(message)
+    assert (found.space, found.available) == ("vmem", 16 * 2**20)
+    assert found.needed == int(18.43 * 2**20)
+    assert found.largest == ("kernel jit(train_step)/attention_backward",)
+
+
 def test_another_error_is_not_out_of_memory():
     assert parse_exhausted("INVALID_ARGUMENT: no such thing") is None

@@ -35,7 +35,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """What the compiler said: `space` is "hbm" or "vmem"; bytes None where it did not say."""
+    """What the compiler said: `space` is "hbm" or "vmem"; bytes None where it did not say;
+    `largest` the allocations it names, or the kernel."""
 
     space: str
     needed: int | None
@@ -88,6 +89,10 @@ def parse_exhausted(message: str) -> OutOfMemory | None:
     for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:6]:
         fields = re.findall(r"(?:Size|Operator|Shape): ([^\n]*)", block)
         lines.append("; ".join(field.strip() for field in fields[:3]))
+    # Of a kernel's fast memory: which kernel, by its place in the program.
+    kernel = re.search(r'while allocating on stack for .*?op_name="([^"]+)"', message)
+    if kernel:
+        lines.append(f"kernel {kernel[1]}")
     return OutOfMemory(space, needed, available, tuple(lines), message.splitlines()[0])
 
 

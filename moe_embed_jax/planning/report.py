@@ -9,7 +9,7 @@ from rich.table import Table
 from moe_embed_jax.planning.aot import Plan
 from moe_embed_jax.planning.memory import largest_arguments
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 LARGEST_SOURCES = 10
 
 
@@ -98,11 +98,12 @@ def _print_exhausted(plan: Plan, console: Console) -> None:
     found = plan.exhausted
     console.print(f"the compiler ran out of {found.space.upper()}: {found.message}", markup=False)
     if found.needed:
-        needed, available = found.needed / GIB, found.available / GIB
-        console.print(f"predicted need at least {needed:.2f} GiB of {available:.2f} GiB per chip")
+        unit, name = (MIB, "MiB") if found.space == "vmem" else (GIB, "GiB")
+        needed, available = found.needed / unit, found.available / unit
+        console.print(f"predicted need at least {needed:.2f} of {available:.2f} {name} per chip")
     for line in found.largest:
         console.print(f"  allocation  {line}", markup=False)
-    for path, size in largest_arguments(plan.step.arguments):
+    for path, size in largest_arguments(plan.step.arguments) if found.space == "hbm" else ():
         console.print(f"  argument    {size / GIB:.3f} GiB  {path}", markup=False)
 
 
