@@ -8,7 +8,7 @@ stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export ->
 docs/recipe.md. `stageN.page` is a config of launch/train.py, `stageN.set` what is changed of it.
 
 Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the default data on two
-CPU cores, without a hub (54 minutes beside other work; not timed alone); `:smoke` is a few steps of
+CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
 each, for tests.
 
 Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; those of training stand in the pages.
