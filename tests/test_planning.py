@@ -316,20 +316,12 @@ class TestCompiled:
     def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(
         self, topology, width, heads, tmp_path
     ):
-        changes = dict(
-            width=width,
-            ffn_width=256,
-            num_layers=2,
-            num_heads=heads,
-            remat_rows=2,
-            dtype="bfloat16",
-        )
+        changes = dict(width=width, ffn_width=256, num_layers=2, num_heads=heads, remat_rows=2)
         text, found = plan(
             (
                 *("launch/plan.py", "--config=configs/finetune.py:smoke", f"--topology={topology}"),
                 *(f"--set=model.{key}={value}" for key, value in changes.items()),
                 *("--set=data.row_length=512", "--set=data.negatives=10", "--set=data.dir=no_data"),
-                "--set=loss.dims=None",
             ),
             tmp_path / "plan.json",
         )

@@ -26,7 +26,7 @@ from moe_embed_jax.models.head_lanes import (
 )
 from moe_embed_jax.mxu import dot
 
-LONGEST_ROW = 512  # of longer ones the kernel of blocks is faster
+LONGEST_ROW = 512  # longer ones are left to the kernel of blocks
 SCORES = 7  # [L, L] float32 in fast memory at a time, in the backward pass; by the compiler: 6.9
 
 
