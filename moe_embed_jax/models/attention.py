@@ -1,11 +1,15 @@
 """Bidirectional multi-head attention over packed rows, with rotary or no positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.mesh import platform
 from moe_embed_jax.models import blocked_attention, fused_attention, long_attention
+
+SCORES_AT_A_TIME = 1 << 20  # on a CPU: 4 MB of float32, which its caches can hold
 
 
 def rotation(position_RL, head: int, base: float):
@@ -52,6 +56,38 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
     return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention_by_rows(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
+    """`attention` for CPUs: without gradients a few rows at a time, whose scores stay in the cache;
+    half the time for 16 rows of 512 tokens. With gradients all rows at once, as the scores must be
+    kept anyhow."""
+    rows, length, _ = qkv_RLM.shape
+    most = max(SCORES_AT_A_TIME // (heads * length**2), 1)
+    piece = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
+    if piece == rows:
+        return attention(qkv_RLM, text_index_RL, rotation_RLC, heads)
+    pieces = jax.tree.map(
+        lambda array: array.reshape(-1, piece, *array.shape[1:]),
+        (qkv_RLM, text_index_RL, rotation_RLC),
+    )
+    context_PRLD = jax.lax.map(lambda of_piece: attention(*of_piece, heads), pieces)
+    return context_PRLD.reshape(rows, length, -1)
+
+
+def _fwd(qkv_RLM, text_index_RL, rotation_RLC, heads):
+    def whole(qkv_RLM):
+        return attention(qkv_RLM, text_index_RL, rotation_RLC, heads)
+
+    return jax.vjp(whole, qkv_RLM)
+
+
+def _bwd(heads, vjp, dcontext_RLD):
+    return *vjp(dcontext_RLD), None, None
+
+
+attention_by_rows.defvjp(_fwd, _bwd)
+
+
 def attention_for(row_length: int, width: int, heads: int, dtype):
     """The function that computes attention for this shape on the devices of the mesh."""
     shape = row_length, width, heads, dtype
@@ -59,7 +95,7 @@ def attention_for(row_length: int, width: int, heads: int, dtype):
         return fused_attention.fused_attention
     if platform() == "tpu" and blocked_attention.supports(*shape):
         return blocked_attention.blocked_attention
-    return attention
+    return attention_by_rows if platform() == "cpu" else attention
 
 
 class Attention(nnx.Module):
