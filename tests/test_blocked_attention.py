@@ -142,4 +142,5 @@ def test_every_row_length_has_its_function():
 
     assert chosen("tpu", 512, 768, 12) == "fused_attention"
     assert chosen("tpu", 2048, 768, 12) == "blocked_attention"
-    assert chosen("tpu", 16_384, 768, 12) == chosen("cpu", 2048, 768, 12) == "attention"
+    assert chosen("tpu", 16_384, 768, 12) == chosen("gpu", 2048, 768, 12) == "attention"
+    assert chosen("cpu", 2048, 768, 12) == "attention_by_rows"
