@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax.data.calls import SLOTS, Call, call_rows, plan_calls
+from moe_embed_jax.data.calls import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
 from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
@@ -21,6 +21,9 @@ from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
+# On a CPU the activations of calls of a quarter stay in its caches. But a call copies the weights
+# of all blocks: with 21 M of them (multilingual-e5-small) smaller calls won, with 283 M they lost.
+FEW_BLOCK_PARAMS = 64 << 20
 
 
 class Embedder:
@@ -138,6 +141,16 @@ class Embedder:
             sha256.update(np.ascontiguousarray(array).view(np.uint8))
         return sha256.hexdigest()
 
+    @functools.cached_property
+    def _tokens_per_call(self) -> int:
+        blocks = {name: self.params[name] for name in self.model.parts}
+        count = sum(leaf.size for leaf in jax.tree.leaves(blocks))
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return TOKENS_PER_CALL // 4 if on_cpu and count < FEW_BLOCK_PARAMS else TOKENS_PER_CALL
+
+    def _calls(self, lengths, batch_size: int | None = None) -> Iterator[Call]:
+        return plan_calls(lengths, self.mesh.size, batch_size, self._tokens_per_call)
+
     def _max_length(self, prompt: str | None) -> int:
         return self.max_lengths["query" if prompt == "query" else "document"]
 
@@ -196,7 +209,7 @@ class Embedder:
         if self.model.max_positions:
             position_L = np.minimum(position_L, self.model.max_positions - 1)
         begin = 0
-        for rows in call_rows(batch, padded, self.mesh.size):
+        for rows in call_rows(batch, padded, self.mesh.size, self._tokens_per_call):
             part = slice(begin, min(begin + rows, batch))
             count, begin = part.stop - part.start, part.stop
             position_RL = np.broadcast_to(position_L, (rows, padded))
@@ -258,7 +271,7 @@ class Embedder:
             bar.update(len(call.members))
 
         pending = None
-        for call in plan_calls(lengths, self.mesh.size, batch_size):
+        for call in self._calls(lengths, batch_size):
             pooled_RSD, _ = self._run(call, sequences, positions)
             # Fetch one call behind, so that packing overlaps with the device.
             if pending is not None:
@@ -275,7 +288,7 @@ class Embedder:
         sequences = self.tokenize(texts, prompt)
         lengths = np.array([len(s) for s in sequences], np.int64)
         assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
-        for call in plan_calls(lengths, self.mesh.size):
+        for call in self._calls(lengths):
             _, statistics = self._run(call, sequences)
             assigned_ME += to_host(statistics.assignments_E)
         return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
@@ -289,7 +302,7 @@ class Embedder:
         sequences = self.tokenize(texts, prompt)
         shape = self.model.num_moe_layers, 0, self.model.experts_per_token
         chosen = [np.zeros(shape, np.int16)] * len(sequences)
-        for call in plan_calls([len(s) for s in sequences], self.mesh.size):
+        for call in self._calls([len(s) for s in sequences]):
             arrays = self._rows(call, sequences)
             expert_MRLK = to_host(self._call(_choose_rows, *arrays)).astype(np.int16)
             places = zip(call.members, call.packing.row, call.packing.start, strict=True)

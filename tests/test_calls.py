@@ -10,13 +10,14 @@ from moe_embed_jax.data.packing import fill_rows
     lengths=st.lists(st.integers(0, 700), max_size=150),
     devices=st.sampled_from([1, 3, 8]),
     batch_size=st.sampled_from([None, 1, 7]),
+    budget=st.sampled_from([TOKENS_PER_CALL, 2_048]),
 )
-def test_every_text_is_in_one_call_and_fits(lengths, devices, batch_size):
+def test_every_text_is_in_one_call_and_fits(lengths, devices, batch_size, budget):
     sequences = [np.full(n, 100 + i) for i, n in enumerate(lengths)]
     seen = []
-    for call in plan_calls(lengths, devices, batch_size):
+    for call in plan_calls(lengths, devices, batch_size, budget):
         assert call.rows % devices == 0
-        assert call.rows * call.row_length <= max(TOKENS_PER_CALL, call.row_length) * devices
+        assert call.rows * call.row_length <= max(budget, call.row_length) * devices
         assert batch_size is None or len(call.members) <= batch_size
         own = [sequences[i] for i in call.members]
         token_RL, text_index_RL, _ = fill_rows(call.packing, own, call.rows, call.row_length, 1)
@@ -31,17 +32,23 @@ def test_every_text_is_in_one_call_and_fits(lengths, devices, batch_size):
 
 def test_little_is_left_empty_and_shapes_are_few():
     rng = np.random.default_rng(0)
-    for count, least in ((160, 0.85), (1_000, 0.9), (5_000, 0.95)):
+    cases = ((160, 0.85, TOKENS_PER_CALL), (1_000, 0.9, TOKENS_PER_CALL))
+    for count, least, budget in (*cases, (5_000, 0.95, TOKENS_PER_CALL), (160, 0.9, 2_048)):
         lengths = np.exp(rng.uniform(np.log(4), np.log(257), count)).astype(int)
-        calls = list(plan_calls(lengths, 1))
+        calls = list(plan_calls(lengths, 1, tokens_per_call=budget))
         slots = sum(call.rows * call.row_length for call in calls)
         assert lengths.sum() / slots > least, (count, lengths.sum() / slots)
         assert len({(call.rows, call.row_length) for call in calls}) <= 6
 
 
-@given(st.integers(0, 3_000), st.sampled_from([64, 256, 4_096, 16_384]), st.sampled_from([1, 8]))
-def test_a_call_is_at_least_half_full(rows, row_length, devices):
-    sizes = call_rows(rows, row_length, devices)
+@given(
+    st.integers(0, 3_000),
+    st.sampled_from([64, 256, 4_096, 16_384]),
+    st.sampled_from([1, 8]),
+    st.sampled_from([TOKENS_PER_CALL, 2_048]),
+)
+def test_a_call_is_at_least_half_full(rows, row_length, devices, budget):
+    sizes = call_rows(rows, row_length, devices, budget)
     assert sum(sizes) >= rows > sum(sizes[:-1]) or rows == sum(sizes) == 0
     if rows:
         spare = sum(sizes) - rows

@@ -8,6 +8,7 @@ import synthetic_data
 from conftest import run_python
 
 from moe_embed_jax import Embedder
+from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.data.vocabulary import Vocabulary
@@ -57,6 +58,17 @@ def test_shape_norm_and_order(embedder):
 def test_batch_size_does_not_matter(embedder):
     one = embedder.encode(TEXTS * 5, "query", batch_size=3)
     np.testing.assert_allclose(one, embedder.encode(TEXTS * 5, "query"), atol=1e-5)
+
+
+def test_the_size_of_calls_does_not_matter(folder, embedder, monkeypatch):
+    def slots(embedder):
+        return max(call.rows * call.row_length for call in embedder._calls([60] * 200))
+
+    monkeypatch.setattr(embedder_module, "FEW_BLOCK_PARAMS", 0)
+    of_a_large_model = Embedder.load(folder)
+    assert (slots(embedder), slots(of_a_large_model)) == (2_048, 8_192)
+    texts = TEXTS * 50
+    np.testing.assert_allclose(of_a_large_model.encode(texts), embedder.encode(texts), atol=1e-5)
 
 
 def test_empty_list(embedder):

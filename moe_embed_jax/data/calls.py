@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_embed_jax.data.packing import Packing, Rows
 
-TOKENS_PER_CALL = 8_192  # slots per device and call; larger ones fall out of a CPU cache
+TOKENS_PER_CALL = 8_192  # slots per device and call
 SHORTEST_ROW = 16  # of a text alone
 SLOTS = 32  # most texts that share a row
 TEXTS_PER_PLAN = 32_768  # planned together; more would not fill rows better
@@ -26,13 +26,16 @@ class Call:
         return self.packing.rows
 
 
-def plan_calls(lengths, devices: int, batch_size: int | None = None) -> Iterator[Call]:
+def plan_calls(
+    lengths, devices: int, batch_size: int | None = None, tokens_per_call: int = TOKENS_PER_CALL
+) -> Iterator[Call]:
     """Calls that cover every text of at least one token once; longest texts first.
 
     Args:
       lengths: int [n] tokens per text.
       devices: rows of a call are a multiple of it.
       batch_size: most texts in a call; None: the token budget decides.
+      tokens_per_call: that budget, slots per device.
 
     Texts are packed into rows not much longer than themselves, because attention costs what the row
     is long; what stays free in a call is filled with shorter texts, so that one call of them all is
@@ -51,12 +54,14 @@ def plan_calls(lengths, devices: int, batch_size: int | None = None) -> Iterator
         part = lengths[begin : begin + step]
         left = [i for i in np.argsort(-part, kind="stable").tolist() if part[i] > 0]
         while left:
-            calls, left = _plan_longest(part, left, devices)
+            calls, left = _plan_longest(part, left, devices, tokens_per_call)
             for call in calls:
                 yield dataclasses.replace(call, members=call.members + begin)
 
 
-def _plan_longest(lengths, order: list[int], devices: int) -> tuple[list[Call], list[int]]:
+def _plan_longest(
+    lengths, order: list[int], devices: int, tokens_per_call: int
+) -> tuple[list[Call], list[int]]:
     """Calls of the row length that the first text of `order` needs, and the texts left over."""
     row_length = row_length_of(int(lengths[order[0]]))
     rows = Rows(row_length, SLOTS)
@@ -65,7 +70,7 @@ def _plan_longest(lengths, order: list[int], devices: int) -> tuple[list[Call], 
     for text in order:
         length = int(lengths[text])
         if sizes is None and row_length_of(length) < row_length:  # the rest only fills up
-            sizes = call_rows(len(rows), row_length, devices)
+            sizes = call_rows(len(rows), row_length, devices, tokens_per_call)
             rows.open(sum(sizes) - len(rows))
         place = rows.place(length)
         if place is None and sizes is None:
@@ -76,7 +81,7 @@ def _plan_longest(lengths, order: list[int], devices: int) -> tuple[list[Call], 
         else:
             members.append(text)
             places.append(place)
-    sizes = sizes or call_rows(len(rows), row_length, devices)
+    sizes = sizes or call_rows(len(rows), row_length, devices, tokens_per_call)
     members, places = np.array(members), np.array(places, np.int32)
     calls, first = [], 0
     for size in sizes:
@@ -92,11 +97,13 @@ def row_length_of(length: int) -> int:
     return 64 if length <= 64 else max(256, _power_of_two(length))
 
 
-def call_rows(rows: int, row_length: int, devices: int) -> list[int]:
+def call_rows(
+    rows: int, row_length: int, devices: int, tokens_per_call: int = TOKENS_PER_CALL
+) -> list[int]:
     """Rows of each call. Shapes are few, because a compilation costs more than a half-empty call:
     the token budget, and 1, 8, 64, ... rows a device below it; only the last call has spare rows,
     and not more than it uses if a smaller shape can help that."""
-    full = max(TOKENS_PER_CALL // row_length, 1)
+    full = max(tokens_per_call // row_length, 1)
     shapes = [8**i * devices for i in range(full.bit_length()) if 8**i < full] + [full * devices]
     sizes = []
     while rows > 0:
