@@ -1,5 +1,7 @@
 """Scores of the task families against oracles, and what their readers accept and refuse."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -158,6 +160,16 @@ def test_layout_columns_without_repeats(tmp_path):
         task = Bitext("{subset}.tsv.xz", "columns", languages=["en-es"], unique=unique)
         found = scores_of(task, tmp_path, tmp_path / "v")["en-es"][None]
         assert found["pairs"] == pairs and (found["accuracy"] == 1.0) is unique
+
+
+def test_the_first_pairs_of_a_bitext(tmp_path):
+    write(tmp_path / "en-es.tsv.xz", table(("a", "a"), ("a", "b"), ("c", "c"), ("d", "x")))
+    task = Bitext("{subset}.tsv.xz", "columns", languages=["en-es"], unique=True, first_pairs=2)
+    found = scores_of(task, tmp_path, tmp_path / "v")["en-es"][None]
+    assert found["pairs"] == 2 and found["accuracy"] == 1.0  # repeats are not counted
+    for wrong in (0, "2"):
+        with pytest.raises(UserError, match=f"first_pairs={wrong!r} must be a number above 0"):
+            dataclasses.replace(task, first_pairs=wrong)
 
 
 def test_layout_records(tmp_path):

@@ -224,7 +224,7 @@ def test_flags_are_refused(launch, tmp_path, capsys, arguments, message):
 
 
 def test_the_pages_of_the_project():
-    for variant, kinds in {"": 17, "miracl": 1, "beir": 15, "smoke": 4}.items():
+    for variant, kinds in {"": 17, "some": 17, "miracl": 1, "beir": 15, "smoke": 4}.items():
         assert len(load_suite(f"{ROOT / 'configs/evaluation.py'}:{variant}")) == kinds
     with pytest.raises(UserError, match="unknown variant 'x'"):
         load_suite(f"{ROOT / 'configs/evaluation.py'}:x")

@@ -48,6 +48,7 @@ class Bitext:
       records  one file of JSON lines with lang, id and `field`; equal ids translate each other
     languages: without the pivot; None: all that are there.
     unique: leave out pairs of which a side came before: their translation cannot be told.
+    first_pairs: score only so many of each two languages, after `unique`; None: all.
     """
 
     path: str
@@ -56,12 +57,17 @@ class Bitext:
     languages: object = None
     field: str = "text"
     unique: bool = False
+    first_pairs: int | None = None
     split: str = "test"
 
     main_score = "f1"
 
     def __post_init__(self):
         check_languages(self.languages)
+        if self.first_pairs is not None and not (
+            isinstance(self.first_pairs, int) and self.first_pairs > 0
+        ):
+            raise UserError(f"first_pairs={self.first_pairs!r} must be a number above 0 or None")
         if not isinstance(self.languages, (list, tuple, type(None))):
             raise UserError(f"languages={self.languages!r} must be a list of codes or None")
         if self.layout not in LAYOUTS:
@@ -79,7 +85,8 @@ class Bitext:
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
         for pairs in self._pairs(self._subsets(root)):
             pairs = without_repeats(pairs) if self.unique else pairs
-            sides = zip(pairs.languages, (pairs.first, pairs.second), strict=True)
+            texts = (side[: self.first_pairs] for side in (pairs.first, pairs.second))
+            sides = zip(pairs.languages, texts, strict=True)
             x_PD, y_PD = (
                 vectors.embed(texts, "symmetric", f"{label} {language}")
                 for language, texts in sides
