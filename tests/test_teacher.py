@@ -76,9 +76,6 @@ class FakeModel:
         if name == "gone":
             raise OSError("gone is not a local folder\nand more")
 
-    def get_sentence_embedding_dimension(self):
-        return 4
-
     def encode(self, texts, prompt, normalize_embeddings, convert_to_numpy, show_progress_bar):
         assert normalize_embeddings and convert_to_numpy and not show_progress_bar
         return np.array([[len(prompt + text), 0, 0, 0] for text in texts], np.float16)

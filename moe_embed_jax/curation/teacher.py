@@ -63,7 +63,7 @@ class SentenceTransformerTeacher:
 
     def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
         if not texts:
-            return np.zeros((0, self._model.get_sentence_embedding_dimension()), np.float32)
+            return self.encode([""], prompt)[:0]  # the method for the width changed its name
         return self._model.encode(
             texts,
             prompt=self._prefix(prompt),
