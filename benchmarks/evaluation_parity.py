@@ -6,8 +6,8 @@
 MODEL is a folder of multilingual-e5-small (or another with a BERT or XLM-RoBERTa checkpoint) that
 both can load. Both get E5's prefixes: "query: " for queries and for symmetric tasks, "passage: "
 for documents. Vectors are kept in OUTPUT/vectors, per encoder: a run that was interrupted
-continues, and one that is repeated only scores. Writes parity.md; exit status 1 if any score (0 to
-1) differs by more than 0.001, 2 for a mistake.
+continues, and one that is repeated only scores. Writes parity.md, a row for each task and one for
+each score; exit status 1 if any score (0 to 1) differs by more than 0.001, 2 for a mistake.
 
 Of such a folder sentence-transformers does not always find the right tokenizer: with a bare
 sentencepiece.bpe.model beside a BERT config it loads another one and says nothing. So PyTorch runs
@@ -47,7 +47,7 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
     scores = {key: all_scores(name, tasks, data, output) for key, name in encoders.items()}
     rows = compare(scores["ours"], scores["reference"])
-    page = markdown(rows)
+    page = markdown(rows, {name: task.main_score for name, task in tasks.items()})
     output.mkdir(parents=True, exist_ok=True)
     (output / "parity.md").write_text(page)
     print(page)
@@ -116,12 +116,32 @@ def largest(rows: list[tuple]) -> float:
     return max(row[-1] for row in rows)
 
 
-def markdown(rows: list[tuple]) -> str:
+def summary(rows: list[tuple], main_scores: dict[str, str]) -> list[str]:
+    """A table of tasks: the mean of the main score over subsets, by both; the largest difference of
+    any score."""
+    lines = [
+        "| task | main score | subsets | ours | sentence-transformers | scores | most different by |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for task, main_score in main_scores.items():
+        of_task = [row for row in rows if row[0] == task]
+        main = [row for row in of_task if row[2] == main_score]
+        ours, reference = (sum(row[i] for row in main) / len(main) for i in (3, 4))
+        means = f"{ours:.6f} | {reference:.6f}"
+        compared = f"{len(of_task)} | {largest(of_task):.6f}"
+        lines.append(f"| {task} | {main_score} | {len(main)} | {means} | {compared} |")
+    return lines
+
+
+def markdown(rows: list[tuple], main_scores: dict[str, str]) -> str:
+    """`main_scores`: task -> metric."""
     worst = max(rows, key=lambda row: row[-1])
     above = sum(row[-1] > LARGEST for row in rows)
     lines = [
         f"{len(rows)} scores; largest difference {worst[-1]:.6f} ({' '.join(worst[:3])}); "
         f"{above} differ by more than {LARGEST}",
+        "",
+        *summary(rows, main_scores),
         "",
         "| task | subset | metric | ours | sentence-transformers | difference |",
         "|---|---|---|---:|---:|---:|",

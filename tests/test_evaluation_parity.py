@@ -20,8 +20,9 @@ def test_compares_scores_and_not_counts(parity):
     rows = parity.compare(SCORES, {**SCORES, ("T", "de", "f1"): 0.502})
     assert [row[2] for row in rows] == ["f1", "accuracy"]
     assert parity.largest(rows) == pytest.approx(0.002)
-    page = parity.markdown(rows)
+    page = parity.markdown(rows, {"T": "f1"})
     assert "2 scores; largest difference 0.002000 (T de f1); 1 differ by more than 0.001" in page
+    assert "| T | f1 | 1 | 0.500000 | 0.502000 | 2 | 0.002000 |" in page
     assert "| T | de | accuracy | 0.250000 | 0.250000 | 0.000000 |" in page
     with pytest.raises(ValueError, match="9 and 8"):
         parity.compare(SCORES, {**SCORES, ("T", "de", "pairs"): 8})
@@ -37,8 +38,8 @@ def test_exit_status(parity, monkeypatch, tmp_path, capsys, difference, status):
     write(tmp_path / "model/tokenizer.json", "{}")
 
     def all_scores(name, *_):
-        moved = SCORES["T", "de", "f1"] + difference * name.startswith("sentence-transformers:")
-        return {**SCORES, ("T", "de", "f1"): moved}
+        moved = 0.5 + difference * name.startswith("sentence-transformers:")
+        return {("T", "de", "cosine_spearman"): moved, ("T", "de", "pairs"): 9}
 
     monkeypatch.setattr(parity, "all_scores", all_scores)
     flags = [f"--model={tmp_path / 'model'}", f"--data={tmp_path}", f"--output={tmp_path / 'out'}"]
