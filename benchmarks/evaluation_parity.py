@@ -120,7 +120,7 @@ def summary(rows: list[tuple], main_scores: dict[str, str]) -> list[str]:
     """A table of tasks: the mean of the main score over subsets, by both; the largest difference of
     any score."""
     lines = [
-        "| task | main score | subsets | ours | sentence-transformers | scores | most different by |",
+        "| task | main score | subsets | ours | sentence-transformers | scores | off by at most |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for task, main_score in main_scores.items():
