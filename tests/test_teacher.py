@@ -1,11 +1,13 @@
 """Teachers: identities, real models with their prefixes, and sentence-transformers."""
 
 import builtins
+import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.teacher import load_teacher
@@ -85,6 +87,7 @@ class FakeModel:
 
 
 def test_sentence_transformers_prefixes(monkeypatch):
+    pytest.importorskip("torch", reason="needs the extra pytorch")
     monkeypatch.setitem(
         sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=FakeModel)
     )
@@ -113,6 +116,21 @@ def test_equals_embedder_through_pytorch(minilm):
             ours.encode(TEXTS, prompt=prompt), theirs.encode(TEXTS, prompt=prompt), atol=1e-5
         )
     assert len(theirs.identity(None)["hash"]) == 64
+
+
+def test_what_a_checkpoint_lacks_is_always_the_same(minilm, tmp_path):
+    """Without a pooler, as multilingual-e5-small: transformers draws one."""
+    pytest.importorskip("sentence_transformers", reason="needs the extra pytorch")
+    folder = tmp_path / "no_pooler"
+    shutil.copytree(minilm, folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    teachers = [
+        load_teacher(f"sentence-transformers:{folder}", single_device_mesh()) for _ in range(2)
+    ]
+    assert teachers[0].identity(None) == teachers[1].identity(None)
 
 
 def test_a_tokenizer_is_not_guessed(tmp_path):

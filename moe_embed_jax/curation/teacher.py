@@ -48,6 +48,7 @@ class SentenceTransformerTeacher:
 
     def __init__(self, name: str):
         try:
+            import torch
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise UserError(
@@ -56,7 +57,11 @@ class SentenceTransformerTeacher:
             ) from None
         refuse_without_tokenizer(pathlib.Path(name))
         try:
-            self._model = SentenceTransformer(name)
+            # What a checkpoint lacks (often a pooler that nobody reads) is drawn: always the same,
+            # or the model would have another identity each time.
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self._model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the teacher {EXTERNAL}{name} cannot be loaded: {reason}") from None
