@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import pathlib
 from typing import Protocol
 
@@ -88,7 +89,11 @@ class SentenceTransformerTeacher:
     def _hash(self) -> str:
         sha256 = hashlib.sha256(repr(self._model).encode())
         tokenizer = getattr(self._model.tokenizer, "backend_tokenizer", None)
-        sha256.update(tokenizer.to_str().encode() if tokenizer else b"")
+        if tokenizer:
+            described = json.loads(tokenizer.to_str())
+            # These two are of the last call, not of the tokenizer.
+            del described["truncation"], described["padding"]
+            sha256.update(json.dumps(described, sort_keys=True).encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha256.update(tensor.detach().cpu().contiguous().flatten().view(_uint8()).numpy())
