@@ -121,7 +121,7 @@ def shared(tasks: dict) -> None:
 
 def some(tasks: dict) -> None:
     """Every set of the shared data, but of the parallel ones 15 languages of many scripts and
-    sizes, and 2,000 pairs of sentences of those with few languages and many pairs."""
+    sizes, or 5 where the texts are software's, or 2,000 pairs where languages are few."""
     shared(tasks)
     flores = (
         *("arb_Arab", "zho_Hans", "swh_Latn", "hin_Deva", "deu_Latn", "rus_Cyrl", "jpn_Jpan"),

@@ -21,8 +21,9 @@ from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
-# On a CPU the activations of calls of a quarter stay in its caches. But a call copies the weights
-# of all blocks: with 21 M of them (multilingual-e5-small) smaller calls won, with 283 M they lost.
+# On a CPU calls are a quarter as large for models with fewer parameters in their blocks, so that
+# activations stay in its caches. But a call copies all weights: with 21 M (multilingual-e5-small)
+# smaller calls won, with 283 M (nomic-embed-text-v2-moe) they lost.
 FEW_BLOCK_PARAMS = 64 << 20
 
 
