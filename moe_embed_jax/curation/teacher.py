@@ -69,7 +69,7 @@ class SentenceTransformerTeacher:
 
     def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
         if not texts:
-            return self.encode([""], prompt)[:0]  # the method for the width changed its name
+            return self._no_vectors
         return self._model.encode(
             texts,
             prompt=self._prefix(prompt),
@@ -84,6 +84,11 @@ class SentenceTransformerTeacher:
             "prefix": self._prefix(prompt),
             "max_length": self._model.max_seq_length,
         }
+
+    @functools.cached_property
+    def _no_vectors(self) -> np.ndarray:
+        """[0, D]; by a text, because the method that tells the width changed its name."""
+        return self.encode([""], None)[:0]
 
     @functools.cached_property
     def _hash(self) -> str:
