@@ -13,13 +13,16 @@ from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.model_folder import PROMPTS
+from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
 
 MODEL = EncoderConfig(
     vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
 TEXTS = ["tanara nobipo", "situno", "", "kapehu rameku jikiki gapehu " * 40, "нет 你好 \ud800"]
 TEXTS += ["x" * 999]
+LENGTHS = {"query": 16, "document": 64}
+encode_one_row = jax.jit(encode_tokens, static_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def folder(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     card = {
         "model": dataclasses.asdict(MODEL),
-        "data": {"query_length": 16, "document_length": 64},
+        "data": {f"{name}_length": length for name, length in LENGTHS.items()},
     }
     (folder / "config.json").write_text(json.dumps(card))
     source = vocabulary_path(synthetic_data.PREPARATION, data_dir)
@@ -44,20 +47,50 @@ def embedder(folder):
     return Embedder.load(folder)
 
 
-def test_shape_norm_and_order(embedder):
-    embeddings = embedder.encode(TEXTS, prompt="document")
-    assert embeddings.shape == (len(TEXTS), 32) and embeddings.dtype == np.float32
+def reference(embedder, texts, prompt: str) -> np.ndarray:
+    """Embeddings by the definition: each text alone in a padded row, mean over tokens, norm 1."""
+    result = []
+    for text in texts:
+        ids = embedder.vocabulary.encode_text(PROMPTS[prompt] + text, LENGTHS[prompt])
+        length = len(ids)
+        token_RL, text_index_RL = np.zeros((1, 64), np.int32), np.full((1, 64), -1, np.int32)
+        token_RL[0, :length], text_index_RL[0, :length] = ids, 0
+        position_RL = np.arange(64, dtype=np.int32)[None]
+        with jax.set_mesh(embedder.mesh):
+            x_RLD, _ = encode_one_row(MODEL, embedder.params, token_RL, text_index_RL, position_RL)
+        mean_D = np.asarray(x_RLD[0, :length]).mean(axis=0)
+        result.append(mean_D / np.linalg.norm(mean_D))
+    return np.stack(result)
+
+
+def assert_distinct(embeddings) -> None:
+    """Far above the tolerances here, so that equality with a reference says something."""
+    distance_NN = np.linalg.norm(embeddings[:, None] - embeddings, axis=-1)
+    assert distance_NN[~np.eye(len(embeddings), dtype=bool)].min() > 1e-2
+
+
+@pytest.mark.parametrize("prompt", ["query", "document"])
+def test_each_text_in_its_place_as_if_it_were_alone(embedder, prompt):
+    expected = reference(embedder, TEXTS, prompt)
+    assert_distinct(expected)
+    embeddings = embedder.encode(TEXTS, prompt)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
     for i, text in enumerate(TEXTS):
-        np.testing.assert_allclose(embedder.encode([text], "document")[0], embeddings[i], atol=1e-5)
+        np.testing.assert_allclose(embedder.encode([text], prompt)[0], expected[i], atol=1e-5)
     order = [3, 0, 5, 1]
-    shuffled = embedder.encode([TEXTS[i] for i in order], "document")
-    np.testing.assert_allclose(shuffled, embeddings[order], atol=1e-5)
+    shuffled = embedder.encode([TEXTS[i] for i in order], prompt)
+    np.testing.assert_allclose(shuffled, expected[order], atol=1e-5)
 
 
-def test_batch_size_does_not_matter(embedder):
+def test_batch_size_limits_the_texts_of_a_call_and_changes_nothing_else(embedder, monkeypatch):
+    sizes = []
+    run = Embedder._run
+    monkeypatch.setattr(Embedder, "_run", lambda *a: (sizes.append(len(a[1].members)), run(*a))[1])
     one = embedder.encode(TEXTS * 5, "query", batch_size=3)
-    np.testing.assert_allclose(one, embedder.encode(TEXTS * 5, "query"), atol=1e-5)
+    assert sum(sizes) == 30 and max(sizes) == 3
+    np.testing.assert_allclose(one, np.tile(reference(embedder, TEXTS, "query"), (5, 1)), atol=1e-5)
 
 
 def test_the_size_of_calls_does_not_matter(folder, embedder, monkeypatch):
@@ -84,18 +117,30 @@ def test_prompts_are_prefixes(embedder):
 
 
 def test_texts_are_truncated_at_their_sides_length(embedder):
-    words = [synthetic_data._word(i, "aa") for i in range(200)]
-    short, long = " ".join(words[:100]), " ".join(words)
-    np.testing.assert_allclose(*embedder.encode([short, long], "query"), atol=1e-5)
+    words = " ".join(synthetic_data._word(i, "aa") for i in range(200))
+    for prompt, length in ((None, 64), ("note: ", 64), *LENGTHS.items()):
+        prefix = embedder.prefix(prompt)
+        (ids,) = embedder.tokenize([words], prompt)
+        assert ids.tolist() == [
+            embedder.vocabulary.bos_id,
+            *embedder.vocabulary.encode(prefix + words)[: length - 2],
+            embedder.vocabulary.eos_id,
+        ]
+    for prompt in LENGTHS:
+        expected = reference(embedder, [words], prompt)
+        np.testing.assert_allclose(embedder.encode([words], prompt), expected, atol=1e-5)
 
 
-def test_a_megabyte_of_text(embedder):
-    text = "tanara nobipo situno " * 50_000
-    assert np.isfinite(embedder.encode([text], "document")).all()
+def test_a_megabyte_of_text_is_its_beginning(embedder):
+    beginning = "tanara nobipo situno " * 50
+    long = [beginning * 1000, beginning + "x" * 1_000_000]
+    expected = reference(embedder, [beginning], "document")
+    embeddings = embedder.encode(long, "document")
+    np.testing.assert_allclose(embeddings, np.repeat(expected, 2, axis=0), atol=1e-5)
 
 
 def test_dim_cuts_then_normalises(embedder):
-    full = embedder.encode(TEXTS[:2])
+    full = reference(embedder, TEXTS[:2], "query")
     cut = embedder.encode(TEXTS[:2], dim=8)
     expected = full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(cut, expected, atol=1e-6)
@@ -116,10 +161,17 @@ def test_misuse(embedder, arguments, message):
         embedder.encode(**arguments)
 
 
-def test_expert_shares(embedder):
-    shares = embedder.expert_shares(TEXTS)
-    assert shares.shape == (1, 4)
-    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
+def test_expert_shares_count_the_choices_of_every_token(embedder):
+    for prompt in LENGTHS:
+        shares = embedder.expert_shares(TEXTS, prompt)
+        choices = np.concatenate(embedder.expert_choices(TEXTS, prompt), axis=1)
+        tokens = sum(len(ids) for ids in embedder.tokenize(TEXTS, prompt))
+        assert choices.shape == (1, tokens, 2)
+        counts = np.bincount(choices.ravel(), minlength=4)
+        assert shares.shape == (1, 4)
+        np.testing.assert_allclose(shares[0], counts / (2 * tokens), rtol=1e-6)
+    assert np.ptp(shares) > 0.01  # not the same for all experts, whatever is counted
+    np.testing.assert_array_equal(embedder.expert_shares(TEXTS), shares)  # "document" unless said
 
 
 def test_not_a_model_folder(folder, tmp_path):
