@@ -30,12 +30,14 @@ def main():
     flags.add_argument("--neighbours", type=int, default=100, help="of the kNN step")
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
-    from moe_embed_jax.planning.run import run
-    from moe_embed_jax.planning.workload import PLANNED_PAGES
+    from moe_embed_jax.planning.request import PLANNED_PAGES, check_flags
 
     argv = launching_arguments(sys.argv[1:])
     arguments, config = launching.parse_with_config(flags, PLANNED_PAGES, argv)
-    run(config, arguments)
+    topologies, assumed = check_flags(arguments)
+    from moe_embed_jax.planning.run import run
+
+    run(config, topologies, assumed, arguments)
 
 
 def launching_arguments(argv: list[str]) -> list[str]:

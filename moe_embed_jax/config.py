@@ -1,7 +1,8 @@
 """From a config page (ml_collections) to the frozen dataclasses that the code reads.
 
-Every section of a config is a dataclass beside the code that uses it. A key that the dataclass does
-not know is an error that names it and the nearest known key, so a typo never trains silently.
+Every section of a config is a dataclass, in a module that does not import jax, so that a mistake is
+reported at once. A key that the dataclass does not know is an error that names it and the nearest
+known key, so a typo never trains silently.
 """
 
 import ast

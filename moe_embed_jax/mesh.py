@@ -1,27 +1,17 @@
 """The device mesh: axes `data`, `fsdp` and `expert`; the batch is sharded over all three."""
 
-import dataclasses
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.mesh_config import MeshConfig
 
 AXES = ("data", "fsdp", "expert")
 BATCH_SPEC = PartitionSpec(AXES)  # leading axis of arrays per pair
 ROWS_SPEC = PartitionSpec(
     None, AXES
 )  # [chunks, rows, ...]: every device has its rows of each chunk
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; `data=-1` takes all that the other axes leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:

@@ -28,6 +28,7 @@ from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.models.int8_weight import quantized
+from moe_embed_jax.objectives import MASKED_LM
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.sharding import is_array, rules_for, shardings, with_shardings
 
@@ -35,7 +36,6 @@ MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them f
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
-MASKED_LM = "masked_lm"  # objective of a run of stage 1
 WEIGHTS = ("float32", "int8")  # what matrices are kept as; computation is float32
 LONGEST = 2048  # tokens, where neither the folder nor a position table limits them
 # A tokenizer with far fewer ids than the word table has rows belongs to another model.

@@ -25,13 +25,9 @@ from moe_embed_jax.planning.chips import CHIPS, HOP_SECONDS
 from moe_embed_jax.planning.collectives import Collective
 from moe_embed_jax.planning.cost import Cost, Kernel, Unestimated
 from moe_embed_jax.planning.memory import advice
+from moe_embed_jax.planning.request import PLANNED_PAGES, PlannedRun
 from moe_embed_jax.planning.roofline import predict
-from moe_embed_jax.planning.workload import (
-    PLANNED_PAGES,
-    PlannedRun,
-    masked_workload,
-    workload,
-)
+from moe_embed_jax.planning.workload import masked_workload, workload
 from moe_embed_jax.training.overview import training_flops_per_token
 from moe_embed_jax.training.run_config import DataConfig
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.layers import by_layer, from_layers, shapes_by_layer
+from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.models.encoder import EncoderConfig
 
 # Dense parameter -> (MoE parameter, whether every expert gets a copy), or None: dropped.
@@ -34,31 +35,6 @@ RULES = {
         "feed_forward/down/bias": ("moe/bias", False),
     },
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class UpcycleConfig:
-    mode: str = "paper"  # or "preserving"
-    num_experts: int = 8
-    experts_per_token: int = 2
-    moe_every: int = 2
-    noise: float = 0.0  # standard deviation added to each expert's matrices, in units of their own
-    seed: int = 0  # of the routers and the noise
-
-    def __post_init__(self):
-        if self.mode not in RULES:
-            raise UserError(f"upcycling mode {self.mode!r}: choose from {', '.join(sorted(RULES))}")
-        if self.moe_every < 1:
-            raise UserError(
-                f"moe_every={self.moe_every}: upcycling needs layers with experts (>= 1)"
-            )
-        if self.noise < 0:
-            raise UserError(f"noise={self.noise} must not be negative")
-        if self.mode == "preserving" and self.experts_per_token == 1:
-            raise UserError(
-                "mode 'preserving' with experts_per_token=1: the only gate would always be 1 and "
-                "the router would learn nothing from the loss; use 2 or more, or mode 'paper'"
-            )
 
 
 def upcycled_model(model: EncoderConfig, config: UpcycleConfig) -> EncoderConfig:

@@ -13,104 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
+from moe_embed_jax.models.encoder_config import EncoderConfig
 from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.models.pieces import in_pieces, instead
 from moe_embed_jax.objectives.balance import RoutingStatistics
-from moe_embed_jax.routing.exchange import BACKENDS, EXCHANGES
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Architecture. Defaults are the released model's (paper_facts: 475M total, 305M active)."""
-
-    vocab_size: int = 250_048
-    num_layers: int = 12
-    width: int = 768
-    num_heads: int = 12
-    ffn_width: int = 3072
-    num_experts: int = 8
-    experts_per_token: int = 2
-    moe_every: int = 2  # 0: all dense; 1: every layer MoE; n: layers 1, n+1, 2n+1, ... (from 0)
-    normalize_gates: bool = False  # gates of a token's experts sum to 1 (the paper: not)
-    expert_bias: bool = False  # a hidden bias in every expert (the paper: none)
-    positions: str = "rotary"  # or "learned": a table of max_positions rows, as BERT
-    max_positions: int = 0  # 0 with rotary positions, which know no limit
-    rotary_base: float = 10_000.0
-    token_types: int = 1  # rows of BERT's table of token types; row 0 is added to every token
-    norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    dtype: str = "float32"  # of activations and matmuls; parameters stay float32
-    expert_backend: str = "auto"  # grouped on TPU, blocked elsewhere; or one of routing.BACKENDS
-    expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
-    capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
-    # Rows whose activations in a group of blocks exist at a time on a device; they are computed
-    # again in the backward pass from what is kept: the group's input, and the sum before the last
-    # norm of each block. 0: all rows at a time, and all is kept.
-    remat_rows: int = 0
-
-    def __post_init__(self):
-        if self.positions not in ("rotary", "learned"):
-            raise UserError(f"model.positions={self.positions!r}: choose 'rotary' or 'learned'")
-        if (self.positions == "learned") != (self.max_positions > 0):
-            raise UserError(
-                f"model.max_positions={self.max_positions} with positions={self.positions!r}: "
-                "learned positions need a table size above 0, rotary ones need none (0)"
-            )
-        unit = self.num_heads * (2 if self.positions == "rotary" else 1)
-        if self.width % unit:
-            raise UserError(
-                f"model.width={self.width} must be divisible by {unit}: num_heads="
-                f"{self.num_heads}"
-                + (", and rotary positions turn pairs" * (unit > self.num_heads))
-            )
-        if self.moe_every and not 1 <= self.experts_per_token <= self.num_experts:
-            raise UserError(
-                f"model.experts_per_token={self.experts_per_token} must be between 1 and "
-                f"num_experts={self.num_experts}"
-            )
-        for name, known in (
-            ("dtype", ["float32", "bfloat16"]),  # float16 would need loss scaling
-            ("expert_backend", ["auto", *BACKENDS]),
-            ("expert_exchange", list(EXCHANGES)),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"model.{name}={getattr(self, name)!r}: choose from {known}")
-        if not self.capacity_factor > 0:
-            raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
-        if self.remat_rows < 0:
-            raise UserError(f"model.remat_rows={self.remat_rows} must be 0 (off) or more")
-
-    def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""
-        return self.moe_every > 0 and layer % self.moe_every == 1 % self.moe_every
-
-    @property
-    def group_size(self) -> int:
-        return max(self.moe_every, 1)
-
-    @property
-    def parts(self) -> dict[str, tuple[int, int]]:
-        """{"groups": (G, blocks in a group), "tail": (1, blocks left over)}, without empty ones."""
-        full, rest = divmod(self.num_layers, self.group_size)
-        parts = {"groups": (full, self.group_size), "tail": (1, rest)}
-        return {name: (count, size) for name, (count, size) in parts.items() if count and size}
-
-    @property
-    def moe_layers(self) -> list[int]:
-        """Layers with experts, counted from 0, in the order of the routing statistics."""
-        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
-
-    @property
-    def num_moe_layers(self) -> int:
-        return len(self.moe_layers)
 
 
 def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> LayerNorm:

@@ -13,8 +13,9 @@ from moe_embed_jax.planning.chips import Chip
 from moe_embed_jax.planning.cost import Cost, module_cost
 from moe_embed_jax.planning.hlo import parse_module
 from moe_embed_jax.planning.memory import Memory, OutOfMemory
+from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.roofline import Times
-from moe_embed_jax.planning.steps import Assumptions, Step, make_step
+from moe_embed_jax.planning.steps import Step, make_step
 from moe_embed_jax.training import init
 from moe_embed_jax.training.run_config import RunConfig
 

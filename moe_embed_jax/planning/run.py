@@ -12,17 +12,13 @@ from moe_embed_jax.planning import search
 from moe_embed_jax.planning.aot import Plan, compile_plan
 from moe_embed_jax.planning.picture import save_picture
 from moe_embed_jax.planning.report import print_plan, to_json, to_markdown
-from moe_embed_jax.planning.steps import STEPS, Assumptions
-from moe_embed_jax.planning.topology import parse_topology, topology_devices
-from moe_embed_jax.planning.workload import MEAN_DOCUMENT_TOKENS, MEAN_QUERY_TOKENS
+from moe_embed_jax.planning.request import Assumptions
+from moe_embed_jax.planning.topology import topology_devices
 from moe_embed_jax.training.run_config import RunConfig
 
 
-def run(config: RunConfig, arguments) -> None:
-    """`arguments`: the flags of launch/plan.py."""
-    topologies = arguments.topology.split(",")
-    assumed = _assumptions(arguments)
-    _check(arguments, topologies)
+def run(config: RunConfig, topologies: list[str], assumed: Assumptions, arguments) -> None:
+    """`arguments`: the flags of launch/plan.py, of which `request.check_flags` made the rest."""
     console = Console(width=110, soft_wrap=True, highlight=False)
     plans = []
     for topology in topologies:
@@ -33,34 +29,6 @@ def run(config: RunConfig, arguments) -> None:
         save_json(arguments.output, to_json(plans[0]))
     if arguments.picture:
         save_picture(plans[0], arguments.picture)
-
-
-def _assumptions(arguments) -> Assumptions:
-    assumed = Assumptions(
-        MEAN_QUERY_TOKENS if arguments.mean_query_tokens is None else arguments.mean_query_tokens,
-        MEAN_DOCUMENT_TOKENS
-        if arguments.mean_document_tokens is None
-        else arguments.mean_document_tokens,
-        arguments.documents,
-        arguments.neighbours,
-    )
-    for name, value in dataclasses.asdict(assumed).items():
-        if value <= 0:
-            raise UserError(f"{name}={value} must be above 0")
-    return assumed
-
-
-def _check(arguments, topologies: list[str]) -> None:
-    for topology in topologies:
-        parse_topology(topology)
-    if arguments.step not in STEPS:
-        raise UserError(f"--step={arguments.step}: choose from {', '.join(STEPS)}")
-    if arguments.cache and not arguments.search:
-        raise UserError("--cache keeps the candidates of a search: give --search too")
-    if arguments.search and arguments.step != "train":
-        raise UserError(f"--search varies the training step; leave out --step={arguments.step}")
-    if len(topologies) > 1 and (arguments.output or arguments.picture):
-        raise UserError("--output and --picture take one --topology; --table takes several")
 
 
 def _plan(

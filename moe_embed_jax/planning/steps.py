@@ -12,6 +12,7 @@ from moe_embed_jax.data.masking import most_hidden
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, replicated
 from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.workload import masked_workload, workload
 from moe_embed_jax.search import knn
 from moe_embed_jax.sharding import rules_for, with_shardings
@@ -21,16 +22,6 @@ from moe_embed_jax.training.overview import head_flops_per_prediction, training_
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.state import abstract_state
 from moe_embed_jax.training.step import StepConfig, abstract_batch, jit_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """What a config does not say. Token counts are means over texts; see `workload`."""
-
-    query_tokens: float
-    document_tokens: float
-    documents: int  # searched by the kNN step, over all chips
-    neighbours: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,42 +12,8 @@ from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import MaskedRunConfig, Run, RunConfig
 
-NOT_NEEDED = "not needed to plan"
 PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
 FULL_ROW_SHARE = 0.97  # of rows of documents, see tests/test_document_rows.py
-MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
-
-
-class _Planned:
-    """A run of which nothing but shapes matters: its vocabulary, its pairs and the model that it
-    starts from need not exist. The architecture is the page's."""
-
-    def __post_init__(self):
-        vocabulary = self.data.vocabulary
-        if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
-            vocabulary = dataclasses.replace(vocabulary, path=NOT_NEEDED)
-            self._replace_data(vocabulary=vocabulary)
-        object.__setattr__(self, "init", dataclasses.replace(self.init, required=False))
-        super().__post_init__()
-
-    def _replace_data(self, **changes) -> None:
-        object.__setattr__(self, "data", dataclasses.replace(self.data, **changes))
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedRun(_Planned, RunConfig):
-    def __post_init__(self):
-        if self.data.negatives > 0 and not self.data.pairs:
-            self._replace_data(pairs=NOT_NEEDED)
-        super().__post_init__()
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedMaskedRun(_Planned, MaskedRunConfig):
-    pass
-
-
-PLANNED_PAGES = {page.objective: page for page in (PlannedRun, PlannedMaskedRun)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ where it stands between them, 0 to 1.
 """
 
 import collections
-import dataclasses
 import math
 
 import jax
@@ -23,28 +22,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.objectives.balance import effective_experts
 from moe_embed_jax.processes import from_process_0
 from moe_embed_jax.sharding import path_of
-
-
-@dataclasses.dataclass(frozen=True)
-class HealthConfig:
-    """When a collapsed router stops the run. Numbers that are not finite always do."""
-
-    stop_on_collapse: bool = True
-    # Below this spread (0: all tokens to the same experts, 1: all experts equally) a router has
-    # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
-    least_spread: float = 0.1
-    # Steps after the warm-up over which loads are averaged; until there are so many, none is
-    # judged. Random routers may start narrow (0.27 was seen in an upcycled model).
-    window: int = 50
-
-    def __post_init__(self):
-        if not 0 <= self.least_spread < 1:
-            raise UserError(
-                f"health.least_spread={self.least_spread} must be at least 0 and below 1; "
-                "health.stop_on_collapse=False turns it off"
-            )
-        if self.window < 1:
-            raise UserError(f"health.window={self.window} must be at least 1 step")
+from moe_embed_jax.training.run_config import HealthConfig
 
 
 def spread(load_E: np.ndarray, experts_per_token: int) -> np.ndarray:

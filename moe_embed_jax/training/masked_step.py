@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -23,33 +22,8 @@ from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
 from moe_embed_jax.models.pieces import in_pieces, loss_in_pieces
 from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
 from moe_embed_jax.sharding import MLM_HEAD_RULES, rules_for, specs
+from moe_embed_jax.training.run_config import MaskedLossConfig
 from moe_embed_jax.training.state import HEAD, TrainState, encoder_params, jit_step, updated
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedLossConfig:
-    """What is hidden, and how the loss is computed."""
-
-    mask_rate: float = 0.3  # share of the tokens of a row that are predicted
-    mask_share: float = 0.8  # of those: replaced by <mask>
-    random_share: float = 0.1  # of those: replaced by a random token; the rest stays as it is
-    # Predictions of a device that have logits at a time: memory is this times the vocabulary.
-    predictions_at_once: int = 1024
-    balance: float = 1.0  # coefficient of the load-balancing loss, where the model has experts
-
-    def __post_init__(self):
-        if not 0 < self.mask_rate < 1:
-            raise UserError(f"loss.mask_rate={self.mask_rate} must be between 0 and 1")
-        shares = (self.mask_share, self.random_share, 1 - self.mask_share - self.random_share)
-        if min(shares) < -1e-9:
-            raise UserError(
-                f"loss.mask_share={self.mask_share} and loss.random_share={self.random_share} must "
-                "be at least 0 and add up to at most 1"
-            )
-        if self.predictions_at_once < 1:
-            raise UserError(
-                f"loss.predictions_at_once={self.predictions_at_once} must be 1 or more"
-            )
 
 
 @jax.tree_util.register_dataclass

@@ -1,7 +1,5 @@
 """AdamW with the paper's decay mask, warm-up and schedules (paper 4.3 and 4.5)."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,24 +7,7 @@ import optax
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.sharding import path_of
-
-SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    peak_learning_rate: float = 8e-5
-    schedule: str = "cosine"  # after the warm-up; cosine and linear end at 0 at the last step
-    warmup_steps: int = 1000  # linear from 0
-    b1: float = 0.9
-    b2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.01  # matrices only, see `decay_mask`
-    clip_norm: float = 1.0  # of the global gradient
-
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optimizer.schedule={self.schedule!r}: choose from {SCHEDULES}")
+from moe_embed_jax.training.run_config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -2,19 +2,20 @@
 
 `RunConfig` is a contrastive run (stages 2 and 3); `MaskedRunConfig` is masked language modelling
 (stage 1), which a page asks for by `objective = "masked_lm"`.
+
+No module that this one imports imports jax: a mistake in a config is reported at once.
 """
 
 import dataclasses
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.upcycle import RULES as UPCYCLE_RULES
-from moe_embed_jax.mesh import MeshConfig
-from moe_embed_jax.model_folder import MASKED_LM
-from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training.health import HealthConfig
-from moe_embed_jax.training.masked_step import MaskedLossConfig
-from moe_embed_jax.training.optimizer import OptimizerConfig
-from moe_embed_jax.training.step import LossConfig
+from moe_embed_jax.interop.upcycle_config import MODES as UPCYCLE_MODES
+from moe_embed_jax.mesh_config import MeshConfig
+from moe_embed_jax.models.encoder_config import EncoderConfig
+from moe_embed_jax.objectives import MASKED_LM
+from moe_embed_jax.objectives.contrast_config import ContrastConfig
+
+SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,95 @@ class InitConfig:
     def __post_init__(self):
         if self.positions not in ("learned", "rotary"):
             raise UserError(f"init.positions={self.positions!r}: choose 'learned' or 'rotary'")
-        if self.upcycle not in ("", *UPCYCLE_RULES):
+        if self.upcycle not in ("", *UPCYCLE_MODES):
             raise UserError(
                 f"init.upcycle={self.upcycle!r}: choose 'paper', 'preserving' or '' (as it is)"
             )
         if self.upcycle and not self.source:
             raise UserError(f"init.upcycle={self.upcycle!r} needs init.source, the dense model")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    peak_learning_rate: float = 8e-5
+    schedule: str = "cosine"  # after the warm-up; cosine and linear end at 0 at the last step
+    warmup_steps: int = 1000  # linear from 0
+    b1: float = 0.9
+    b2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01  # matrices only, see `decay_mask`
+    clip_norm: float = 1.0  # of the global gradient
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule={self.schedule!r}: choose from {SCHEDULES}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig(ContrastConfig):
+    """The contrastive loss, and that of the routers.
+
+    balance: coefficient of the load-balancing loss (perfect balance = 1).
+    balance_over: what is to be balanced: the whole "batch", or the part of each "device", whose
+      losses are averaged (the reference code; it forces every expert on every device, and depends
+      on how many there are).
+    """
+
+    balance: float = 1.0
+    balance_over: str = "batch"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.balance_over not in ("batch", "device"):
+            raise UserError(f"loss.balance_over={self.balance_over!r}: choose 'batch' or 'device'")
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLossConfig:
+    """What is hidden, and how the loss is computed."""
+
+    mask_rate: float = 0.3  # share of the tokens of a row that are predicted
+    mask_share: float = 0.8  # of those: replaced by <mask>
+    random_share: float = 0.1  # of those: replaced by a random token; the rest stays as it is
+    # Predictions of a device that have logits at a time: memory is this times the vocabulary.
+    predictions_at_once: int = 1024
+    balance: float = 1.0  # coefficient of the load-balancing loss, where the model has experts
+
+    def __post_init__(self):
+        if not 0 < self.mask_rate < 1:
+            raise UserError(f"loss.mask_rate={self.mask_rate} must be between 0 and 1")
+        shares = (self.mask_share, self.random_share, 1 - self.mask_share - self.random_share)
+        if min(shares) < -1e-9:
+            raise UserError(
+                f"loss.mask_share={self.mask_share} and loss.random_share={self.random_share} must "
+                "be at least 0 and add up to at most 1"
+            )
+        if self.predictions_at_once < 1:
+            raise UserError(
+                f"loss.predictions_at_once={self.predictions_at_once} must be 1 or more"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthConfig:
+    """When a collapsed router stops the run. Numbers that are not finite always do."""
+
+    stop_on_collapse: bool = True
+    # Below this spread (0: all tokens to the same experts, 1: all experts equally) a router has
+    # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
+    least_spread: float = 0.1
+    # Steps after the warm-up over which loads are averaged; until there are so many, none is
+    # judged. Random routers may start narrow (0.27 was seen in an upcycled model).
+    window: int = 50
+
+    def __post_init__(self):
+        if not 0 <= self.least_spread < 1:
+            raise UserError(
+                f"health.least_spread={self.least_spread} must be at least 0 and below 1; "
+                "health.stop_on_collapse=False turns it off"
+            )
+        if self.window < 1:
+            raise UserError(f"health.window={self.window} must be at least 1 step")
 
 
 @dataclasses.dataclass(frozen=True)

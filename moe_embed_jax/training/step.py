@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -22,29 +21,11 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.pieces import in_pieces
 from moe_embed_jax.models.pooling import mean_pool, take_texts
 from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
-from moe_embed_jax.objectives.contrast import ContrastConfig, clip_log_scale, initial_log_scale
+from moe_embed_jax.objectives.contrast import clip_log_scale, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.sharding import rules_for, specs
+from moe_embed_jax.training.run_config import LossConfig
 from moe_embed_jax.training.state import LOG_SCALE, TrainState, encoder_params, jit_step, updated
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig(ContrastConfig):
-    """The contrastive loss, and that of the routers.
-
-    balance: coefficient of the load-balancing loss (perfect balance = 1).
-    balance_over: what is to be balanced: the whole "batch", or the part of each "device", whose
-      losses are averaged (the reference code; it forces every expert on every device, and depends
-      on how many there are).
-    """
-
-    balance: float = 1.0
-    balance_over: str = "batch"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.balance_over not in ("batch", "device"):
-            raise UserError(f"loss.balance_over={self.balance_over!r}: choose 'batch' or 'device'")
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,32 @@
+"""How a dense encoder becomes an MoE encoder, as flags state it. Imports no jax."""
+
+import dataclasses
+
+from moe_embed_jax.errors import UserError
+
+MODES = ("paper", "preserving")  # what they do: upcycle.py
+
+
+@dataclasses.dataclass(frozen=True)
+class UpcycleConfig:
+    mode: str = "paper"  # or "preserving"
+    num_experts: int = 8
+    experts_per_token: int = 2
+    moe_every: int = 2
+    noise: float = 0.0  # standard deviation added to each expert's matrices, in units of their own
+    seed: int = 0  # of the routers and the noise
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise UserError(f"upcycling mode {self.mode!r}: choose from {', '.join(MODES)}")
+        if self.moe_every < 1:
+            raise UserError(
+                f"moe_every={self.moe_every}: upcycling needs layers with experts (>= 1)"
+            )
+        if self.noise < 0:
+            raise UserError(f"noise={self.noise} must not be negative")
+        if self.mode == "preserving" and self.experts_per_token == 1:
+            raise UserError(
+                "mode 'preserving' with experts_per_token=1: the only gate would always be 1 and "
+                "the router would learn nothing from the loss; use 2 or more, or mode 'paper'"
+            )
