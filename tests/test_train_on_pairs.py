@@ -1,7 +1,10 @@
 """From a prepared folder of pairs with hard negatives to tokens, batches and a trained model."""
 
 import dataclasses
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic_data
@@ -20,8 +23,11 @@ from moe_embed_jax.data.vocabulary import (
     Vocabulary,
     content_ids,
 )
+from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.objectives.reference import dense_infonce
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.overview import describe_hard_negatives
 from moe_embed_jax.training.run_config import RunConfig
@@ -138,7 +144,7 @@ def test_batches_hold_the_first_negatives_of_every_pair(prepared, negatives, chu
 
 def run_config(data_dir, pairs) -> dict:
     scope: dict = {}
-    exec(synthetic_data.config_text(data_dir, steps=2, log_every=1, checkpoint_every=2), scope)
+    exec(synthetic_data.config_text(data_dir, steps=2, log_every=1, checkpoint_every=1), scope)
     values = scope["get_config"]()
     values["model"] |= {"num_layers": 2, "num_experts": 2}  # seconds to compile
     values["optimizer"]["warmup_steps"] = 1
@@ -146,24 +152,90 @@ def run_config(data_dir, pairs) -> dict:
     return values
 
 
-def test_training_end_to_end(pairs, prepared, tmp_path):
+def dense_losses(pairs, data_dir, values: dict):
+    """Of a run's first batch, from the texts of the folder: with and without hard negatives."""
+    run = config_module.build(RunConfig, values)
+    vocabulary = Vocabulary.load(vocabulary_path(run.data.preparation(), data_dir))
+    store = TokenStore.open(token_store_path(run.data.preparation(), data_dir))
+    groups = mixture_groups(store.groups, run.data.rates)
+    batch = pairs.read(Schedule(groups, run.batch_size, run.steps, run.seed).rows(0))
+    params = jax.jit(init_params, static_argnums=0)(run.model, jax.random.key(run.seed))
+    lengths = {"query": run.data.query_length, "document": run.data.document_length}
+    embedder = Embedder(run.model, params, vocabulary, lengths, single_device_mesh())
+
+    negatives = run.data.negatives
+    documents, valid = [], []
+    for pair in batch:
+        given = [text for text in pair.negatives if text != "\u0007"][:negatives]
+        documents += [pair.document, *given, *[""] * (negatives - len(given))]
+        valid += [True] * (1 + len(given)) + [False] * (negatives - len(given))
+    queries, shape = [pair.query for pair in batch], (len(batch), 1 + negatives)
+    query_BD = jnp.asarray(embedder.encode(queries, "query"))
+    document_BMD = jnp.asarray(embedder.encode(documents, "document")).reshape(*shape, -1)
+    query_id_B2 = jnp.asarray(content_ids(queries))
+    document_id_BM2 = jnp.asarray(content_ids(documents)).reshape(*shape, 2)
+    valid_BM = jnp.asarray(valid).reshape(shape)
+    return [
+        dense_infonce(
+            run.loss,
+            query_BD,
+            document_BMD[:, :m],
+            query_id_B2,
+            document_id_BM2[:, :m],
+            valid_BM[:, :m],
+        )
+        for m in (1 + negatives, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(pairs, prepared, tmp_path_factory):
+    """(command without --workdir, work directory, what it printed)"""
     _, data_dir, _ = prepared
-    config = tmp_path / "config.py"
-    config.write_text(f"def get_config(v):\n    return {run_config(data_dir, pairs.folder)!r}\n")
-    run = tmp_path / "run"
-    command = ["launch/train.py", f"--config={config}", f"--workdir={run}"]
-    result = run_python(command)
+    folder = tmp_path_factory.mktemp("trained")
+    page = folder / "config.py"
+    page.write_text(f"def get_config(v):\n    return {run_config(data_dir, pairs.folder)!r}\n")
+    command, run = ["launch/train.py", f"--config={page}"], folder / "run"
+    result = run_python([*command, f"--workdir={run}"])
     assert result.returncode == 0, result.stderr
-    assert "up to 48 hard negatives, 3 of its own" in result.stdout
+    return command, run, result.stdout
+
+
+def test_training_end_to_end(trained):
+    _, run, out = trained
+    assert "up to 48 hard negatives, 3 of its own" in out
     assert (
         "hard        of 164 pairs 64 (39.0%) have 3 or more, 33 (20.1%) have 2, 33 (20.1%) have 1, "
         "34 (20.7%) have none\n"
-    ) in result.stdout
-    assert "there are no held-out sets" in result.stdout
+    ) in out
+    assert "there are no held-out sets" in out
     losses = metric(run, "contrastive_loss")
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert (run / "report.png").is_file()
     assert (run / "results.json").read_text() == "{}\n"  # the run is finished
+
+
+def test_the_loss_of_a_run_counts_its_hard_negatives(pairs, prepared, trained):
+    _, data_dir, _ = prepared
+    _, run, _ = trained
+    expected, without = dense_losses(pairs, data_dir, run_config(data_dir, pairs.folder))
+    assert expected.loss - without.loss > 0.3  # about 40 documents instead of 16
+    assert metric(run, "contrastive_loss")[0] == pytest.approx(float(expected.loss), abs=1e-5)
+    assert metric(run, "masked_candidates")[0] == pytest.approx(float(expected.masked))
+
+
+def test_a_run_with_hard_negatives_resumes_on_other_devices(trained, tmp_path):
+    command, whole, _ = trained
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "2")
+    (run / "results.json").unlink()
+    result = run_python([*command, f"--workdir={run}", "--config.mesh.expert=2"], devices=4)
+    assert result.returncode == 0, result.stderr
+    assert "data=2 x fsdp=1 x expert=2 on 4 cpu device(s)" in result.stdout
+    assert "after step 1" in result.stdout
+    for name in ("contrastive_loss", "masked_candidates", "grad_norm"):
+        np.testing.assert_allclose(metric(run, name), metric(whole, name), atol=1e-5, rtol=1e-5)
 
 
 def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):
