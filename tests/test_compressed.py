@@ -138,6 +138,21 @@ def test_rescoring(by, monkeypatch):
         np.testing.assert_allclose(scores, np.sort(-oracle)[:10] * -1, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["bits", "int8"])
+def test_rescoring_gives_ties_to_the_lower_index(by):
+    """Small whole numbers: scores are exact, and many are equal."""
+    rng = np.random.default_rng(0)
+    documents, queries = (rng.integers(-2, 3, (n, 8)).astype(np.float32) for n in (200, 20))
+    bits = BinaryVectors.compress(documents, np.zeros(8))
+    rescorer = Int8Vectors.compress(documents, np.ones(8)) if by == "int8" else None
+    held_ND = documents if rescorer else bits.signs(slice(None))
+    oracle_BN = queries @ held_ND.T
+    score_Bk, index_Bk = rescored_top_k(queries, bits, 50, rescorer)  # candidates are all
+    expected = ranked(oracle_BN, 50)
+    np.testing.assert_array_equal(index_Bk, expected)
+    np.testing.assert_array_equal(score_Bk, np.take_along_axis(oracle_BN, expected, 1))
+
+
 def test_rescoring_brings_the_true_neighbours_back():
     """What the two stages are for, on clustered vectors: recall of the exact 10 rises."""
     rng = np.random.default_rng(0)

@@ -53,6 +53,19 @@ def test_keeps_what_a_loop_over_all_scores_keeps(query_ND, document_ND, data):
         assert [n for _, n in others] == [n for n in found.other_row_Pk[p] if n >= 0]
 
 
+def test_a_twin_of_the_own_document_does_not_beat_it():
+    """Sums of real numbers depend on their order: both scores must be those of the search."""
+    rng = np.random.default_rng(0)
+    query_ND = rng.normal(size=(64, 96)).astype(np.float32)
+    near_ND = query_ND + 0.1 * rng.normal(size=query_ND.shape).astype(np.float32)
+    document_ND = np.concatenate([near_ND, near_ND])  # each has a twin in another row
+    rows = np.arange(64)
+    found = find_neighbours(query_ND, document_ND, rows, rows, 1)
+    np.testing.assert_array_equal(found.other_row_Pk[:, 0], rows + 64)
+    np.testing.assert_array_equal(found.other_Pk[:, 0], found.own_P)
+    assert found.kept(0.0).all()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 60), st.integers(1, 20))
 def test_chunks_cover_a_group_evenly(start, length, most):
@@ -144,6 +157,22 @@ def test_filters_a_folder(tmp_path):
         pairs, tmp_path / "all", tmp_path / "work", Embedding(teacher), Rule(margin=2.1)
     )
     assert keep.all() and teacher.texts == before
+
+
+def test_another_k_in_one_work_folder_is_as_in_a_fresh_one(tmp_path):
+    """Stored neighbours of one k are not those of another."""
+    pairs, teacher = write_pairs(tmp_path / "pairs"), StandInTeacher()
+
+    def keep(work, embedded_by, rule):
+        output = tmp_path / f"{work}{rule.k}"
+        return filter_pairs(pairs, output, tmp_path / work, Embedding(embedded_by), rule)[1]
+
+    assert keep("work", teacher, Rule(k=2)).sum() == 46
+    texts = teacher.texts
+    again = keep("work", teacher, Rule(k=5))
+    assert teacher.texts == texts  # nothing was embedded again
+    np.testing.assert_array_equal(again, keep("fresh", StandInTeacher(), Rule(k=5)))
+    assert again.sum() > 46
 
 
 def test_a_group_may_vanish_and_chunks_do_not_see_each_other(tmp_path):

@@ -216,6 +216,16 @@ def test_probe_transfers_what_the_vectors_share(tmp_path):
         assert found["deu"][width]["texts"] == 4
 
 
+def test_probe_never_sees_the_texts_that_it_is_tested_on(tmp_path):
+    """Most texts are of the test, and their labels contradict those of the training texts."""
+    rows = [(n, "train", *text) for n, text in enumerate([("a", "ball"), ("b", "pill")] * 2)]
+    rows += [(n, "test", *text) for n, text in enumerate([("b", "ball"), ("a", "pill")] * 6, 4)]
+    write(tmp_path / "eng.tsv", table(*rows, header=PROBE_HEAD))
+    found = scores_of(Probe("{subset}.tsv", "eng"), tmp_path, tmp_path / "v", StandInTeacher())
+    scores = found["eng"][None]
+    assert scores["accuracy"] == scores["accuracy_in_language"] == 0.0 and scores["texts"] == 12
+
+
 def test_probe_is_the_optimum_of_logistic_regression():
     """Softmax regression with L2 by plain gradient descent."""
     x_ND, label_N = units(3, 60, 6).astype(np.float64), np.arange(60) % 3

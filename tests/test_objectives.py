@@ -199,7 +199,14 @@ def test_extreme_scores_do_not_overflow():
         loss, grads = GRADIENT(config, query, document[:, None], *ids)
         np.testing.assert_allclose(loss, np.log(6), rtol=1e-5)
         assert all(np.isfinite(grad).all() for grad in grads)
-    assert loss_of(same, same, ids[0], ids[1][:, 0]).accuracy == 0  # a tie is no hit
+
+
+def test_a_tie_is_no_hit():
+    """Vectors of one 1 each, so that every score is exact: 0, or the same number."""
+    query = np.eye(4, dtype=np.float32)
+    document = query[[0, 2, 2, 3]]  # queries 1 and 2: nothing, and two equal documents
+    result = loss_of(query, document, distinct_ids(4), distinct_ids(4, 100))
+    assert result.accuracy == 2 / 4
 
 
 def test_learned_temperature():

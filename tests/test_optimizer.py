@@ -20,8 +20,11 @@ from moe_embed_jax.training.run_config import RunConfig
 
 
 def test_decay_mask_is_the_papers():
-    """No decay on biases, norms and the single token-type row; matrices decay (paper_facts c)."""
-    shapes = jax.eval_shape(lambda: init_params(EncoderConfig(num_layers=2), jax.random.key(0)))
+    """No decay on biases, norms and the single token-type row; matrices decay (paper_facts c).
+
+    There are two groups of blocks: with one, the scan axis would not count as an axis anyway."""
+    shapes = jax.eval_shape(lambda: init_params(EncoderConfig(num_layers=4), jax.random.key(0)))
+    assert shapes["groups"]["block_0"]["norm_1"]["scale"].shape == (2, 768)
     flat = jax.tree_util.tree_flatten_with_path(decay_mask(shapes))[0]
     decayed = {path_of(path) for path, value in flat if value}
     kept = {path_of(path) for path, value in flat if not value}
@@ -86,18 +89,31 @@ def test_a_run_that_cannot_warm_up_claims_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_update_by_hand():
-    """Clipping, Adam with bias correction, decoupled decay, warm-up: one step in NumPy."""
+def test_two_updates_by_hand():
+    """Clipping, Adam with bias correction, decoupled decay, warm-up: two steps in NumPy.
+
+    Adam's first step does not depend on the size of the gradient. Its second one does: only the
+    first gradient is above the norm and is clipped.
+    """
     config = OptimizerConfig(
         peak_learning_rate=0.1, schedule="constant", warmup_steps=1, weight_decay=0.5, clip_norm=1.0
     )
     params = {"w": jnp.full((2, 2), 2.0), "bias": jnp.full((2, 2), 2.0)}
-    grads = {"w": jnp.full((2, 2), 3.0), "bias": jnp.full((2, 2), 4.0)}
+    steps = [{"w": 3.0, "bias": 4.0}, {"w": 0.2, "bias": -0.1}]
     optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    norm = np.sqrt(4 * 9 + 4 * 16)
-    rate = 0.1 / 2  # first of two warm-up steps
-    for name, grad, decay in (("w", 3.0, 0.5), ("bias", 4.0, 0.0)):
-        clipped = grad / norm
-        adam = clipped / (np.sqrt(clipped**2) + 1e-8)
-        np.testing.assert_allclose(updates[name], -rate * (adam + decay * 2.0), rtol=1e-5)
+    state = optimizer.init(params)
+    mean, square = dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    for count, (gradients, rate) in enumerate(zip(steps, (0.05, 0.1), strict=True), start=1):
+        full = {name: jnp.full((2, 2), value) for name, value in gradients.items()}
+        updates, state = optimizer.update(full, state, params)
+        norm = np.sqrt(4 * sum(value**2 for value in gradients.values()))
+        assert (norm > 1) == (count == 1)
+        for name, decay in (("w", 0.5), ("bias", 0.0)):
+            clipped = gradients[name] / max(norm, 1)
+            mean[name] = 0.9 * mean[name] + 0.1 * clipped
+            square[name] = 0.999 * square[name] + 0.001 * clipped**2
+            adam = mean[name] / (1 - 0.9**count)
+            adam /= np.sqrt(square[name] / (1 - 0.999**count)) + 1e-8
+            expected = -rate * (adam + decay * params[name])
+            np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
+        params = jax.tree.map(jnp.add, params, updates)

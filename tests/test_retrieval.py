@@ -118,6 +118,16 @@ def vectors_of_ones(texts):
     return np.ones((len(texts), 4))
 
 
+def test_the_query_itself_takes_no_place_among_the_hundred():
+    """The search must give 101 documents: the query is the first, the relevant one the last."""
+    retrieval_set = make_set({"d0": {"d100": 1}}, numbered(110))
+    falling = np.arange(110, 0, -1, dtype=np.float32)[:, None] * np.eye(1, 8, dtype=np.float32)
+    metrics = evaluate_retrieval(
+        lambda texts: np.ones((1, 8)), lambda texts: falling, retrieval_set
+    )
+    assert metrics["recall_at_100"] == 1.0
+
+
 def test_many_sets_encode_each_text_once_and_score_like_one_by_one():
     calls = {"query": [], "document": []}
 

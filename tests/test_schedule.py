@@ -3,7 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_embed_jax.data.schedule import Group, Schedule, group_weights, mixture_groups
+from moe_embed_jax.data.schedule import (
+    Group,
+    MixedSchedule,
+    Schedule,
+    group_weights,
+    mixture_groups,
+)
 from moe_embed_jax.errors import UserError
 
 GROUPS = [
@@ -71,6 +77,16 @@ def test_a_run_may_have_rates_of_its_own():
 def test_seed_changes_the_order():
     a, b = (Schedule(GROUPS, 8, 20, seed) for seed in (0, 1))
     assert any((a.rows(step) != b.rows(step)).any() for step in range(20))
+
+
+@pytest.mark.parametrize("kind", [Schedule, MixedSchedule])
+def test_groups_of_one_size_have_orders_of_their_own(kind):
+    groups = [Group("api", "de", 0, 50, 1.0), Group("api", "fr", 50, 100, 1.0)]
+    schedule = kind(groups, batch_size=10, steps=10, seed=1)
+    rows = np.concatenate([schedule.rows(step) for step in range(10)])
+    first, second = (rows[rows < 50], rows[rows >= 50] - 50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert np.mean(first == second) < 0.2
 
 
 def test_bad_groups_are_named():
