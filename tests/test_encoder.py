@@ -7,19 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotate, rotation
-from moe_embed_jax.models.encoder import EncoderConfig, count_params, encode_tokens, init_params
+from moe_embed_jax.models.encoder import (
+    EncoderConfig,
+    count_params,
+    encode_tokens,
+    in_compute_dtype,
+    init_params,
+)
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.fused_feed_forward import fused_feed_forward
 from moe_embed_jax.models.layer_norm import TILE_TOKENS, gradients_in_one_pass, layer_norm
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.models.moe import route
+from moe_embed_jax.models.moe import MoE, route
 from moe_embed_jax.models.pooling import mean_pool
 from moe_embed_jax.objectives.contrast import unit
+from moe_embed_jax.sharding import path_of
 
 TINY = EncoderConfig(
     vocab_size=64,
@@ -131,6 +140,12 @@ def test_content_of_padding_cannot_matter(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads_one, grads_two)
 
 
+def assert_close_gradients(actual, expected, relative=1e-5):
+    """Every parameter's gradient to `relative` of its own largest entry."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(np.abs(b).max(), 1e-3))
+
+
 def test_blocked_equals_reference_in_the_model():
     results = []
     for backend in ("reference", "blocked"):
@@ -143,17 +158,86 @@ def test_blocked_equals_reference_in_the_model():
             return jnp.sum(jnp.sin(3 * pooled))
 
         results.append(jax.jit(jax.value_and_grad(loss))(params))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-4), *results)
+    assert_close_gradients(*results)
 
 
 def test_remat_changes_nothing(params):
+    """Neither values, gradients nor statistics: rows that fill up the last piece are padding."""
     _, arrays = packed(24)
-    grads = []
-    for remat_rows in (0, 2, 3, 24):  # 3: pieces do not divide the rows
+    assert len(arrays[0]) == 3
+
+    def loss(params, config):
+        pooled, statistics = embed(config, params, arrays)
+        balance = jnp.sum(statistics.probability_E**2) / statistics.tokens.max() ** 2
+        return jnp.sum(jnp.sin(pooled)) + balance, statistics
+
+    results = []
+    for remat_rows in (0, 2, 24):  # 2: pieces do not divide the rows
         config = dataclasses.replace(TINY, remat_rows=remat_rows)
-        grads.append(jax.grad(lambda p, c=config: jnp.sum(jnp.sin(embed(c, p, arrays)[0])))(params))
-    for other in grads[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads[0], other)
+        evaluate = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+        results.append(evaluate(params, config))
+    (expected, statistics), gradients = results[0]
+    assert (statistics.tokens == sum(LENGTHS)).all()
+    for (value, other_statistics), other_gradients in results[1:]:
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        assert_close_gradients(other_gradients, gradients)
+        np.testing.assert_array_equal(other_statistics.tokens, statistics.tokens)
+        np.testing.assert_array_equal(other_statistics.assignments_E, statistics.assignments_E)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), other_statistics, statistics
+        )
+
+
+def test_only_matrices_and_biases_of_blocks_are_cast_to_the_compute_dtype():
+    """Embeddings, norms and the router stay float32 in a bfloat16 model."""
+    config = dataclasses.replace(TINY, dtype="bfloat16", num_layers=3, expert_bias=True)
+    cast = jax.eval_shape(lambda: in_compute_dtype(config, make_params(config)))
+    flat = jax.tree_util.tree_flatten_with_path(cast)[0]
+    kept = {path_of(path) for path, leaf in flat if leaf.dtype == jnp.float32}
+    of_groups = {
+        f"groups/block_{i}/norm_{n}/{name}"
+        for i in (0, 1) for n in (1, 2) for name in ("scale", "bias")
+    } | {"groups/block_1/moe/router/kernel"}  # fmt: skip
+    of_tail = {f"tail/block_0/norm_{n}/{name}" for n in (1, 2) for name in ("scale", "bias")}
+    outside = {path_of(path) for path, _ in flat if path_of(path).startswith("embeddings/")}
+    assert kept == of_groups | of_tail | outside
+    assert {leaf.dtype for path, leaf in flat if path_of(path) not in kept} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+
+
+def test_the_router_of_a_bfloat16_layer_computes_in_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16", num_experts=16)
+    rng = np.random.default_rng(0)
+    x_RLD = jnp.asarray(rng.normal(size=(4, 64, 32)), jnp.bfloat16)
+    valid_RL = jnp.ones((4, 64), bool)
+    moe = MoE(config, nnx.initializers.normal(0.02), nnx.Rngs(0))
+    layer = jax.shard_map(
+        lambda *rows: moe(*rows, keep_choices=True), in_specs=P(), out_specs=P(), check_vma=False
+    )
+    y_RLD, statistics = jax.jit(layer)(x_RLD, valid_RL)
+    logits_RLE = np.asarray(x_RLD, np.float64) @ np.asarray(moe.router.kernel[...], np.float64)
+    expert_RLK, _, expected = route(jnp.asarray(logits_RLE, jnp.float32), valid_RL, 2)
+    assert y_RLD.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(statistics.expert_RLK, expert_RLK)
+    np.testing.assert_allclose(statistics.probability_E, expected.probability_E, rtol=4e-6)
+
+
+def test_a_bfloat16_model_in_pieces_routes_by_the_float32_router(params):
+    """Columns of the router that bfloat16 cannot tell apart: there all tokens would tie."""
+    config = dataclasses.replace(TINY, dtype="bfloat16", remat_rows=2)
+    column_GD1 = params["groups"]["block_1"]["moe"]["router"]["kernel"][..., :1]
+    kernel_GDE = column_GD1 * (1 + 2.0**-12 * jnp.arange(4))
+    halves = np.asarray(kernel_GDE.astype(jnp.bfloat16), np.float32)
+    assert np.mean(halves == halves[..., :1]) > 0.9
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: kernel_GDE if path_of(path).endswith("router/kernel") else leaf, params
+    )
+    assignments_GE = np.asarray(embed(config, params, packed(24)[1])[1].assignments_E)
+    # The first two where the logit is below 0, the last two where it is above.
+    assert (assignments_GE[:, 0] == assignments_GE[:, 1]).all()
+    assert (assignments_GE[:, 2] == assignments_GE[:, 3]).all()
+    assert (assignments_GE[:, 2] > 0).all()
 
 
 def test_route_is_top_k_of_the_softmax_without_renormalisation():
