@@ -227,17 +227,15 @@ def test_a_bfloat16_model_in_pieces_routes_by_the_float32_router(params):
     """Columns of the router that bfloat16 cannot tell apart: there all tokens would tie."""
     config = dataclasses.replace(TINY, dtype="bfloat16", remat_rows=2)
     column_GD1 = params["groups"]["block_1"]["moe"]["router"]["kernel"][..., :1]
+    column_GD1 = column_GD1.astype(jnp.bfloat16).astype(jnp.float32)
     kernel_GDE = column_GD1 * (1 + 2.0**-12 * jnp.arange(4))
-    halves = np.asarray(kernel_GDE.astype(jnp.bfloat16), np.float32)
-    assert np.mean(halves == halves[..., :1]) > 0.9
+    assert (kernel_GDE.astype(jnp.bfloat16) == column_GD1).all()
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: kernel_GDE if path_of(path).endswith("router/kernel") else leaf, params
     )
     assignments_GE = np.asarray(embed(config, params, packed(24)[1])[1].assignments_E)
-    # The first two where the logit is below 0, the last two where it is above.
-    assert (assignments_GE[:, 0] == assignments_GE[:, 1]).all()
-    assert (assignments_GE[:, 2] == assignments_GE[:, 3]).all()
-    assert (assignments_GE[:, 2] > 0).all()
+    # The last two experts lead wherever the logit is above 0.
+    assert (assignments_GE[:, 2:] > 0.1 * sum(LENGTHS)).all()
 
 
 def test_route_is_top_k_of_the_softmax_without_renormalisation():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, run_python
+from conftest import run_python
 
 from moe_embed_jax.data.masking import Masking, most_hidden
 from moe_embed_jax.data.packing import fill_rows, pack
@@ -91,9 +91,7 @@ def gradients(function, config, params, batch):
     """((loss, metrics), gradients) on one device."""
     function = jax.value_and_grad(function, argnums=1, has_aux=True)
     with jax.set_mesh(single_device_mesh()):
-        return jax.jit(function, static_argnums=0, compiler_options=QUICK_COMPILATION)(
-            config, params, batch
-        )
+        return jax.jit(function, static_argnums=0)(config, params, batch)
 
 
 def dense_oracle(config, params, batch: MaskedBatch):

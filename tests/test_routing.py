@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import route
@@ -45,7 +44,7 @@ def gradients(backend, case):
         return jnp.sum(y * weight), (y, dropped)
 
     grad = jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True)
-    function = jax.jit(grad, compiler_options=QUICK_COMPILATION)
+    function = jax.jit(grad)
     grads, (y, dropped) = function(x, gate, *weights)
     names = ("dx", "dgate", "dw_in", "dbias_in", "dw_out")
     return {
@@ -157,6 +156,21 @@ def test_capacity_drops_what_overflows_and_counts_it(capacity_factor):
     assert actual.pop("dropped") == dropped
     for key, value in actual.items():
         np.testing.assert_allclose(value, expected[key], atol=2e-5, rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "destinations", "factor", "cell"),
+    [
+        (70, 4, 1.0, 24),  # a share of 18
+        (64, 8, 1.0, 8),  # a share of 8
+        (72, 8, 1.25, 16),  # 1.25 times a share of 9, which is more than 11
+        (40, 8, 0.5, 8),
+        (100, 4, 8.0, 100),  # all of them
+        (5, 4, 1.0, 5),
+    ],
+)
+def test_a_cell_is_a_share_rounded_up_to_eight(assignments, destinations, factor, cell):
+    assert cell_size(assignments, destinations, factor) == cell
 
 
 def test_padding_never_takes_a_cell_from_a_token():

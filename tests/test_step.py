@@ -1,17 +1,25 @@
 """The training step on a fixed batch: golden numbers, and what must not change them."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from conftest import QUICK_COMPILATION
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_embed_jax.training.state import abstract_state, create_state, from_items, to_items
+from moe_embed_jax.training.state import (
+    LOG_SCALE,
+    abstract_state,
+    create_state,
+    from_items,
+    to_items,
+)
 from moe_embed_jax.training.step import (
     Batch,
     LossConfig,
@@ -26,7 +34,7 @@ MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
 CONFIG = StepConfig(MODEL, LossConfig(), SLOTS)
-EVALUATE = jax.jit(loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION)
+EVALUATE = jax.jit(loss_and_metrics, static_argnums=0)
 # loss, contrastive_loss, balance, grad_norm of three steps. They change with initialisation, loss,
 # routing or optimiser: if that was meant, print the new ones with `pytest -s` and put them here.
 GOLDEN = [
@@ -89,9 +97,7 @@ def gradients(config, params, batch):
     """(loss, metrics, gradients) on one device."""
     function = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
     with jax.set_mesh(single_device_mesh()):
-        (loss, metrics), grads = jax.jit(
-            function, static_argnums=0, compiler_options=QUICK_COMPILATION
-        )(config, params, batch)
+        (loss, metrics), grads = jax.jit(function, static_argnums=0)(config, params, batch)
     return loss, metrics, grads
 
 
@@ -154,18 +160,52 @@ def test_memory_is_flat_in_the_batch_at_a_fixed_chunk(optimizer):
 
 
 def test_the_learned_temperature_moves_and_stays_in_its_bounds(optimizer):
-    loss = LossConfig(learn_temperature=True, temperature_min=0.0199, temperature_max=0.0201)
+    """So does its parameter, which has no gradient outside: it would never come back."""
+    loss = LossConfig(learn_temperature=True, temperature_min=0.01999, temperature_max=0.02001)
     config = dataclasses.replace(CONFIG, loss=loss)
     mesh = single_device_mesh()
     step = jit_train_step(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed=0)
-    for _ in range(20):
+    before = float(state.params[LOG_SCALE])
+    for _ in range(4):
         state, metrics = step(state, make_batch())
-    assert 0.0199 * 0.9999 <= metrics["temperature"] <= 0.0201 * 1.0001
+        moved = float(state.params[LOG_SCALE]) - before
+        # The bounds are 0.0005 away, and the updates are as large as that.
+        assert 1e-6 < abs(moved) <= math.log(0.02 / 0.01999) * 1.001
+    assert 0.01999 * 0.99999 <= metrics["temperature"] <= 0.02001 * 1.00001
     assert metrics["temperature"] != pytest.approx(0.02, abs=1e-6)
     items = to_items(state)
     assert "log_scale" not in items["params"] and "log_scale" in items["optimizer"]
     jax.tree.map(np.testing.assert_array_equal, from_items(items), state)
+
+
+def test_a_bfloat16_step_is_near_the_float32_step_whatever_the_chunks(optimizer):
+    """Parameters, gradients and routing are float32; every parameter moves."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    mesh = single_device_mesh()
+    step = jit_train_step(config, optimizer, mesh)
+    names = ("loss", "contrastive_loss", "balance", "grad_norm")
+    values, moments = [], []
+    for chunks in (1, 2):
+        state = create_state(config, optimizer, mesh, seed=0)
+        before = jax.device_get(state.params)
+        state, metrics = step(state, make_batch(chunks=chunks))
+        values.append([float(metrics[name]) for name in names])
+        moments.append(jax.device_get(optax.tree_utils.tree_get(state.opt_state, "mu")))
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
+            assert a.dtype == np.float32 and np.isfinite(a).all() and (a != b).any()
+    np.testing.assert_allclose(values[0], GOLDEN[0], rtol=3e-3)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(moments))
+    assert_close_gradients(*moments, 0.02)
+
+    # Columns of the router that bfloat16 cannot tell apart: there every token would choose 0 and 1.
+    state = create_state(config, optimizer, mesh, seed=0)
+    router = state.params["groups"]["block_1"]["moe"]["router"]
+    column_GD1 = router["kernel"][..., :1].astype(jnp.bfloat16).astype(jnp.float32)
+    router["kernel"] = column_GD1 * (1 + 2.0**-12 * jnp.arange(4))
+    _, metrics = step(state, make_batch(chunks=2))
+    assert (metrics["expert_load"] > 0).all()
 
 
 def test_hard_negatives_raise_the_loss_only_where_they_are(optimizer):
@@ -186,9 +226,7 @@ def test_balance_coefficient_scales_the_balance_loss_only(optimizer):
         losses = {}
         for coefficient in (0.0, 1.0, 3.0):
             config = dataclasses.replace(CONFIG, loss=LossConfig(balance=coefficient))
-            evaluate = jax.jit(
-                loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION
-            )
+            evaluate = jax.jit(loss_and_metrics, static_argnums=0)
             losses[coefficient], metrics = evaluate(config, params, make_batch())
     balance, contrastive = metrics["balance"], metrics["contrastive_loss"]
     assert 1 <= balance < 1.5
@@ -201,8 +239,6 @@ def test_a_dense_model_has_no_balance(optimizer):
     config = dataclasses.replace(CONFIG, model=model)
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     with jax.set_mesh(single_device_mesh()):
-        loss, metrics = jax.jit(
-            loss_and_metrics, static_argnums=0, compiler_options=QUICK_COMPILATION
-        )(config, params, make_batch())
+        loss, metrics = jax.jit(loss_and_metrics, static_argnums=0)(config, params, make_batch())
     assert "balance" not in metrics
     np.testing.assert_allclose(loss, metrics["contrastive_loss"])
