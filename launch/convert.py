@@ -11,6 +11,7 @@ model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target m
 --dry_run checks all that can be checked without writing. Nothing is ever unpickled.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -48,17 +49,30 @@ def main():
     upcycling.add_argument("--noise", type=float, default=0.0, help="on the experts, relative")
     upcycling.add_argument("--seed", type=int, default=0, help="of the routers and the noise")
     options = vars(flags.parse_args())
+    action = options.pop("action")
+    check(action, options)
 
     from tqdm import tqdm
 
     from moe_embed_jax import conversion
 
     start = time.monotonic()
-    action = getattr(conversion, f"{options.pop('action')}_model")
+    action = getattr(conversion, f"{action}_model")
     bar = functools.partial(tqdm, unit=" tensors", disable=not sys.stderr.isatty(), leave=False)
     action(**options, progress=bar)
     done = "checked, nothing written" if options["dry_run"] else f"wrote {options['target']}"
     print(f"{done}, {time.monotonic() - start:.1f} s")
+
+
+def check(action: str, options: dict) -> None:
+    """Finds the mistakes that can be found without importing jax, which takes seconds."""
+    from moe_embed_jax.interop.source import check_source, refuse_existing
+    from moe_embed_jax.interop.upcycle_config import UpcycleConfig
+
+    if action == "upcycle":
+        UpcycleConfig(**{f.name: options[f.name] for f in dataclasses.fields(UpcycleConfig)})
+    refuse_existing(options["target"])
+    check_source(options["source"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main():
     flags.add_argument("--prompt", required=True, help=launching.PROMPT_HELP)
     flags.add_argument("--dim", type=int, help="keep the first features only (Matryoshka)")
     flags.add_argument("--field", help='JSON field of the text; default "text" after "title"')
-    flags.add_argument("--dtype", default="float32", help="of a .zarr output")
+    launching.add_dtype_flag(flags, "of a .zarr output")
     arguments = flags.parse_args()
 
     from moe_embed_jax.data.text_files import read_texts
@@ -45,6 +45,7 @@ def main():
         raise UserError(f"--dtype={arguments.dtype}: .npy is float32; choose an --output=*.zarr")
     if pathlib.Path(arguments.input).is_fifo():
         raise UserError(f"--input={arguments.input} is a pipe; it is read twice, so give a file")
+    launching.check_model(arguments.model)
     count = sum(1 for _ in read_texts(arguments.input, arguments.field))
 
     from moe_embed_jax.embedder import Embedder

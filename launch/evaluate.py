@@ -36,14 +36,16 @@ def main():
     flags.add_argument("--data", help="of a suite: the folder of its paths")
     flags.add_argument("--cache", help="of a suite: folder of vectors; default OUTPUT/vectors")
     flags.add_argument("--name", help="of a suite: what the results call the model, ORG/MODEL")
-    flags.add_argument("--dtype", default="float32", help="of a suite: of kept vectors")
+    launching.add_dtype_flag(flags, "of a suite: of kept vectors")
     flags.add_argument(
         "--symmetric_prompt", default="query", help="of a suite: of texts that are no document"
     )
     flags.add_argument("--dataset", default="", help="folders, separated by commas")
     flags.add_argument("--heldout", help="folder of prepared data, whose test sets are taken")
     flags.add_argument("--output", required=True, help="results to write: .json, or a folder")
-    flags.add_argument("--dim", help="keep the first features only (Matryoshka)")
+    flags.add_argument(
+        "--dim", type=widths, default=[None], help="keep the first features only (Matryoshka)"
+    )
     flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
     flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
     arguments = flags.parse_args()
@@ -55,6 +57,7 @@ def main():
 
 
 def score_suite(arguments) -> None:
+    from moe_embed_jax.config import read_page
     from moe_embed_jax.errors import UserError
 
     if arguments.dataset or arguments.heldout:
@@ -66,6 +69,11 @@ def score_suite(arguments) -> None:
     output = pathlib.Path(arguments.output)
     if output.is_file():
         raise UserError(f"--output={output} is a file, expected a folder")
+    read_page(dict, arguments.suite)  # a mistake in it is reported before jax is imported
+    data = pathlib.Path(arguments.data)
+    if not data.is_dir():
+        raise UserError(f"--data={data}: no such folder")
+    launching.check_model(arguments.model)
     launching.start_distributed()
 
     from moe_embed_jax.curation.teacher import load_teacher
@@ -73,7 +81,7 @@ def score_suite(arguments) -> None:
     from moe_embed_jax.evaluation.suite_model import model_card, model_vectors
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    tasks, data = load_suite(arguments.suite), pathlib.Path(arguments.data)
+    tasks = load_suite(arguments.suite)
     check_files(tasks, data)
     mesh = make_mesh(MeshConfig())
     encoder = load_teacher(arguments.model, mesh)
@@ -81,7 +89,7 @@ def score_suite(arguments) -> None:
     symmetric = launching.prompt(arguments.symmetric_prompt)
     prompts = {"query": query, "document": document, "symmetric": symmetric}
     cache = pathlib.Path(arguments.cache) if arguments.cache else output / "vectors"
-    vectors = model_vectors(encoder, cache, prompts, mesh, widths(arguments.dim), arguments.dtype)
+    vectors = model_vectors(encoder, cache, prompts, mesh, arguments.dim, arguments.dtype)
     card = model_card(encoder, vectors, arguments.name or arguments.model)
 
     import jax
@@ -110,7 +118,9 @@ def score_sets(arguments) -> None:
     output = pathlib.Path(arguments.output)
     if output.is_dir():
         raise UserError(f"--output={output} is a folder, expected a file to write")
-    dims = widths(arguments.dim)
+    if arguments.model != BM25:
+        launching.check_model(arguments.model)
+    dims = arguments.dim
     groups = [load_heldout(arguments.heldout)] if arguments.heldout else []
     folders = [folder for folder in arguments.dataset.split(",") if folder]
     if folders or not groups:
@@ -135,7 +145,7 @@ def score_sets(arguments) -> None:
         print_table(of_sets, f"{dim} dimensions" if len(results) > 1 else None)
 
 
-def widths(flag: str | None) -> list[int | None]:
+def widths(flag: str) -> list[int | None]:
     from moe_embed_jax.errors import UserError
 
     try:

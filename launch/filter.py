@@ -12,7 +12,6 @@ another --k or --margin (with another --output moved to its place) costs no embe
 when you are done.
 """
 
-import pathlib
 import sys
 
 from moe_embed_jax import launching
@@ -26,15 +25,18 @@ def main():
     flags.add_argument("--margin", type=float, default=0.0, help="by how much they must be nearer")
     arguments = flags.parse_args()
 
-    from moe_embed_jax.curation.consistency import Rule, filter_pairs
+    from moe_embed_jax.curation.consistency_rule import Rule
+
+    rule = Rule(arguments.k, arguments.chunk, arguments.margin)
+    pairs_folder, output = launching.curation_folders(arguments)
+
+    from moe_embed_jax.curation.consistency import filter_pairs
     from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    rule = Rule(arguments.k, arguments.chunk, arguments.margin)
-    pairs, output = PairFolder(arguments.pairs), pathlib.Path(arguments.output)
-    launching.check_new(output)
+    pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())
     embedding = Embedding(
         load_teacher(arguments.teacher, mesh), *launching.prompts(arguments), arguments.dtype

@@ -37,6 +37,7 @@ def main():
 
     output = pathlib.Path(arguments.output)
     launching.check_new(output)
+    launching.check_model(arguments.model)
     texts = labelled_texts(arguments)
 
     from moe_embed_jax.embedder import Embedder

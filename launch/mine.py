@@ -14,7 +14,6 @@ pytorch). Vectors and finished parts stay in DIR2.work: the same command continu
 Delete it when you are done.
 """
 
-import pathlib
 import sys
 
 from moe_embed_jax import launching
@@ -34,17 +33,20 @@ def main():
     flags.add_argument("--search", type=int, default=1000, help="ranks that are looked at")
     arguments = flags.parse_args()
 
-    from moe_embed_jax.curation.negatives import Rule, mine_negatives
+    from moe_embed_jax.curation.negatives_rule import Rule
+
+    rule = Rule(
+        arguments.count, arguments.relative, arguments.absolute, arguments.skip, arguments.search
+    )
+    pairs_folder, output = launching.curation_folders(arguments)
+
+    from moe_embed_jax.curation.negatives import mine_negatives
     from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    rule = Rule(
-        arguments.count, arguments.relative, arguments.absolute, arguments.skip, arguments.search
-    )
-    pairs, output = PairFolder(arguments.pairs), pathlib.Path(arguments.output)
-    launching.check_new(output)
+    pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())
     embedding = Embedding(
         load_teacher(arguments.teacher, mesh), *launching.prompts(arguments), arguments.dtype

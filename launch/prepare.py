@@ -37,9 +37,14 @@ def main():
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("Apache Beam is not installed: pip install -e .[beam]")
+    from moe_embed_jax.data.raw.options import Options
+    from moe_embed_jax.data.raw.sources import read_sources
+
+    options = Options(**vars(arguments), beam=tuple(rest))
+    read_sources(options.sources)  # a mistake in it is reported before Beam is imported
+
     from moe_embed_jax.data.raw import pipeline, report
 
-    options = pipeline.Options(**vars(arguments), beam=tuple(rest))
     report.print_manifest(pipeline.prepare(options), arguments.output)
 
 

@@ -22,7 +22,6 @@ def main():
     from moe_embed_jax.recipe.page import Recipe
 
     arguments, recipe = launching.parse_with_config(flags, Recipe)
-    from moe_embed_jax.recipe.report import write_report
     from moe_embed_jax.recipe.run import Stopped, run_steps
     from moe_embed_jax.recipe.steps import make_steps
 
@@ -33,6 +32,8 @@ def main():
     except Stopped as stopped:
         print(f"stopped by a signal in step {stopped}: the same command continues there")
         return
+    from moe_embed_jax.recipe.report import write_report
+
     if table := write_report(steps, workdir):
         print(table)
     print(f"{workdir}/report.md and report.png say what happened; the model is {workdir}/stage3")

@@ -5,8 +5,9 @@ import pathlib
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.published import has_mlm_head
-from moe_embed_jax.interop.source import local_folder
-from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
+from moe_embed_jax.interop.source import local_folder, refuse_existing
+from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
+from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import ModelFolder, is_run, open_model, place, save_model
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
@@ -132,7 +133,7 @@ def _open(
     **options,
 ) -> ModelFolder:
     """The checked source with the prompts of the command line; refuses a target that exists."""
-    export.refuse_existing(target)
+    refuse_existing(target)
     opened = open_model(source, vocabulary=vocabulary, **options)
     if query_prefix is not None:
         opened.prompts["query"] = query_prefix

@@ -7,10 +7,12 @@ import logging
 import os
 import pathlib
 import sys
-import urllib.request
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.data.pair_manifest import read_manifest
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.source import EXTERNAL, check_source
+from moe_embed_jax.search import check_dtype
 
 # Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
 # with an error alone takes the others down after this time.
@@ -70,7 +72,26 @@ def add_curation_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--output", required=True, help="prepared folder to write")
     flags.add_argument("--query_prompt", default="query", help=PROMPT_HELP)
     flags.add_argument("--document_prompt", default="document", help=PROMPT_HELP)
-    flags.add_argument("--dtype", default="float32", help="of stored vectors: bfloat16, float16")
+    add_dtype_flag(flags, "of stored vectors: bfloat16, float16")
+
+
+def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
+    flags.add_argument("--dtype", type=check_dtype, default="float32", help=help_text)
+
+
+def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
+    """(--pairs, --output); finds what is wrong with the flags before jax is imported."""
+    pairs, output = pathlib.Path(arguments.pairs), pathlib.Path(arguments.output)
+    read_manifest(pairs)
+    check_new(output)
+    check_model(arguments.teacher)
+    return pairs, output
+
+
+def check_model(name: str) -> None:
+    """Raises `UserError` for a model folder that does not exist; imports no jax, asks no hub."""
+    if not name.startswith(EXTERNAL):
+        check_source(name)
 
 
 def prompts(arguments) -> tuple[str | None, str | None]:
@@ -158,6 +179,8 @@ def _slice_workers() -> str:
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     if not chips or os.environ.get("JAX_PLATFORMS") == "cpu":
         return ""
+    import urllib.request
+
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",

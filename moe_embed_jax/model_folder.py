@@ -1,5 +1,7 @@
 """A model in a folder, whoever wrote it: a training run's work directory, an imported model, or a
 published checkpoint (safetensors). Everything that loads a model goes through here.
+
+Orbax (`checkpoint`) is imported inside the functions that need it: published models do not.
 """
 
 import contextlib
@@ -11,13 +13,12 @@ from collections.abc import Callable
 import jax
 
 from moe_embed_jax import config as config_page
-from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.config import save_json
 from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.published import CONFIG_FILE, open_published, read_config
+from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import read_settings
-from moe_embed_jax.interop.source import local_folder
+from moe_embed_jax.interop.source import MODEL_CARD, local_folder
 from moe_embed_jax.interop.tokenizer_files import (
     JSON_FILE,
     SENTENCEPIECE_FILE,
@@ -32,7 +33,6 @@ from moe_embed_jax.objectives import MASKED_LM
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.sharding import is_array, rules_for, shardings, with_shardings
 
-MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them from others
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
@@ -172,6 +172,8 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
     model = config_page.build(EncoderConfig, card["model"], "model")
     if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
+    from moe_embed_jax.checkpoint import Checkpoints
+
     with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
@@ -212,6 +214,8 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
 
 def _read_each(folder: pathlib.Path, step: int, abstract: dict, progress, form) -> dict:
     """`params` on the host in another form, never all of them as they are saved."""
+    from moe_embed_jax.checkpoint import Checkpoints
+
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         arrays = progress(checkpoints.restore_each(step, "params", abstract))
         # Not by a loop, whose variable would keep each array while the next one is read.
@@ -256,6 +260,8 @@ def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
 
     The card is written last: a folder without it is not a model.
     """
+    from moe_embed_jax.checkpoint import Checkpoints
+
     folder.mkdir(parents=True, exist_ok=True)
     if loaded.vocabulary is not None:
         sentencepiece = isinstance(loaded.vocabulary, Vocabulary)

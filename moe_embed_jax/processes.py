@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
@@ -36,6 +35,8 @@ def wait_for_all(name: str) -> None:
     # A barrier of the coordination service, not of the devices: those give up, or log warnings,
     # long before a corpus is prepared.
     if jax.process_count() > 1:
+        import orbax.checkpoint as ocp  # here: embedding on one process does not need it
+
         ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=LONGEST_WAIT * 1000)
 
 

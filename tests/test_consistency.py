@@ -237,7 +237,7 @@ def launch(monkeypatch, name, *arguments) -> int:
 def test_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh: StandInTeacher())
     write_pairs(tmp_path / "pairs")
-    flags = (f"--pairs={tmp_path}/pairs", "--teacher=model", f"--output={tmp_path}/out")
+    flags = (f"--pairs={tmp_path}/pairs", f"--teacher={tmp_path}", f"--output={tmp_path}/out")
     assert launch(monkeypatch, "filter", *flags, "--dtype=float16") == 0
     printed = capsys.readouterr().out
     assert "| all |  | 50 | 46 | 4 | 92.0 |" in printed and "46 of 50 pairs" in printed

@@ -198,7 +198,7 @@ def test_kill_9_and_resume(tmp_path):
 def test_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh: StandInTeacher())
     write_pairs(tmp_path / "pairs")
-    flags = (f"--pairs={tmp_path}/pairs", "--teacher=model", f"--output={tmp_path}/out")
+    flags = (f"--pairs={tmp_path}/pairs", f"--teacher={tmp_path}", f"--output={tmp_path}/out")
     assert launch(monkeypatch, "mine", *flags, "--count=2", "--relative=none") == 0
     printed = capsys.readouterr().out
     assert "for 14 queries, 2 of them with fewer than 2" in printed

@@ -2,7 +2,7 @@
 
 Nomic Embed v2 (arXiv 2502.07972), and E5 before it: within a chunk of pairs of one
 source and language, a teacher ranks all documents for each query; a pair is kept if its own
-document is among the top k (2). What the rule says exactly is the docstring of `Rule`.
+document is among the top k (2). What the rule says exactly is the docstring of `Rule` (consistency_rule.py).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moe_embed_jax.curation.consistency_rule import Rule
 from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
@@ -32,30 +33,6 @@ from moe_embed_jax.search.knn import Documents, top_k
 
 EXAMPLES = 5  # dropped pairs of each group that a report shows
 NEIGHBOURS_FILE = "neighbours.npz"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A pair is kept unless `k` other documents score more than `margin` above its own.
-
-    k: 2 in the paper. margin: of the score; 0 is the paper's rule (a document that scores the same
-    as the own one does not count against it), more keeps more, less than 0 asks the own document
-    to lead. chunk: most pairs whose documents compete; a group is cut into as few equal chunks as
-    that allows, so that no small remainder is judged against a handful of documents, or lost.
-
-    Duplicates of a document (`data.normal_form`) are one document: a copy of the own document
-    is the own document, and copies of another take one place.
-    """
-
-    k: int = 2
-    chunk: int = 1_000_000
-    margin: float = 0.0
-
-    def __post_init__(self):
-        if self.k < 1 or self.chunk < 1:
-            raise UserError(f"k={self.k} and chunk={self.chunk} must be at least 1")
-        if not np.isfinite(self.margin):
-            raise UserError(f"margin={self.margin} must be a number")
 
 
 @dataclasses.dataclass(frozen=True)

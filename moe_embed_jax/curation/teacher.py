@@ -11,9 +11,8 @@ import numpy as np
 
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.source import EXTERNAL
 from moe_embed_jax.interop.tokenizer_files import XLMR_FILE
-
-EXTERNAL = "sentence-transformers:"
 
 
 class Teacher(Protocol):

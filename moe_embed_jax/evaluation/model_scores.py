@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_embed_jax.embedder import unit_norm
 from moe_embed_jax.evaluation.beir import RetrievalSet
-from moe_embed_jax.evaluation.bm25 import evaluate_bm25
 from moe_embed_jax.evaluation.retrieval import Metrics, evaluate_many
 
 BM25 = "bm25"  # in place of a model
@@ -31,6 +29,8 @@ def score_model(
     Raises:
       UserError: a width that the model does not have, or an unknown prompt.
     """
+    from moe_embed_jax.embedder import unit_norm
+
     for dim in dims:
         for prompt in prompts:
             embedder.encode([], prompt=prompt, dim=dim)  # complains before anything is embedded
@@ -58,4 +58,6 @@ def score_model(
 
 def score_bm25(groups: Sequence[dict[str, RetrievalSet]]) -> dict[str, Metrics]:
     """{name of the set: metrics} of BM25 over words."""
+    from moe_embed_jax.evaluation.bm25 import evaluate_bm25
+
     return {name: evaluate_bm25(each) for group in groups for name, each in group.items()}

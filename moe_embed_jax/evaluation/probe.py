@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
 
 from moe_embed_jax.data.text_files import read_table
 from moe_embed_jax.errors import UserError
@@ -20,6 +19,9 @@ from moe_embed_jax.evaluation.subsets import (
     find_subsets,
 )
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
+
+if TYPE_CHECKING:  # a suite without classification does without it, and without pandas
+    from sklearn.linear_model import LogisticRegression
 
 MAX_ITERATIONS = 1000  # of L-BFGS: it converges well before
 
@@ -85,7 +87,7 @@ class Probe:
     def _subsets(self, root: Path):
         return find_subsets(root, self.path, self.languages)
 
-    def _fit(self, data: LabelledTexts, x_ND: np.ndarray, name: str) -> LogisticRegression:
+    def _fit(self, data: LabelledTexts, x_ND: np.ndarray, name: str) -> "LogisticRegression":
         is_train = data.splits == self.train_split
         if len(set(data.labels[is_train])) < 2:
             raise UserError(
@@ -101,14 +103,18 @@ def read_labelled(path: Path) -> LabelledTexts:
     return LabelledTexts(list(texts), np.array(labels), np.array(splits))
 
 
-def fit_probe(x_ND: np.ndarray, label_N: np.ndarray) -> LogisticRegression:
+def fit_probe(x_ND: np.ndarray, label_N: np.ndarray) -> "LogisticRegression":
     """Multinomial logistic regression as MTEB's classification tasks set it up (scikit-learn's
     defaults: L2 with C = 1), but on all texts, where MTEB draws 8 per class ten times."""
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(max_iter=MAX_ITERATIONS).fit(x_ND.astype(np.float64), label_N)
 
 
-def probe_scores(probe: LogisticRegression, x_ND: np.ndarray, label_N: np.ndarray) -> Scores:
+def probe_scores(probe: "LogisticRegression", x_ND: np.ndarray, label_N: np.ndarray) -> Scores:
     """`accuracy` (the main score) and `f1`, the plain mean over the classes."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     found_N = probe.predict(x_ND.astype(np.float64))
     return {
         "accuracy": float(accuracy_score(label_N, found_N)),

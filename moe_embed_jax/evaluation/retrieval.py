@@ -1,14 +1,16 @@
 """Retrieval metrics of embeddings over BEIR-like sets, one by one or many small ones at once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import ir_measures
-import jax
 import numpy as np
 from ir_measures import RR, R, nDCG
 
 from moe_embed_jax.evaluation.beir import RetrievalSet
-from moe_embed_jax.search.knn import top_k
+
+if TYPE_CHECKING:
+    import jax
 
 Encode = Callable[[list[str]], np.ndarray]  # n texts -> [n, D]
 Metrics = dict[str, float]  # ndcg_at_10, recall_at_100, mrr_at_10, queries, documents
@@ -22,7 +24,7 @@ def evaluate_retrieval(
     encode_queries: Encode,
     encode_documents: Encode,
     retrieval_set: RetrievalSet,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: "jax.sharding.Mesh | None" = None,
 ) -> Metrics:
     """Metrics of one set by exact inner-product search; see `score_run` for what they are.
 
@@ -37,7 +39,7 @@ def evaluate_many(
     encode_queries: Encode,
     encode_documents: Encode,
     retrieval_sets: Mapping[str, RetrievalSet],
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: "jax.sharding.Mesh | None" = None,
 ) -> dict[str, Metrics]:
     """Metrics of many small sets: {name: metrics}, in the order of `retrieval_sets`.
 
@@ -45,6 +47,8 @@ def evaluate_many(
     same English query is asked of every language); a query then meets the documents of its own
     set only. All vectors are in host memory at once.
     """
+    from moe_embed_jax.search.knn import top_k  # here: BM25's rankings are judged without it
+
     sets = list(retrieval_sets.values())
     queries = _encode_once(encode_queries, [s.queries for s in sets])
     documents = _encode_once(encode_documents, [s.documents for s in sets])

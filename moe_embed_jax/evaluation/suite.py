@@ -93,8 +93,6 @@ def load_suite(spec: str) -> dict[str, Task]:
 
 def check_files(tasks: dict[str, Task], root: Path) -> None:
     """Raises `UserError` for the first task that misses a file, before any work is done."""
-    if not root.is_dir():
-        raise UserError(f"--data={root}: no such folder")
     for name, task in tasks.items():
         try:
             task.files(root)

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import safetensors.numpy
 
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
-from moe_embed_jax.interop.published import CONFIG_FILE
 from moe_embed_jax.interop.rules import entries, to_theirs
 from moe_embed_jax.interop.sentence_transformers import write_settings
+from moe_embed_jax.interop.source import CONFIG_FILE, refuse_existing
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.interop.tokenizer_files import write_tokenizer
 from moe_embed_jax.models.encoder import EncoderConfig
@@ -51,11 +50,6 @@ def export_config(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
         "AutoModel": f"{module}.NomicBertModel",
     }
     return config
-
-
-def refuse_existing(folder) -> None:
-    if pathlib.Path(folder).exists():
-        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")
 
 
 def write_folder(

@@ -14,12 +14,12 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import from_layers, shapes_by_layer
 from moe_embed_jax.interop.rules import Entry, Rule, entries, to_ours
+from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import Tensors
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.heads import UNREACHABLE_BIAS, mlm_head_shapes
 from moe_embed_jax.sharding import path_of
 
-CONFIG_FILE = "config.json"
 # model_type -> module with the table, rules of the language-model head.
 LAYOUTS = {
     "nomic_bert": (nomic, nomic.HEAD_RULES),

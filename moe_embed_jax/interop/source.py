@@ -1,10 +1,14 @@
-"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`."""
+"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`; and where
+one may be written. Imports no jax."""
 
 import pathlib
 
 from moe_embed_jax.errors import UserError
 
 HUB = "hf://"
+EXTERNAL = "sentence-transformers:"  # in front of a model that PyTorch runs
+CONFIG_FILE = "config.json"  # of every model folder
+MODEL_CARD = CONFIG_FILE  # of our own folders; its "model" section tells them from others
 # Weights as safetensors, configuration and tokenizer; never code and never pickles.
 PATTERNS = ("*.safetensors", "*.json", "*.model", "1_Pooling/*", "*.txt")
 
@@ -15,16 +19,11 @@ def local_folder(source: str | pathlib.Path) -> pathlib.Path:
     Raises:
       UserError: no such folder; a hub name that is not OWNER/NAME, or that cannot be fetched.
     """
+    check_source(source)
     text = str(source)
     if not text.startswith(HUB):
-        folder = pathlib.Path(text)
-        if not folder.is_dir():
-            hint = f"; on the hub? then {HUB}{text}" if text.count("/") == 1 else ""
-            raise UserError(f"model folder {text} does not exist{hint}")
-        return folder
+        return pathlib.Path(text)
     name, _, revision = text.removeprefix(HUB).partition("@")
-    if name.count("/") != 1 or not all(name.split("/")):
-        raise UserError(f"{text}: write {HUB}OWNER/NAME, with @REVISION for a fixed version")
     import huggingface_hub
 
     try:
@@ -35,3 +34,21 @@ def local_folder(source: str | pathlib.Path) -> pathlib.Path:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{text} cannot be fetched: {first_line}") from None
     return pathlib.Path(path)
+
+
+def check_source(source: str | pathlib.Path) -> None:
+    """Raises `UserError` for no such folder, or a hub name that is not OWNER/NAME; asks no hub."""
+    text = str(source)
+    if not text.startswith(HUB):
+        if not pathlib.Path(text).is_dir():
+            hint = f"; on the hub? then {HUB}{text}" if text.count("/") == 1 else ""
+            raise UserError(f"model folder {text} does not exist{hint}")
+        return
+    name = text.removeprefix(HUB).partition("@")[0]
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"{text}: write {HUB}OWNER/NAME, with @REVISION for a fixed version")
+
+
+def refuse_existing(folder: str | pathlib.Path) -> None:
+    if pathlib.Path(folder).exists():
+        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")

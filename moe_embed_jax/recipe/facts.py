@@ -16,7 +16,8 @@ from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.training.journal import METRICS_FILE, main_loss, read_records
 from moe_embed_jax.training.masked_report import geometric_mean
-from moe_embed_jax.training.report import METRIC, RESULTS_FILE
+from moe_embed_jax.training.report import METRIC
+from moe_embed_jax.training.workdir import RESULTS_FILE
 
 WHOLE = "all"  # dimensions
 TRAINED = "trained"  # of the columns of results.json

@@ -8,10 +8,9 @@ import sys
 
 from moe_embed_jax.data.pair_manifest import MANIFEST
 from moe_embed_jax.evaluation.model_scores import BM25
-from moe_embed_jax.model_folder import MODEL_CARD
+from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.recipe.page import STAGES, WHEEL_TEACHER, Recipe, training_run
-from moe_embed_jax.training.report import RESULTS_FILE
-from moe_embed_jax.training.workdir import identity
+from moe_embed_jax.training.workdir import RESULTS_FILE, identity
 
 WORKDIR = pathlib.Path("WORKDIR")  # in records, so that a work directory may be moved
 

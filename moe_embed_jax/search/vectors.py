@@ -23,12 +23,12 @@ from tqdm import tqdm
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.processes import process_0_first, wait_for_all
+from moe_embed_jax.search import check_dtype
 
 Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
 
 FORMAT = 1
 CHUNK = 8192  # rows of a chunk: written at once, lost at most by a kill
-DTYPES = ("float32", "bfloat16", "float16")
 ABOUT, PROGRESS = "about.json", "progress.json"
 
 
@@ -88,7 +88,7 @@ def write_vectors(
       encode: n texts to float [n, D]; [0, D] for none. Called with CHUNK texts at a time, and the
         same ones after a resume.
       encoder: identifies the encoder: whatever changes the vectors (weights, prefix, length).
-      dtype: stored; one of DTYPES.
+      dtype: stored; one of search.DTYPES.
 
     Raises:
       UserError: `folder` holds something else, or vectors of other texts, of another encoder or in
@@ -124,8 +124,7 @@ def cached_vectors(
 
 
 def _about(fingerprint: tuple[int, str], encode: Encode, encoder: dict, dtype: str) -> dict:
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     count, sha256 = fingerprint
     return {
         "format": FORMAT,

@@ -10,10 +10,11 @@ import numpy as np
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import differences
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.mesh import replicated, single_device_mesh
-from moe_embed_jax.model_folder import MODEL_CARD, open_model, place
+from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.objectives import MASKED_LM
 from moe_embed_jax.processes import to_devices

@@ -14,13 +14,9 @@ from moe_embed_jax.evaluation.pseudo_perplexity import MaskedModel, load_documen
 from moe_embed_jax.processes import wait_for_all
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
-from moe_embed_jax.training.report import (
-    EVALUATIONS_FILE,
-    PICTURE_FILE,
-    RESULTS_FILE,
-    ROUTING_TEXTS,
-)
+from moe_embed_jax.training.report import EVALUATIONS_FILE, PICTURE_FILE, ROUTING_TEXTS
 from moe_embed_jax.training.run_config import MaskedRunConfig
+from moe_embed_jax.training.workdir import RESULTS_FILE
 
 METRIC = "perplexity"
 SET = "held_out"

@@ -17,9 +17,9 @@ from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
 from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.workdir import RESULTS_FILE
 
 EVALUATIONS_FILE = "evaluations.jsonl"
-RESULTS_FILE = "results.json"
 ROUTING_FILE = "routing.json"
 PICTURE_FILE = "report.png"
 METRIC = "ndcg_at_10"

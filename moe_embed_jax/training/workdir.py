@@ -19,9 +19,10 @@ from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.model_folder import MODEL_CARD
+from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
+RESULTS_FILE = "results.json"  # appears when the run is finished
 # A run may move to another mesh, folder, chunk size, rhythm of reports, way to compute the same
 # experts, or idea of when to stop; everything else changes its numbers.
 FREE_KEYS = (

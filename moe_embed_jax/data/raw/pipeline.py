@@ -12,7 +12,6 @@ and interruptions leave no trace in it.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -38,6 +37,7 @@ from moe_embed_jax.data.raw.accounts import (
     rounds,
     source_counts,
 )
+from moe_embed_jax.data.raw.options import Options
 from moe_embed_jax.data.raw.quarantine import check_share, collect_quarantine
 from moe_embed_jax.data.raw.records import open_file
 from moe_embed_jax.data.raw.sources import Part, Source, find_parts, read_sources
@@ -59,30 +59,12 @@ LOCAL_ROUND_BYTES = 1 << 30
 _LOCAL_RUNNERS = ("DirectRunner", "BundleBasedDirectRunner", "FnApiRunner")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """sources: path of the sources file. output: the folder to make, of any Beam file system.
-    vocabulary: file to count tokens with, or "". max_bad_share: of the rows of a source.
-    beam: options for Beam (--runner=... and what that runner takes)."""
-
-    sources: str
-    output: str
-    vocabulary: str = ""
-    max_bad_share: float = 0.01
-    rows_per_shard: int = 65_536
-    beam: tuple[str, ...] = ()
-
-
 def prepare(options: Options) -> dict:
     """Prepares `options.output`, going on where an earlier call stopped; returns its manifest.
 
     Raises:
       UserError: bad sources, too many bad rows, something else at `output`, a failed pipeline.
     """
-    if not 0 <= options.max_bad_share <= 1:
-        raise UserError(f"--max_bad_share={options.max_bad_share} must be from 0 to 1")
-    if options.rows_per_shard < 1:
-        raise UserError(f"--rows_per_shard={options.rows_per_shard} must be 1 or more")
     _check_flags(options.beam)
     sources = read_sources(options.sources)
     parts = find_parts(sources)

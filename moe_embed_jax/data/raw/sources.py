@@ -18,8 +18,6 @@ import json
 import re
 from pathlib import Path
 
-from apache_beam.io.filesystems import FileSystems
-
 from moe_embed_jax.data.raw.layouts import LAYOUTS
 from moe_embed_jax.errors import UserError
 
@@ -184,6 +182,9 @@ def _match(path: str, source: Source) -> list[tuple[str, int]]:
 
 
 def _list(pattern: str) -> list[tuple[str, int]]:
+    # Here, so that a mistake in a sources file is reported before Beam is imported.
+    from apache_beam.io.filesystems import FileSystems
+
     (result,) = FileSystems.match([pattern])
     is_local = "://" not in pattern
     return [

@@ -1,0 +1,25 @@
+"""What launch/prepare.py is asked for. Imports no Beam."""
+
+import dataclasses
+
+from moe_embed_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """sources: path of the sources file. output: the folder to make, of any Beam file system.
+    vocabulary: file to count tokens with, or "". max_bad_share: of the rows of a source.
+    beam: options for Beam (--runner=... and what that runner takes)."""
+
+    sources: str
+    output: str
+    vocabulary: str = ""
+    max_bad_share: float = 0.01
+    rows_per_shard: int = 65_536
+    beam: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"--max_bad_share={self.max_bad_share} must be from 0 to 1")
+        if self.rows_per_shard < 1:
+            raise UserError(f"--rows_per_shard={self.rows_per_shard} must be 1 or more")
