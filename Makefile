@@ -11,11 +11,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
-PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
 TEST_EXTRAS ?= test,pytorch,plan,beam,mteb,docs
 # Test files in two processes, each of which needs up to 4 GB: make test PYTEST_FLAGS= for one.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart=0
 export JAX_PLATFORMS ?= cpu
+# Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test docs clean
 

@@ -1,7 +1,9 @@
+import hashlib
 import importlib.util
 import json
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -9,27 +11,56 @@ import tempfile
 import zipfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
+# Most programs here are compiled to run once. Without LLVM's optimisations and without XLA's fusion
+# emitters they compile in a third of the time, and their numbers are the same to rounding.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to bytecode takes seconds
 
 import numpy as np
 import pytest
 import synthetic_data
 
+from moe_embed_jax.data import triton_first  # noqa: F401  before test files import TensorFlow
+
 ROOT = pathlib.Path(__file__).parent.parent
-# For jax.jit and compile() where many programs are compiled to run once: half the time without
-# LLVM's optimisations, and the same numbers to rounding.
-QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
-QUICK_FLAGS = "--xla_backend_optimization_level=0"  # the same, for whole subprocesses
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
+QUICK_FLAGS = os.environ["XLA_FLAGS"]
+
+pytest_plugins = ("suite_files",)
+
+
+def _compiled_programs() -> pathlib.Path:
+    """A folder in the environment for compiled programs, one for each kind of processor.
+
+    The compiler's version needs no folder: it is part of JAX's key of a program.
+    """
+    processor = platform.processor()
+    if (cpuinfo := pathlib.Path("/proc/cpuinfo")).is_file():
+        lines = cpuinfo.read_text().splitlines()
+        processor = "".join(sorted({line for line in lines if line.startswith(("model", "flags"))}))
+    name = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:16]
+    return pathlib.Path(sys.prefix) / "compiled-programs" / name
 
 
 def pytest_configure(config):
-    """What one test compiles serves all later ones and their subprocesses."""
+    """What one test compiles serves all later ones, their subprocesses and the next run."""
     if hasattr(config, "workerinput"):
         return  # a worker of pytest-xdist has the folder of its controller
-    compiled = tempfile.mkdtemp(prefix="compiled-")
-    config.add_cleanup(lambda: shutil.rmtree(compiled))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # read when jax is imported, after this
+    if sys.prefix == sys.base_prefix:  # no environment that a folder could belong to
+        compiled = pathlib.Path(tempfile.mkdtemp(prefix="compiled-"))
+        config.add_cleanup(lambda: shutil.rmtree(compiled))
+    else:
+        compiled = _compiled_programs()
+        _limit(compiled)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)  # read when jax is imported, after this
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def _limit(folder: pathlib.Path, gigabytes: float = 2.0) -> None:
+    """Empties a folder of programs that has grown too large: programs of old code are not used."""
+    size = sum(path.stat().st_size for path in folder.glob("*"))
+    if size > gigabytes * 1e9:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

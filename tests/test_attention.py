@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.models import attention as attention_module
@@ -45,7 +44,7 @@ def test_equals_plain_attention(heads, head, length, rotary):
             context = function(qkv, text_index, angles, heads, **options)
             return jnp.sum(context * weight), context
 
-        return jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK_COMPILATION)(qkv)
+        return jax.jit(jax.grad(scalar, has_aux=True))(qkv)
 
     assert supports(length, heads * head, heads, jnp.float32)
     gradient, context = value_and_gradient(fused_attention, interpret=True)
@@ -97,7 +96,7 @@ def test_long_rows_equal_plain_attention(head):
             return jnp.sum(context * weight), context
 
         with pltpu.force_tpu_interpret_mode():
-            return jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK_COMPILATION)(qkv)
+            return jax.jit(jax.grad(scalar, has_aux=True))(qkv)
 
     (actual_gradient, actual), (expected_gradient, expected) = gradient(True), gradient(False)
     valid = np.asarray(text_index) >= 0

@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, run_python
+from conftest import run_python
 from test_meshes import DEVICES, MODEL, PAIRS, SLOTS, make_batch
 
 from moe_embed_jax.errors import UserError
@@ -60,7 +60,7 @@ def compiled(over: str, mesh, model):
         return metrics["balance"], (loss - metrics["contrastive_loss"], metrics["expert_load"])
 
     function = jax.value_and_grad(balance, has_aux=True)
-    return jax.jit(function, compiler_options=QUICK_COMPILATION)
+    return jax.jit(function)
 
 
 def balance_and_gradient(over: str, mesh, batch: Batch, model=MODEL):

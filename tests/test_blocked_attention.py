@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +58,7 @@ def value_and_gradient(function, case, heads, **options):
         context = function(qkv, text_index, angles, heads, **options)
         return jnp.sum(context * weight), context
 
-    gradient = jax.jit(jax.grad(scalar, has_aux=True), compiler_options=QUICK_COMPILATION)
+    gradient = jax.jit(jax.grad(scalar, has_aux=True))
     return [np.asarray(x, np.float32) for x in gradient(qkv)]
 
 

@@ -9,7 +9,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, run_python
+from conftest import run_python
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import MeshConfig, make_mesh
@@ -91,7 +91,7 @@ def train(mesh, model: EncoderConfig, chunks: int):
     with jax.set_mesh(mesh):
         step = jit_train_step(config, optimizer, mesh).jitted
         lowered = step.lower(abstract_state(config, optimizer, mesh), shapes)
-        compiled = lowered.compile(QUICK_COMPILATION)
+        compiled = lowered.compile()
         history = []
         for _ in range(2):
             state, metrics = compiled(state, batch)

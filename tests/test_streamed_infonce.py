@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUICK_COMPILATION, run_python
+from conftest import run_python
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -108,7 +108,7 @@ def value_and_grads(loss, config):
         return result.loss, result
 
     grads = jax.grad(of, argnums=(0, 1, 2), has_aux=True)
-    return jax.jit(grads, compiler_options=QUICK_COMPILATION)
+    return jax.jit(grads)
 
 
 def check(result, grads, expected, expected_grads):

@@ -1,0 +1,78 @@
+"""The run of the suite itself: suite_files.py and the flags of the Makefile."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import suite_files
+from conftest import ROOT
+
+DIES = """
+import os, signal
+import pytest
+{at_collection}
+def test_dies():
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+LIVES = """
+import time
+def test_lives():
+    time.sleep(0.3)
+"""
+
+
+def run_suite(folder, *flags):
+    """Runs the tests of a folder by the flags of the Makefile, with this suite's plug-in."""
+    makefile = (ROOT / "Makefile").read_text()
+    own = re.search(r"^PYTEST_FLAGS \?= (.+)$", makefile, re.MULTILINE).group(1).split()
+    command = [sys.executable, "-m", "pytest", "-p", "suite_files", *own, *flags]
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("moment", ["collection", "run"])
+def test_a_worker_that_dies_ends_the_run_with_its_file_named(tmp_path, moment):
+    kill = "os.kill(os.getpid(), signal.SIGSEGV)" if moment == "collection" else ""
+    (tmp_path / "test_a.py").write_text(DIES.format(at_collection=kill))
+    (tmp_path / "test_b.py").write_text(LIVES)
+    result = run_suite(tmp_path)
+    assert result.returncode != 0
+    where = "test_a.py" + ("" if moment == "collection" else "::test_dies")
+    assert re.search(rf"^worker gw\d died in {where}$", result.stdout, re.MULTILINE), result.stdout
+    assert "restarting disabled" in result.stdout
+
+
+def test_slowest_files_are_printed_and_written(tmp_path, monkeypatch):
+    (tmp_path / "test_a.py").write_text("def test_quick(): pass")
+    (tmp_path / "test_b.py").write_text(LIVES)
+    (tmp_path / "suite_files.py").write_text((ROOT / "tests" / "suite_files.py").read_text())
+    command = [sys.executable, "-m", "pytest", "-p", "suite_files", "--write-file-seconds"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout
+    listed = re.findall(r"([\d.]+) s  (test_.\.py)", result.stdout)
+    assert [name for _, name in listed] == ["test_b.py", "test_a.py"]
+    assert float(listed[0][0]) >= 0.3
+    written = json.loads((tmp_path / "file_seconds.json").read_text())
+    assert set(written) == {"test_a.py", "test_b.py"} and written["test_b.py"] >= 0.3
+
+
+def test_slow_files_start_first_and_unknown_ones_before_all(monkeypatch, tmp_path):
+    class Item:
+        def __init__(self, name):
+            self.path = tmp_path / name
+
+    monkeypatch.setattr(suite_files, "SECONDS", tmp_path / "seconds.json")
+    suite_files.SECONDS.write_text('{"test_a.py": 1, "test_b.py": 9, "test_c.py": 3}')
+    items = [Item(name) for name in ("test_a.py", "test_b.py", "test_new.py", "test_c.py")]
+    suite_files.pytest_collection_modifyitems(items)
+    order = [item.path.name for item in items]
+    assert order == ["test_new.py", "test_b.py", "test_c.py", "test_a.py"]
