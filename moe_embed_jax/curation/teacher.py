@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from moe_embed_jax.data import triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
@@ -47,6 +48,7 @@ class SentenceTransformerTeacher:
     """A model that sentence-transformers loads and runs, on whatever device PyTorch finds."""
 
     def __init__(self, name: str):
+        triton_first.before_torch()
         try:
             import torch
             from sentence_transformers import SentenceTransformer

@@ -8,7 +8,6 @@ into the next batch and no row is dropped. Which group is next follows from the 
 import dataclasses
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from moe_embed_jax.errors import UserError
 
@@ -175,6 +174,9 @@ class MixedSchedule:
 
 def stream(group: Group, group_index: int, seed: int, first: int, count: int) -> np.ndarray:
     """Rows number `first` to `first + count - 1` of the endless stream of a group, int64."""
+    # Here: grain brings Orbax along, and plans and reports draw no rows.
+    from grain.experimental import index_shuffle
+
     rows = []
     while len(rows) < count:
         epoch, position = divmod(first + len(rows), group.rows)

@@ -8,6 +8,7 @@ a model would be trained on other ids than the embedder gives it later; it is no
 Preparation only: importing this module imports TensorFlow.
 """
 
+from moe_embed_jax.data import triton_first  # noqa: F401  # isort: skip
 import numpy as np
 import seqio
 import tensorflow as tf

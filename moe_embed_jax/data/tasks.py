@@ -10,6 +10,7 @@ them, and on batches of rows as ragged tensors, as `read_tokens` runs them sever
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from moe_embed_jax.data import triton_first  # noqa: F401  # isort: skip
 import numpy as np
 import seqio
 import tensorflow as tf

@@ -11,10 +11,12 @@ from typing import get_args
 import jax
 import numpy as np
 
+from moe_embed_jax.data import triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import count_params
 
+triton_first.before_torch()
 try:
     import mteb
     from mteb.abstasks.task_metadata import TaskType

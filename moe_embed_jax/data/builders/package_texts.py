@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from moe_embed_jax.data import triton_first  # noqa: F401  # isort: skip
 import tensorflow_datasets as tfds
 
 from moe_embed_jax.data.builders import (

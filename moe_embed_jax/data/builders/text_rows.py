@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_embed_jax.data import triton_first  # noqa: F401  # isort: skip
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from google.protobuf.message import DecodeError

@@ -9,6 +9,7 @@ empty, a bad row (file, line, field, problem, row). With a vocabulary the Task a
 import itertools
 from collections.abc import Iterator, Sequence
 
+from moe_embed_jax.data import triton_first  # noqa: F401  # isort: skip
 import numpy as np
 import seqio
 import tensorflow as tf
