@@ -6,6 +6,10 @@ import pytest
 from moe_embed_jax import config as config_page
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import upcycle, upcycle_config
+from moe_embed_jax.models import encoder_config
+from moe_embed_jax.planning import request, steps
+from moe_embed_jax.routing import exchange
 from moe_embed_jax.training.run_config import PAGES, RunConfig
 
 NO_RUNS = ("recipe", "evaluation")  # test_recipe.py, test_suite.py
@@ -31,6 +35,14 @@ GIVEN = {
     "finetune": {"init.source": "runs/pretrain", "data.pairs": "mined"},
 }
 TRAINED = {"data": {"vocabulary": {"kind": "train", "size": 100}}}
+
+
+def test_names_in_configs_are_those_of_the_functions():
+    """They stand twice: checking a config must not import the functions, which need jax."""
+    assert tuple(exchange.BACKENDS) == encoder_config.BACKENDS
+    assert tuple(exchange.EXCHANGES) == encoder_config.EXCHANGES
+    assert tuple(upcycle.RULES) == upcycle_config.MODES
+    assert tuple(steps.STEPS) == request.STEPS
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,7 +2,7 @@
 
 Nomic Embed v2 (arXiv 2502.07972), and E5 before it: within a chunk of pairs of one
 source and language, a teacher ranks all documents for each query; a pair is kept if its own
-document is among the top k (2). What the rule says exactly is the docstring of `Rule` (consistency_rule.py).
+document is among the top k (2). The docstring of `Rule` says exactly what the rule is.
 """
 
 import dataclasses

@@ -10,7 +10,6 @@ from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning import search
 from moe_embed_jax.planning.aot import Plan, compile_plan
-from moe_embed_jax.planning.picture import save_picture
 from moe_embed_jax.planning.report import print_plan, to_json, to_markdown
 from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.topology import topology_devices
@@ -28,6 +27,8 @@ def run(config: RunConfig, topologies: list[str], assumed: Assumptions, argument
     if arguments.output:
         save_json(arguments.output, to_json(plans[0]))
     if arguments.picture:
+        from moe_embed_jax.planning.picture import save_picture
+
         save_picture(plans[0], arguments.picture)
 
 
