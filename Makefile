@@ -19,7 +19,7 @@ export JAX_PLATFORMS ?= cpu
 # Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test docs clean
+.PHONY: quickstart test test-frameworks mutations docs clean
 
 quickstart: $(VENV)/base-$(VERSION)
 	$(RUN) launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -28,6 +28,14 @@ test: $(VENV)/test-$(VERSION)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+# The tests that import PyTorch or TensorFlow: continuous integration runs them on a second Python.
+test-frameworks: $(VENV)/test-$(VERSION)
+	$(RUN) -m pytest $(PYTEST_FLAGS) -m frameworks
+
+# Do the tests notice single faults? About an hour.
+mutations: $(VENV)/test-$(VERSION)
+	$(RUN) tests/mutations/check.py
 
 docs: $(VENV)/docs-$(VERSION)
 	$(RUN) -m sphinx -W --keep-going --quiet -b html docs build/docs

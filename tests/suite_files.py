@@ -8,12 +8,20 @@ Renew it on an idle machine: make test PYTEST_FLAGS="-n 2 --dist loadfile --writ
 import collections
 import json
 import pathlib
+import re
 import tempfile
 
 import pytest
 
 SECONDS = pathlib.Path(__file__).with_name("file_seconds.json")
 LISTED = 10
+# Imports of PyTorch, of TensorFlow, and of libraries on top of them.
+FRAMEWORKS = re.compile(
+    r"""^\s*(import|from)\s+(torch|transformers|sentence_transformers|mteb|tensorflow|seqio
+        |tensorflow_datasets)\b
+      | importorskip\("(torch|transformers|sentence_transformers|mteb|tensorflow|seqio)\b""",
+    re.MULTILINE | re.VERBOSE,
+)
 
 
 def pytest_addoption(parser):
@@ -28,10 +36,22 @@ def pytest_configure(config):
         config.pluginmanager.register(_DeadWorkers(config))
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by markers
 def pytest_collection_modifyitems(items):
-    """Slowest files first, those without a number before all; tests keep their order in a file."""
+    """Slowest files first, those without a number before all; tests keep their order in a file.
+
+    Tests of files that import PyTorch or TensorFlow get the marker `frameworks`.
+    """
+    imports = {path for path in {item.path for item in items} if _imports_frameworks(path)}
+    for item in items:
+        if item.path in imports:
+            item.add_marker("frameworks")
     seconds = json.loads(SECONDS.read_text()) if SECONDS.is_file() else {}
     items.sort(key=lambda item: -seconds.get(item.path.name, float("inf")))
+
+
+def _imports_frameworks(path: pathlib.Path) -> bool:
+    return bool(FRAMEWORKS.search(path.read_text()))
 
 
 class _FileSeconds:

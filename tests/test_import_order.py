@@ -10,6 +10,7 @@ from conftest import ROOT, run_python
 from moe_embed_jax.data import triton_first
 from moe_embed_jax.errors import UserError
 
+pytestmark = pytest.mark.frameworks
 PACKAGE = ROOT / "moe_embed_jax"
 BRING_TENSORFLOW = {"tensorflow", "seqio", "tensorflow_datasets", "tensorflow_text"}
 GUARD = "moe_embed_jax.data.triton_first"

@@ -29,6 +29,7 @@ SAVED = 4  # the step that the moved runs continue from
 def config(data_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.py"
     top = dict(steps=STEPS, eval_every=0, checkpoint_every=SAVED, keep_checkpoints=3)
+    top["data"] = synthetic_data.ONE_ROW_COUNT
     path.write_text(synthetic_data.config_text(data_dir, **top))
     return path
 

@@ -65,14 +65,39 @@ def test_slowest_files_are_printed_and_written(tmp_path, monkeypatch):
     assert set(written) == {"test_a.py", "test_b.py"} and written["test_b.py"] >= 0.3
 
 
-def test_slow_files_start_first_and_unknown_ones_before_all(monkeypatch, tmp_path):
-    class Item:
-        def __init__(self, name):
-            self.path = tmp_path / name
+class Item:
+    def __init__(self, path, text=""):
+        path.write_text(text)
+        self.path = path
+        self.markers = []
 
+    def add_marker(self, name):
+        self.markers.append(name)
+
+
+def test_slow_files_start_first_and_unknown_ones_before_all(monkeypatch, tmp_path):
     monkeypatch.setattr(suite_files, "SECONDS", tmp_path / "seconds.json")
     suite_files.SECONDS.write_text('{"test_a.py": 1, "test_b.py": 9, "test_c.py": 3}')
-    items = [Item(name) for name in ("test_a.py", "test_b.py", "test_new.py", "test_c.py")]
+    items = [
+        Item(tmp_path / name) for name in ("test_a.py", "test_b.py", "test_new.py", "test_c.py")
+    ]
     suite_files.pytest_collection_modifyitems(items)
     order = [item.path.name for item in items]
     assert order == ["test_new.py", "test_b.py", "test_c.py", "test_a.py"]
+
+
+def test_files_that_import_pytorch_or_tensorflow_are_marked(tmp_path):
+    texts = [
+        "import torch",
+        "def f():\n    from transformers import AutoModel",
+        'torch = pytest.importorskip("torch")',
+        "import tensorflow as tf",
+        "from seqio import Vocabulary",
+        "import torchless",
+        "# import torch",
+        "import jax",
+    ]
+    items = [Item(tmp_path / f"test_{i}.py", text) for i, text in enumerate(texts)]
+    suite_files.pytest_collection_modifyitems(items)
+    marked = {item.path.name for item in items if item.markers == ["frameworks"]}
+    assert marked == {f"test_{i}.py" for i in range(5)}

@@ -146,7 +146,8 @@ def source(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(data_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.py"
-    path.write_text(synthetic_data.config_text(data_dir, steps=4, eval_every=4))
+    data = synthetic_data.ONE_ROW_COUNT
+    path.write_text(synthetic_data.config_text(data_dir, steps=4, eval_every=4, data=data))
     return path
 
 
