@@ -4,6 +4,7 @@ The runs share a compilation cache, so most of them take seconds.
 """
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -17,6 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 import synthetic_data
 from conftest import ROOT, metric, python_environment, run_python
+
+from moe_embed_jax.evaluation.retrieval import mean_over_languages
 
 STEPS = 24
 
@@ -88,6 +91,16 @@ def test_the_run_tells_what_it_does(whole_run):
 def test_it_learns(whole_run):
     curve = losses(whole_run)
     assert curve[-6:].mean() < curve[:6].mean() - 0.3
+    means = translations(whole_run / "results.json")
+    assert means["trained"] > means["untrained"] + 0.05
+
+
+def translations(results: pathlib.Path) -> dict[str, float]:
+    """Of every column of results.json the mean nDCG@10 over the languages."""
+    return {
+        name: mean_over_languages(sets)["translations"]["ndcg_at_10"]
+        for name, sets in json.loads(results.read_text()).items()
+    }
 
 
 def start_and_signal(config, workdir, signal_number, after_steps):
@@ -135,6 +148,62 @@ def test_resume_after_kill_9_is_bitwise(config, whole_run, tmp_path):
     metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
     assert metrics[0] == metrics[1]
     assert_same_checkpoint(whole_run, tmp_path)
+
+
+# launch/train.py, whose part argv[1] is "preparation": SIGTERM comes while a stand-in for it works;
+# or a number: SIGTERM comes in that evaluation of the process.
+SIGNALLED = """
+import os, runpy, signal, sys
+from moe_embed_jax.training import report
+
+part = sys.argv.pop(1)
+evaluate, calls = report.evaluate_heldout, []
+
+def signalled(*arguments):
+    calls.append(0)
+    if part == str(len(calls)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(*arguments)
+
+report.evaluate_heldout = signalled
+if part == "preparation":
+    sys.executable = sys.argv.pop(1)
+sys.argv[0] = "launch/train.py"
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_in_preparation_or_evaluation_changes_no_result(data_dir, whole_run, tmp_path):
+    """One run, stopped in both, and in its last evaluation; then all is as if it never had been."""
+    prepared, config, run = tmp_path / "data", tmp_path / "config.py", tmp_path / "run"
+    config.write_text(synthetic_data.config_text(prepared, steps=STEPS, eval_every=12))
+    preparation = tmp_path / "python"
+    preparation.write_text(
+        f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill -TERM $PPID\nexec sleep 99\n"
+    )
+    preparation.chmod(0o755)
+    flags = [f"--config={config}", f"--workdir={run}"]
+
+    result = run_python(["-c", SIGNALLED, "preparation", preparation, *flags], timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "SIGTERM: nothing to save yet" in result.stderr and "error" not in result.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (run / "checkpoints").exists()
+
+    prepared.symlink_to(data_dir)
+    result = run_python(["-c", SIGNALLED, 1, *flags])
+    assert result.returncode == 0, result.stderr
+    assert "stopped by SIGTERM after step 1: saved" in result.stderr
+    assert not (run / "results.json").exists()
+
+    result = run_python(["-c", SIGNALLED, 2, *flags])  # in the evaluation after the last step
+    assert result.returncode == 0, result.stderr
+    assert "after step 1" in result.stdout and "SIGTERM" in result.stderr
+    for name in ("metrics.jsonl", "evaluations.jsonl", "results.json"):
+        assert (run / name).read_text() == (whole_run / name).read_text(), name
+    assert_same_checkpoint(whole_run, run)
 
 
 @pytest.mark.parametrize(("mesh", "chunk_rows"), [((8, 1, 1), 0), ((2, 2, 2), 1)])

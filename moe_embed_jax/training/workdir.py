@@ -1,9 +1,12 @@
 """The work directory of a run: whose it is, its model card, its data."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -107,7 +110,10 @@ def open_data(
 
 
 def prepare(config: Run) -> None:
-    """Runs the preparation of `config.data` in a subprocess; its output goes to the terminal."""
+    """Runs the preparation of `config.data` in a subprocess; its output goes to the terminal.
+
+    SIGTERM ends it and this process, with status 0: the same command starts it again.
+    """
     command = [
         sys.executable,
         "-m",
@@ -117,8 +123,31 @@ def prepare(config: Run) -> None:
     ]
     if config.data.wheels_dir:
         command.append(f"--wheels_dir={config.data.wheels_dir}")
-    if subprocess.run(command, check=False).returncode != 0:
+    with _ended_by_sigterm():
+        status = subprocess.run(command, check=False).returncode
+    if status != 0:
         raise UserError("preparation of the data failed; its message stands above")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm():
+    """SIGTERM raises SystemExit(0) meanwhile, and `subprocess.run` then kills its process.
+
+    Preparation may take hours, a preempted machine has seconds, and a run without data has nothing
+    to save.
+    """
+
+    def end(signum, frame):
+        del signum, frame
+        # Not print: a signal may arrive in the middle of one, which cannot be entered twice.
+        os.write(2, b"SIGTERM: nothing to save yet; the same command prepares the data\n")
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def data_spec(store: TokenStore, config: RunConfig) -> dict:
