@@ -9,6 +9,7 @@ import synthetic_data
 from conftest import ROOT, metric, run_python
 
 from moe_embed_jax.conversion import export_model
+from moe_embed_jax.evaluation.retrieval import mean_over_languages
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 for no_page_of_training in ("recipe", "evaluation"):  # test_recipe.py, test_suite.py
@@ -64,6 +65,14 @@ def test_smoke_variant_runs(smoke_run, name):
     result = run_python(["launch/embed.py", *flags, "--dim=8"])
     assert result.returncode == 0, result.stderr
     assert output.stat().st_size == 128 + 3 * 8 * 4
+
+
+def test_the_trained_quickstart_beats_the_untrained_one(smoke_run):
+    """Across languages, where the README's table promises it; four steps are enough."""
+    results = json.loads((smoke_run("quickstart") / "results.json").read_text())
+    means = {name: mean_over_languages(sets)["translations"] for name, sets in results.items()}
+    assert means["trained"]["languages"] == 3
+    assert means["trained"]["ndcg_at_10"] > means["untrained"]["ndcg_at_10"] + 0.02
 
 
 def test_fine_tuning_goes_on_from_stage_2_in_its_own_way(smoke_run, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -91,14 +92,16 @@ def test_embeds_in_order_and_in_chunks(launch, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_writes_a_folder_that_continues(launch, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_writes_a_folder_that_continues(launch, tmp_path, capsys, dtype):
     texts = [f"word{i}" for i in range(25)]
     (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
-    flags = ["--model=model", "--input=t.txt", "--output=emb.zarr", "--dtype=bfloat16"]
+    flags = ["--model=model", "--input=t.txt", "--output=emb.zarr", f"--dtype={dtype}"]
     assert launch("embed", *flags, "--prompt=document") == 0
-    assert "emb.zarr: bfloat16 [25, 64]" in capsys.readouterr().out
+    assert f"emb.zarr: {dtype} [25, 64]" in capsys.readouterr().out
     store = VectorStore("emb.zarr")
-    expected = StandIn().encode(texts, prompt="document").astype(store.dtype)
+    expected = StandIn().encode(texts, prompt="document").astype(jnp.dtype(dtype))
+    assert store[:].dtype == store.dtype == expected.dtype
     np.testing.assert_array_equal(store[:], expected)
     assert launch("embed", *flags, "--prompt=document") == 0
     assert StandIn.calls == [("document", 0)]  # nothing was left to embed
