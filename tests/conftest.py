@@ -44,8 +44,8 @@ def _compiled_programs() -> pathlib.Path:
 
 def pytest_configure(config):
     """What one test compiles serves all later ones, their subprocesses and the next run."""
-    if hasattr(config, "workerinput"):
-        return  # a worker of pytest-xdist has the folder of its controller
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # of the caller, or of its controller in a worker of pytest-xdist
     if sys.prefix == sys.base_prefix:  # no environment that a folder could belong to
         compiled = pathlib.Path(tempfile.mkdtemp(prefix="compiled-"))
         config.add_cleanup(lambda: shutil.rmtree(compiled))

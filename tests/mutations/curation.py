@@ -1,0 +1,92 @@
+"""Faults of consistency filtering and of the mining of hard negatives."""
+
+from mutations.fault import Fault
+
+LOOP = "test_consistency.py -k loop_over_all_scores"
+MINED = "test_negatives.py -k oracle"
+
+FAULTS = (
+    Fault(
+        "consistency-compares-the-best-other-document",
+        "curation/consistency.py",
+        "self.other_Pk[:, -1] <=",
+        "self.other_Pk[:, 0] <=",
+        LOOP,
+    ),
+    Fault(
+        "consistency-drops-ties",
+        "curation/consistency.py",
+        "self.other_Pk[:, -1] <= self.own_P",
+        "self.other_Pk[:, -1] < self.own_P",
+        LOOP,
+    ),
+    Fault(
+        "consistency-leaves-the-best-other-document-out",
+        "curation/consistency.py",
+        "np.where(is_own_Pm.any(axis=1), is_own_Pm.argmax(axis=1), k)",
+        "np.where(is_own_Pm.any(axis=1), is_own_Pm.argmax(axis=1), 0)",
+        LOOP,
+    ),
+    Fault(
+        "own-score-from-another-order-of-sums",
+        "curation/consistency.py",
+        "own_P = np.where(is_own_Pm.any(axis=1), score_Pm[~others_Pm], own_P)",
+        "pass",
+        "test_consistency.py -k 'twin or loop_over_all_scores'",
+    ),
+    Fault(
+        "neighbours-of-another-k-are-reused",
+        "curation/consistency.py",
+        'if str(stored["made_of"]) == made_of:',
+        "if True:",
+        "test_consistency.py -k 'filters_a_folder or another_k'",
+    ),
+    Fault(
+        "negatives-at-the-limit-are-taken",
+        "curation/negatives.py",
+        "(score_Bm < rule.limit",
+        "(score_Bm <= rule.limit",
+        MINED,
+    ),
+    Fault(
+        "relative-limit-of-a-negative-score-lies-above-it",
+        "curation/negatives_rule.py",
+        "positive_B - (1 - self.relative) * np.abs(positive_B)",
+        "positive_B * self.relative",
+        "test_negatives.py -k negative_positive",
+    ),
+    Fault(
+        "query-is-its-own-negative",
+        "curation/negatives.py",
+        "            found.add((query, document))",
+        "            pass",
+        MINED,
+    ),
+    Fault(
+        "limit-by-the-best-own-document",
+        "curation/negatives.py",
+        "np.minimum.at(positive_Q",
+        "np.maximum.at(positive_Q",
+        MINED,
+        more=(
+            (
+                "np.full(end - begin, np.inf, np.float32)",
+                "np.full(end - begin, -np.inf, np.float32)",
+            ),
+        ),
+    ),
+    Fault(
+        "too-few-candidates-where-own-documents-are-many",
+        "curation/negatives.py",
+        "k = rule.search + -(-lost // 16) * 16",
+        "k = rule.search",
+        MINED,
+    ),
+    Fault(
+        "mined-parts-of-another-rule-are-reused",
+        "curation/negatives.py",
+        'if str(stored["made_of"]) == made_of:',
+        "if True:",
+        "test_negatives.py -k parts_and_another_rule",
+    ),
+)

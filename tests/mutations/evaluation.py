@@ -1,0 +1,83 @@
+"""Faults of what a score is: retrieval, bitext mining, STS, classification, pseudo-perplexity."""
+
+from mutations.fault import Fault
+
+FAULTS = (
+    Fault(
+        "query-stays-in-its-own-ranking",
+        "evaluation/retrieval.py",
+        "if qrels[query_id].get(query_id, 0) <= 0:",
+        "if False:",
+        "test_retrieval.py -k itself",
+    ),
+    Fault(
+        "reciprocal-rank-cut-at-nine",
+        "evaluation/retrieval.py",
+        "metric.value > 1 / 10.5",
+        "metric.value > 1 / 9.5",
+        "test_retrieval.py -k cut_offs",
+    ),
+    Fault(
+        "a-hundred-candidates-with-the-query-among-them",
+        "evaluation/retrieval.py",
+        "CANDIDATES = DEPTH + 1",
+        "CANDIDATES = DEPTH",
+        "test_retrieval.py",
+    ),
+    Fault(
+        "queries-that-found-nothing-are-left-out-of-the-mean",
+        "evaluation/retrieval.py",
+        "value / len(run)",
+        "value / max(sum(map(bool, run.values())), 1)",
+        "test_retrieval.py -k nothing_found",
+    ),
+    Fault(
+        "of-repeated-ids-the-first-document-stays",
+        "evaluation/streamed_retrieval.py",
+        "replaced = order[:-1][is_again]",
+        "replaced = order[1:][is_again]",
+        "test_streamed_retrieval.py -k repeated_id_the_last",
+    ),
+    Fault(
+        "bm25-ranks-documents-without-a-common-word",
+        "evaluation/bm25.py",
+        "(score_N >= kth) & (score_N > 0)",
+        "score_N >= kth",
+        "test_bm25.py -k 'words or equal'",
+    ),
+    Fault(
+        "mining-precision-not-shared-among-claimants",
+        "evaluation/bitext.py",
+        "is_right_P / np.maximum(np.bincount(found_P, minlength=count), 1)",
+        "is_right_P / 1.0",
+        "test_evaluation_scores.py -k mining_scores",
+    ),
+    Fault(
+        "bitext-keeps-pairs-with-one-known-side",
+        "evaluation/bitext.py",
+        "if not any(text in known",
+        "if not all(text in known",
+        "test_evaluation_scores.py -k repeats",
+    ),
+    Fault(
+        "sts-by-pearson",
+        "evaluation/similarity.py",
+        "scipy.stats.spearmanr(cosine_P, gold_P)",
+        "scipy.stats.pearsonr(cosine_P, gold_P)",
+        "test_evaluation_scores.py -k correlations",
+    ),
+    Fault(
+        "probe-learns-from-test-texts",
+        "evaluation/probe.py",
+        "is_train = data.splits == self.train_split",
+        "is_train = data.splits != ''",
+        "test_evaluation_scores.py -k probe",
+    ),
+    Fault(
+        "pseudo-perplexity-never-hides-the-last-offset",
+        "evaluation/pseudo_perplexity.py",
+        "for offset in range(PASSES)]",
+        "for offset in range(PASSES - 1)]",
+        "test_pseudo_perplexity.py -k hidden_once",
+    ),
+)

@@ -1,0 +1,135 @@
+"""Faults of the contrastive loss, the balance loss and masked language modelling."""
+
+from mutations.fault import Fault
+
+MEANING = "test_objectives.py"
+ORACLE = "test_streamed_infonce.py -k oracle"
+
+FAULTS = (
+    Fault(
+        "balance-counts-padding-as-assignments",
+        "objectives/balance.py",
+        "jnp.sum(chosen_TE * valid_T1, axis=axes)",
+        "jnp.sum(chosen_TE, axis=axes)",
+        f"{MEANING} -k balance_statistics",
+    ),
+    Fault(
+        "router-entropy-of-padding",
+        "objectives/balance.py",
+        "entropy_T * valid_T1[..., 0]",
+        "entropy_T",
+        f"{MEANING} -k balance_statistics",
+    ),
+    Fault(
+        "contents-compared-by-half-of-their-hash",
+        "objectives/contents.py",
+        "jnp.any(sorted_X2[1:] != sorted_X2[:-1], axis=-1)",
+        "sorted_X2[1:, 0] != sorted_X2[:-1, 0]",
+        f"{MEANING} -k half_of_a_hash",
+    ),
+    Fault(
+        "hard-negatives-come-before-documents-of-later-pairs",
+        "objectives/contents.py",
+        "jnp.arange(M)[None, :] * B + jnp.arange(B)[:, None]",
+        "jnp.arange(B)[:, None] * M + jnp.arange(M)[None, :]",
+        ORACLE,
+    ),
+    Fault(
+        "hard-negative-that-is-the-query-stays",
+        "objectives/contents.py",
+        " & (hard_BN != query_BM)",
+        "",
+        f"{MEANING} -k hard_negative",
+    ),
+    Fault(
+        "hard-negative-that-is-a-document-of-the-batch-counts-twice",
+        "objectives/contents.py",
+        " & ~is_own_X[hard_BN]",
+        "",
+        ORACLE,
+    ),
+    Fault(
+        "document-with-the-content-of-the-query-is-a-negative",
+        "objectives/streaming.py",
+        "(other.number[:, None] == text.number) | ",
+        "",
+        f"{MEANING} -k duplicates",
+    ),
+    Fault(
+        "copies-of-the-second-right-answer-are-negatives",
+        "objectives/streaming.py",
+        "        jnp.minimum(longest_c, longest_a),\n",
+        "        1,\n",
+        f"{MEANING} -k 'duplicates or copy'",
+    ),
+    Fault(
+        "streamed-backward-ignores-its-cotangent",
+        "objectives/streaming.py",
+        "jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]",
+        "jnp.exp(logits_ac - lse_a[:, None])",
+        ORACLE,
+    ),
+    Fault(
+        "margin-below-the-own-document",
+        "objectives/infonce.py",
+        "own_B + config.margin * scale",
+        "own_B - config.margin * scale",
+        f"{MEANING} -k margin",
+    ),
+    Fault(
+        "margin-in-units-of-the-logits",
+        "objectives/infonce.py",
+        "own_B + config.margin * scale",
+        "own_B + config.margin",
+        f"{MEANING} -k margin",
+    ),
+    Fault(
+        "matryoshka-normalises-then-cuts",
+        "objectives/infonce.py",
+        "unit(query_BD[:, :width])",
+        "unit(query_BD)[:, :width]",
+        f"{MEANING} -k matryoshka",
+    ),
+    Fault(
+        "document-to-query-scored-with-the-query",
+        "objectives/infonce.py",
+        "by_document.append(against_queries(d_BD))",
+        "by_document.append(against_queries(q_BD))",
+        f"{MEANING} -k clip",
+    ),
+    Fault(
+        "accuracy-counts-a-tie-as-right",
+        "objectives/contrast.py",
+        "own_B > top_B",
+        "own_B >= top_B",
+        f"{MEANING} -k 'accuracy or tie or duplicates'",
+    ),
+    Fault(
+        "learned-temperature-has-a-gradient-outside-its-bounds",
+        "objectives/contrast.py",
+        "jnp.where(clipped == log_scale, log_scale, clipped)",
+        "log_scale + jax.lax.stop_gradient(clipped - log_scale)",
+        f"{MEANING} -k learned_temperature",
+    ),
+    Fault(
+        "masked-count-of-unshared-negatives-includes-the-own-document",
+        "objectives/contrast.py",
+        "others_B = B - 1 + jnp.sum(valid_BM[:, 1:], axis=1)",
+        "others_B = B + jnp.sum(valid_BM[:, 1:], axis=1)",
+        f"{MEANING} -k hard_negative",
+    ),
+    Fault(
+        "masked-lm-loss-of-empty-predictions",
+        "objectives/masked_lm.py",
+        "jnp.where(there_T, loss_T, 0.0)",
+        "loss_T",
+        "test_masked_step.py -k sums_of_nothing",
+    ),
+    Fault(
+        "masked-lm-accuracy-misses-ties",
+        "objectives/masked_lm.py",
+        "own_T >= best_T",
+        "own_T > best_T",
+        "test_masked_step.py -k sums_of_nothing",
+    ),
+)
