@@ -79,6 +79,9 @@ def adversarial():
     peaks[rng.choice(N, 60, replace=False)] = 1  # single peaks, in more groups than `FEW`
     cluster = np.zeros(N, np.float32)
     cluster[2000:2100] = rng.permutation(100) + 1  # all neighbours side by side
+    steps = np.zeros(N, np.float32)
+    steps[:16] = steps[160:176] = 1
+    steps[175] = 2  # a neighbourhood with a higher peak, behind one with equal scores
     late = rng.normal(size=N).astype(np.float32)
     late[-70:] += 100
     return {
@@ -88,6 +91,7 @@ def adversarial():
         "few values": rng.integers(0, 3, N).astype(np.float32),
         "peaks": peaks,
         "cluster": cluster,
+        "steps": steps,
         "late": late,
         "sawtooth": rising % 97,
         "all negative": -1 - rng.random(N).astype(np.float32),
