@@ -171,6 +171,7 @@ def test_one_device_only(folder):
 MEMORY = """
 import pathlib, sys
 import numpy as np
+import moe_embed_jax.checkpoint  # Orbax itself is not counted as weights
 from moe_embed_jax import Embedder
 from moe_embed_jax.mesh import single_device_mesh
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import python_environment
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.search import vectors
+from moe_embed_jax.search import DTYPES, vectors
 from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.search.vectors import VectorStore, hash_texts, write_vectors
 
@@ -49,7 +49,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(vectors, "CHUNK", 16)
 
 
-@pytest.mark.parametrize("dtype", vectors.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_written_is_read(tmp_path, dtype):
     store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, dtype)
     expected = encode(TEXTS).astype(store.dtype)
@@ -179,7 +179,7 @@ def test_the_hash_knows_where_texts_end():
     assert hash_texts(iter(["\ud800"]))[0] == 1  # half a surrogate pair
 
 
-@pytest.mark.parametrize("dtype", vectors.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_search_streams_a_store(tmp_path, dtype):
     store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, dtype)
     query_BD = encode(["one", "two", "three"])
