@@ -4,7 +4,6 @@ import configparser
 import pathlib
 import re
 import shlex
-import subprocess
 
 import pytest
 import yaml
@@ -26,14 +25,9 @@ def steps() -> dict[str, list[str]]:
     return {instruction: shlex.split(arguments) for instruction, arguments in lines}
 
 
-@pytest.fixture(scope="module")
-def copied(steps) -> set[str]:
-    """Tracked files that `COPY` puts into the image."""
-    assert steps["COPY"] == [".", "."]
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git repository")
-    return {path for path in listed.stdout.splitlines() if not ignored(path)}
+def is_copied(path: str) -> bool:
+    """`COPY . .` puts it into the image."""
+    return (ROOT / path).is_file() and not ignored(path)
 
 
 def ignored(path: str) -> bool:
@@ -59,22 +53,22 @@ def setup() -> configparser.ConfigParser:
     return parser
 
 
-def test_the_python_of_the_image_is_supported_and_pinned(steps, copied):
+def test_the_python_of_the_image_is_supported_and_pinned(steps):
     (image,) = steps["FROM"]
     version = re.fullmatch(r"python:(3\.\d+)-slim", image)[1]
     assert Version(version) in SpecifierSet(setup()["options"]["python_requires"])
     constraints = steps["RUN"][steps["RUN"].index("--constraint") + 1]
     assert constraints == f"constraints/python{version}.txt"
-    assert constraints in copied
+    assert is_copied(constraints)
 
 
-def test_pip_installs_an_extra_that_there_is_with_pinned_versions(steps, copied):
+def test_pip_installs_an_extra_that_there_is_with_pinned_versions(steps):
     words = steps["RUN"]
     assert words[:2] == ["pip", "install"] and "--editable" in words
     extras = re.fullmatch(r"\.\[([\w,]+)\]", words[-1])[1].split(",")
     options = setup()
     assert "tpu" in extras and set(extras) <= set(options["options.extras_require"])
-    assert {"setup.cfg", "pyproject.toml"} <= copied
+    assert is_copied("setup.cfg") and is_copied("pyproject.toml")
     # What is installed by name has a version that the constraints allow.
     constraints = (ROOT / words[words.index("--constraint") + 1]).read_text()
     lines = [line.partition("#")[0].strip() for line in constraints.splitlines()]
@@ -91,16 +85,17 @@ def test_pip_installs_an_extra_that_there_is_with_pinned_versions(steps, copied)
         assert pin.operator == "==" and pin.version in requirement.specifier, line
 
 
-def test_the_image_holds_what_its_jobs_run(steps, copied):
+def test_the_image_holds_what_its_jobs_run(steps):
     """Working directory is the repository, so the relative paths of the commands are there."""
-    assert steps["WORKDIR"] == ["/moe_embed_jax"]
+    assert steps["WORKDIR"] == ["/moe_embed_jax"] and steps["COPY"] == [".", "."]
     _, job = yaml.safe_load_all((LAUNCH / "gke_job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
     commands = container["args"][0] + (ROOT / "docs" / "tpu_pods.md").read_text()
     named = set(re.findall(r"\b(?:launch|configs)/\w+\.py\b", commands))
-    assert {"launch/train.py", "configs/quickstart.py"} <= named <= copied
-    package = {path for path in copied if path.startswith("moe_embed_jax/")}
-    assert len(package) > 100 and "moe_embed_jax/training/loop.py" in package
+    assert {"launch/train.py", "configs/quickstart.py"} <= named
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "moe_embed_jax").rglob("*.py")}
+    assert len(modules) > 100
+    assert [path for path in sorted(named | modules) if not is_copied(path)] == []
     assert steps["ENV"] == ["PYTHONUNBUFFERED=1"]
 
 
