@@ -14,7 +14,7 @@ from moe_embed_jax.conversion import export_model, import_model
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.published import open_published
 from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.model_folder import load_model
+from moe_embed_jax.model_folder import load_model, open_model
 from moe_embed_jax.models.heads import mlm_logits
 
 torch = pytest.importorskip("torch")
@@ -65,7 +65,11 @@ def test_parity_on_random_encoders(kind, tmp_path):
     expected = torch_hidden(model, ids, mask)
     np.testing.assert_allclose(embedder.hidden_states(ids, mask), expected, atol=1e-5)
     assert embedder.prompts == {"query": "", "document": ""}
-    assert embedder.max_lengths["query"] == 40 - 2 * (kind != "Bert")
+    positions = 40 - 2 * (kind != "Bert")
+    assert embedder.max_lengths["query"] == positions
+    for said, length in ((512, positions), (16, 16)):  # what the folder says, within the table
+        (tmp_path / "hf/sentence_bert_config.json").write_text(f'{{"max_seq_length": {said}}}')
+        assert open_model(tmp_path / "hf").max_lengths == {"query": length, "document": length}
 
     # It leaves as BERT, which transformers loads without any code of ours.
     export_model(tmp_path / "hf", tmp_path / "out")

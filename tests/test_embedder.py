@@ -161,6 +161,21 @@ def test_misuse(embedder, arguments, message):
         embedder.encode(**arguments)
 
 
+def test_identity_is_what_decides_the_embeddings(embedder):
+    query, document = embedder.identity("query"), embedder.identity("document")
+    assert query == {
+        "hash": query["hash"],
+        "prefix": PROMPTS["query"],
+        "max_length": LENGTHS["query"],
+    }
+    changes = {"prefix": PROMPTS["document"], "max_length": LENGTHS["document"]}
+    assert document == query | changes
+    other = jax.tree.map(lambda leaf: leaf, embedder.params)
+    other["embeddings"]["token"] = other["embeddings"]["token"].at[7, 0].add(0.125)
+    other = Embedder(MODEL, other, embedder.vocabulary, embedder.max_lengths, embedder.mesh)
+    assert other.identity("query")["hash"] != query["hash"]
+
+
 def test_expert_shares_count_the_choices_of_every_token(embedder):
     for prompt in LENGTHS:
         shares = embedder.expert_shares(TEXTS, prompt)

@@ -153,6 +153,8 @@ def test_content_of_padding_and_batching_do_not_matter(tmp_path):
         (lambda ids, mask: (ids + 0.5, mask), "input_ids are float64"),
         (lambda ids, mask: (ids, mask * 2), "attention_mask must hold 0"),
         (lambda ids, mask: (ids + 128, mask), r"input_ids\[0, 0\] = \d+ is outside the word table"),
+        (lambda ids, mask: (np.full_like(ids, 128), mask), r"= 128 is outside the word table"),
+        (lambda ids, mask: (ids, -mask), "attention_mask must hold 0"),
         (lambda ids, mask: (np.tile(ids, 3), np.ones((4, 72), int)), "beyond column 64"),
     ],
 )

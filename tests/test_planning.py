@@ -237,6 +237,8 @@ def test_search_does_not_enlarge_what_has_no_more_rows(run, monkeypatch):
 def test_candidates_divide_the_chips_and_the_experts(run):
     meshes = {c.mesh for c in search.mesh_candidates(run, 4)}
     assert meshes == {MeshConfig(-1, f, e) for f, e in [(1, 1), (1, 2), (1, 4), (4, 1)]}
+    six = dataclasses.replace(run, model=EncoderConfig(num_experts=6))
+    assert {c.mesh.expert for c in search.mesh_candidates(six, 8)} == {1, 2}
     dense = dataclasses.replace(run, model=EncoderConfig(moe_every=0))
     assert {c.mesh.expert for c in search.mesh_candidates(dense, 4)} == {1}
 

@@ -62,7 +62,7 @@ NOTICED, SURVIVED, BROKEN = "noticed", "survived", "broken"
 MEANINGS = {
     None: "the tests did not end in time",
     2: "the tests cannot be collected",
-    4: "there is no such test",
+    4: "pytest does not start or find the tests",
     5: "no test is selected",
 }
 
