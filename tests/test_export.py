@@ -88,8 +88,10 @@ def test_config_is_the_published_one():
     assert {key: config[key] for key in expected} == expected
     second_names = {"hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"}
     assert not second_names & config.keys() and "max_position_embeddings" not in config
-    again = nomic.model_from_config(config, (), "config.json")
-    assert again == EncoderConfig()
+    smaller = EncoderConfig(num_layers=6, width=384, ffn_width=1000, rotary_base=500.0)
+    for model in (EncoderConfig(), smaller):
+        config = export_config(model, 512, 1)
+        assert nomic.model_from_config(config, (), "config.json") == model
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_embed_jax import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import nomic
 from moe_embed_jax.interop.layers import by_layer, from_layers, shapes_by_layer
 from moe_embed_jax.interop.published import open_published
 from moe_embed_jax.models import moe
@@ -273,6 +274,14 @@ def test_other_architectures_are_refused(key, tmp_path):
     (folder / "config.json").write_text(json.dumps(NOMIC | {key: value}))
     with pytest.raises(UserError, match=message):
         Embedder.load(folder)
+
+
+def test_absent_config_keys_have_the_published_meaning():
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64, rotary_emb_fraction=1.0)
+    config = sizes | dict(num_experts=4, moe_top_k=2, moe_every_n_layers=2)
+    assert nomic.model_from_config(config, (), "config.json") == EncoderConfig(
+        vocab_size=64, num_layers=2, width=32, num_heads=2, ffn_width=128, num_experts=4
+    )
 
 
 def test_missing_config_key_is_named(tmp_path):

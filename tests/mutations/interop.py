@@ -2,7 +2,7 @@
 
 from mutations.fault import Fault
 
-BERT = "test_bert.py -k 'random_encoders and Bert'"
+BERT = "test_bert.py::test_parity_on_random_encoders[Bert]"
 TORCH = "test_torch_model.py -k 'equals_the_reference and changes0'"
 
 FAULTS = (
@@ -53,10 +53,10 @@ FAULTS = (
         "interop/nomic.py",
         'config.get("moe_normalize_expert_weights", False)',
         'config.get("moe_normalize_expert_weights", True)',
-        "test_upcycle.py test_interop.py -k 'default or parity_with_float64 and published'",
+        "test_interop.py -k absent_config_keys",
     ),
     Fault(
-        "published-router-bias-rotary-base-is-fixed",
+        "published-rotary-base-is-ignored",
         "interop/nomic.py",
         'rotary_base=float(config.get("rotary_emb_base", 10_000))',
         "rotary_base=10_000.0",
@@ -70,11 +70,11 @@ FAULTS = (
         "test_interop.py -k 'parity_with_float64 and dense'",
     ),
     Fault(
-        "exported-hidden-size-of-attention-heads",
+        "exported-hidden-width-is-four-times-the-width",
         "interop/nomic.py",
         '"n_inner": model.ffn_width,',
         '"n_inner": 4 * model.width,',
-        "test_export.py -k 'same_bytes or published or guard'",
+        "test_export.py -k config_is_the_published",
     ),
     Fault(
         "experts-first-matrix-not-transposed",
