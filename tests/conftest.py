@@ -13,7 +13,11 @@ import zipfile
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 # Most programs here are compiled to run once. Without LLVM's optimisations and without XLA's fusion
 # emitters they compile in a third of the time, and their numbers are the same to rounding.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# They come after those of the caller: a test file that runs as a script has its number of devices.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} "
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+).strip()
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to bytecode takes seconds
 
 import numpy as np
@@ -24,7 +28,7 @@ from moe_embed_jax.data import triton_first  # noqa: F401  before test files imp
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there
-QUICK_FLAGS = os.environ["XLA_FLAGS"]
+QUICK_FLAGS = " ".join(os.environ["XLA_FLAGS"].split()[-2:])
 
 pytest_plugins = ("suite_files",)
 
