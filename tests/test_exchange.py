@@ -25,7 +25,9 @@ ROWS, LENGTH, WIDTH, FFN, EXPERTS = 8, 6, 8, 12, 8
 
 @pytest.mark.slow
 def test_on_8_devices():
-    result = run_python(["tests/test_exchange.py"], devices=8, timeout=900)
+    # Of programs loaded from a folder of compiled ones, one waits for ever in an all-reduce.
+    options = {"timeout": 900, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    result = run_python(["tests/test_exchange.py"], devices=8, **options)
     assert result.returncode == 0, result.stderr
     assert "all equal" in result.stdout
 
