@@ -112,6 +112,16 @@ def test_extensions_are_told_apart_from_the_published_model(change):
     assert nomic.model_from_config(config, names, "config.json") == model
 
 
+def test_the_exported_prompts_have_a_name_for_each_convention(exported):
+    content = json.loads((exported / "config_sentence_transformers.json").read_text())
+    document = "search_document: "
+    assert content["prompts"] == {
+        "query": "search_query: ",
+        "document": document,
+        "passage": document,
+    }
+
+
 def test_existing_targets_and_dry_runs(source, exported, tmp_path, capsys):
     for action, options in ((export_model, {}), (upcycle_model, dict(mode="paper"))):
         with pytest.raises(UserError, match="exists already"):

@@ -143,12 +143,11 @@ def test_stored_rows_are_one_array(tmp_path):
 
 
 def test_of_a_repeated_id_the_last_document_stays(tmp_path):
-    folder = write_beir(
-        tmp_path / "set", {f"d{n}": text(n) for n in range(12)}, {"q": text(3)}, [("q", "d3", 1)]
-    )
+    documents = {f"d{n}": text(n) for n in range(12)} | {"d1": text(3)}  # which would be first
+    folder = write_beir(tmp_path / "set", documents, {"q": text(3)}, [("q", "d3", 1)])
     with gzip.open(folder / "corpus.jsonl.gz", "at") as file:
         file.write(f'{{"_id": "d7", "text": "anders"}}\n{{"_id": "x", "text": "{text(3)}"}}\n')
-        file.write('{"_id": "x", "text": "ganz anders"}\n')
+        file.write('{"_id": "x", "text": "ganz anders"}\n{"_id": "d1", "text": "eins"}\n')
     encoder = StandInTeacher()
     (found,) = Retrieval("set").evaluate(tmp_path, text_vectors(tmp_path / "v"), "set")
     expected = evaluate_retrieval(encoder.encode, encoder.encode, load_beir(folder))
