@@ -94,7 +94,7 @@ FAULTS = (
         "models/pieces.py",
         "lambda kept, gradient: (gradient, jax.tree.map(jnp.zeros_like, kept)),",
         "lambda kept, gradient: (jnp.zeros_like(gradient), jax.tree.map(jnp.zeros_like, kept)),",
-        "test_encoder.py -k remat",
+        "test_step.py -k golden",
     ),
     Fault(
         "mean-of-a-single-token-is-halved",
