@@ -47,15 +47,20 @@ def _compiled_programs() -> pathlib.Path:
 
 
 def pytest_configure(config):
-    """What one test compiles serves all later ones, their subprocesses and the next run."""
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return  # of the caller, or of its controller in a worker of pytest-xdist
-    if sys.prefix == sys.base_prefix:  # no environment that a folder could belong to
-        compiled = pathlib.Path(tempfile.mkdtemp(prefix="compiled-"))
-        config.add_cleanup(lambda: shutil.rmtree(compiled))
-    else:
+    """What one test compiles serves all later ones and their subprocesses.
+
+    Programs for one device serve the next run of the suite, too. Those for several do not: one
+    that was loaded in another run was seen to wait for ever in an all-reduce.
+    """
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist has the folders of its controller
+    of_this_run = tempfile.mkdtemp(prefix="compiled-")
+    config.add_cleanup(lambda: shutil.rmtree(of_this_run))
+    compiled = of_this_run
+    if sys.prefix != sys.base_prefix:  # an environment that a folder can belong to
         compiled = _compiled_programs()
         _limit(compiled)
+    os.environ["COMPILED_FOR_SEVERAL_DEVICES"] = of_this_run
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)  # read when jax is imported, after this
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -87,8 +92,12 @@ def load_benchmark(name: str):
 
 
 def python_environment(devices: int, **environment) -> dict[str, str]:
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if devices > 1:
+        compiled = os.environ["COMPILED_FOR_SEVERAL_DEVICES"]
     return {
         **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_FLAGS}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         **environment,
