@@ -33,7 +33,7 @@ test: $(VENV)/test-$(VERSION)
 test-frameworks: $(VENV)/test-$(VERSION)
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m frameworks
 
-# Do the tests notice single faults? About an hour.
+# Do the tests notice single faults? About half an hour.
 mutations: $(VENV)/test-$(VERSION)
 	$(RUN) tests/mutations/check.py
 
