@@ -1,6 +1,6 @@
 """Does the suite notice mistakes? Puts single faults into copies of the repository and runs tests.
 
-    python tests/mutations/check.py                            # every fault: an hour
+    python tests/mutations/check.py                            # every fault: half an hour
     python tests/mutations/check.py --only=routing --jobs=1    # of an area, or by name
     python tests/mutations/check.py --list
 

@@ -2,7 +2,7 @@
 
 from mutations.fault import Fault
 
-RESUME = "test_training_run.py -k sigterm"
+RESUME = "test_training_run.py -k after_sigterm"
 
 FAULTS = (
     Fault(
@@ -94,7 +94,7 @@ FAULTS = (
         "training/loop.py",
         "or is_last or stop\n",
         "or is_last\n",
-        RESUME,
+        "test_training_run.py -k sigterm_in_preparation",
     ),
     Fault(
         "fsdp-gathers-along-the-scan-axis",
