@@ -14,7 +14,7 @@ CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
 TEST_EXTRAS ?= test,pytorch,plan,beam,mteb,docs
 # Test files in two processes, each of which needs up to 4 GB: make test PYTEST_FLAGS= for one.
-PYTEST_FLAGS ?= -n 2 --dist loadfile --max-worker-restart=0
+PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export JAX_PLATFORMS ?= cpu
 # Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE

@@ -1,8 +1,10 @@
 """How the test files are run: slow files first, the slowest named, a dead worker ends the run.
 
 `tests/file_seconds.json` says how long each file took. With `--dist loadfile` pytest-xdist gives
-the next file to the worker that is free, so the files that take longest have to start first.
-Renew it on an idle machine: make test PYTEST_FLAGS="-n 2 --dist loadfile --write-file-seconds"
+the next file to the worker that is free, so the files that take longest have to start first;
+without `--no-loadscope-reorder` it would start with the files that have the most tests.
+Renew it on an idle machine, in the environment that `make test` made:
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --write-file-seconds
 """
 
 import collections
