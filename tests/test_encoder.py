@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.models import feed_forward
 from moe_embed_jax.models.attention import rotate, rotation
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -317,6 +318,15 @@ def test_layer_norm_of_bfloat16_is_that_of_its_values():
     ones, zeros = jnp.ones(256), jnp.zeros(256)
     expected = layer_norm(x.astype(jnp.float32), ones, zeros, 1e-5)
     np.testing.assert_allclose(layer_norm(x, ones, zeros, 1e-5), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_gelu_of_tpu_kernels_is_the_exact_gelu():
+    x = jnp.linspace(-6, 6, 1001)
+    exact, exact_vjp = jax.vjp(functools.partial(jax.nn.gelu, approximate=False), x)
+    actual, actual_vjp = jax.vjp(feed_forward._gelu_by_erf, x)
+    np.testing.assert_allclose(actual, exact, atol=1e-6)
+    dy = jnp.cos(x)
+    np.testing.assert_allclose(actual_vjp(dy)[0], exact_vjp(dy)[0], atol=1e-6)
 
 
 def test_gelu_in_bfloat16_is_exact_to_rounding():

@@ -251,7 +251,7 @@ def test_memory_holds_the_logits_of_one_piece_only(optimizer):
     """Temporaries of the compiled step: far below the logits of all hidden tokens, and they grow
     with `predictions_at_once`, not with the batch."""
     mesh = single_device_mesh()
-    model = dataclasses.replace(MODEL, vocab_size=32_768, remat_rows=1, num_layers=1)
+    model = dataclasses.replace(MODEL, vocab_size=65_536, remat_rows=1, num_layers=1)
     predictions = most_hidden(128, RATE)
     temporaries = {}
     for rows, at_once in ((16, 64), (64, 64), (64, 256)):
@@ -265,7 +265,7 @@ def test_memory_holds_the_logits_of_one_piece_only(optimizer):
         temporaries[rows, at_once] = compiled.memory_analysis().temp_size_in_bytes
     print(temporaries)
     one_logit = model.vocab_size * 4
-    everything = 64 * predictions * one_logit  # 327 MB
+    everything = 64 * predictions * one_logit  # 654 MB
     assert temporaries[64, 64] < everything / 4
     assert temporaries[64, 64] - temporaries[16, 64] < everything / 40
     assert 192 * one_logit < temporaries[64, 256] - temporaries[64, 64] < 4 * 192 * one_logit

@@ -18,9 +18,27 @@ def gelu(x):
     """x * Phi(x), Phi the normal distribution's; exact to the rounding of `x.dtype`."""
     if x.dtype == jnp.bfloat16:
         return _gelu_bfloat16(x)
-    if platform() == "tpu":  # whose kernels know erf, but not erfc
-        return 0.5 * x * (1.0 + jax.lax.erf(x / math.sqrt(2)))
+    if platform() == "tpu":
+        return _gelu_by_erf(x)
     return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def _gelu_by_erf(x):
+    """For TPU kernels, which know erf, but neither erfc nor the derivative of erf in jax 0.12."""
+    return x * _phi(x)
+
+
+def _phi(x):
+    return 0.5 * (1.0 + jax.lax.erf(x / math.sqrt(2)))
+
+
+def _gelu_by_erf_bwd(x, dy):
+    bell = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return ((_phi(x) + x * bell) * dy,)
+
+
+_gelu_by_erf.defvjp(lambda x: (_gelu_by_erf(x), x), _gelu_by_erf_bwd)
 
 
 @jax.custom_vjp

@@ -27,6 +27,13 @@ FAULTS = (
         "test_encoder.py -k rotary",
     ),
     Fault(
+        "slope-of-the-tpu-kernels-gelu-is-phi-alone",
+        "models/feed_forward.py",
+        "return ((_phi(x) + x * bell) * dy,)",
+        "return (_phi(x) * dy,)",
+        "test_encoder.py -k gelu_of_tpu_kernels",
+    ),
+    Fault(
         "gelu-is-the-tanh-one",
         "models/feed_forward.py",
         "jax.nn.gelu(x, approximate=False)",
