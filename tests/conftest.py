@@ -61,12 +61,17 @@ def pytest_configure(config):
         return  # a worker of pytest-xdist has the folders of its controller
     of_this_run = tempfile.mkdtemp(prefix="compiled-")
     config.add_cleanup(lambda: shutil.rmtree(of_this_run))
-    compiled = of_this_run
-    if sys.prefix != sys.base_prefix:  # an environment that a folder can belong to
+    # The caller's folder first: the mutation check's faults do not fill that of the environment.
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if (
+        compiled is None and sys.prefix != sys.base_prefix
+    ):  # an environment that a folder can belong to
         compiled = _compiled_programs()
         _limit(compiled)
     os.environ["COMPILED_FOR_SEVERAL_DEVICES"] = of_this_run
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled)  # read when jax is imported, after this
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+        compiled or of_this_run
+    )  # read when jax is imported, after this
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
