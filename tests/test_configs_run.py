@@ -57,6 +57,7 @@ def test_smoke_variant_runs(smoke_run, name):
     if name == "mlm":
         of_set, measure = ("held_out/aa", "accuracy")
     assert 0 <= results["trained"][of_set][measure] <= 1
+    assert (metric(workdir, "utilisation") > 0.6).all()
     # What was trained can be used by the other commands.
     texts = workdir / "texts.jsonl"
     texts.write_text('"one"\n{"text": ""}\n"three"\n')

@@ -7,8 +7,11 @@ import pathlib
 import shutil
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from moe_embed_jax.models import attention
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -125,6 +128,21 @@ def reference(model, ids):
             y = [linear(gelu(linear(row, f"{name}.mlp.fc1")), f"{name}.mlp.fc2") for row in x]
         x = np.array([norm(a + b, f"{name}.norm2") for a, b in zip(y, x, strict=True)])
     return x
+
+
+@pytest.mark.parametrize(("head", "base"), [(16, 100), (32, 10_000), (64, 10_000), (64, 500_000)])
+def test_far_positions_turn_by_the_same_angles_as_ours(head, base):
+    """A frequency that is one rounding off turns position 2,000 by 1e-4 more."""
+    positions = np.arange(2048)[None]
+    tables = load_source().rotary_tables(torch.from_numpy(positions), head, base)
+    ours = attention.rotation(jnp.asarray(positions), head, base)
+    exact = np.float32(float(base) ** (-np.arange(head // 2) / (head // 2)))
+    angle = positions[..., None].astype(np.float32) * exact
+    for table, our, function, sign in zip(tables, ours, (np.cos, np.sin), (1, -1), strict=True):
+        expected = function(angle.astype(np.float64))
+        np.testing.assert_allclose(table[0], expected, atol=5e-7)
+        np.testing.assert_allclose(our[..., head // 2 :], expected, atol=5e-7)
+        np.testing.assert_allclose(our[..., : head // 2], sign * expected, atol=5e-7)
 
 
 @pytest.mark.parametrize(

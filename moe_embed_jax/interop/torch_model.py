@@ -148,10 +148,16 @@ def rotary_tables(position_ids, head_size: int, base: float):
     """cos and sin [1 or B, 1, L, C / 2] of the angles, in float32.
 
     Computed in every forward: a buffer would be lost when transformers builds on the meta device.
+    The frequencies are Python's, rounded once: the float32 power of a processor may differ, and a
+    position of 400 multiplies that to 3e-5.
     """
     half = head_size // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=position_ids.device) / half
-    angle = position_ids[:, None, :, None].float() * torch.pow(float(base), -exponent)
+    frequency = torch.tensor(
+        [float(base) ** (-i / half) for i in range(half)],
+        dtype=torch.float32,
+        device=position_ids.device,
+    )
+    angle = position_ids[:, None, :, None].float() * frequency
     return angle.cos(), angle.sin()
 
 

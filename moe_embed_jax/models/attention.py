@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_embed_jax.mesh import platform
@@ -17,7 +18,9 @@ def rotation(position_RL, head: int, base: float):
     not interleaved): x * cos + halves exchanged(x) * sin. `position_RL` restarts at 0 for every
     text of a row."""
     half = head // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # By the host, rounded once: a processor's own float32 power is one rounding off, which a
+    # position of 400 multiplies to 3e-5.
+    frequency = np.power(float(base), -np.arange(half) / half).astype(np.float32)
     angle_RLH = position_RL.astype(jnp.float32)[..., None] * frequency
     cos, sin = jnp.cos(angle_RLH), jnp.sin(angle_RLH)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
