@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_far_positions_turn_by_the_same_angles_as_ours(head, base):
     """A frequency that is one rounding off turns position 2,000 by 1e-4 more."""
     positions = np.arange(2048)[None]
     tables = load_source().rotary_tables(torch.from_numpy(positions), head, base)
-    ours = attention.rotation(jnp.asarray(positions), head, base)
+    ours = jax.jit(attention.rotation, static_argnums=(1, 2))(jnp.asarray(positions), head, base)
     exact = np.float32(float(base) ** (-np.arange(head // 2) / (head // 2)))
     angle = positions[..., None].astype(np.float32) * exact
     for table, our, function, sign in zip(tables, ours, (np.cos, np.sin), (1, -1), strict=True):
