@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
-    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu"},
+    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu", "ownership"},
     {"routing", "objectives", "data", "search", "sharding"},
     {"models", "checkpoint"},
     {"interop"},
