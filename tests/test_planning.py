@@ -53,6 +53,7 @@ SMALL = (
     "--set=data.dir=no_data",
 )
 GOLDEN_COMMAND = (*SMALL, "--set=mesh.fsdp=2")
+ONE_WIDE_LAYER = dict(width=768, num_heads=12, num_layers=1, moe_every=1)
 
 
 def plan(command, output):
@@ -330,18 +331,18 @@ class TestCompiled:
         assert 1 < (others - encoder / 3) / found["model_flops_per_chip"] < 1.2
 
     @pytest.mark.parametrize(
-        ("topology", "width", "heads"),
+        ("topology", "shape"),
         [
-            ("v5e:2x2", 128, 4),
+            ("v5e:2x2", dict(width=128, num_heads=4, num_layers=2)),
             # As wide as the released model: its rows take most of a kernel's memory.
-            pytest.param("v5p:2x2x1", 768, 12, marks=pytest.mark.slow),
-            pytest.param("v4:2x2x1", 768, 12, marks=pytest.mark.slow),
+            pytest.param("v5p:2x2x1", ONE_WIDE_LAYER, marks=pytest.mark.slow),
+            pytest.param("v4:2x2x1", ONE_WIDE_LAYER, marks=pytest.mark.slow),
         ],
     )
     def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(
-        self, topology, width, heads, tmp_path
+        self, topology, shape, tmp_path
     ):
-        changes = dict(width=width, ffn_width=256, num_layers=2, num_heads=heads, remat_rows=2)
+        changes = shape | dict(ffn_width=256, remat_rows=2)
         text, found = plan(
             (
                 *("launch/plan.py", "--config=configs/finetune.py:smoke", f"--topology={topology}"),
