@@ -3,8 +3,8 @@
     python launch/recipe.py --config=configs/recipe.py[:variant] --workdir=runs/recipe
 
 Each step is one of the other launchers, its output goes to WORKDIR/logs. A step whose output is
-there is skipped; after a kill, or SIGTERM (saves, exits 0), the same command continues. Any field
-of the config can be changed on the command line (--config.filter.k=5,
+there is skipped; after a kill, Ctrl-C or SIGTERM (saves, exits 0) the same command continues. Any
+field of the config can be changed on the command line (--config.filter.k=5,
 --config.stage2.set.batch_size=64). At the end: WORKDIR/report.md and report.png. docs/recipe.md.
 """
 

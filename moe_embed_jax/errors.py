@@ -1,9 +1,26 @@
 """Errors that a user can act on.
 
-Launchers print a `UserError` as one line and exit with status 2; everything else is a defect of
-ours and keeps its stack trace.
+Launchers print a `UserError` as one line and exit with status 2. They do the same with what the
+operating system refuses (a full disk, no permission). Everything else is a defect of ours and keeps
+its stack trace.
 """
+
+import os
+import signal
+
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, as shells have it
 
 
 class UserError(Exception):
     """Wrong input, configuration or environment; the message names the thing and the remedy."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the program did what it does then; the message says what is kept."""
+
+
+def end_at_once() -> None:
+    """What a second Ctrl-C does."""
+    # Not print: a signal may arrive in the middle of one, which cannot be entered twice.
+    os.write(2, b"interrupted again: ended at once\n")
+    os._exit(INTERRUPTED)

@@ -1,17 +1,21 @@
 """What every launcher does: flags, the processes' runtime, one line for a user's mistake."""
 
 import argparse
+import contextlib
 import glob
 import io
 import logging
 import os
 import pathlib
+import signal
 import sys
+from collections.abc import Iterator
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.data.pair_manifest import read_manifest
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
+from moe_embed_jax.refusals import refusal_of_system
 from moe_embed_jax.search import check_dtype
 
 # Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
@@ -114,14 +118,60 @@ def number_or_none(flag: str) -> float | None:
 
 
 def run(main) -> int:
-    """Runs `main()`; returns the exit status: 0, or 2 after one line that says what is wrong."""
+    """Runs `main()` and returns the exit status: 0; 2 after one line that says what is wrong; 130
+    after Ctrl-C. A second Ctrl-C ends the process at once."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+    with _interrupts() as interrupted:
+        try:
+            main()
+            _flush_output()
+            return 0
+        except UserError as error:
+            message = f"error: {error}"
+        except KeyboardInterrupt as error:
+            interrupted.append(error)
+        except Exception as error:
+            problem = refusal_of_system(error)
+            if problem is None and not interrupted:
+                raise
+            message = f"error: {problem}"
+        if interrupted:
+            reason = next((str(error) for error in interrupted if str(error)), None)
+            message = f"interrupted: {reason or 'the same command starts again'}"
+        print(message, file=sys.stderr, flush=True)
+        return INTERRUPTED if interrupted else 2
+
+
+def _flush_output() -> None:
     try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end
+        error.filename = "standard output"
+        raise
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list]:
+    """Ctrl-C raises KeyboardInterrupt, the next one ends the process; gives the list of what was
+    raised. A process that ignores Ctrl-C, as one in the background does, keeps ignoring it."""
+    raised: list[KeyboardInterrupt] = []
+
+    def interrupt(signum, frame):
+        del signum, frame
+        if raised:
+            end_at_once()
+        raised.append(KeyboardInterrupt())
+        raise raised[0]
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield raised
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    yield raised
+    if not raised:  # else it stays, for what Python does at its end
+        signal.signal(signal.SIGINT, before)
 
 
 def start_distributed() -> None:

@@ -4,6 +4,7 @@ All of them run the same program. Whatever is computed on the mesh is called by 
 the same order; process 0 alone writes files (checkpoints apart) and talks to the user.
 """
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,23 +12,44 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moe_embed_jax.errors import INTERRUPTED, UserError
+
 T = TypeVar("T")
+FAILED, STOPPED = 1, 1000  # how process 0 left `process_0_first`; STOPPED + its exit status
 LONGEST_WAIT = 24 * 3600  # seconds that others wait for process 0, which may prepare a large corpus
 
 
 def process_0_first(name: str, action: Callable[[], T]) -> T:
     """The result of `action()`, called on process 0 and, when that has returned, on the others.
 
-    If process 0 fails the others still call it, and meet what process 0 left behind. `name` stands
-    for this place in the program: it must not be used twice.
+    `name` stands for this place in the program: it must not be used twice.
+
+    Raises, on the others:
+      SystemExit: process 0 was stopped (SIGTERM, Ctrl-C); with the same status.
+      UserError: process 0 failed. It says why.
     """
-    if jax.process_index() > 0:
-        wait_for_all(name)
+    if jax.process_count() == 1:
         return action()
+    status = 0
     try:
-        return action()
+        if jax.process_index() == 0:
+            try:
+                return action()
+            except (SystemExit, KeyboardInterrupt) as stop:
+                status = STOPPED + (stop.code or 0 if isinstance(stop, SystemExit) else INTERRUPTED)
+                raise
+            except BaseException:
+                status = FAILED
+                raise
     finally:
         wait_for_all(name)
+        status = int(from_process_0(np.array(status, np.int32)))
+    if status == FAILED:
+        raise UserError(f"process 0 failed here ({name}); its message says why")
+    if status >= STOPPED:
+        print(f"process 0 was stopped here ({name}), so this process ends, too", file=sys.stderr)
+        raise SystemExit(status - STOPPED)
+    return action()
 
 
 def wait_for_all(name: str) -> None:

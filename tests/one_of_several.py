@@ -46,11 +46,12 @@ def main(folder: pathlib.Path) -> None:
         "data", lambda: workdir_module.open_data(folder, config, write=process == 0)
     )
 
-    refused = ""
-    try:
-        process_0_first("failure", refuse)
-    except UserError as error:
-        refused = str(error)
+    refused = []
+    for name, action in (("failure", refuse), ("signal", stop)):
+        try:
+            process_0_first(name, action)
+        except (UserError, SystemExit) as error:
+            refused.append(str(error))
 
     rows_read = []
     read = store.read
@@ -83,6 +84,10 @@ def main(folder: pathlib.Path) -> None:
 
 def refuse():
     raise UserError(f"no, says process {jax.process_index()}")
+
+
+def stop():
+    raise SystemExit(7)
 
 
 if __name__ == "__main__":

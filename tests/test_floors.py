@@ -6,7 +6,8 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
-    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu", "ownership"},
+    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu"}
+    | {"ownership", "refusals", "children"},
     {"routing", "objectives", "data", "search", "sharding"},
     {"models", "checkpoint"},
     {"interop"},

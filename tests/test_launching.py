@@ -1,16 +1,23 @@
-"""How a run finds its other processes, and the scripts that start it on TPU machines."""
+"""How a run finds its other processes, the scripts that start it on TPU machines, and the line that
+a launcher ends with where something is refused or Ctrl-C comes."""
 
+import errno
 import http.server
 import io
 import os
+import pathlib
 import re
+import resource
 import subprocess
+import sys
 import threading
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 import yaml
-from conftest import ROOT
+from conftest import ROOT, python_environment, run_python
 
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
@@ -187,3 +194,130 @@ def test_gke_job_fits_its_slice():
     chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert workers * chips == int(rows) * int(columns)
     subprocess.run(["bash", "-n", "-c", pod["containers"][0]["args"][0]], check=True)
+
+
+# ---- How launchers end ---------------------------------------------------------------------------
+
+
+def refused(capfd, main) -> str:
+    """The line of a launcher that ends with status 2."""
+    assert launching.run(main) == 2
+    out, line = capfd.readouterr()
+    assert not out and line.startswith("error: ") and line.count("\n") == 1
+    return line.removeprefix("error: ").rstrip()
+
+
+def written_beyond_the_limit(path, write):
+    """`write(path)` where no file may have more than 1,000 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_text("x" * 5000),
+        lambda path: np.save(path, np.zeros(5000)),
+        lambda path: safetensors.numpy.save_file({"x": np.zeros(5000)}, path),
+    ],
+    ids=["text", "numpy", "safetensors"],
+)
+def test_a_file_that_cannot_grow_is_one_line(capfd, tmp_path, write):
+    path = tmp_path / "file.npy"
+    line = refused(capfd, lambda: written_beyond_the_limit(path, write))
+    assert line.startswith(f"{path}: ") and line.endswith(", then repeat the command")
+
+
+def test_a_full_device_is_one_line(capfd):
+    line = refused(capfd, lambda: pathlib.Path("/dev/full").write_text("x"))
+    room = "there is no room left on this disk: make room, then repeat the command"
+    assert line == f"/dev/full: {room}"
+
+
+def refuse_wrapped(cause):
+    try:
+        raise cause
+    except OSError as error:
+        raise ValueError("it could not be saved") from error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "x", "a/b"), "a/b: there is no room left on this disk"),
+        (OSError(errno.EDQUOT, "x", "a/b"), "a/b: the disk quota is used up"),
+        (OSError(errno.EROFS, "x", "a/b"), "a/b: this file system is read-only"),
+        (OSError(errno.EIO, "x", "a/b"), "a/b: reading or writing failed"),
+        (PermissionError(errno.EACCES, "x", "a/b"), "a/b: permission denied: change"),
+        (FileExistsError(errno.EEXIST, "x", "a/b"), "a/b: this exists already"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a/b"), "a/b: No such file"),
+        (
+            ValueError('RESOURCE_EXHAUSTED: "/a/b/c.1": [OS error 28: No space left on device]'),
+            "/a/b/c.1: there is no room left on this disk",
+        ),
+        (
+            ExceptionGroup("several", [ValueError("x"), OSError(errno.ENOSPC, "x", "a/b")]),
+            "a/b: there is no room left on this disk",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(capfd, error, line):
+    def main():
+        raise error
+
+    assert refused(capfd, main).startswith(line)
+    if isinstance(error, OSError) and "disk" in line:
+        assert refused(capfd, lambda: refuse_wrapped(error)).startswith(line)
+
+
+def test_defects_keep_their_trace():
+    """Also where something was refused, and handled, on the way."""
+
+    def main():
+        try:
+            raise FileNotFoundError(errno.ENOENT, "No such file", "a/b")
+        except OSError:
+            {}["missing"]
+
+    with pytest.raises(KeyError):
+        launching.run(main)
+
+
+def test_ctrl_c_is_one_line_and_the_second_ends_at_once(tmp_path):
+    code = (
+        "import os, signal, sys; from moe_embed_jax import launching\n"
+        "def main():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "        if sys.argv[1] == '2': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(launching.run(main))\n"
+    )
+    for count, line in (
+        ("1", "interrupted: the same command starts again\n"),
+        ("2", "interrupted again: ended at once\n"),
+    ):
+        result = run_python(["-c", code, count])
+        assert (result.returncode, result.stdout, result.stderr) == (130, "cleaned up\n", line)
+
+
+def test_the_standard_output_may_be_full():
+    code = (
+        "import sys; from moe_embed_jax import launching\n"
+        "sys.exit(launching.run(lambda: print('x')))"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=python_environment(1, PYTHONUNBUFFERED=""),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: standard output: there is no room left")

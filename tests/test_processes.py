@@ -122,7 +122,12 @@ def test_each_process_reads_its_slice(tmp_path):
     assert result.returncode == 0, result.stderr
 
     assert [len(record["prepared"]) for record in records] == [1, 0]
-    assert [record["refused"][-1] for record in records] == ["0", "1"]
+    refused = "process 0 failed here (failure); its message says why"
+    assert [record["refused"] for record in records] == [
+        ["no, says process 0", "7"],
+        [refused, "7"],
+    ]
+    assert "[process 1] process 0 was stopped here (signal)" in together.output("err1")
     assert all(record["true_anywhere"] == [False, True] for record in records)
     assert all(record["kept"] for record in records)
     # One read per step and device: pairs of the even devices of the mesh, and of the odd ones.

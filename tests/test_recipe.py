@@ -199,7 +199,11 @@ def start_chain(tmp_path, **kind) -> subprocess.Popen:
         "raise SystemExit(launching.run(main))\n"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=python_environment(1), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=python_environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -210,13 +214,19 @@ def wait_for(path, seconds=60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_step_which_saves(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "status", "line"),
+    [
+        (signal.SIGTERM, 0, "stopped in b"),
+        (signal.SIGINT, 130, "interrupted: in step b: the same command continues there"),
+    ],
+)
+def test_a_signal_reaches_the_step_which_saves(tmp_path, number, status, line):
     process = start_chain(tmp_path)
     wait_for(tmp_path / "b/ready")
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped in b" in out
+    assert process.returncode == status and out.splitlines() == [line]
     assert (tmp_path / "b/saved").exists() and "c" not in starts(tmp_path)
     run_chain(chain(tmp_path), tmp_path)
     assert starts(tmp_path) == {"a": 1, "b": 2, "c": 1, "d": 1}

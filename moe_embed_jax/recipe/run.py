@@ -7,10 +7,10 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.children import ends_with_parent
+from moe_embed_jax.errors import Interrupted, UserError, end_at_once
 from moe_embed_jax.recipe.records import Records, lock
 from moe_embed_jax.recipe.steps import Command, Step
 from moe_embed_jax.recipe.view import View
@@ -19,16 +19,10 @@ LOGS = "logs"
 LAST_LINES = 8  # of the log of a step that failed
 TICK = 0.2  # seconds
 SAVE_EVERY = 10.0  # seconds, of the time that a step has taken
-# A recipe that is killed takes its step along (on Linux; 1 is PR_SET_PDEATHSIG), and by SIGTERM, so
-# that it can save. Not by a function between fork and exec: JAX's threads make that unsafe.
-_END_WITH_PARENT = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); "
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
 
 
 class Stopped(Exception):
-    """SIGTERM (or Ctrl-C) ended the recipe in the step that is named."""
+    """SIGTERM ended the recipe in the step that is named."""
 
 
 def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None) -> None:
@@ -37,6 +31,7 @@ def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None
     Raises:
       UserError: a step was made with other settings than those of now, or failed.
       Stopped: after SIGTERM, which the running step was given, too.
+      Interrupted: after Ctrl-C, which the running step got as SIGTERM.
     """
     with lock(workdir) as descriptor, _Signals() as signals:
         records = Records(workdir)
@@ -82,7 +77,7 @@ def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -
         start = file.tell()
         signals.raise_if_stopped(step.name)
         process = subprocess.Popen(
-            [*_wrapper(), *command.argv],
+            ends_with_parent(command.argv),  # a step that a killed recipe leaves saves, and ends
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -107,15 +102,13 @@ def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -
         )
 
 
-def _wrapper() -> list[str]:
-    return [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
-
-
 class _Signals:
-    """Passes SIGTERM and Ctrl-C on to the running process, and remembers them."""
+    """Passes SIGTERM and Ctrl-C on to the running process, and remembers them. A second Ctrl-C ends
+    that process, and this one, at once."""
 
     def __init__(self):
         self._stopped = False
+        self._interrupted = False
         self._process: subprocess.Popen | None = None
         self._old: dict = {}
 
@@ -138,12 +131,19 @@ class _Signals:
             self._process = None
 
     def raise_if_stopped(self, name: str) -> None:
+        if self._interrupted:
+            raise Interrupted(f"in step {name}: the same command continues there")
         if self._stopped:
             raise Stopped(name)
 
     def _stop(self, signum, frame) -> None:
-        del signum, frame
+        del frame
+        if signum == signal.SIGINT and self._interrupted:
+            if self._process is not None and self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            end_at_once()
         self._stopped = True
+        self._interrupted |= signum == signal.SIGINT
         self._pass_on()
 
     def _pass_on(self) -> None:
