@@ -1,23 +1,63 @@
 """Orbax checkpoints: async, atomic, always restored into an explicit abstract tree.
 
 A checkpoint is a folder per step with sharded trees (`params`; of a training run also `optimizer`;
-`mlm_head` where there is one) and `data` (JSON: the data spec, by which a resumed run proves that
-it would read the same batches).
+`mlm_head` where there is one), `data` (JSON: the data spec, by which a resumed run proves that
+it would read the same batches) and `checksums` (CRC-32 of all these files: TensorStore's arrays
+have none, so that a flipped bit would be another weight).
 Because restore is given shapes and shardings, any mesh can read a checkpoint of any other.
 """
 
 import contextlib
+import dataclasses
+import json
 import pathlib
-import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_embed_jax import checksums
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.processes import from_process_0, wait_for_all
 from moe_embed_jax.sharding import path_of
 
 TREES = ("params", "optimizer", "mlm_head")
+DATA, CHECKSUMS = "data", "checksums"
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's; it names the items of the checkpoint
+_LONGEST_REASON = 600  # bytes of a message that every process gets
+_MOST_ATTEMPTS = 20  # of a reader beside a run that removes its old checkpoints
+
+T = TypeVar("T")
+
+
+class DamagedCheckpoint(UserError):
+    """The files of a checkpoint are not those that were saved; the message names one and why."""
+
+
+class _ChecksumHandler(ocp.CheckpointHandler):
+    """Writes the checksums of all other items, when they are complete and before the checkpoint
+    appears under its name. Orbax calls `finalize` on process 0, after all processes have written.
+    """
+
+    def save(self, directory, args) -> None:
+        """Nothing: there are no files yet."""
+
+    def restore(self, directory, args=None) -> None:
+        """Nothing: `Checkpoints.check` reads the file."""
+
+    def finalize(self, directory) -> None:
+        folder = pathlib.Path(directory)
+        text = checksums.dump(checksums.checksums(folder.parent, (DATA, *TREES)))
+        (folder / checksums.FILE_NAME).write_text(text)
+
+
+@ocp.args.register_with_handler(_ChecksumHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ChecksumSave(ocp.args.CheckpointArgs):
+    pass
 
 
 class Checkpoints:
@@ -25,25 +65,31 @@ class Checkpoints:
 
     def __init__(self, folder, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()
-        self._set_aside: set[int] = set()
+        self._moved = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={
-                **{name: ocp.StandardCheckpointHandler() for name in TREES},
-                "data": ocp.JsonCheckpointHandler(),
-            },
-        )
+        handlers = {
+            **{name: ocp.StandardCheckpointHandler() for name in TREES},
+            DATA: ocp.JsonCheckpointHandler(),
+            CHECKSUMS: _ChecksumHandler(),  # the last: it reads what the others have written
+        }
+        for attempt in range(_MOST_ATTEMPTS):
+            try:
+                self._manager = ocp.CheckpointManager(
+                    self.folder, options=options, item_handlers=handlers
+                )
+                break
+            except FileNotFoundError:  # a run removed a step between listing and reading it
+                if attempt == _MOST_ATTEMPTS - 1:
+                    raise
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, in order."""
-        return sorted(set(self._manager.all_steps()) - self._set_aside)
+        return sorted(self._manager.all_steps())
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Takes the checkpoint of `step` out of use, without deleting it; returns where it is.
@@ -51,13 +97,115 @@ class Checkpoints:
         Every process calls this; process 0 moves the folder.
         """
         self.wait()
-        self._set_aside.add(step)
-        target = self.folder.with_name(f"{self.folder.name}_set_aside") / str(step)
+        folder = self.folder.with_name(f"{self.folder.name}_set_aside")
+        number = 1
+        while (target := folder / (f"{step}" if number == 1 else f"{step}-{number}")).exists():
+            number += 1  # an earlier attempt at the same run was set aside, too
+        wait_for_all(f"{self.folder} set aside {self._moved}")
         if jax.process_index() == 0:
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier attempt at the same run
             target.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(target)
+        wait_for_all(f"{self.folder} was set aside {self._moved}")
+        self._moved += 1
+        self._manager.reload()  # so that this step can be saved again
         return target
+
+    def check(self, step: int, trees: Iterable[str] = TREES) -> None:
+        """Reads every file of these trees and of the data spec, at some 2 GB/s.
+
+        All processes call this together; process 0 reads. A checkpoint that has no checksums passes
+        with a line that says so.
+
+        Raises:
+          DamagedCheckpoint: a file is missing, cut short or changed.
+        """
+        reason = None
+        if jax.process_index() == 0:
+            reason, has_checksums = self._damage(step, trees)
+            if reason is None and not has_checksums:
+                _warn(
+                    f"checkpoint {self.folder / str(step)} was saved without checksums: damage to "
+                    "its arrays would not be seen"
+                )
+        reason = _text_from_process_0(reason or "")
+        if reason:
+            raise self._damaged(step, reason)
+
+    def restore_newest(
+        self, check_data: Callable[[dict], None], **abstract
+    ) -> tuple[int, dict] | None:
+        """(step, trees) of the newest checkpoint that is whole; None where there is none at all.
+
+        Damaged ones that are newer are set aside, with a line for each. Only the owner of the
+        folder may call this; others use `read_newest`.
+
+        Args:
+          check_data: is called with the checkpoint's data spec before the arrays are read.
+          abstract: as of `restore`.
+
+        Raises:
+          UserError: there are checkpoints, but none is whole; whatever `check_data` raises.
+        """
+        target = None
+        while (step := self.latest_step()) is not None:
+            try:
+                self.check(step, abstract)
+                check_data(self.data(step))
+                return step, self.restore(step, **abstract)
+            except DamagedCheckpoint as error:
+                target = self.set_aside(step)
+                if jax.process_index() == 0:
+                    _warn(f"{error}; moved to {target}")
+        if target is not None:
+            raise UserError(
+                f"{self.folder} holds no whole checkpoint: the damaged ones are in "
+                f"{target.parent}; the same command starts again at step 0"
+            )
+        return None
+
+    def _damage(self, step: int, trees: Iterable[str]) -> tuple[str | None, bool]:
+        """(what is wrong with the files, None: nothing; whether there are checksums)."""
+        root = self.folder / str(step)
+        path = root / _METADATA
+        has_checksums = False
+        try:
+            items = set(json.loads(path.read_text())["item_handlers"])
+            has_checksums = CHECKSUMS in items or (root / CHECKSUMS).exists()
+            if not has_checksums:
+                return None, False
+            summed = root / CHECKSUMS / checksums.FILE_NAME
+            path, described = summed, path
+            expected = checksums.parse(summed.read_text())
+            if items != {CHECKSUMS, *(name.partition("/")[0] for name in expected)}:
+                return f"{described} was changed (it names other items)", True
+        except FileNotFoundError:
+            return f"{path} is missing", has_checksums
+        except PermissionError:
+            raise
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror or error})", has_checksums
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            return f"{path} was changed ({_first_line(error)})", has_checksums
+        folders = (DATA, *trees)
+        chosen = {name: v for name, v in expected.items() if name.partition("/")[0] in folders}
+        return checksums.find_damage(root, chosen), True
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"checkpoint {self.folder / str(step)} is damaged: {reason}")
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Turns errors of Orbax and TensorStore into `DamagedCheckpoint`, where files are damaged.
+
+        Others are passed on: a checkpoint is whole though there is too little memory for it.
+        """
+        try:
+            yield
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason, has_checksums = self._damage(step, TREES)
+            if reason is None and has_checksums:
+                raise
+            raise self._damaged(step, reason or _first_line(error)) from error
 
     def save(self, step: int, data: dict, **trees) -> None:
         """Starts writing `trees` (names in `TREES`) in the background.
@@ -69,33 +217,38 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                data=ocp.args.JsonSave(data),
+                **{DATA: ocp.args.JsonSave(data), CHECKSUMS: _ChecksumSave()},
                 **{name: ocp.args.StandardSave(tree) for name, tree in trees.items()},
             ),
         )
 
     def data(self, step: int) -> dict:
-        args = ocp.args.Composite(data=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["data"]
+        """The data spec. This and what follows raise `DamagedCheckpoint` where Orbax fails on
+        damaged files; only `check` looks for damage that Orbax does not see."""
+        with self._reading(step):
+            args = ocp.args.Composite(**{DATA: ocp.args.JsonRestore()})
+            return self._manager.restore(step, args=args)[DATA]
 
     def items(self, step: int) -> set[str]:
         """Names of the trees that the checkpoint holds."""
-        metadata = self._manager.item_metadata(step)
-        return {name for name in TREES if name in metadata and metadata[name] is not None}
+        with self._reading(step):
+            metadata = self._manager.item_metadata(step)
+            return {name for name in TREES if name in metadata and metadata[name] is not None}
 
     def restore(self, step: int, **abstract) -> dict:
         """{name: tree} in the shapes and shardings of the abstract trees (names in `TREES`)."""
-        for name, tree in abstract.items():
-            self._check_shapes(step, name, tree)
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        return {name: restored[name] for name in abstract}
+        with self._reading(step):
+            for name, tree in abstract.items():
+                self._check_shapes(step, name, tree)
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            return {name: restored[name] for name in abstract}
 
     def restore_each(self, step: int, name: str, abstract) -> Iterator[tuple[str, jax.Array]]:
         """(path, array) of the leaves of the tree `name`, in their order and each when it is asked
         for, so that a caller who makes them smaller never holds the whole tree."""
-        self._check_shapes(step, name, abstract)
-        with contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+        with self._reading(step), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
+            self._check_shapes(step, name, abstract)
             for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
                 branch = leaf  # the tree with this leaf alone
                 for key in reversed(path):
@@ -128,3 +281,74 @@ class Checkpoints:
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {path_of(path): tuple(leaf.shape) for path, leaf in flat}
+
+
+def read_newest(
+    folder, step: int | None, trees: Iterable[str], read: Callable[[Checkpoints, int], T]
+) -> T:
+    """`read(checkpoints, step)` for one checkpoint of a folder that another process may write to.
+
+    Nothing is moved. If the run removes the checkpoint meanwhile, the newest one is read then.
+
+    Args:
+      folder: of the checkpoints.
+      step: which; None: the newest that is whole. Each damaged one that is newer is named in a
+        line.
+      trees: those that `read` reads, see `Checkpoints.check`.
+
+    Raises:
+      UserError: there is no such checkpoint, it is damaged, or none is whole.
+    """
+    damaged: set[int] = set()
+    for _ in range(_MOST_ATTEMPTS):
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
+            chosen = [s for s in _chosen(checkpoints, step) if s not in damaged]
+            number = int(from_process_0(np.array(chosen[-1])))
+            try:
+                checkpoints.check(number, trees)
+                return read(checkpoints, number)
+            except DamagedCheckpoint as error:
+                with contextlib.closing(Checkpoints(folder)) as now:
+                    if max(now.steps(), default=number) > checkpoints.latest_step():
+                        continue  # the run went on, and removed this one
+                if len(chosen) == 1:
+                    raise
+                damaged.add(number)
+                _warn(f"{error}; step {chosen[-2]} is read instead")
+    raise UserError(
+        f"{folder}: the run saves and removes checkpoints faster than they can be read: wait for "
+        "its end, or copy one of them"
+    )
+
+
+def check_step(folder, step: int | None) -> None:
+    """Raises `UserError` if `folder` has no checkpoint of `step`; None: none at all."""
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        _chosen(checkpoints, step)
+
+
+def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{checkpoints.folder} holds no finished checkpoint yet")
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")
+    return steps if step is None else [step]
+
+
+def _text_from_process_0(text: str) -> str:
+    """Process 0's `text`, shortened, in every process."""
+    buffer = np.zeros(_LONGEST_REASON, np.uint8)
+    data = np.frombuffer(text.encode()[:_LONGEST_REASON], np.uint8)
+    buffer[: len(data)] = data
+    return bytes(from_process_0(buffer)).rstrip(b"\0").decode(errors="ignore")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:_LONGEST_REASON]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ published checkpoint (safetensors). Everything that loads a model goes through h
 Orbax (`checkpoint`) is imported inside the functions that need it: published models do not.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -29,6 +28,7 @@ from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.models.int8_weight import quantized
+from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.objectives import MASKED_LM
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.sharding import is_array, rules_for, shardings, with_shardings
@@ -172,29 +172,32 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
     model = config_page.build(EncoderConfig, card["model"], "model")
     if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
-    from moe_embed_jax.checkpoint import Checkpoints
+    from moe_embed_jax.checkpoint import check_step, read_newest
 
-    with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None:
-            raise UserError(f"{folder / CHECKPOINTS} holds no finished checkpoint yet")
-        items = checkpoints.items(step)
+    check_step(folder / CHECKPOINTS, step)
 
     def read(mesh, progress, form):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        abstract = {"params": with_shardings(shapes, rules_for(model), mesh)}
-        if form is not _as_is:
-            params = _read_each(folder / CHECKPOINTS, step, abstract["params"], progress, form)
-            return place(params, model, mesh), None
-        if "mlm_head" in items:
-            everywhere = replicated(mesh)
-            abstract["mlm_head"] = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-                mlm_head_shapes(model),
-            )
-        with contextlib.closing(Checkpoints(folder / CHECKPOINTS)) as checkpoints:
-            for restored in progress([checkpoints.restore(step, **abstract)]):
+        params = with_shardings(shapes, rules_for(model), mesh)
+
+        def of_step(checkpoints, number):
+            if form is not _as_is:
+                arrays = progress(checkpoints.restore_each(number, "params", params))
+                # Not by a loop, whose variable would keep each array while the next one is read.
+                leaves = list(itertools.starmap(form, arrays))
+                return place(jax.tree.structure(params).unflatten(leaves), model, mesh), None
+            abstract = {"params": params}
+            if "mlm_head" in checkpoints.items(number):
+                everywhere = replicated(mesh)
+                abstract["mlm_head"] = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+                    mlm_head_shapes(model),
+                )
+            for restored in progress([checkpoints.restore(number, **abstract)]):
                 return restored["params"], restored.get("mlm_head")
+
+        # A run may still write here, and remove the checkpoint that was the newest a moment ago.
+        return read_newest(folder / CHECKPOINTS, step, ("params", "mlm_head"), of_step)
 
     data = card["data"]
     # A run of masked language modelling has rows of documents, and knows no prompts.
@@ -210,17 +213,6 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
         [],
         read,
     )
-
-
-def _read_each(folder: pathlib.Path, step: int, abstract: dict, progress, form) -> dict:
-    """`params` on the host in another form, never all of them as they are saved."""
-    from moe_embed_jax.checkpoint import Checkpoints
-
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        arrays = progress(checkpoints.restore_each(step, "params", abstract))
-        # Not by a loop, whose variable would keep each array while the next one is read.
-        leaves = list(itertools.starmap(form, arrays))
-    return jax.tree.structure(abstract).unflatten(leaves)
 
 
 def place(params: dict, model: EncoderConfig, mesh: jax.sharding.Mesh) -> dict:
@@ -258,27 +250,27 @@ def with_document(prompts: dict[str, str]) -> dict[str, str]:
 def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
     """Writes a folder of ours that `load_model` and `init.source` of a training config read.
 
-    The card is written last: a folder without it is not a model.
+    It appears when it is complete.
     """
     from moe_embed_jax.checkpoint import Checkpoints
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if loaded.vocabulary is not None:
-        sentencepiece = isinstance(loaded.vocabulary, Vocabulary)
-        name = SENTENCEPIECE_FILE if sentencepiece else JSON_FILE
-        (folder / name).write_bytes(loaded.vocabulary.model_bytes)
-    trees = {"params": loaded.params}
-    if loaded.mlm_head is not None:
-        trees["mlm_head"] = loaded.mlm_head
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    checkpoints.save(0, {"origin": origin}, **trees)
-    checkpoints.close()
-    save_json(
-        folder / MODEL_CARD,
-        {
-            "model": dataclasses.asdict(loaded.model),
-            "data": {f"{side}_length": n for side, n in loaded.max_lengths.items()},
-            "prompts": loaded.prompts,
-            "origin": origin,
-        },
-    )
+    with new_folder(folder) as partial:
+        if loaded.vocabulary is not None:
+            sentencepiece = isinstance(loaded.vocabulary, Vocabulary)
+            name = SENTENCEPIECE_FILE if sentencepiece else JSON_FILE
+            (partial / name).write_bytes(loaded.vocabulary.model_bytes)
+        trees = {"params": loaded.params}
+        if loaded.mlm_head is not None:
+            trees["mlm_head"] = loaded.mlm_head
+        checkpoints = Checkpoints(partial / CHECKPOINTS)
+        checkpoints.save(0, {"origin": origin}, **trees)
+        checkpoints.close()
+        save_json(
+            partial / MODEL_CARD,
+            {
+                "model": dataclasses.asdict(loaded.model),
+                "data": {f"{side}_length": n for side, n in loaded.max_lengths.items()},
+                "prompts": loaded.prompts,
+                "origin": origin,
+            },
+        )

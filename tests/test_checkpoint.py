@@ -1,9 +1,14 @@
+import json
+import pathlib
+import shutil
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_embed_jax.checkpoint import Checkpoints
+from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint, read_newest
 from moe_embed_jax.errors import UserError
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4)}}
@@ -58,3 +63,198 @@ def test_unfinished_checkpoint_is_not_seen(saved):
     """What a kill leaves behind is a folder that Orbax has not renamed yet."""
     (saved.folder / "9.orbax-checkpoint-tmp-1").mkdir()
     assert Checkpoints(saved.folder).latest_step() == 7
+
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+
+def flip(path, place=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if place is None else place] ^= 16
+    path.write_bytes(data)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "flip": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "delete": pathlib.Path.unlink,
+    "folder": replace_by_folder,
+}
+# Whole checkpoints are read without these files; their content stands for nothing.
+WITHOUT_MEANING = {"commit_success.txt", "checksums/commit_success.txt"}
+
+
+def assert_whole(checkpoints, step):
+    checkpoints.check(step)
+    trees = {"params": PARAMS, "optimizer": OPTIMIZER}
+    assert checkpoints.items(step) == trees.keys()
+    restored = checkpoints.restore(step, **{name: abstract(tree) for name, tree in trees.items()})
+    jax.tree.map(np.testing.assert_array_equal, restored, trees)
+
+
+def files_of(step_folder):
+    return sorted(
+        path.relative_to(step_folder).as_posix()
+        for path in step_folder.rglob("*")
+        if path.is_file()
+    )
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_every_file_is_named(saved, tmp_path, kind):
+    whole = saved.folder / "7"
+    kept = tmp_path / "kept"
+    shutil.copytree(whole, kept)
+    for name in files_of(whole):
+        DAMAGE[kind](whole / name)
+        if name in WITHOUT_MEANING or (name == "_CHECKPOINT_METADATA" and kind == "flip"):
+            assert_whole(Checkpoints(saved.folder), 7)
+        else:
+            with pytest.raises(DamagedCheckpoint) as error:
+                saved.check(7)
+            assert str(error.value).startswith(f"checkpoint {whole} is damaged: {whole / name} ")
+        shutil.rmtree(whole)
+        shutil.copytree(kept, whole)
+    saved.check(7)
+
+
+def test_every_flipped_bit_of_an_array_is_found(saved):
+    names = [name for name in files_of(saved.folder / "7") if name.startswith("params/")]
+    random = np.random.default_rng(0)
+    for name in names:
+        path = saved.folder / "7" / name
+        before = path.read_bytes()
+        for place in random.integers(0, len(before), 20).tolist():
+            flip(path, place)
+            with pytest.raises(DamagedCheckpoint, match=name):
+                saved.check(7, ["params"])
+            path.write_bytes(before)
+
+
+def test_flips_in_what_orbax_says_of_a_checkpoint_are_named_or_harmless(saved):
+    path = saved.folder / "7" / "_CHECKPOINT_METADATA"
+    before = path.read_bytes()
+    named = 0
+    for place in range(0, len(before), 5):
+        flip(path, place)
+        try:
+            Checkpoints(saved.folder).check(7)
+            if place % 25 == 0:
+                assert_whole(Checkpoints(saved.folder), 7)
+        except DamagedCheckpoint as error:
+            assert "_CHECKPOINT_METADATA was changed" in str(error)
+            named += 1
+    assert named > 10
+
+
+def test_trees_that_are_not_read_may_be_damaged(saved):
+    flip(saved.folder / "7" / "optimizer" / "_METADATA")
+    saved.check(7, ["params"])
+    with pytest.raises(DamagedCheckpoint, match="optimizer/_METADATA was changed"):
+        saved.check(7)
+
+
+def test_the_newest_that_is_whole_is_restored_and_damaged_ones_are_set_aside(saved, capsys):
+    (saved.folder / "9").mkdir()  # as a full disk leaves it
+    array = next(saved.folder.glob("7/params/d/*"))
+    flip(array)
+    checkpoints = Checkpoints(saved.folder)
+    data = []
+    step, restored = checkpoints.restore_newest(data.append, params=abstract(PARAMS))
+    assert step == 5 and data == [{"spec": {"rows": 5}}]
+    jax.tree.map(np.testing.assert_array_equal, restored, {"params": PARAMS})
+    aside = saved.folder.with_name("c_set_aside")
+    assert sorted(path.name for path in aside.iterdir()) == ["7", "9"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [
+        f"warning: checkpoint {saved.folder}/9 is damaged: "
+        f"{saved.folder}/9/_CHECKPOINT_METADATA is missing; moved to {aside}/9",
+        f"warning: checkpoint {saved.folder}/7 is damaged: {array} was changed (its CRC-32 "
+        f"differs); moved to {aside}/7",
+    ]
+
+    checkpoints.save(7, {}, params=PARAMS, optimizer=OPTIMIZER)  # the run comes by again
+    checkpoints.wait()
+    checkpoints.check(7)
+    flip(saved.folder / "7" / "data" / "metadata")
+    flip(saved.folder / "5" / "data" / "metadata")
+    with pytest.raises(UserError, match=r"c holds no whole checkpoint: .* starts again at step 0"):
+        checkpoints.restore_newest(data.append, params=abstract(PARAMS))
+    assert sorted(path.name for path in aside.iterdir()) == ["5", "7", "7-2", "9"]
+    checkpoints.close()
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert Checkpoints(tmp_path / "none").restore_newest(lambda data: None, params={}) is None
+
+
+def read_params(checkpoints, step):
+    return step, checkpoints.restore(step, params=abstract(PARAMS))["params"]
+
+
+def test_a_reader_takes_the_newest_that_is_whole_and_moves_nothing(saved, capsys):
+    flip(saved.folder / "7" / "params" / "manifest.ocdbt")
+    step, params = read_newest(saved.folder, None, ["params"], read_params)
+    assert step == 5
+    jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+    said = capsys.readouterr().err
+    assert "7/params/manifest.ocdbt was changed (its CRC-32 differs); step 5 is read" in said
+    assert (saved.folder / "7").is_dir()
+    with pytest.raises(DamagedCheckpoint, match=r"7/params/manifest.ocdbt was changed"):
+        read_newest(saved.folder, 7, ["params"], read_params)
+    with pytest.raises(UserError, match=r"step=6: .*/c has no such checkpoint, only 5, 7"):
+        read_newest(saved.folder, 6, ["params"], read_params)
+    flip(saved.folder / "5" / "params" / "_METADATA")
+    with pytest.raises(DamagedCheckpoint, match=r"5/params/_METADATA was changed"):
+        read_newest(saved.folder, None, ["params"], read_params)
+
+
+def test_checkpoints_without_checksums_are_read_with_a_line(saved, capsys):
+    """As earlier versions saved them: what Orbax notices is named, the rest cannot be seen."""
+    for step in (5, 7):
+        shutil.rmtree(saved.folder / str(step) / "checksums")
+        path = saved.folder / str(step) / "_CHECKPOINT_METADATA"
+        described = json.loads(path.read_text())
+        del described["item_handlers"]["checksums"]
+        path.write_text(json.dumps(described))
+    assert read_newest(saved.folder, None, ["params"], read_params)[0] == 7
+    line = f"checkpoint {saved.folder}/7 was saved without checksums: damage to its arrays would"
+    assert line in capsys.readouterr().err
+    (saved.folder / "7" / "params" / "manifest.ocdbt").write_bytes(b"")
+    assert read_newest(saved.folder, None, ["params"], read_params)[0] == 5
+    assert f"checkpoint {saved.folder}/7 is damaged: " in capsys.readouterr().err
+
+
+def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):
+    """The checkpoint that was the newest a moment ago may be gone: the next one is read."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(0, {}, params=PARAMS)
+    checkpoints.wait()
+    stop = threading.Event()
+
+    def run():
+        step = 0
+        while not stop.is_set():
+            step += 1
+            checkpoints.save(step, {}, params=PARAMS)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        seen = [read_newest(checkpoints.folder, None, ["params"], read_params)]
+        for _ in range(20):
+            seen.append(read_newest(checkpoints.folder, None, ["params"], read_params))
+    finally:
+        stop.set()
+        thread.join()
+        checkpoints.close()
+    steps = [step for step, _ in seen]
+    assert steps == sorted(steps) and steps[-1] > steps[0]
+    for _, params in seen:
+        jax.tree.map(np.testing.assert_array_equal, params, PARAMS)

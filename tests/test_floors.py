@@ -8,6 +8,7 @@ PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
     {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu"}
     | {"ownership", "refusals", "children"},
+    {"checksums", "new_folder"},
     {"routing", "objectives", "data", "search", "sharding"},
     {"models", "checkpoint"},
     {"interop"},

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,8 +147,19 @@ def test_resume_after_kill_9_is_bitwise(config, whole_run, tmp_path):
     # A line cut short by the kill must not matter either.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "gro')
+    # And a damaged checkpoint: the run continues from the one before.
+    checkpoints = tmp_path / "checkpoints"
+    newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    damaged = checkpoints / f"{newest + 1}"
+    shutil.copytree(checkpoints / f"{newest}", damaged)
+    array = max(damaged.glob("params/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(array.read_bytes())
+    data[len(data) // 2] ^= 1
+    array.write_bytes(data)
     result = train(config, tmp_path)
     assert result.returncode == 0, result.stderr
+    assert f"{array} was changed (its CRC-32 differs); moved to {tmp_path}" in result.stderr
+    assert f"resuming    {tmp_path} after step {newest}" in result.stdout
     metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
     assert metrics[0] == metrics[1]
     assert_same_checkpoint(whole_run, tmp_path)

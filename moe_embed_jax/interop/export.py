@@ -21,6 +21,7 @@ from moe_embed_jax.interop.source import CONFIG_FILE, refuse_existing
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.interop.tokenizer_files import write_tokenizer
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.new_folder import new_folder
 
 MODELING_FILE = "modeling_moe_embed.py"  # torch_model.py under the name that config.json gives
 
@@ -71,12 +72,8 @@ def write_folder(
 
     Raises `UserError` if `folder` exists.
     """
-    folder = pathlib.Path(folder)
     refuse_existing(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         tensors = export_tensors(model, by_layer(model, params))
         contiguous = {name: np.ascontiguousarray(x) for name, x in progress(tensors)}
         safetensors.numpy.save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -93,9 +90,6 @@ def write_folder(
         prompts = {"passage": prompts["document"], **prompts}
         write_settings(partial, model.width, prompts, max_length)
         (partial / "README.md").write_text(model_card(model, prompts, max_length))
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def model_card(model: EncoderConfig, prompts: Mapping[str, str], max_length: int) -> str:

@@ -56,8 +56,11 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     ### State: the newest checkpoint of this work directory, else fresh
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
     on_exit.callback(checkpoints.close)
-    start = checkpoints.latest_step()
-    if start is None:
+    abstract = to_items(abstract_state(step_config, optimizer, mesh))
+    restored = checkpoints.restore_newest(
+        lambda saved: workdir_module.check_data_spec(saved, data_spec), **abstract
+    )
+    if restored is None:
         start = 0
         params = init.initial_params(config, mesh)
         if params is None:
@@ -65,9 +68,8 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         else:
             state = state_from_params(step_config, optimizer, mesh, params, config.seed)
     else:
-        workdir_module.check_data_spec(checkpoints.data(start), data_spec)
-        abstract = to_items(abstract_state(step_config, optimizer, mesh))
-        state = from_items(checkpoints.restore(start, **abstract))
+        start, items = restored
+        state = from_items(items)
 
     def save(step: int) -> None:
         health.check_state(step, state)

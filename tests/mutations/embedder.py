@@ -156,8 +156,8 @@ FAULTS = (
     Fault(
         "checkpoint-that-was-set-aside-is-offered",
         "checkpoint.py",
-        "sorted(set(self._manager.all_steps()) - self._set_aside)",
-        "sorted(set(self._manager.all_steps()))",
+        "        self._manager.reload()  # so that this step can be saved again\n",
+        "",
         "test_health.py -k is_set_aside",
     ),
     Fault(

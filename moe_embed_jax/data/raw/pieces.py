@@ -98,7 +98,7 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
     is_first[1:] = keys[1:] != keys[:-1]
     removed: dict[str, dict[str, int]] = {"exact": {}, "normalised": {}}
     firsts = np.flatnonzero(is_first)
-    negatives: dict[int, dict[str, str]] = {}  # place of a first row -> normal form -> text
+    negatives = {}
     for place in np.flatnonzero(~is_first).tolist():
         first = int(firsts[np.searchsorted(firsts, place, side="right") - 1])
         same = all(
@@ -108,14 +108,12 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
         counts = removed["exact" if same else "normalised"]
         language = table["language"][place].as_py()
         counts[language] = counts.get(language, 0) + 1
-        if first not in negatives:
-            negatives[first] = {normal_form(t): t for t in table["negatives"][first].as_py()}
-        for text in table["negatives"][place].as_py():
-            negatives[first].setdefault(normal_form(text), text)
+        known = negatives.setdefault(first, table["negatives"][first].as_py())
+        known += [text for text in table["negatives"][place].as_py() if text not in known]
     if negatives:
         column = table["negatives"].to_pylist()
         for row, texts in negatives.items():
-            column[row] = list(texts.values())
+            column[row] = texts
         index = table.schema.get_field_index("negatives")
         table = table.set_column(
             index, SCHEMA.field("negatives"), pa.array(column, SCHEMA.field("negatives").type)

@@ -1,0 +1,87 @@
+"""CRC-32 of the files of a folder: what tells a damaged file from a whole one.
+
+A cyclic redundancy check finds every flipped bit and every burst of up to 32 bits, and all but one
+in 4 billion of other damage. It does not protect against intent. zlib computes it at about 3 GB/s
+on one core, three times as fast as SHA-256. Imports no jax.
+"""
+
+import concurrent.futures
+import json
+import pathlib
+import zlib
+from collections.abc import Iterable, Mapping
+
+FILE_NAME = "checksums.json"
+_READ_AT_ONCE = 1 << 22
+_THREADS = 4  # zlib releases the interpreter's lock
+
+
+def checksum(path: pathlib.Path) -> str:
+    """Size and CRC-32 of a file, as "SIZE-CRC" (bytes in decimal, CRC in hexadecimal).
+
+    Raises `OSError` if it cannot be read.
+    """
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(_READ_AT_ONCE):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return f"{size}-{crc:08x}"
+
+
+def checksums(root: pathlib.Path, folders: Iterable[str]) -> dict[str, str]:
+    """{path relative to `root`, with slashes: checksum} of every file below these folders."""
+    paths = [
+        path for folder in folders for path in sorted((root / folder).rglob("*")) if path.is_file()
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(checksum, paths)
+        return {
+            path.relative_to(root).as_posix(): value
+            for path, value in zip(paths, found, strict=True)
+        }
+
+
+def find_damage(root: pathlib.Path, expected: Mapping[str, str]) -> str | None:
+    """What is wrong with the first damaged file, as "FILE is missing" or alike; None: nothing.
+
+    Reads every file that `expected` names, and looks for no others. Raises `PermissionError`.
+    """
+
+    def reason(item: tuple[str, str]) -> str | None:
+        name, value = item
+        path = root / name
+        try:
+            if path.stat().st_size != int(value.partition("-")[0]):
+                return f"{path} has {path.stat().st_size} of {value.partition('-')[0]} bytes"
+            actual = checksum(path)
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except PermissionError:
+            raise
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror or error})"
+        return None if actual == value else f"{path} was changed (its CRC-32 differs)"
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return next(filter(None, pool.map(reason, expected.items())), None)
+
+
+def dump(values: Mapping[str, str]) -> str:
+    """The text of a checksum file, with a checksum of its own."""
+    return json.dumps({"files": values, "crc32": _own(values)}, indent=1)
+
+
+def parse(text: str) -> dict[str, str]:
+    """The inverse of `dump`; raises `ValueError` for a damaged text."""
+    try:
+        content = json.loads(text)
+        values = content["files"]
+        if content["crc32"] != _own(values):
+            raise ValueError("its own CRC-32 differs")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a list of checksums ({error!r})") from None
+    return values
+
+
+def _own(values: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
