@@ -19,7 +19,7 @@ export JAX_PLATFORMS ?= cpu
 # Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-frameworks mutations docs clean
+.PHONY: quickstart test test-frameworks mutations campaign docs clean
 
 quickstart: $(VENV)/base-$(VERSION)
 	$(RUN) launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -36,6 +36,13 @@ test-frameworks: $(VENV)/test-$(VERSION)
 # Do the tests notice single faults? About half an hour.
 mutations: $(VENV)/test-$(VERSION)
 	$(RUN) tests/mutations/check.py
+
+# Is anything silent, lost or a stack trace? Kills, full disks, damage, races and fuzzing for a time:
+# make campaign MINUTES=60 SEED=0
+MINUTES ?= 60
+SEED ?= 0
+campaign: $(VENV)/test-$(VERSION)
+	$(RUN) tests/campaign/check.py --minutes=$(MINUTES) --seed=$(SEED)
 
 docs: $(VENV)/docs-$(VERSION)
 	$(RUN) -m sphinx -W --keep-going --quiet -b html docs build/docs

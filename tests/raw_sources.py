@@ -79,3 +79,19 @@ def write_sources(path: pathlib.Path, *sources: dict) -> pathlib.Path:
     ]
     path.write_text(json.dumps(entries))
     return path
+
+
+def read(tmp_path, **source):
+    """(good, bad) rows of one source; needs Apache Beam."""
+    from moe_embed_jax.data.raw.parts import read_part
+    from moe_embed_jax.data.raw.records import Bad, Good
+    from moe_embed_jax.data.raw.sources import find_parts, read_sources
+
+    path = write_sources(tmp_path / "sources.json", {"name": "s", **source})
+    sources = read_sources(path)
+    rows = [row for part in find_parts(sources) for row in read_part(sources[0], part)]
+    return [r for r in rows if isinstance(r, Good)], [r for r in rows if isinstance(r, Bad)]
+
+
+def texts(good):
+    return [(*row.texts[:2], list(row.texts.negatives), row.language) for row in good]

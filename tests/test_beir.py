@@ -75,6 +75,24 @@ def test_repeated_document_that_nobody_judges_is_counted(tmp_path):
     assert loaded.documents[-1] == "new" and loaded.repeated_documents == 1
 
 
+def test_an_equal_repeated_row_is_no_ambiguity(tmp_path):
+    corpus, queries = [*CORPUS, "\n", CORPUS[0]], [QUERIES[0], *QUERIES, "\n"]
+    loaded, once = load_beir(write_set(tmp_path / "a", corpus, queries)), write_set(tmp_path / "b")
+    assert loaded.repeated_documents == 1 and loaded.qrels == load_beir(once).qrels
+    assert loaded.documents == load_beir(once).documents
+
+
+def test_the_title_of_a_query_is_not_read(tmp_path):
+    queries = [{"_id": "q1", "title": "Katze", "text": " Tier? "}]
+    assert load_beir(write_set(tmp_path, queries=queries)).queries == ["Tier?"]
+
+
+def test_numbers_as_ids(tmp_path):
+    corpus = [{"_id": 1, "text": "a"}, {"_id": "2", "text": "b"}]
+    loaded = load_beir(write_set(tmp_path, corpus, [{"_id": 7, "text": "q"}], "7\t1\t1\n7\t2\t0\n"))
+    assert loaded.document_ids == ["1", "2"] and loaded.qrels == {"7": {"1": 1, "2": 0}}
+
+
 D4 = {"_id": "d4", "text": "t"}
 
 
@@ -88,13 +106,35 @@ D4 = {"_id": "d4", "text": "t"}
         ({"corpus": [{"_id": None, "text": ""}]}, r"corpus.jsonl:1: field '_id' must be a string"),
         ({"corpus": [{"_id": "d4"}]}, r"corpus.jsonl:1: field 'text' is missing \(fields: _id\)"),
         ({"corpus": [{**D4, "title": 3}]}, r"corpus.jsonl:1: field 'title' must be a string"),
-        ({"corpus": [*CORPUS, CORPUS[0]]}, r"corpus.jsonl:4: field '_id' repeats 'd1', which is"),
+        (
+            {"corpus": [*CORPUS, {**CORPUS[0], "text": "x"}]},
+            r"corpus.jsonl:4: id 'd1' repeats with another text, and it is judged: keep one",
+        ),
         ({"corpus": []}, r"corpus.jsonl: empty file"),
-        ({"queries": [*QUERIES, QUERIES[0]]}, r"queries.jsonl:3: field '_id' repeats 'q1'"),
+        (
+            {"queries": [*QUERIES, {"_id": "q1", "text": "Was?"}]},
+            r"queries.jsonl:3: field '_id' repeats 'q1' with another text: keep one",
+        ),
         ({"queries": []}, r"queries.jsonl: empty file"),
         ({"qrels": ""}, r"qrels.tsv: empty file"),
         ({"qrels": "q1\td1\n"}, r"qrels.tsv:1: expected 3 fields separated by tabs .* got 2"),
         ({"qrels": "q1 d1 1\n"}, r"qrels.tsv:1: expected 3 fields separated by tabs .* got 1"),
+        (
+            {"corpus": ['{"_id": "d\\ud800", "text": ""}\n']},
+            r"field '_id' 'd\\ud800' has half of a surro",
+        ),
+        ({"corpus": [{"_id": "d\x001", "text": ""}]}, r"field '_id' 'd\\x001' has the control ch"),
+        (
+            {"queries": [{"_id": "q\t1", "text": ""}]},
+            r"queries.jsonl:1: field '_id' 'q\\t1' has th",
+        ),
+        ({"queries": [{"_id": " q1", "text": ""}]}, r"field '_id' ' q1' has white space at an end"),
+        ({"queries": [{"_id": 1.5, "text": ""}]}, r"must be a string or a whole number, got 1.5"),
+        ({"qrels": QRELS + " q1\td1\t1\n"}, r"qrels.tsv:5: field 'query-id' ' q1' has white space"),
+        ({"qrels": QRELS + "q1\t\t1\n"}, r"qrels.tsv:5: field 'corpus-id' is empty"),
+        ({"qrels": QRELS + "q1\td2\t3000000000\n"}, r"field 'score' must be from -2147483647 to"),
+        ({"qrels": f"q1\td2\t{'1' * 5000}\n"}, r"qrels.tsv:1: field 'score' must be an integer"),
+        ({"qrels": QRELS + "q1\td2\t1_0\n"}, r"qrels.tsv:5: field 'score' must be an integer"),
         ({"qrels": "q1\td1\tyes\n"}, r"qrels.tsv:1: field 'score' must be an integer, got 'yes'"),
         ({"qrels": QRELS + "q2\td2\t0.5\n"}, r"qrels.tsv:5: field 'score' must be an integer"),
         ({"qrels": QRELS + "q1\td1\t1\n"}, r"qrels.tsv:5: query 'q1' and document 'd1' were judg"),

@@ -90,6 +90,7 @@ def test_nothing_is_lost(prepared):
             "quarantine": 2,
             "exact_duplicates": 30,
             "normalised_duplicates": 0,
+            "dropped_negatives": 0,
         },
         "triplets": {
             "in": 90,
@@ -97,6 +98,7 @@ def test_nothing_is_lost(prepared):
             "quarantine": 0,
             "exact_duplicates": 0,
             "normalised_duplicates": 0,
+            "dropped_negatives": 0,
         },
         "beir": {
             "in": 3,
@@ -104,6 +106,7 @@ def test_nothing_is_lost(prepared):
             "quarantine": 1,
             "exact_duplicates": 0,
             "normalised_duplicates": 0,
+            "dropped_negatives": 0,
         },
     }
     rows = folder.read(range(len(folder)))
@@ -170,7 +173,7 @@ def test_duplicates(tmp_path):
         {"query": "what is IT?", "document": "a thing", "negatives": ["y", "x"]},
         {"query": "What is it?", "document": "A  thing", "negatives": ["z"]},
         {"query": "What is it?", "document": "Another thing", "negatives": []},
-        {"query": "ｗｈａｔ is it?", "document": "a\tthing", "negatives": []},
+        {"query": "ｗｈａｔ is it?", "document": "a\tthing", "negatives": ["Y ", "WHAT is it?"]},
     ]
     one = raw_sources.jsonl(tmp_path / "one.jsonl", rows)
     sources = raw_sources.write_sources(
@@ -183,6 +186,11 @@ def test_duplicates(tmp_path):
         },
     )
     raw_sources.jsonl(tmp_path / "two.jsonl", rows[:1])
+    flag = {"query": "Which?", "pos": ["This", "That"], "neg": ["Other"], "pos_scores": [1, 2]}
+    content = json.loads(sources.read_text())
+    path = str(raw_sources.jsonl(tmp_path / "flag.json", [json.dumps([flag])]))
+    content += [{"name": "flag", "format": "flagembedding", "path": path, "language": "en"}]
+    sources.write_text(json.dumps(content))
     manifest = prepare(sources, tmp_path / "pairs")
     counts = manifest["about"]["sources"]
     assert counts["one"] == {
@@ -191,11 +199,16 @@ def test_duplicates(tmp_path):
         "quarantine": 0,
         "exact_duplicates": 1,
         "normalised_duplicates": 2,
+        "dropped_negatives": 1,  # it is the query
     }
     # Per source, and across the languages of a source: what comes first in the input stays.
     assert (counts["two"]["in"], counts["two"]["out"]) == (6, 2)
     folder = PairFolder(tmp_path / "pairs")
-    assert list(folder.groups) == [("one", "en"), ("two", "en")]
+    assert list(folder.groups) == [("one", "en"), ("two", "en"), ("flag", "en")]
+    rows = folder.read(range(*folder.groups["flag", "en"]))
+    assert {row.document: row.negatives for row in rows} == dict.fromkeys(
+        ("This", "That"), ("Other",)
+    )
     (kept,) = [r for r in folder.read(range(2)) if r.document == "A  thing"]
     assert kept.negatives == ("x", "y", "z")  # the negatives of the duplicates are not lost
 

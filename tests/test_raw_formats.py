@@ -6,25 +6,12 @@ import lzma
 
 import pytest
 import raw_sources
+from raw_sources import read, texts
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
 
-from moe_embed_jax.data.raw.parts import read_part
-from moe_embed_jax.data.raw.records import Bad, Good
-from moe_embed_jax.data.raw.sources import find_parts, read_sources
+from moe_embed_jax.data.raw.sources import read_sources
 from moe_embed_jax.errors import UserError
-
-
-def read(tmp_path, **source):
-    """(good, bad) rows of one source."""
-    path = raw_sources.write_sources(tmp_path / "sources.json", {"name": "s", **source})
-    sources = read_sources(path)
-    rows = [row for part in find_parts(sources) for row in read_part(sources[0], part)]
-    return [r for r in rows if isinstance(r, Good)], [r for r in rows if isinstance(r, Bad)]
-
-
-def texts(good):
-    return [(*row.texts[:2], list(row.texts.negatives), row.language) for row in good]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.ndjson"])
@@ -77,6 +64,101 @@ def test_mc4(tmp_path):
     assert [(row.line, row.field) for row in bad] == [(2, "text"), (3, "text")]
 
 
+def test_flagembedding(tmp_path):
+    scores = {"pos_scores": [0.5, 0.25], "neg_scores": [0.1], "prompt": "Represent: ", "id": 7}
+    rows = [
+        {"query": "q", "pos": ["p1", "p2"], "neg": ["n1", "n2"], **scores},
+        {"query": "q", "pos": "p", "neg": None},
+        {"query": "q", "pos": ["p"]},
+        {"query": "q", "pos": [], "neg": ["n"]},
+        {"query": "q", "positive": ["p"], "neg": ["n"]},
+        {"query": "q", "pos": ["p", 3]},
+    ]
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", rows)
+    good, bad = read(tmp_path, format="flagembedding", path=path, language="en")
+    assert texts(good) == [
+        ("q", "p1", ["n1", "n2"], "en"),
+        ("q", "p2", ["n1", "n2"], "en"),
+        ("q", "p", [], "en"),
+        ("q", "p", [], "en"),
+    ]
+    assert [(row.line, row.field, row.problem) for row in bad] == [
+        (4, "pos", "is empty"),
+        (5, "pos", "is missing (fields: neg, positive, query)"),
+        (6, "pos[1]", "must be a string, got 3"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_null_is_nothing(tmp_path, kind):
+    passages = [{"title": None, "text": "p"}, {"title": "t", "text": "p2"}]
+    rows = [
+        {"query": "q", "positive_passages": passages, "negative_passages": None, "negatives": None},
+        {
+            "query": "q",
+            "positive_passages": [passages[0], None],
+            "negative_passages": [None, {"title": None, "text": "n"}],
+            "negatives": ["n", None],
+        },
+    ]
+    path = getattr(raw_sources, kind)(tmp_path / f"a.{kind}", rows)
+    good, bad = read(tmp_path, format="miracl", path=path, language="en")
+    assert not bad
+    assert texts(good) == [("q", "p", [], "en"), ("q", "t p2", [], "en"), ("q", "p", ["n"], "en")]
+    fields = {"document": "query"}
+    good, bad = read(tmp_path, format="triplets", path=path, language="en", fields=fields)
+    assert not bad and [row.texts.negatives for row in good] == [(), ("n",)]
+
+
+def test_negatives_that_teach_nothing_are_left_out(tmp_path):
+    """Equal to the query, to a positive or to each other, as duplicates are equal."""
+    negatives = ["Good", "  ANSWER one", "ＱＵＥＳＴＩＯＮ", "good ", "answer TWO", "fine"]
+    row = {"query": "question", "pos": ["answer one", "answer two"], "neg": negatives}
+    path = raw_sources.jsonl(tmp_path / "a.jsonl", [row])
+    good, _ = read(tmp_path, format="flagembedding", path=path, language="en")
+    assert [row.texts.negatives for row in good] == [("Good", "fine")] * 2
+    assert [row.dropped for row in good] == [4, 4]
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\n{"query": "q", "document": "d"}\n \t\r\n{"query": "p", "document": "d"}\n\n'
+    )
+    good, bad = read(tmp_path, format="pairs", path=path, language="en")
+    assert not bad and [row.line for row in good] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_json_array(tmp_path, name, indent):
+    rows = [*raw_sources.pairs(3, "\u2028ä"), 7, {"query": "q"}]
+    content = json.dumps(rows, indent=indent, ensure_ascii=False).encode()
+    raw_sources.jsonl(tmp_path / name, [b" \n", content])
+    good, bad = read(tmp_path, format="pairs", path=tmp_path / name, language="de")
+    assert [row.texts.query for row in good] == [row["query"] for row in rows[:3]]
+    assert [row.line for row in good] == ([3, 3, 3] if indent is None else [4, 8, 12])
+    assert "must be a JSON object, is int" in bad[0].problem and bad[1].field == "document"
+    raw_sources.jsonl(tmp_path / name, [content.replace(b"7", b"{")])
+    good, bad = read(tmp_path, format="pairs", path=tmp_path / name, language="de")
+    assert len(good) == 3 and "bad JSON in an element of the array" in bad[0].problem
+
+
+def test_a_line_that_is_too_long_is_a_bad_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOE_EMBED_MAX_LINE_MB", "1")
+    rows = [{"query": "q", "document": text} for text in ("d", "d" * (1 << 20), "e")]
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
+        write = raw_sources.parquet if name == "a.parquet" else raw_sources.jsonl
+        good, bad = read(tmp_path, format="pairs", path=write(tmp_path / name, rows), language="en")
+        assert [row.line for row in good] == [1, 3]
+        assert (
+            bad[0].line == 2 and "longer than 1 MiB: split it, or set MOE_EMBED" in bad[0].problem
+        )
+    monkeypatch.setenv("MOE_EMBED_MAX_LINE_MB", "0")
+    with pytest.raises(UserError, match="MOE_EMBED_MAX_LINE_MB='0' must be from 1 to"):
+        read(tmp_path, format="pairs", path=tmp_path / "a.jsonl", language="en")
+
+
 def test_ccnews(tmp_path):
     rows = [
         {"title": "News", "text": "A story", "maintext": "Another"},
@@ -117,31 +199,42 @@ def test_beir(tmp_path):
         file.write(b"{broken\n")
     _, bad = read(tmp_path, format="beir", path=folder, language="en")
     assert (bad[0].file, bad[0].line) == (str(folder / "corpus.jsonl"), 5)
+    with open(folder / "qrels/train.tsv", "ab") as file:
+        file.write(b"\nq0\td0\tone\nq 1\td\x001\t1\nq1\td2\xff\t1\nq1\td2\n")
+    _, bad = read(tmp_path, format="beir", path=folder, language="en")
+    assert [(row.line, row.field) for row in bad[:4]] == [
+        (7, "score"),
+        (8, "corpus-id"),
+        (9, ""),
+        (10, ""),
+    ]
     _, bad = read(tmp_path, format="beir", path=folder, language="en", qrels="dev")
     assert "no qrels file" in bad[0].problem
 
 
-def test_columnar_files(tmp_path):
-    rows = [{"query": "q", "document": "d", "negatives": ["n"]}, {"query": None, "document": "d"}]
-    raw_sources.parquet(tmp_path / "hub/data/train-00000-of-00001.parquet", rows)
-    raw_sources.arrow(tmp_path / "disk/train/data-00000-of-00001.arrow", rows)
-    for folder in ("hub", "disk"):
-        good, bad = read(tmp_path, format="pairs", path=tmp_path / folder, language="en")
-        assert texts(good) == [("q", "d", [], "en")]
-        assert (bad[0].line, bad[0].field) == (2, "query")
-    good, _ = read(tmp_path, format="triplets", path=tmp_path / "hub", language="en")
-    assert texts(good) == [("q", "d", ["n"], "en")]
-    raw_sources.parquet(tmp_path / "hub/data/test-00000-of-00001.parquet", rows)
-    with pytest.raises(UserError, match=r"held-out files \(.*test-00000.*\); name the"):
-        read(tmp_path, format="pairs", path=tmp_path / "hub", language="en")
-    one = tmp_path / "hub/data/train-*.parquet"
-    assert len(read(tmp_path, format="pairs", path=one, language="en")[0]) == 1
+def test_beir_ids(tmp_path):
+    """Numbers are ids; an equal repeat says nothing new, another one is ambiguous; no header."""
+    corpus = [{"_id": i, "title": None, "text": f"text {i}"} for i in (1, 2, 3)]
+    corpus += [corpus[0], {"_id": 2, "text": "another"}, {"_id": "x ", "text": "y"}]
+    raw_sources.jsonl(tmp_path / "s/corpus.jsonl", [*corpus, b""])
+    questions = [{"_id": 7, "title": "not read", "text": "question"}] * 2
+    raw_sources.jsonl(tmp_path / "s/queries.jsonl", questions)
+    (tmp_path / "s/qrels.tsv").write_text("7\t1\t1\n7\t2\t1\n7\t3\t0\n\n")
+    good, bad = read(tmp_path, format="beir", path=tmp_path / "s", language="en")
+    assert texts(good) == [("question", "text 1", ["text 3"], "en")]
+    assert [(row.line, row.field, row.problem) for row in bad] == [
+        (5, "_id", "repeats '2' of line 2 with another text"),
+        (6, "_id", "'x ' has white space at an end: remove it"),
+        (2, "corpus-id", f"'2' has several texts in {tmp_path}/s/corpus.jsonl"),
+    ]
+    (tmp_path / "s/qrels.tsv").write_text("7\t1\tyes\n7\t1\t1\n")
+    _, bad = read(tmp_path, format="beir", path=tmp_path / "s", language="en")
+    assert "the first line is a judgement" in bad[-1].problem
 
 
 BAD_LINES = [
     (b'{"query": "q", "document"', "", "bad JSON"),
     (b'["q", "d"]', "", "must be a JSON object, is list"),
-    (b"", "", "empty line"),
     (b'{"query": "\xff\xfe", "document": "d"}', "", "bad UTF-8 at byte 12"),
     (b'{"query": 7, "document": "d"}', "query", "must be a string, got 7"),
     (b'{"query": "q"}', "document", "is missing (fields: query)"),
@@ -193,13 +286,6 @@ def test_damaged_gzip(tmp_path, damage):
     assert bad[-1].line >= len(good) + 1
     assert len(good) < 500 or damage == "changed"
     assert [row.texts.query for row in good] == [row["query"] for row in rows[: len(good)]]
-
-
-def test_damaged_parquet(tmp_path):
-    path = raw_sources.parquet(tmp_path / "a.parquet", raw_sources.pairs(50))
-    path.write_bytes(path.read_bytes()[:-20])
-    good, bad = read(tmp_path, format="pairs", path=path, language="en")
-    assert not good and "the file is damaged here" in bad[0].problem
 
 
 @pytest.mark.parametrize(

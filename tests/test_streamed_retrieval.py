@@ -154,8 +154,16 @@ def test_of_a_repeated_id_the_last_document_stays(tmp_path):
     assert found.scores[None] == expected and expected["documents"] == 13
     assert expected["mrr_at_10"] == 1.0
     with gzip.open(folder / "corpus.jsonl.gz", "at") as file:
+        file.write(json.dumps({"_id": "d3", "text": text(3)}) + "\n")
+    (found,) = Retrieval("set").evaluate(tmp_path, text_vectors(tmp_path / "v"), "set")
+    assert (
+        found.scores[None]
+        == expected
+        == evaluate_retrieval(encoder.encode, encoder.encode, load_beir(folder))
+    )  # equal texts are no ambiguity
+    with gzip.open(folder / "corpus.jsonl.gz", "at") as file:
         file.write('{"_id": "d3", "text": "t"}\n')
-    with pytest.raises(UserError, match=r"corpus.jsonl.gz: id 'd3' repeats, and it is judged"):
+    with pytest.raises(UserError, match=r"corpus.jsonl.gz:18: id 'd3' repeats with another"):
         list(Retrieval("set").evaluate(tmp_path, text_vectors(tmp_path / "v"), "set"))
 
 
@@ -194,11 +202,13 @@ SHARD = "miracl-corpus-v1.0-sw/docs-1.jsonl.gz"
             "0\tfrage\n1 ohne\n",
             r"dev.tsv:2: expected 2 fields .*\(query id, query\), got 1",
         ),
-        (TOPICS, "0\tfrage\n0\tfrage\n", r"topics.miracl-v1.0-sw-dev.tsv:2: query id '0' repeats"),
+        (TOPICS, "0\tfrage\n0\tandere\n", r"topics.miracl-v1.0-sw-dev.tsv:2: query id '0' repeats"),
         (TOPICS, "", r"topics.miracl-v1.0-sw-dev.tsv: empty file"),
         (QRELS, "0 Q0 1#0\n", r"qrels.miracl-v1.0-sw-dev.tsv:1: expected 4 fields \(query, Q0"),
-        (QRELS, "0 Q0 1#0 ja\n", r"sw-dev.tsv:1: the grade must be an integer, got 'ja'"),
+        (QRELS, "0 Q0 1#0 ja\n", r"sw-dev.tsv:1: field 'score' must be an integer, got 'ja'"),
         (QRELS, "0 Q0 1#0 1\n0 Q0 1#0 0\n", r"sw-dev.tsv:2: query '0' and document '1#0' were jud"),
+        (QRELS, "0 Q0 1#0 --1\n", r"sw-dev.tsv:1: field 'score' must be an integer, got '--1'"),
+        (QRELS, "0 Q0 1#0 9999999999\n", r"dev.tsv:1: field 'score' must be from -2147483647"),
         (QRELS, "0 Q0 1#0 0\n", r"no query of topics.miracl-v1.0-sw-dev.tsv has a relevant"),
         (SHARD, '{"docid": "x"}\n', r"docs-1.jsonl.gz:1: field 'text' is missing"),
         (SHARD, '{"_id": "x", "text": ""}\n', r"docs-1.jsonl.gz:1: field 'docid' is missing"),

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterable
 
-from moe_embed_jax.data.text_files import parse_json, read_lines, string_field
+from moe_embed_jax.data.text_files import read_json, read_lines, string_field
 from moe_embed_jax.errors import UserError
 
 SIB200_COLUMNS = ("index_id", "category", "text")
@@ -31,9 +31,7 @@ def read_labelled(paths: Iterable[str | pathlib.Path]) -> list[LabelledText]:
     texts = []
     for path in paths:
         before = len(texts)
-        for number, line in read_lines(path):
-            where = f"{path}:{number}"
-            record = parse_json(line, where)
+        for where, record in read_json(path):
             if not isinstance(record, dict):
                 raise UserError(f'{where}: expected an object with "text", got {record!r:.40}')
             labels = [_label(record, field, where) for field in ("language", "topic", "id")]

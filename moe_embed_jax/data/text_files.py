@@ -1,6 +1,6 @@
 """Text files as people have them: JSON lines, tables or one text per line, UTF-8.
 
-Plain, .gz or .xz.
+Plain, .gz or .xz. No line may be longer than `bounded_lines.longest_line()`.
 
 Every complaint is one line that starts with `file:line:`, so that an editor can jump to it. Lines
 end at a line feed and nowhere else (U+2028 and friends are text), a carriage return before it
@@ -9,6 +9,7 @@ belongs to the line end, and a byte order mark at the start of a file is dropped
 
 import contextlib
 import gzip
+import io
 import json
 import lzma
 import zlib
@@ -16,6 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_embed_jax.data.bounded_lines import (
+    BadArray,
+    buffered,
+    split_array,
+    split_lines,
+    starts_array,
+    too_long,
+)
 from moe_embed_jax.errors import UserError
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
@@ -25,26 +34,94 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yields `(line number from 1, line)`; files named `*.gz` or `*.xz` are decompressed on the
     way.
 
-    Raises `UserError` for a file that cannot be read, a damaged .gz or .xz and invalid UTF-8.
+    Raises `UserError` for a file that cannot be read, a damaged .gz or .xz, invalid UTF-8 and a
+    line that is too long.
     """
     path = Path(path)
-    opener = OPENERS.get(path.suffix, open)
     number = 0
     try:
-        with opener(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; "
-                        "convert the file to UTF-8"
-                    ) from None
-                yield number, line.removesuffix("\n").removesuffix("\r")
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise UserError(f"{path}:{number + 1}: damaged {path.suffix} file ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        with _opened(path) as file:
+            for number, raw in enumerate(split_lines(file), start=1):
+                yield number, _decoded(raw, path, number)
+    except READ_ERRORS as error:
+        raise _unreadable(path, number + 1, error) from None
+
+
+READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    with OPENERS.get(path.suffix, open)(path, "rb") as stream, buffered(stream) as file:
+        yield file
+
+
+def _decoded(raw: bytes | None, path: Path, number: int) -> str:
+    if raw is None:
+        raise UserError(f"{path}:{number}: the line is {too_long()}")
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}:{number}: invalid UTF-8 at byte {error.start + 1} of the line; "
+            "convert the file to UTF-8"
+        ) from None
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _unreadable(path: Path, line: int, error: Exception) -> UserError:
+    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        return UserError(f"{path}: cannot be read: {error.strerror or error}")
+    return UserError(f"{path}:{line}: damaged {path.suffix} file ({error})")
+
+
+def is_json_file(name: str) -> bool:
+    """Whether a file of this name may hold one JSON array in place of JSON lines."""
+    return name.endswith((".json", ".json.gz", ".json.xz"))
+
+
+def read_json(path: str | Path, is_counted: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yields (`file:line`, value) of JSON lines, or of the elements of a .json file that is one
+    array. Blank lines are skipped.
+
+    Args:
+      is_counted: the n-th value belongs to the n-th line: a blank line before another is an error.
+
+    Raises `UserError` as `read_lines` does, and for what is no JSON.
+    """
+    path = Path(path)
+    if is_json_file(path.name) and _holds_array(path):
+        yield from _read_array(path)
+        return
+    blank = ""
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        if not line.strip():
+            blank = blank or where
+            continue
+        if blank and is_counted:
+            raise UserError(f"{blank}: empty line, expected a JSON value")
+        yield where, parse_json(line, where)
+
+
+def _holds_array(path: Path) -> bool:
+    try:
+        with _opened(path) as file:
+            return starts_array(file)
+    except READ_ERRORS as error:
+        raise _unreadable(path, 1, error) from None
+
+
+def _read_array(path: Path) -> Iterator[tuple[str, Any]]:
+    line = 1
+    try:
+        with _opened(path) as file:
+            for line, text in split_array(file):
+                yield f"{path}:{line}", json.loads(text)
+    except BadArray as error:
+        raise UserError(f"{path}:{error.line}: {error}") from None
+    except READ_ERRORS as error:
+        raise _unreadable(path, line, error) from None
 
 
 @contextlib.contextmanager
@@ -138,21 +215,20 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
 
     `*.txt`: every line is a text, an empty line an empty text. `*.jsonl` (`*.json`, `*.ndjson`):
     every line is a JSON string, or an object of which `field` is the text; without `field` it is
-    "text", after "title" and a space if there is one. All of them may be .gz.
+    "text", after "title" and a space if there is one. A `*.json` file may be one array of those.
+    All of them may be .gz.
 
-    Raises `UserError` (`file:line: ...`) for anything else: a line is never skipped, since the
-    n-th embedding belongs to the n-th line.
+    Blank lines at the end of a JSON file are skipped. Raises `UserError` (`file:line: ...`) for
+    anything else, a blank line before another too: the n-th embedding belongs to the n-th line.
     """
     path = Path(path)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".txt", ".jsonl", ".json", ".ndjson"):
         raise UserError(f"{path}: unknown kind of file, expected .jsonl or .txt, plain or .gz")
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        if kind == ".txt":
-            yield line
-            continue
-        value = parse_json(line, where)
+    if kind == ".txt":
+        yield from (line for _, line in read_lines(path))
+        return
+    for where, value in read_json(path, is_counted=True):
         if isinstance(value, str):
             yield value
         elif not isinstance(value, dict):

@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from moe_embed_jax.data.text_files import parse_json, read_lines, string_field, title_and_text
+from moe_embed_jax.data.judgements import check_id, grade_of, id_of, is_number
+from moe_embed_jax.data.text_files import read_json, read_lines, string_field, title_and_text
 from moe_embed_jax.errors import UserError
 
 
@@ -51,25 +52,27 @@ def load_beir(folder: str | Path, name: str | None = None) -> RetrievalSet:
     """Loads a BEIR-like folder.
 
     corpus.jsonl: objects with `_id`, `text` and optionally `title`, joined by a space; an empty
-    text is allowed. queries.jsonl: objects with `_id` and `text`. qrels.tsv or qrels/test.tsv:
-    query id, document id and an integer grade, separated by tabs, with or without a header line.
-    Each may end in .gz. `name` defaults to the folder's name. Public sets repeat a document id now
-    and then: the last one stays, as in BEIR's loader, unless a judgement could mean either.
+    text is allowed. queries.jsonl: objects with `_id` and `text`; a title is not read. qrels.tsv or
+    qrels/test.tsv: query id, document id and an integer grade, separated by tabs, with or without a
+    header line. Ids are texts or whole numbers, see `data.judgements`. Each may end in .gz. `name`
+    defaults to the folder's name. Public sets repeat a document id now and then: the last one
+    stays, as in BEIR's loader, unless the texts differ and a judgement could mean either.
 
     Raises `UserError`, one line naming file, line, field and fault.
     """
     files = find_files(folder)
     corpus: dict[str, str] = {}
-    repeated = []
+    repeated, differing = 0, []
     for where, identity, text in read_records(files.corpus):
-        if identity in corpus:
-            repeated.append((identity, where))
-        corpus[identity] = text
+        repeated += identity in corpus
+        if corpus.setdefault(identity, text) != text:
+            differing.append((identity, where))
+            corpus[identity] = text
     questions = load_questions(files)
     meant = questions.judged_documents()
-    for identity, where in repeated:
+    for identity, where in differing:
         if identity in meant:
-            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}, which is judged")
+            raise repeated_id(where, identity)
     kept = questions.qrels
     return RetrievalSet(
         name=name or unique_names([folder])[0],
@@ -81,7 +84,7 @@ def load_beir(folder: str | Path, name: str | None = None) -> RetrievalSet:
         unjudged_queries=questions.unjudged,
         unknown_queries=questions.unknown,
         unknown_documents=sum(d not in corpus for grades in kept.values() for d in grades),
-        repeated_documents=len(repeated),
+        repeated_documents=repeated,
     )
 
 
@@ -127,10 +130,11 @@ class Questions:
 def load_questions(files: BeirFiles) -> Questions:
     """The queries and judgements of a folder; raises as `load_beir` does."""
     queries: dict[str, str] = {}
-    for where, identity, text in read_records(files.queries):
-        if identity in queries:
-            raise UserError(f"{where}: field '_id' repeats {identity!r:.60}")
-        queries[identity] = text
+    for where, identity, text in read_records(files.queries, with_title=False):
+        if queries.setdefault(identity, text) != text:
+            raise UserError(
+                f"{where}: field '_id' repeats {identity!r:.60} with another text: keep one"
+            )
     return judged_questions(queries, _read_qrels(files.qrels, queries), files.queries, files.qrels)
 
 
@@ -150,6 +154,13 @@ def judged_questions(
         qrels=kept,
         unjudged=len(queries) - len(kept),
         unknown=sum(query_id not in queries for query_id in judged),
+    )
+
+
+def repeated_id(where: str, identity: str) -> UserError:
+    """The error of a judged document with two texts, to be raised."""
+    return UserError(
+        f"{where}: id {identity!r:.60} repeats with another text, and it is judged: keep one"
     )
 
 
@@ -180,55 +191,62 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     raise UserError(f"{folder}: no {' or '.join(names)}, neither plain nor .gz")
 
 
-def read_records(path: Path, id_field: str = "_id") -> Iterator[tuple[str, str, str]]:
-    """Yields (file:line, id, text after title) of a JSONL file, line by line.
+def read_records(
+    path: Path, id_field: str = "_id", with_title: bool = True
+) -> Iterator[tuple[str, str, str]]:
+    """Yields (file:line, id, text, after its title if asked for) of a JSONL file, line by line.
 
     Blank lines are skipped. Raises `UserError`: a bad line, or no line at all.
     """
     is_empty = True
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        record = parse_json(line, where)
+    for where, record in read_json(path):
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
         is_empty = False
-        yield where, _identity(record, id_field, where), title_and_text(record, where)
+        read = title_and_text if with_title else _text
+        yield where, _identity(record, id_field, where), read(record, where)
     if is_empty:
         raise UserError(f"{path}: empty file, expected one JSON object per line")
 
 
+def _text(record: dict, where: str) -> str:
+    return string_field(record, "text", where).strip()
+
+
 def _identity(record: dict, field: str, where: str) -> str:
-    identity = record.get(field)
-    if isinstance(identity, int) and not isinstance(identity, bool):
-        return str(identity)  # numbers are common, and qrels.tsv cannot tell
-    identity = string_field(record, field, where)
-    if not identity:
-        raise UserError(f"{where}: field '{field}' is empty")
-    return identity
+    if field not in record:
+        string_field(record, field, where)  # says which fields there are
+    try:
+        return id_of(record[field])
+    except ValueError as error:
+        raise UserError(f"{where}: field '{field}' {error}") from None
 
 
 def _read_qrels(path: Path, queries: dict[str, str]) -> dict[str, dict[str, int]]:
     judged: dict[str, dict[str, int]] = {}
-    for where, is_first, fields in _qrels_rows(path):
-        query_id, document_id, score = fields
-        try:
-            grade = int(score)
-        except ValueError:
-            if is_first and query_id not in queries:  # the header, whatever it is called
-                continue
-            raise UserError(
-                f"{where}: field 'score' must be an integer, got {score!r:.40}"
-            ) from None
-        judge(judged, query_id, document_id, grade, where)
+    for where, is_first, (query_id, document_id, score) in _qrels_rows(path):
+        # The header, whatever it is called.
+        if is_first and not is_number(score) and query_id not in queries:
+            continue
+        add_judgement(judged, query_id, document_id, score, where)
     if not judged:
         raise UserError(f"{path}: empty file, expected query-id, corpus-id and score per line")
     return judged
 
 
-def judge(judged: dict[str, dict[str, int]], query_id, document_id, grade: int, where: str) -> None:
-    """Adds a judgement; `UserError` if the pair has another grade already."""
+def add_judgement(
+    judged: dict[str, dict[str, int]], query_id: str, document_id: str, score: str, where: str
+) -> None:
+    """Adds a judgement; `UserError` for a bad id or grade, and if the pair has another grade."""
+    for name, read, value in (
+        ("query-id", check_id, query_id),
+        ("corpus-id", check_id, document_id),
+        ("score", grade_of, score),
+    ):
+        try:
+            grade = read(value)
+        except ValueError as error:
+            raise UserError(f"{where}: field '{name}' {error}") from None
     grades = judged.setdefault(query_id, {})
     if grades.setdefault(document_id, grade) != grade:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_embed_jax.data.text_files import parse_json, read_lines, read_table, string_field
+from moe_embed_jax.data.text_files import read_json, read_table, string_field
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.subsets import (
     PLACE,
@@ -147,30 +147,31 @@ def read_columns(path: Path, name: str) -> Pairs:
 
 def read_aligned(path: Path) -> Iterator[tuple[str, str]]:
     """(index_id, text) of an `aligned` file."""
-    seen = set()
+    seen: dict[str, str] = {}
     for where, (identity, text) in read_table(path, ("index_id", "text")):
-        if identity in seen:
-            raise UserError(f"{where}: column 'index_id' repeats {identity!r:.40}")
-        seen.add(identity)
-        yield identity, text
+        if seen.setdefault(identity, text) != text:
+            raise UserError(
+                f"{where}: column 'index_id' repeats {identity!r:.40} with another text"
+            )
+    yield from seen.items()
 
 
 def read_records_by_id(path: Path, field: str) -> dict[str, dict[str, str]]:
     """{language: {id: text}} of a `records` file; records without a text are left out."""
     texts: dict[str, dict[str, str]] = {}
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        record = parse_json(line, where)
+    for where, record in read_json(path):
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
         language, identity = (string_field(record, key, where) for key in ("lang", "id"))
         text = string_field(record, field, where).strip()
-        of_language = texts.setdefault(language, {})
-        if identity in of_language:
-            raise UserError(f"{where}: field 'id' repeats {identity!r:.60} of {language}")
-        if text:
-            of_language[identity] = text
-    return texts
+        if texts.setdefault(language, {}).setdefault(identity, text) != text:
+            raise UserError(
+                f"{where}: field 'id' repeats {identity!r:.60} of {language} with another text"
+            )
+    return {
+        language: {identity: text for identity, text in found.items() if text}
+        for language, found in texts.items()
+    }
 
 
 def aligned(texts: dict[str, dict[str, str]], pivot: str, languages, path) -> Iterator[Pairs]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_embed_jax.data.text_files import read_lines, read_table
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.evaluation.beir import Questions, judge, judged_questions
+from moe_embed_jax.evaluation.beir import Questions, add_judgement, judged_questions
 from moe_embed_jax.evaluation.streamed_retrieval import evaluate_streamed
 from moe_embed_jax.evaluation.subsets import (
     SubsetScores,
@@ -67,9 +67,8 @@ def load_topics(topics: Path, qrels: Path) -> Questions:
     """Questions and their judgements; `UserError` for a bad line of either file."""
     queries: dict[str, str] = {}
     for where, (identity, query) in read_table(topics, ("query id", "query"), header=False):
-        if identity in queries:
-            raise UserError(f"{where}: query id {identity!r:.60} repeats")
-        queries[identity] = query
+        if queries.setdefault(identity, query) != query:
+            raise UserError(f"{where}: query id {identity!r:.60} repeats with another text")
     judged: dict[str, dict[str, int]] = {}
     for number, line in read_lines(qrels):
         if not line.strip():
@@ -78,7 +77,5 @@ def load_topics(topics: Path, qrels: Path) -> Questions:
         if len(fields) != 4:
             raise UserError(f"{where}: expected 4 fields (query, Q0, passage, grade): {line!r:.60}")
         query_id, _, document_id, grade = fields
-        if not grade.lstrip("-").isdecimal():
-            raise UserError(f"{where}: the grade must be an integer, got {grade!r:.40}")
-        judge(judged, query_id, document_id, int(grade), where)
+        add_judgement(judged, query_id, document_id, grade, where)
     return judged_questions(queries, judged, topics, qrels)

@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.evaluation.beir import Questions, find_files, load_questions, read_records
+from moe_embed_jax.evaluation.beir import (
+    Questions,
+    find_files,
+    load_questions,
+    read_records,
+    repeated_id,
+)
 from moe_embed_jax.evaluation.retrieval import CANDIDATES, Metrics, score_rankings
 from moe_embed_jax.evaluation.subsets import SubsetScores, check_languages, find_subsets
 from moe_embed_jax.evaluation.text_vectors import StoredRows, TextVectors, cut
@@ -73,12 +79,12 @@ def evaluate_streamed(
     Shards that are embedded already are read once, for their hash, and not embedded again; a
     document whose id comes again later is left out, as in BEIR's loader.
 
-    Raises `UserError`: a bad line, a repeated id that is judged, too many repeated ids.
+    Raises `UserError`: a bad line, a judged id with two texts, too many repeated ids.
     """
     names = {id_hash(i): i for i in {*questions.judged_documents(), *questions.queries}}
     scans = [scan(shard, id_field) for shard in shards]
     id_hash_N = np.concatenate([each.id_hash_N for each in scans])
-    replaced = repeated_rows(id_hash_N, names, questions, shards)
+    replaced = repeated_rows(id_hash_N, names, questions, shards, id_field)
     stores = [
         _embedded(vectors, shard, each, id_field, f"{label} {shard.name}")
         for shard, each in zip(shards, scans, strict=True)
@@ -125,20 +131,35 @@ def scan(shard: Path, id_field: str) -> Scan:
 
 
 def repeated_rows(
-    id_hash_N: np.ndarray, names: dict[int, str], questions: Questions, shards: Sequence[Path]
+    id_hash_N: np.ndarray,
+    names: dict[int, str],
+    questions: Questions,
+    shards: Sequence[Path],
+    id_field: str,
 ) -> np.ndarray:
-    """Rows whose id comes again later, int64; `UserError` if one is judged or they are many."""
+    """Rows whose id comes again later, int64.
+
+    Raises `UserError` if one is judged and its texts differ, or they are many.
+    """
     order = np.argsort(id_hash_N, kind="stable")
     is_again = id_hash_N[order[1:]] == id_hash_N[order[:-1]]
     replaced = order[:-1][is_again]
-    where = shards[0] if len(shards) == 1 else f"{shards[0]} to {shards[-1].name}"
     judged = questions.judged_documents()
-    for found in id_hash_N[replaced].tolist():
-        if names.get(found) in judged:
-            raise UserError(f"{where}: id {names[found]!r:.60} repeats, and it is judged")
+    meant = {names.get(found) for found in id_hash_N[replaced].tolist()} & judged
+    _check_equal(shards, id_field, meant)
+    where = shards[0] if len(shards) == 1 else f"{shards[0]} to {shards[-1].name}"
     if len(replaced) > MOST_REPEATED:
         raise UserError(f"{where}: {len(replaced):,} documents have an id that comes again")
     return replaced
+
+
+def _check_equal(shards: Sequence[Path], id_field: str, identities: set[str]) -> None:
+    """Reads the corpus again if need be; raises `UserError` for an id with two texts."""
+    texts: dict[str, str] = {}
+    for shard in shards if identities else ():
+        for where, identity, text in read_records(shard, id_field):
+            if identity in identities and texts.setdefault(identity, text) != text:
+                raise repeated_id(where, identity)
 
 
 def _embedded(

@@ -119,7 +119,10 @@ def place_rows(
 def source_counts(
     name: str, source: int, parts: Iterable[dict], buckets: Iterable[dict]
 ) -> dict[str, int]:
-    """The account of a source; raises `RuntimeError` unless in = out + quarantine + duplicates."""
+    """The account of a source: its rows, and its negatives that were left out.
+
+    Raises `RuntimeError` unless in = out + quarantine + duplicates.
+    """
     read = [m for m in parts if m["source"] == source]
     own = [m for m in buckets if m["source"] == source]
     counts = {
@@ -131,7 +134,7 @@ def source_counts(
         counts[f"{kind}_duplicates"] = sum(n for m in own for n in m["removed"][kind].values())
     if counts["in"] != sum(value for key, value in counts.items() if key != "in"):
         raise RuntimeError(f"source {name}: rows were lost or doubled: {counts}")
-    return counts
+    return counts | {"dropped_negatives": sum(m["dropped_negatives"] for m in read)}
 
 
 def _totals(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -4,14 +4,18 @@
     queries.jsonl[.gz]  {"_id", "text"}
     qrels/train.tsv, or qrels.tsv[.gz]: query id, corpus id, score
 
-Only the judged texts are kept in memory, not the corpus.
+An id is what evaluation takes, see `judgements`. The title of a query is not read, as in BEIR. A
+row that repeats an id with the same text says nothing new. With another text it is a bad row, and
+so is every judgement of that id. Only the judged texts are kept in memory, not the corpus.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from apache_beam.io.filesystems import FileSystems
 
-from moe_embed_jax.data.raw.layouts import BadField, Texts, passage, text_of
+from moe_embed_jax.data.judgements import check_id, grade_of, id_of, is_number
+from moe_embed_jax.data.raw.layouts import BadField, Texts, passage, text_of, usable_negatives
 from moe_embed_jax.data.raw.records import MAX_RAW, Bad, Good, lines, records, row_language
 from moe_embed_jax.data.raw.sources import Part, Source
 
@@ -32,34 +36,38 @@ def read_folder(source: Source, part: Part) -> Iterator[Good | Bad]:
             yield Bad(part.path, 0, "", f"the folder has no {name} file", "")
     if not (qrels and corpus and queries):
         return
-    judgements = []
+    judgements, header = [], None
     for judgement in _judgements(qrels):
         if isinstance(judgement, Bad):
             yield judgement
+        elif judgement.grade is None:
+            header = judgement
         else:
             judgements.append(judgement)
-    documents: dict[str, str] = {}
-    wanted = {document for _, _, document, _ in judgements}
-    yield from _texts(corpus, wanted, passage, documents)
-    texts: dict[str, tuple[str, str]] = {}
-    wanted = {query for _, query, _, _ in judgements}
-    yield from _texts(queries, wanted, lambda r: _query(source, part, r), texts)
-    negatives: dict[str, list[str]] = {}
-    for _, query, document, score in judgements:
-        if score <= 0 and document in documents:
-            negatives.setdefault(query, []).append(documents[document])
-    for number, query, document, score in judgements:
-        if score <= 0:
+    documents = _Found({j.document for j in judgements})
+    yield from documents.read(corpus, passage)
+    questions = _Found({j.query for j in [*judgements, *filter(None, [header])]})
+    yield from questions.read(queries, lambda record: _query(source, part, record))
+    if header and header.query in questions.values:
+        problem = "the first line is a judgement, and its grade is no integer"
+        yield Bad(qrels, header.line, "score", problem, header.raw)
+    of_query: dict[str, tuple[list[str], list[str]]] = {}
+    for judgement in judgements:
+        if judgement.document in documents.values:
+            positives, negatives = of_query.setdefault(judgement.query, ([], []))
+            text = documents.values[judgement.document]
+            (positives if judgement.grade > 0 else negatives).append(text)
+    for line, query, document, grade, raw in judgements:
+        if grade <= 0:
             continue
-        raw = f"{query}\t{document}\t{score}"
-        if query not in texts:
-            yield Bad(qrels, number, "query-id", f"{query!r:.60} is not in {queries}", raw)
-        elif document not in documents:
-            yield Bad(qrels, number, "corpus-id", f"{document!r:.60} is not in {corpus}", raw)
+        if why := questions.missing(query, queries):
+            yield Bad(qrels, line, "query-id", why, raw)
+        elif why := documents.missing(document, corpus):
+            yield Bad(qrels, line, "corpus-id", why, raw)
         else:
-            text, language = texts[query]
-            found = tuple(negatives.get(query, ()))
-            yield Good(number, Texts(text, documents[document], found), language)
+            text, language = questions.values[query]
+            kept, dropped = usable_negatives(text, *of_query[query])
+            yield Good(line, Texts(text, documents.values[document], kept), language, dropped)
 
 
 def _query(source: Source, part: Part, record: dict) -> tuple[str, str]:
@@ -70,34 +78,91 @@ def _find(folder: str, *names: str) -> str:
     return next((f"{folder}/{n}" for n in names if FileSystems.exists(f"{folder}/{n}")), "")
 
 
-def _judgements(path: str) -> Iterator[tuple[int, str, str, int] | Bad]:
+class _Judgement(NamedTuple):
+    """A line of a qrels file; `grade` None: the first line, which seems to be a header."""
+
+    line: int
+    query: str
+    document: str
+    grade: int | None
+    raw: str
+
+
+def _judgements(path: str) -> Iterator[_Judgement | Bad]:
+    is_first = True
     for line in lines(path):
         if isinstance(line, Bad):
             yield line
             continue
         number, raw = line
-        text = raw.decode("utf-8", errors="replace")
-        cells = text.split("\t")
-        if number == 1 and cells[0] in ("query-id", "qid", "query_id"):
+        if not raw.strip():
             continue
+        field, shown = "", raw.decode("utf-8", errors="replace")[:MAX_RAW]
         try:
-            query, document, score = cells
-            yield number, query, document, int(score)
-        except ValueError:
-            problem = "must be query id, corpus id and a whole number, with tabs between"
-            yield Bad(path, number, "", problem, text[:MAX_RAW])
+            cells = raw.decode("utf-8").split("\t")
+            if len(cells) != 3:
+                raise ValueError("must be query id, corpus id and a whole number, tabs between")
+            if is_first and not is_number(cells[2]):
+                yield _Judgement(number, cells[0], cells[1], None, shown)
+                continue
+            field = "query-id"
+            check_id(cells[0])
+            field = "corpus-id"
+            check_id(cells[1])
+            field = "score"
+            yield _Judgement(number, cells[0], cells[1], grade_of(cells[2]), shown)
+        except UnicodeDecodeError as error:
+            yield Bad(path, number, "", f"bad UTF-8 at byte {error.start + 1} of the line", shown)
+        except ValueError as error:
+            yield Bad(path, number, field, str(error), shown)
+        finally:
+            is_first = False
 
 
-def _texts(path: str, wanted: set[str], read, found: dict) -> Iterator[Bad]:
-    """Puts `read(record)` of the wanted ids into `found`; yields the bad lines."""
-    for record in records(path):
-        if isinstance(record, Bad):
-            yield record
-            continue
-        number, value, raw = record
+class _Found:
+    """The texts of the wanted ids of a file.
+
+    values: id -> what `read` makes of its record. Of ids with several texts there is none.
+    """
+
+    def __init__(self, wanted: set[str]):
+        self.values: dict = {}
+        self._wanted = wanted
+        self._lines: dict[str, int] = {}
+        self._several: set[str] = set()
+
+    def read(self, path: str, read) -> Iterator[Bad]:
+        """Yields the bad lines of a file."""
+        for record in records(path):
+            if isinstance(record, Bad):
+                yield record
+                continue
+            number, value, raw = record
+            try:
+                self._add(number, value, read)
+            except BadField as error:
+                yield Bad(path, number, error.field, str(error), raw[:MAX_RAW])
+        for identity in self._several:
+            del self.values[identity]
+
+    def _add(self, number: int, record: dict, read) -> None:
+        if "_id" not in record:
+            text_of(record, "_id")  # says which fields there are
         try:
-            identifier = text_of(value, "_id")
-            if identifier in wanted:
-                found[identifier] = read(value)
-        except BadField as error:
-            yield Bad(path, number, error.field, str(error), raw[:MAX_RAW])
+            identity = id_of(record["_id"])
+        except ValueError as error:
+            raise BadField("_id", str(error)) from None
+        if identity not in self._wanted:
+            return
+        value = read(record)
+        if self.values.setdefault(identity, value) != value:
+            self._several.add(identity)
+            first = self._lines[identity]
+            raise BadField("_id", f"repeats {identity!r:.60} of line {first} with another text")
+        self._lines.setdefault(identity, number)
+
+    def missing(self, identity: str, path: str) -> str:
+        """Why an id has no value; "" if it has one."""
+        if identity in self._several:
+            return f"{identity!r:.60} has several texts in {path}"
+        return "" if identity in self.values else f"{identity!r:.60} is not in {path}"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moe_embed_jax.data.raw.beir import read_folder
-from moe_embed_jax.data.raw.layouts import LAYOUTS, BadField
+from moe_embed_jax.data.raw.layouts import LAYOUTS, BadField, usable_negatives
 from moe_embed_jax.data.raw.records import MAX_RAW, Bad, Good, records, row_language
 from moe_embed_jax.data.raw.sources import Part, Source
 
@@ -26,5 +26,7 @@ def read_part(source: Source, part: Part) -> Iterator[Good | Bad]:
         except BadField as error:
             yield Bad(part.path, line, error.field, str(error), raw[:MAX_RAW])
             continue
+        positives = [texts.document for texts in pairs]
         for texts in pairs:
-            yield Good(line, texts, language)
+            kept, dropped = usable_negatives(texts.query, positives, texts.negatives)
+            yield Good(line, texts._replace(negatives=kept), language, dropped)

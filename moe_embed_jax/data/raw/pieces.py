@@ -98,7 +98,7 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
     is_first[1:] = keys[1:] != keys[:-1]
     removed: dict[str, dict[str, int]] = {"exact": {}, "normalised": {}}
     firsts = np.flatnonzero(is_first)
-    negatives = {}
+    negatives: dict[int, dict[str, str]] = {}  # place of a first row -> normal form -> text
     for place in np.flatnonzero(~is_first).tolist():
         first = int(firsts[np.searchsorted(firsts, place, side="right") - 1])
         same = all(
@@ -108,12 +108,14 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
         counts = removed["exact" if same else "normalised"]
         language = table["language"][place].as_py()
         counts[language] = counts.get(language, 0) + 1
-        known = negatives.setdefault(first, table["negatives"][first].as_py())
-        known += [text for text in table["negatives"][place].as_py() if text not in known]
+        if first not in negatives:
+            negatives[first] = {normal_form(t): t for t in table["negatives"][first].as_py()}
+        for text in table["negatives"][place].as_py():
+            negatives[first].setdefault(normal_form(text), text)
     if negatives:
         column = table["negatives"].to_pylist()
         for row, texts in negatives.items():
-            column[row] = texts
+            column[row] = list(texts.values())
         index = table.schema.get_field_index("negatives")
         table = table.set_column(
             index, SCHEMA.field("negatives"), pa.array(column, SCHEMA.field("negatives").type)

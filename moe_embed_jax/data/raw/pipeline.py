@@ -53,7 +53,7 @@ from moe_embed_jax.data.raw.stages import (
 from moe_embed_jax.data.raw.work import Work, bucket_name, part_name, shard_work_name
 from moe_embed_jax.errors import UserError
 
-VERSION = 1  # raise it when the same input starts to give another result
+VERSION = 2  # raise it when the same input starts to give another result
 # Compressed bytes of pairs that one machine shuffles at a time, in memory.
 LOCAL_ROUND_BYTES = 1 << 30
 _LOCAL_RUNNERS = ("DirectRunner", "BundleBasedDirectRunner", "FnApiRunner")

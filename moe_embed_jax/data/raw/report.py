@@ -9,6 +9,7 @@ def print_manifest(manifest: dict, output: str, console: Console | None = None) 
     table = Table(title="Rows")
     table.add_column("source")
     columns = ("in", "out", "quarantine", "exact_duplicates", "normalised_duplicates")
+    columns += ("dropped_negatives",)
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
     for name, counts in manifest["about"]["sources"].items():

@@ -22,7 +22,7 @@ from moe_embed_jax.data.raw.layouts import LAYOUTS
 from moe_embed_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
-COLUMNAR = (".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow", ".feather")
 PLAIN = (".txt", ".txt.gz", ".txt.xz")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
 _NAME = re.compile(r"[A-Za-z0-9_]+")

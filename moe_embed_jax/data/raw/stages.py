@@ -69,7 +69,7 @@ class ReadParts(beam.DoFn):
         )
         name = part_name(part)
         languages: collections.Counter[str] = collections.Counter()
-        position = bad = 0
+        position = bad = dropped = 0
         first_bad = None
         with (
             work_module.written_whole(self._work.path("read", f"{name}.parquet")) as file,
@@ -85,6 +85,7 @@ class ReadParts(beam.DoFn):
                     first_bad = first_bad or json.loads(entry)
                     bad += 1
                 position += len(batch["line"])
+                dropped += int(batch["dropped"].sum())
             writer.close()
             size = file.tell()
         if first_bad is not None:
@@ -94,6 +95,7 @@ class ReadParts(beam.DoFn):
             "file": self._parts[part].path,
             "rows": position,
             "bad": bad,
+            "dropped_negatives": dropped,
             "first_bad": first_bad,
             "bytes": size,
             "languages": dict(sorted(languages.items())),

@@ -2,8 +2,9 @@
 
 Imports TensorFlow: for Beam's workers only.
 
-A row of a Task is a pair (query, document, negatives, language, line) or, where `problem` is not
-empty, a bad row (file, line, field, problem, row). With a vocabulary the Task also counts tokens.
+A row of a Task is a pair (query, document, negatives, dropped, language, line) or, where `problem`
+is not empty, a bad row (file, line, field, problem, row). With a vocabulary the Task also counts
+tokens.
 """
 
 import itertools
@@ -65,7 +66,7 @@ class RawSource(seqio.DataSource):
 
     def _dataset(self, parts: Sequence[Part]) -> tf.data.Dataset:
         signature = {name: tf.TensorSpec([None], tf.string) for name in STRINGS}
-        signature["line"] = tf.TensorSpec([None], tf.int64)
+        signature |= {name: tf.TensorSpec([None], tf.int64) for name in ("line", "dropped")}
         signature["negatives"] = tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)
         return tf.data.Dataset.from_generator(
             lambda: self._batches(parts), output_signature=signature
@@ -101,7 +102,11 @@ def _columns(rows: list[Good | Bad]) -> dict:
         tf.constant(counts, tf.int64),
     )
     arrays = {name: np.array(values, dtype=object) for name, values in columns.items()}
-    return {**arrays, "line": np.array([row.line for row in rows], np.int64), "negatives": ragged}
+    numbers = {
+        "line": np.array([row.line for row in rows], np.int64),
+        "dropped": np.array([getattr(row, "dropped", 0) for row in rows], np.int64),
+    }
+    return {**arrays, **numbers, "negatives": ragged}
 
 
 def count_tokens(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
