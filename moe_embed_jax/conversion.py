@@ -9,7 +9,14 @@ from moe_embed_jax.interop.source import local_folder, refuse_existing
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
 from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.model_folder import ModelFolder, is_run, open_model, place, save_model
+from moe_embed_jax.model_folder import (
+    ModelFolder,
+    is_run,
+    open_model,
+    place,
+    save_model,
+    weights_folder,
+)
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 
 
@@ -42,7 +49,7 @@ def _default_positions(folder: pathlib.Path) -> str:
 
     Raises `UserError` for XLM-RoBERTa without the head: it may be either.
     """
-    head = has_mlm_head(folder)
+    head = has_mlm_head(weights_folder(folder))
     if head is None:
         return "learned"
     if head:
@@ -157,7 +164,10 @@ def _say(opened: ModelFolder, model: EncoderConfig | None = None) -> None:
     print(f"model       {total:,} parameters, {active:,} active per token")
     print(
         f"            {model.num_layers} layers of width {model.width} ({experts}), "
-        f"{model.positions} positions, {model.vocab_size:,} rows of words"
+        f"{model.positions} positions, {model.vocab_size:,} rows of words, "
+        f"pooling {model.pooling}"
     )
     print(f"tokenizer   {ids}; up to {' / '.join(map(str, lengths))} tokens")
+    for note in opened.notes:
+        print(f"note        {note}")
     print(f"prompts     {', '.join(f'{n} {t!r}' for n, t in sorted(opened.prompts.items()))}")

@@ -16,7 +16,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices
-from moe_embed_jax.models.pooling import mean_pool
+from moe_embed_jax.models.pooling import pool_texts
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
 
@@ -179,8 +179,8 @@ class Embedder:
     ) -> np.ndarray:
         """Embeddings of texts that the caller tokenised: float32 [batch, dim or width].
 
-        The mean over the tokens with mask 1, cut to `dim`, then normalised. A row without tokens
-        gives zeros.
+        The mean over the tokens with mask 1 (their first or last one, if the model pools so), cut
+        to `dim`, then normalised. A row without tokens gives zeros.
 
         Args:
           input_ids, attention_mask: integers [batch, length]; a token's position is its column.
@@ -252,7 +252,7 @@ class Embedder:
     def embed_sequences(
         self, sequences, positions=None, batch_size=None, show_progress=False
     ) -> np.ndarray:
-        """Mean-pooled, not normalised embeddings of token id sequences: float32 [n, D].
+        """Pooled, not normalised embeddings of token id sequences: float32 [n, D].
 
         `positions`: of each token; None counts from 0. An empty sequence gives zeros.
         """
@@ -341,7 +341,7 @@ def unit_norm(x_ND: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _pool_rows(model: EncoderConfig, params, token_RL, text_index_RL, position_RL):
     x_RLD, statistics = encode_tokens(model, params, token_RL, text_index_RL, position_RL)
-    return mean_pool(x_RLD, text_index_RL, SLOTS), statistics
+    return pool_texts(model.pooling, x_RLD, text_index_RL, SLOTS), statistics
 
 
 _choose_rows = jax.jit(expert_choices, static_argnums=0)

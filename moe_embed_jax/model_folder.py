@@ -16,8 +16,8 @@ from moe_embed_jax.config import save_json
 from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.published import open_published, read_config
-from moe_embed_jax.interop.sentence_transformers import read_settings
-from moe_embed_jax.interop.source import MODEL_CARD, local_folder
+from moe_embed_jax.interop.sentence_transformers import read_modules, read_settings
+from moe_embed_jax.interop.source import CONFIG_FILE, MODEL_CARD, local_folder
 from moe_embed_jax.interop.tokenizer_files import (
     JSON_FILE,
     SENTENCEPIECE_FILE,
@@ -64,6 +64,7 @@ class ModelFolder:
     """A checked model folder whose weights are read by `load`; fields as in `LoadedModel`.
 
     unused: names of tensors that the encoder does not need.
+    notes: what a user should know about the model, in sentences.
     """
 
     model: EncoderConfig
@@ -72,6 +73,7 @@ class ModelFolder:
     prompts: dict[str, str]
     max_lengths: dict[str, int]
     unused: list[str]
+    notes: list[str]
     _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, (path, array) -> leaf
 
     def load(
@@ -103,7 +105,13 @@ class ModelFolder:
 
 def is_run(folder: pathlib.Path) -> bool:
     """Whether `folder` is ours (a work directory or an import), not a published checkpoint."""
+    folder = weights_folder(folder)
     return isinstance(read_config(folder).get("model"), dict)
+
+
+def weights_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Where config.json, weights and tokenizer lie: `folder`, or what its modules.json says."""
+    return folder if (folder / CONFIG_FILE).is_file() else read_modules(folder)[0]
 
 
 def open_model(
@@ -127,7 +135,9 @@ def open_model(
         opened = _open_published(folder, positions)
     else:
         raise UserError(f"step={step}: {folder} is a published checkpoint, which has no steps")
-    path = find_tokenizer(folder) if vocabulary is None else pathlib.Path(vocabulary)
+    path = (
+        find_tokenizer(weights_folder(folder)) if vocabulary is None else pathlib.Path(vocabulary)
+    )
     if path is not None:
         opened.vocabulary, opened.vocabulary_path = load_tokenizer(path), path
         check_vocabulary(opened.vocabulary, opened.model, path)
@@ -147,22 +157,25 @@ def _as_is(path: str, array):
 
 
 def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
-    published = open_published(folder, positions)
     settings = read_settings(folder)
+    published = open_published(settings.weights, positions)
+    pooling = settings.pooling or published.model.pooling
+    model = published.model = dataclasses.replace(published.model, pooling=pooling)
     default = PROMPTS if published.model_type == "nomic_bert" else NO_PROMPTS
-    length = max_length(published.model, settings.max_length)
+    lengths = {side: max_length(model, said) for side, said in settings.max_lengths.items()}
 
     def read(mesh, progress, form):
         params, mlm_head = published.read(progress, form)
-        return place(params, published.model, mesh), mlm_head
+        return place(params, model, mesh), mlm_head
 
     return ModelFolder(
-        published.model,
+        model,
         None,
         None,
         with_document(settings.prompts or default),
-        {"query": length, "document": length},
+        lengths,
         published.unused,
+        settings.notes,
         read,
     )
 
@@ -210,6 +223,7 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
         None,
         with_document(card.get("prompts") or default),
         lengths,
+        [],
         [],
         read,
     )

@@ -162,11 +162,12 @@ def test_an_untied_head_is_refused(xlm_roberta, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling pooling_mode_cls"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling max: only one of"),
+        ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "pooling weightedmean: only"),
         (
             "1_Pooling/config.json",
-            {"pooling_mode": "lasttoken"},
-            "pooling lasttoken: only the mean",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            r"pooling cls \+ mean: only one of",
         ),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt=false"),
         ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "module Dense is not"),
@@ -177,9 +178,13 @@ def test_an_untied_head_is_refused(xlm_roberta, tmp_path):
 def test_models_that_would_load_wrongly_are_refused(file, content, message, tmp_path):
     config = transformers.BertConfig(**SIZES)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    modules = [
+        {"type": "sentence_transformers.models.Transformer", "path": ""},
+        {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
+    ]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text("{}")
     if file == "config.json":
         content = json.loads((tmp_path / file).read_text()) | content
     text = content if isinstance(content, str) else json.dumps(content)

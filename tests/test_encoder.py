@@ -27,7 +27,7 @@ from moe_embed_jax.models.fused_feed_forward import fused_feed_forward
 from moe_embed_jax.models.layer_norm import TILE_TOKENS, gradients_in_one_pass, layer_norm
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.models.moe import MoE, route
-from moe_embed_jax.models.pooling import mean_pool
+from moe_embed_jax.models.pooling import pool_texts
 from moe_embed_jax.objectives.contrast import unit
 from moe_embed_jax.sharding import path_of
 
@@ -70,7 +70,7 @@ encode = jax.jit(encode_tokens, static_argnums=0)
 
 def embed(config, params, arrays):
     x, statistics = encode(config, params, *arrays)
-    return mean_pool(x, arrays[1], SLOTS), statistics
+    return pool_texts("mean", x, arrays[1], SLOTS), statistics
 
 
 def packed(row_length, slots=SLOTS, extra_rows=0):

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
-    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu"}
+    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu", "json_file"}
     | {"ownership", "refusals", "children"},
     {"checksums", "new_folder"},
     {"routing", "objectives", "data", "search", "sharding"},

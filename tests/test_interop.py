@@ -282,6 +282,12 @@ def test_absent_config_keys_have_the_published_meaning():
     assert nomic.model_from_config(config, (), "config.json") == EncoderConfig(
         vocab_size=64, num_layers=2, width=32, num_heads=2, ffn_width=128, num_experts=4
     )
+    # The PyTorch file takes the same for absent keys; it cannot import the table.
+    short = {key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    model = nomic.model_from_config(short | {"num_experts": 4}, (), "config.json")
+    assert (model.experts_per_token, model.moe_every, model.positions) == (2, 2, "rotary")
+    theirs = pytest.importorskip("test_torch_model").source.NomicBertConfig().to_dict()
+    assert {key: theirs[key] for key in nomic.ABSENT} == nomic.ABSENT
 
 
 def test_missing_config_key_is_named(tmp_path):

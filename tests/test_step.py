@@ -76,6 +76,10 @@ def make_batch(
 
 @pytest.fixture(scope="module")
 def optimizer():
+    return make_optimizer_of_tests()
+
+
+def make_optimizer_of_tests():
     return make_optimizer(OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1), 10)
 
 

@@ -6,7 +6,9 @@ rows of positions are dropped, so that positions count from 0).
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.rules import Rule
+from moe_embed_jax.json_file import real, whole
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.encoder_config import LIMITS
 
 _LAYER = "encoder.layer.{i}."
 _SELF = _LAYER + "attention.self."
@@ -52,7 +54,7 @@ ROBERTA_HEAD_RULES = (
 )
 PREFIXES = ("bert.", "roberta.")
 TIED = ("cls.predictions.decoder.weight", "lm_head.decoder.weight")  # to the word embeddings
-# Not part of a mean-pooled encoder: the pooler over <s>, the next-sentence head, a buffer that old
+# Not part of an embedding: the pooler over <s>, the next-sentence head, a buffer that old
 # files hold, and a second name of the head's bias.
 IGNORED = (
     r"pooler\..*",
@@ -60,14 +62,15 @@ IGNORED = (
     r"embeddings\.position_ids",
     r"(cls\.predictions|lm_head)\.decoder\.bias",
 )
-# RoBERTa counts positions from pad_token_id + 1; the rows before are never read.
-ROBERTA_FIRST_POSITION = 2
 
 _FIXED = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
+    "auto_map": (None,),
 }
 
 
@@ -83,21 +86,34 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
                 f"{where}: {key}={config[key]!r} is an architecture that this encoder is not "
                 f"({key} must be {allowed[0]!r})"
             )
-    try:
-        return EncoderConfig(
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            width=config["hidden_size"],
-            num_heads=config["num_attention_heads"],
-            ffn_width=config["intermediate_size"],
-            moe_every=0,
-            positions="learned",
-            max_positions=config["max_position_embeddings"],
-            token_types=config["type_vocab_size"],
-            norm_epsilon=config.get("layer_norm_eps", 1e-12),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error.args[0]} is missing") from None
+
+    def size(key: str, field: str) -> int:
+        return whole(config, key, where, LIMITS[field])
+
+    return EncoderConfig(
+        vocab_size=size("vocab_size", "vocab_size"),
+        num_layers=size("num_hidden_layers", "num_layers"),
+        width=size("hidden_size", "width"),
+        num_heads=size("num_attention_heads", "num_heads"),
+        ffn_width=size("intermediate_size", "ffn_width"),
+        moe_every=0,
+        positions="learned",
+        max_positions=size("max_position_embeddings", "max_positions"),
+        token_types=size("type_vocab_size", "token_types"),
+        norm_epsilon=real(config, "layer_norm_eps", where, 1e-12),
+    )
+
+
+def first_position(config: dict, where: str) -> int:
+    """The row of the position table that a text's first token takes.
+
+    RoBERTa counts from `pad_token_id` + 1, and never reads the rows before; BERT counts from 0.
+    Raises `UserError` naming the key.
+    """
+    if config["model_type"] == "bert":
+        return 0
+    limit = config["max_position_embeddings"] - 2  # at least one position is left
+    return 1 + whole(config, "pad_token_id", where, limit, least=0, default=1)
 
 
 def config_from_model(model: EncoderConfig, pad_id: int) -> dict:

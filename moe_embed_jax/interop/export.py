@@ -16,7 +16,7 @@ import safetensors.numpy
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.rules import entries, to_theirs
-from moe_embed_jax.interop.sentence_transformers import write_settings
+from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
 from moe_embed_jax.interop.source import CONFIG_FILE, refuse_existing
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.interop.tokenizer_files import write_tokenizer
@@ -88,7 +88,7 @@ def write_folder(
         # sentence-transformers' encode_document looks for "document" first and takes no prefix
         # at all where it is missing; the published model says "passage".
         prompts = {"passage": prompts["document"], **prompts}
-        write_settings(partial, model.width, prompts, max_length)
+        write_settings(partial, model.width, prompts, max_length, model.pooling)
         (partial / "README.md").write_text(model_card(model, prompts, max_length))
 
 
@@ -102,7 +102,8 @@ def model_card(model: EncoderConfig, prompts: Mapping[str, str], max_length: int
         "---",
         "# Text embedding model",
         "",
-        f"{model.num_layers} layers of width {model.width}, mean pooling, unit norm, up to "
+        f"{model.num_layers} layers of width {model.width}, {POOLING_MODES[model.pooling]} "
+        f"pooling, unit norm, up to "
         f"{max_length} tokens.",
         "",
         "```python",

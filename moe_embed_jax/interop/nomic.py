@@ -3,6 +3,9 @@
 Names, shapes and traps: the released checkpoint's contract. Two of them: `experts.mlp.w2` is used
 untransposed, and `experts.bias` is one output bias per layer, added once after the weighted sum.
 
+`pooling` in config.json ("cls", "last"; absent: "mean") is for `embed` of our modelling file; other
+readers take the pooling from the modules of sentence-transformers.
+
 Extensions of ours, absent from the published model and unknown to other runtimes, each with a key
 in config.json: `moe_expert_bias` (tensor `experts.mlp.b1`), `moe_normalize_expert_weights` true,
 `moe_every_n_layers` 1, and learned positions (`rotary_emb_fraction` 0, tensor
@@ -13,7 +16,9 @@ computing something else.
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.rules import Rule
+from moe_embed_jax.json_file import flag, real, text, whole
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.encoder_config import LIMITS
 
 _LAYER = "encoder.layers.{i}."
 RULES = (
@@ -77,6 +82,19 @@ _FIXED = {
     "expert_choice_router": (False,),
     "num_shared_experts": (0, None),
     "ffn_div": (1, 1.0),
+    "quantization_config": (None,),
+}
+# What the absence of a key means, here and in torch_model.py: as in the published model.
+ABSENT = {
+    "type_vocab_size": 1,
+    "layer_norm_epsilon": 1e-5,
+    "rotary_emb_base": 10_000,
+    "rotary_emb_fraction": 1,
+    "num_experts": 0,
+    "moe_top_k": 2,
+    "moe_every_n_layers": 2,
+    "moe_normalize_expert_weights": False,
+    "moe_expert_bias": False,
 }
 
 
@@ -97,40 +115,47 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
                 f"{where}: {key}={config[key]!r} is an architecture that this encoder is not "
                 f"({key} must be {allowed[0]!r})"
             )
-    fraction = config.get("rotary_emb_fraction", 0.0)
+    # Null means nothing said for these three, as transformers writes it.
+    nullable = ("num_experts", "moe_every_n_layers", "n_inner")
+    config = {key: x for key, x in config.items() if x is not None or key not in nullable}
+    fraction = config.get("rotary_emb_fraction", ABSENT["rotary_emb_fraction"])
     if fraction not in (0, 1):
-        raise UserError(f"{where}: rotary_emb_fraction={fraction!r} must be 1 (or 0: learned)")
-    moe_every = config.get("moe_every_n_layers") or 0
-    if not config.get("num_experts"):
-        moe_every = 0
+        raise UserError(f"{where}: rotary_emb_fraction={fraction!r:.40} must be 1 (or 0: learned)")
+
+    def size(key: str, field: str, least: int = 1) -> int:
+        return whole(config, key, where, LIMITS[field], least, ABSENT.get(key))
+
+    def switch(key: str) -> bool:
+        return flag(config, key, where, ABSENT[key])
+
+    num_experts = size("num_experts", "num_experts", 0)
+    moe_every = size("moe_every_n_layers", "num_layers", 0) if num_experts else 0
     if moe_every == 1 and "encoder.layers.0.mlp.router.layer.weight" not in names:
         moe_every = 0
-    try:
-        width = config["n_embd"]
-        experts = {}
-        if moe_every:
-            experts = {
-                "num_experts": config["num_experts"],
-                "experts_per_token": config.get("moe_top_k", 1),
-                "normalize_gates": bool(config.get("moe_normalize_expert_weights", False)),
-                "expert_bias": bool(config.get("moe_expert_bias", False)),
-            }
-        return EncoderConfig(
-            vocab_size=config["vocab_size"],
-            num_layers=config["n_layer"],
-            width=width,
-            num_heads=config["n_head"],
-            ffn_width=config.get("n_inner") or 4 * width,
-            moe_every=moe_every,
-            positions="rotary" if fraction else "learned",
-            max_positions=0 if fraction else config["n_positions"],
-            rotary_base=float(config.get("rotary_emb_base", 10_000)),
-            token_types=config.get("type_vocab_size", 1),
-            norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-            **experts,
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error.args[0]} is missing") from None
+    experts = {}
+    if moe_every:
+        experts = {
+            "num_experts": num_experts,
+            "experts_per_token": size("moe_top_k", "num_experts"),
+            "normalize_gates": switch("moe_normalize_expert_weights"),
+            "expert_bias": switch("moe_expert_bias"),
+        }
+    width = size("n_embd", "width")
+    return EncoderConfig(
+        vocab_size=size("vocab_size", "vocab_size"),
+        num_layers=size("n_layer", "num_layers"),
+        width=width,
+        num_heads=size("n_head", "num_heads"),
+        ffn_width=whole({"n_inner": 4 * width} | config, "n_inner", where, LIMITS["ffn_width"]),
+        moe_every=moe_every,
+        positions="rotary" if fraction else "learned",
+        max_positions=0 if fraction else size("n_positions", "max_positions"),
+        rotary_base=real(config, "rotary_emb_base", where, ABSENT["rotary_emb_base"]),
+        pooling=text(config, "pooling", where, "mean"),
+        token_types=size("type_vocab_size", "token_types"),
+        norm_epsilon=real(config, "layer_norm_epsilon", where, ABSENT["layer_norm_epsilon"]),
+        **experts,
+    )
 
 
 def config_from_model(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
@@ -192,6 +217,8 @@ def config_from_model(model: EncoderConfig, max_length: int, pad_id: int) -> dic
         "use_xentropy": True,
         "torch_dtype": "float32",
     }
+    if model.pooling != "mean":
+        config["pooling"] = model.pooling
     if model.moe_every and model.expert_bias:
         config["moe_expert_bias"] = True
     return config

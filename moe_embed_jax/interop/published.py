@@ -1,7 +1,6 @@
 """Model folders as others publish them: config.json and safetensors of a known architecture."""
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from moe_embed_jax.interop.layers import from_layers, shapes_by_layer
 from moe_embed_jax.interop.rules import Entry, Rule, entries, to_ours
 from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import Tensors
+from moe_embed_jax.json_file import read_object
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.heads import UNREACHABLE_BIAS, mlm_head_shapes
 from moe_embed_jax.sharding import path_of
@@ -38,7 +38,7 @@ class PublishedModel:
     Attributes:
       model: the encoder as it will be (positions and vocabulary padding applied).
       has_mlm_head: whether the folder holds a language-model head.
-      unused: tensors that an encoder with mean pooling does not need.
+      unused: tensors that an embedding does not need.
       model_type: as config.json names it.
     """
 
@@ -85,13 +85,7 @@ def read_config(folder: pathlib.Path) -> dict:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a model folder: {CONFIG_FILE} is missing")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must be a JSON object")
-    return config
+    return read_object(path)
 
 
 def has_mlm_head(folder: pathlib.Path) -> bool | None:
@@ -117,9 +111,9 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
     config = read_config(folder)
     where = str(folder / CONFIG_FILE)
     model_type = config.get("model_type")
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         raise UserError(
-            f"{where}: model_type={model_type!r} is not known here; there are "
+            f"{where}: model_type={model_type!r:.80} is not known here; there are "
             f"{', '.join(sorted(LAYOUTS))}, and the work directories of training runs"
         )
     layout, head_rules = LAYOUTS[model_type]
@@ -127,7 +121,11 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
     tensors.drop_prefix(layout.PREFIXES, "embeddings.word_embeddings.weight")
     # Names of LayerNorm parameters in files that were converted from TensorFlow.
     tensors.rename(lambda name: re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)))
-    file_model = layout.model_from_config(config, tensors.names, where)
+    try:
+        file_model = layout.model_from_config(config, tensors.names, where)
+    except UserError as error:  # of the encoder's own checks, which know no file
+        line = str(error)
+        raise UserError(line if line.startswith(where) else f"{where}: {line}") from None
 
     shapes = shapes_by_layer(file_model)
     has_head = head_rules[0].keys[0] in tensors.names
@@ -142,15 +140,14 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
 
     model = file_model
     if file_model.positions == "learned":
-        first = bert.ROBERTA_FIRST_POSITION if "roberta" in model_type else 0
         if positions == "rotary":
             padded = -(-file_model.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
             model = dataclasses.replace(
                 file_model, positions="rotary", max_positions=0, vocab_size=padded
             )
         else:
-            size = file_model.max_positions - first
-            model = dataclasses.replace(file_model, max_positions=size)
+            first = 0 if layout is nomic else bert.first_position(config, where)
+            model = dataclasses.replace(file_model, max_positions=file_model.max_positions - first)
     return PublishedModel(model, has_head, unused, model_type, tensors, table)
 
 

@@ -42,6 +42,7 @@ _DEFAULTS = {
     "moe_every_n_layers": 2,
     "moe_normalize_expert_weights": False,  # true: the K gates of a token sum to 1
     "moe_expert_bias": False,  # ours: every expert has a hidden bias, `experts.mlp.b1`
+    "pooling": "mean",  # ours, of `embed`: or "cls" (the first token) or "last"
 }
 
 # Fields whose other values would need code that is not here; the first value is the default.
@@ -358,7 +359,9 @@ class NomicBertModel(PreTrainedModel):
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
 
     def embed(self, input_ids, attention_mask=None, dim: int | None = None, normalize: bool = True):
-        """Text embeddings [B, dim]: the mean of the real tokens' states, cut, then normalised.
+        """Text embeddings [B, dim]: the real tokens' states pooled, cut, then normalised.
+
+        The mean, or the state of the first or last real token, as `pooling` of config.json says.
 
         `dim` keeps the first features (Matryoshka). The cut comes after the pooling: the published
         modelling code slices the axis of positions instead.
@@ -366,6 +369,10 @@ class NomicBertModel(PreTrainedModel):
         x = self(input_ids, attention_mask, return_dict=False)[0].float()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.to(x.dtype).unsqueeze(-1)
+        if self.config.pooling != "mean":  # a mask of one token
+            order = mask.cumsum(dim=1) if self.config.pooling == "cls" else mask.flip(1).cumsum(1)
+            is_it = (order == 1) if self.config.pooling == "cls" else (order == 1).flip(1)
+            mask = mask * is_it
         pooled = (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
         pooled = pooled[:, :dim]
         return F.normalize(pooled, dim=-1) if normalize else pooled

@@ -1,12 +1,26 @@
 """The architecture of an encoder, as configs state it. Imports no jax."""
 
 import dataclasses
+import math
 
 from moe_embed_jax.errors import UserError
 
 # The keys of routing.exchange.BACKENDS and EXCHANGES, whose functions need jax.
 BACKENDS = ("reference", "blocked", "grouped", "capacity")
 EXCHANGES = ("ring", "all_to_all")
+POOLINGS = ("mean", "cls", "last")
+# The largest sizes that are believed: a config that says more is damaged, and building that model
+# would take hours or all memory.
+LIMITS = {
+    "vocab_size": 10_000_000,
+    "num_layers": 1_000,
+    "width": 65_536,
+    "num_heads": 4_096,
+    "ffn_width": 1_048_576,
+    "num_experts": 4_096,
+    "max_positions": 1_048_576,
+    "token_types": 1_024,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +40,8 @@ class EncoderConfig:
     positions: str = "rotary"  # or "learned": a table of max_positions rows, as BERT
     max_positions: int = 0  # 0 with rotary positions, which know no limit
     rotary_base: float = 10_000.0
+    # Of the token states: their mean, that of the first token (BERT's [CLS]), or of the last one.
+    pooling: str = "mean"
     token_types: int = 1  # rows of BERT's table of token types; row 0 is added to every token
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
@@ -39,6 +55,7 @@ class EncoderConfig:
     remat_rows: int = 0
 
     def __post_init__(self):
+        self._check_sizes()
         if self.positions not in ("rotary", "learned"):
             raise UserError(f"model.positions={self.positions!r}: choose 'rotary' or 'learned'")
         if (self.positions == "learned") != (self.max_positions > 0):
@@ -60,6 +77,7 @@ class EncoderConfig:
             )
         for name, known in (
             ("dtype", ["float32", "bfloat16"]),  # float16 would need loss scaling
+            ("pooling", list(POOLINGS)),
             ("expert_backend", ["auto", *BACKENDS]),
             ("expert_exchange", list(EXCHANGES)),
         ):
@@ -69,6 +87,20 @@ class EncoderConfig:
             raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
         if self.remat_rows < 0:
             raise UserError(f"model.remat_rows={self.remat_rows} must be 0 (off) or more")
+
+    def _check_sizes(self) -> None:
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= limit:
+                raise UserError(
+                    f"model.{name}={value!r:.40} must be a whole number, at most {limit:,}"
+                )
+            if value == 0 and name not in ("num_experts", "max_positions"):
+                raise UserError(f"model.{name}=0 must be 1 or more")
+        for name in ("rotary_base", "norm_epsilon"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"model.{name}={value!r:.40} must be above 0, and finite")
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts: the published model's `i % n == 1`."""

@@ -1,7 +1,6 @@
 """Where a run's first parameters come from: random numbers, a model folder, or an upcycled one."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -13,6 +12,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
+from moe_embed_jax.json_file import read_object
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
@@ -40,7 +40,7 @@ def resolve(config, workdir: pathlib.Path) -> tuple:
         return config, []
     card_path = workdir / MODEL_CARD
     if card_path.is_file():
-        card = json.loads(card_path.read_text())
+        card = read_object(card_path)
         # Built, so that a key that is newer than the card has its default there.
         if config_page.build(type(init), card.get("init", {}), "init") == init:
             model = config_page.build(EncoderConfig, card["model"], "model")

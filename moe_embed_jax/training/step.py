@@ -19,7 +19,7 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
 )
 from moe_embed_jax.models.pieces import in_pieces
-from moe_embed_jax.models.pooling import mean_pool, take_texts
+from moe_embed_jax.models.pooling import pool_texts, take_texts
 from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
 from moe_embed_jax.objectives.contrast import clip_log_scale, initial_log_scale
 from moe_embed_jax.objectives.infonce import infonce
@@ -134,7 +134,7 @@ def encode_batch(config: StepConfig, params: dict, batch: Batch):
 def encode_chunk(config: StepConfig, params: dict, rows):
     """(pooled_RSD, routing statistics) of one device's token_RL, text_index_RL, position_RL."""
     x_RLD, statistics = encode_rows(config.model, params, *rows)
-    return mean_pool(x_RLD, rows[1], config.slots), statistics
+    return pool_texts(config.model.pooling, x_RLD, rows[1], config.slots), statistics
 
 
 def encode_chunks(config: StepConfig, params: dict, rows_CRL):

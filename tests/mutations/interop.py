@@ -50,22 +50,22 @@ FAULTS = (
     Fault(
         "published-gates-normalised-by-default",
         "interop/nomic.py",
-        'config.get("moe_normalize_expert_weights", False)',
-        'config.get("moe_normalize_expert_weights", True)',
+        '"moe_normalize_expert_weights": False,',
+        '"moe_normalize_expert_weights": True,',
         "test_interop.py -k absent_config_keys",
     ),
     Fault(
         "published-rotary-base-is-ignored",
         "interop/nomic.py",
-        'rotary_base=float(config.get("rotary_emb_base", 10_000))',
+        'rotary_base=real(config, "rotary_emb_base", where, ABSENT["rotary_emb_base"])',
         "rotary_base=10_000.0",
         "test_interop.py -k 'parity_with_float64 and rotary_base'",
     ),
     Fault(
         "experts-in-every-layer-of-a-published-dense-model",
         "interop/nomic.py",
-        'if not config.get("num_experts"):',
-        "if False:",
+        '"num_layers", 0) if num_experts else 0',
+        '"num_layers", 0)',
         "test_interop.py -k 'parity_with_float64 and dense'",
     ),
     Fault(
@@ -128,8 +128,8 @@ FAULTS = (
     Fault(
         "cls-pooling-is-taken-for-the-mean",
         "interop/sentence_transformers.py",
-        'if modes - {"pooling_mode_mean_tokens"} or named != "mean":',
-        'if named != "mean":',
+        'modes = config.get("pooling_mode", active or "mean")',
+        'modes = config.get("pooling_mode", "mean")',
         "test_bert.py -k load_wrongly",
     ),
     Fault(
