@@ -1,10 +1,17 @@
 """The names of all areas, in a module that imports nothing heavy."""
 
 READERS = (
-    *("damage/store", "damage/pairs", "damage/vectors", "damage/import", "damage/run"),
+    *(
+        "damage/store",
+        "damage/data",
+        "damage/pairs",
+        "damage/vectors",
+        "damage/import",
+        "damage/run",
+    ),
     *("fuzz/export", "fuzz/nomic", "fuzz/xlmr", "fuzz/tokenizer_json", "fuzz/sentencepiece"),
     *("fuzz/jsonl", "fuzz/gzip", "fuzz/txt", "fuzz/labelled", "fuzz/beir", "fuzz/suite"),
-    *("fuzz/raw", "fuzz/config"),
+    *("fuzz/raw", "fuzz/parquet", "fuzz/arrow", "fuzz/config"),
 )
 COMMANDS = (
     *("train", "train_masked", "train_4_devices", "train_2_processes", "embed_npy", "embed_zarr"),
@@ -24,7 +31,7 @@ WEIGHTS = {"kill": 3, "disk": 2, "race": 1, "again": 2, "damage": 1, "fuzz": 2} 
 QUICK = {
     **{f"fuzz/{name}": range(25) for name in ("jsonl", "gzip", "txt", "labelled", "beir")},
     **{f"fuzz/{name}": range(25) for name in ("nomic", "xlmr", "tokenizer_json", "sentencepiece")},
-    **{f"fuzz/{name}": range(25) for name in ("suite", "raw")},
-    **{f"damage/{name}": range(25) for name in ("store", "pairs", "vectors")},
+    **{f"fuzz/{name}": range(25) for name in ("suite", "raw", "parquet", "arrow")},
+    **{f"damage/{name}": range(25) for name in ("store", "data", "pairs", "vectors")},
     "kill/embed_zarr": (3,),
 }

@@ -9,6 +9,9 @@ import shutil
 import struct
 import zlib
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 WEIRD = (
     *(None, True, False, -1, 0, 1, 10**7, 10**30, -(10**30), 1.5, 1e308, -0.0),
     *(
@@ -294,3 +297,39 @@ def tensor_header(rng, path) -> str:
     header = header.encode("utf-8", "replace")
     path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
     return said
+
+
+def retype(rng, path) -> str:
+    """A Parquet or Arrow file with a column of another type, or of another name."""
+    rows = 5
+    column = rng.choice(("query", "document", "negatives", "other"))
+    table = {name: [f"{name} {i}" for i in range(rows)] for name in ("query", "document")}
+    values = {
+        "int64": pa.array(range(rows)),
+        "double": pa.array([float("nan")] * rows),
+        "null": pa.nulls(rows),
+        "bool": pa.array([True] * rows),
+        "binary": pa.array([b"\xff\x00"] * rows, pa.binary()),
+        "large_string": pa.array(["x"] * rows, pa.large_string()),
+        "string_view": pa.array(["x"] * rows, pa.string_view()),
+        "dictionary": pa.array(["x"] * rows).dictionary_encode(),
+        "list": pa.array([["x", None]] * rows),
+        "deep list": pa.array([[[["x"]]]] * rows),
+        "struct": pa.array([{"a": "x"}] * rows),
+        "map": pa.array([[("a", "b")]] * rows, pa.map_(pa.string(), pa.string())),
+        "timestamp": pa.array([2**62] * rows, pa.timestamp("s")),
+        "date": pa.array([2**31 - 1] * rows, pa.date32()),
+        "duration": pa.array([2**62] * rows, pa.duration("s")),
+        "decimal": pa.array([1] * rows, pa.decimal128(38, 10)),
+        "fixed": pa.array([b"ab"] * rows, pa.binary(2)),
+    }
+    kind = rng.choice(sorted(values))
+    if path.suffix == ".parquet" and kind in ("string_view", "duration", "timestamp"):
+        kind = "large_string"  # Parquet has no such column
+    written = pa.table({**table, column: values[kind]})
+    if path.suffix == ".parquet":
+        pq.write_table(written, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, written.schema) as writer:
+            writer.write_table(written)
+    return f"column {column} is {kind}"

@@ -12,12 +12,19 @@ from collections.abc import Callable
 import evaluation_data
 import jax
 import numpy as np
+import synthetic_data
 from campaign import damage, outcome
 from campaign.world import World
 
+from moe_embed_jax import config as config_page
+from moe_embed_jax.data.data_spec import held_out_path
 from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation.heldout import load_heldout
+from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
+from moe_embed_jax.training import workdir
+from moe_embed_jax.training.run_config import PAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +33,14 @@ class Reader:
 
     written: the project wrote these files and can tell a change: another result is a loss.
     skip: parts of names of files that are left alone.
+    retype: half of the attempts write a column of another Arrow type.
     """
 
     part: str
     read: Callable[[pathlib.Path], object]
     written: bool = False
     skip: tuple[str, ...] = ()
+    retype: bool = False
 
 
 def attempt(world: World, name: str, seed: int, scratch: pathlib.Path) -> outcome.Outcome:
@@ -51,7 +60,10 @@ def attempt(world: World, name: str, seed: int, scratch: pathlib.Path) -> outcom
             file.write_text(file.read_text().replace(str(source), str(folder)))
     outside = scratch / "outside"
     change = damage.damage if reader.written else damage.fuzz
-    done = change(rng, folder, outside, reader.skip)
+    if reader.retype and rng.random() < 0.5:
+        done = damage.retype(rng, folder / inner)
+    else:
+        done = change(rng, folder, outside, reader.skip)
     outcome.write_input(scratch, {"area": name, "seed": seed, "done": done})
     before = set(scratch.iterdir())
     expected = pristine(world, name)
@@ -91,6 +103,27 @@ def store(path):
         opened = TokenStore.open(folder)
         found.append((opened.read(np.arange(len(opened))), opened.groups, opened.spec))
     return found
+
+
+def data_folder(path):
+    """What a run of each objective takes of a prepared data folder, and how it takes it."""
+    found = []
+    for text, held_out in (
+        (synthetic_data.config_text(path), lambda config: load_heldout(path)),
+        (synthetic_data.masked_config_text(path), _documents),
+    ):
+        page = path.with_name("page.py")
+        page.write_text(text)
+        config = config_page.load(PAGES, str(page), {})
+        page.unlink()
+        store, vocabulary = workdir.open_data(path.parent, config, write=False)
+        rows = store.read(np.arange(len(store)))
+        found.append((rows, vocabulary.encode_texts(TEXTS, 64), held_out(config)))
+    return found
+
+
+def _documents(config):
+    return load_documents(held_out_path(config.data.preparation(), config.data.dir))
 
 
 def pairs(path):
@@ -190,11 +223,21 @@ def raw(path):
     return [row for row in rows if not isinstance(row, Bad)]
 
 
+def columns(path):
+    """The records of a Parquet or Arrow file, as preparation reads them."""
+    from moe_embed_jax.data.raw.parts import read_part
+    from moe_embed_jax.data.raw.records import Good
+    from moe_embed_jax.data.raw.sources import Part, Source
+
+    if not path.is_file():
+        raise UserError(f"{path} is no file")  # preparation lists what there is before it reads
+    source = Source("columns", "pairs", (("en", str(path)),), language="en")
+    rows = read_part(source, Part(0, str(path), "en", 1))
+    return [tuple(row) for row in rows if isinstance(row, Good)]
+
+
 def config(path):
     """The card of a model folder, and overrides of a page from the same values."""
-    from moe_embed_jax import config as config_page
-    from moe_embed_jax.training.run_config import PAGES
-
     values = json.loads(path.read_text())
     overrides = {}
     for parent, key in damage.walk(values)[:40]:
@@ -207,6 +250,7 @@ def config(path):
 
 READERS = {
     "damage/store": Reader("tokens", store, written=True),
+    "damage/data": Reader("data", data_folder, written=True),
     "damage/pairs": Reader("pairs", pairs, written=True),
     "damage/vectors": Reader("vectors", vectors, written=True),
     "damage/import": Reader("imported", embedder, written=True),
@@ -223,5 +267,7 @@ READERS = {
     "fuzz/beir": Reader("beir", beir),
     "fuzz/suite": Reader("sets", suite, skip=(".py", "cache")),
     "fuzz/raw": Reader("raw", raw),
+    "fuzz/parquet": Reader("columns/rows.parquet", columns, retype=True),
+    "fuzz/arrow": Reader("columns/saved.arrow", columns, retype=True),
     "fuzz/config": Reader("run/config.json", config),
 }

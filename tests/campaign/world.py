@@ -191,6 +191,11 @@ def _raw(world: World, path) -> None:
     (path / "sources.json").write_text(json.dumps(entries))
 
 
+def _columns(world: World, path) -> None:
+    raw_sources.parquet(path / "rows.parquet", raw_sources.pairs(40, "c"))
+    raw_sources.arrow(path / "saved.arrow", raw_sources.pairs(40, "d"))
+
+
 def _recipe_sources(world: World, path) -> None:
     sources = []
     for task in ("translations", "descriptions"):
@@ -208,7 +213,7 @@ PARTS = {
     made.__name__.removeprefix("_"): made
     for made in (
         *(_data, _tokens, _config, _run, _model, _dense, _imported, _exported, _pairs),
-        *(_vectors, _texts, _beir, _sets, _raw, _recipe_sources),
+        *(_vectors, _texts, _beir, _sets, _raw, _columns, _recipe_sources),
     )
 } | {"xlmr": lambda world, path: xlmr_folder.write(path)}
 NEEDS = {
