@@ -31,7 +31,8 @@ WEIGHTS = {"kill": 3, "disk": 2, "race": 1, "again": 2, "damage": 1, "fuzz": 2} 
 QUICK = {
     **{f"fuzz/{name}": range(25) for name in ("jsonl", "gzip", "txt", "labelled", "beir")},
     **{f"fuzz/{name}": range(25) for name in ("nomic", "xlmr", "tokenizer_json", "sentencepiece")},
-    **{f"fuzz/{name}": range(25) for name in ("suite", "raw", "parquet", "arrow")},
+    **{f"fuzz/{name}": range(25) for name in ("suite", "raw")},
+    **{f"fuzz/{name}": range(8) for name in ("parquet", "arrow")},
     **{f"damage/{name}": range(25) for name in ("store", "data", "pairs", "vectors")},
     "kill/embed_zarr": (3,),
 }

@@ -110,9 +110,10 @@ class Worker:
 class Campaign:
     """Counts what became of attempts, keeps the bad ones, prints them when they happen."""
 
-    def __init__(self, folder: pathlib.Path, seed: int):
+    def __init__(self, folder: pathlib.Path, seed: int, tells_all: bool = False):
         self.folder = folder
         self.seed = seed
+        self.tells_all = tells_all
         self.counts = collections.defaultdict(collections.Counter)
         self.seconds = collections.Counter()
         self.bad: list[tuple[str, int, Outcome]] = []
@@ -143,9 +144,11 @@ class Campaign:
             self._busy.discard(area)
             self.seconds[area] += time.monotonic() - begin
             self.counts[area][result.kind] += 1
-            if result.kind in (*BAD, BROKEN):
+            is_bad = result.kind in (*BAD, BROKEN)
+            if is_bad:
                 self.bad.append((area, seed, result))
                 self._keep(worker.scratch, area, seed, result)
+            if is_bad or self.tells_all:
                 print(f"{result.kind}: --only={area} --seed={seed}: {_short(result)}", flush=True)
 
     def _keep(self, scratch: pathlib.Path, area: str, seed: int, result: Outcome) -> None:
@@ -205,7 +208,8 @@ def work(campaign: Campaign, attempts, name: str) -> None:
     """Makes the attempts, one after the other."""
     # Readers set JAX's devices up, after which commands cannot be forked from a process.
     world = campaign.folder / "world"
-    reader, command = (Worker(world, campaign.folder / f"{k}_{name}") for k in ("read", "command"))
+    folder = campaign.folder / str(os.getpid())  # campaigns may share a world
+    reader, command = (Worker(world, folder / f"{kind}_{name}") for kind in ("read", "command"))
     with contextlib.closing(reader), contextlib.closing(command):
         for area, seed in attempts:
             campaign.run(reader if area in READERS else command, area, seed)
@@ -243,11 +247,12 @@ def main(arguments=None) -> int:
         print("\n".join(areas))
         return 0
     folder = pathlib.Path(given.folder or tempfile.mkdtemp(prefix="campaign-")).absolute()
-    campaign = Campaign(folder, given.seed)
+    campaign = Campaign(folder, given.seed, tells_all=not (given.minutes or given.quick))
     if given.quick:
         quick(campaign)
     else:
         attack(campaign, areas, given.minutes, min(given.jobs, len(areas)))
+    shutil.rmtree(folder / str(os.getpid()), ignore_errors=True)
     campaign.print_table()
     kinds = {result.kind for _, _, result in campaign.bad}
     if not given.folder and not campaign.bad:

@@ -6,6 +6,7 @@ of an undisturbed run.
 
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -348,9 +349,15 @@ def _on_small_disk(world: World, name: str, rng: random.Random, scratch: pathlib
     if child == 0:  # a file system of its own, which ends with this process
         try:
             os.setsid()
-            mount(place.folder, limit)
-            done = f"a disk of {limit} bytes"
-            result = _full(place, place.start(), done, lambda: mount(place.folder, 1 << 30, True))
+            if rng.random() < 0.2:
+                mount(place.folder, "size=1g")
+                mount(place.folder, "remount,ro")
+                done = "a disk that can only be read"
+            else:
+                mount(place.folder, f"size={limit}")
+                done = f"a disk of {limit} bytes"
+            room = functools.partial(mount, place.folder, "remount,rw,size=1g")
+            result = _full(place, place.start(), done, room)
         except OSError as error:
             result = Outcome("broken", f"no disk: {error}")
         except BaseException as error:
@@ -361,15 +368,14 @@ def _on_small_disk(world: World, name: str, rng: random.Random, scratch: pathlib
     return Outcome(*json.loads(answer.read_text()))
 
 
-def mount(folder: pathlib.Path, size: int, again: bool = False) -> None:
+def mount(folder: pathlib.Path, options: str) -> None:
     """A tmpfs on `folder` that this process and its children alone see."""
-    if not again:
+    if not options.startswith("remount"):
         libc = ctypes.CDLL(None, use_errno=True)
         own_mounts, own_users = 0x00020000, 0x10000000
         if libc.unshare(own_mounts | (own_users if os.getuid() else 0)):
             raise OSError(ctypes.get_errno(), "unshare")
         subprocess.run(["mount", "--make-rprivate", "/"], check=False, capture_output=True)
-    options = f"{'remount,' if again else ''}size={size}"
     command = ["mount", "-t", "tmpfs", "-o", options, "campaign", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
