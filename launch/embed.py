@@ -53,6 +53,7 @@ def main():
 
     embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
     prompt = launching.prompt(arguments.prompt)
+    launching.report_prompts(embedder, {"texts": prompt})
     start = time.monotonic()
 
     def texts():

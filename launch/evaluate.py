@@ -69,7 +69,7 @@ def score_suite(arguments) -> None:
     output = pathlib.Path(arguments.output)
     if output.is_file():
         raise UserError(f"--output={output} is a file, expected a folder")
-    read_page(dict, arguments.suite)  # a mistake in it is reported before jax is imported
+    _, page = read_page(dict, arguments.suite)  # a mistake in it is reported before jax is imported
     data = pathlib.Path(arguments.data)
     if not data.is_dir():
         raise UserError(f"--data={data}: no such folder")
@@ -81,7 +81,7 @@ def score_suite(arguments) -> None:
     from moe_embed_jax.evaluation.suite_model import model_card, model_vectors
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    tasks = load_suite(arguments.suite)
+    tasks = load_suite(arguments.suite, page)
     check_files(tasks, data)
     mesh = make_mesh(MeshConfig())
     encoder = load_teacher(arguments.model, mesh)
@@ -89,6 +89,7 @@ def score_suite(arguments) -> None:
     symmetric = launching.prompt(arguments.symmetric_prompt)
     prompts = {"query": query, "document": document, "symmetric": symmetric}
     cache = pathlib.Path(arguments.cache) if arguments.cache else output / "vectors"
+    launching.report_prompts(encoder, prompts)
     vectors = model_vectors(encoder, cache, prompts, mesh, arguments.dim, arguments.dtype)
     card = model_card(encoder, vectors, arguments.name or arguments.model)
 
@@ -137,6 +138,7 @@ def score_sets(arguments) -> None:
 
         embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
         prompts = launching.prompts(arguments)
+        launching.report_prompts(embedder, dict(zip(("query", "document"), prompts, strict=True)))
         results = score_model(embedder, groups, dims, prompts, sys.stderr.isatty())
     content = results if len(results) > 1 else next(iter(results.values()))
     with written_whole(output) as file:

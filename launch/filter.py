@@ -38,9 +38,9 @@ def main():
 
     pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())
-    embedding = Embedding(
-        load_teacher(arguments.teacher, mesh), *launching.prompts(arguments), arguments.dtype
-    )
+    teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
+    launching.report_prompts(teacher, dict(zip(("query", "document"), prompts, strict=True)))
+    embedding = Embedding(teacher, *prompts, arguments.dtype)
     report, _ = filter_pairs(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     print(f"{output}: {report.total['kept']:,} of {len(pairs):,} pairs; see {output}/report.md")

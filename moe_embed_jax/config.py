@@ -76,7 +76,11 @@ def load(classes, spec: str, overrides: dict[str, str]):
 
     Raises `UserError` in one line, naming file or key.
     """
-    cls, page = read_page(classes, spec)
+    return fill(*read_page(classes, spec), overrides)
+
+
+def fill(cls, page: dict, overrides: dict[str, str]):
+    """`load` of a page that was read."""
     values = defaults(cls)
     _merge(values, page, "")
     for key, text in overrides.items():

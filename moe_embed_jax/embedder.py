@@ -123,11 +123,16 @@ class Embedder:
 
         "hash": SHA-256 of architecture, weights and tokenizer; "prefix"; "max_length" in tokens.
         """
-        return {
-            "hash": self._hash,
-            "prefix": self.prefix(prompt),
-            "max_length": self._max_length(prompt),
-        }
+        return {"hash": self._hash, **self.text_form(prompt)}
+
+    def text_form(self, prompt: str | None) -> dict:
+        """What becomes of a text: "prefix" before it, cut at "max_length" tokens."""
+        return {"prefix": self.prefix(prompt), "max_length": self._max_length(prompt)}
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the model's folder names a prefix that is not empty."""
+        return any(self.prompts.values())
 
     @functools.cached_property
     def _hash(self) -> str:

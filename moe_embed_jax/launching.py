@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import glob
 import io
+import json
 import logging
 import os
 import pathlib
@@ -101,6 +102,28 @@ def check_model(name: str) -> None:
 def prompts(arguments) -> tuple[str | None, str | None]:
     """Of queries and of documents."""
     return prompt(arguments.query_prompt), prompt(arguments.document_prompt)
+
+
+def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
+    """Prints what stands before the texts of each side, and where they are cut.
+
+    Warns where the model's folder says nothing about prompts and one was asked for by its name:
+    many models were trained with prefixes that only their description names.
+
+    Args:
+      encoder: an `Embedder` or a teacher.
+      prompts: side -> prompt of `Embedder.encode`.
+    """
+    for side, prompt in prompts.items():
+        form = encoder.text_form(prompt)
+        prefix = json.dumps(form["prefix"], ensure_ascii=False)
+        print(f"{side}: prefix {prefix}, at most {form['max_length']} tokens", flush=True)
+    if not encoder.has_prompts and {"query", "document"} & set(prompts.values()):
+        print(
+            "warning: the model's folder says nothing about prompts, so texts get none; if it was "
+            'trained with some, name them, as in --query_prompt="query: "',
+            file=sys.stderr,
+        )
 
 
 def check_new(output: pathlib.Path) -> None:

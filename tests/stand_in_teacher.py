@@ -27,4 +27,9 @@ class StandInTeacher:
         return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-6)
 
     def identity(self, prompt):
-        return {"hash": self.name, "prefix": str(prompt), "max_length": 512}
+        return {"hash": self.name, **self.text_form(prompt)}
+
+    def text_form(self, prompt):
+        return {"prefix": str(prompt), "max_length": 512}
+
+    has_prompts = True

@@ -10,7 +10,7 @@ import synthetic_wheels
 from synthetic_wheels import sentence
 from test_package_texts import parse, repin
 
-from moe_embed_jax.data import prepare
+from moe_embed_jax.data import document_store, prepare
 from moe_embed_jax.data.builders import documents, package_texts, wheels
 from moe_embed_jax.data.data_spec import complete_config, held_out_path, token_store_path
 from moe_embed_jax.data.pairs import PairRow, PairWriter
@@ -204,3 +204,14 @@ def test_bad_document_configs_are_refused():
         complete_config({**CONFIG, "rates": None})
     with pytest.raises(UserError, match="texts=3 must be the path"):
         complete_config({**CONFIG, "texts": 3})
+
+
+def test_a_language_is_no_path(tmp_path):
+    with (
+        pytest.raises(
+            UserError, match=r"language of a held-out document of s is '\.\./de': a name"
+        ),
+        document_store._HeldOut(tmp_path / "held_out") as held_out,
+    ):
+        held_out.add("s", "../de", "a text")
+    assert not list(tmp_path.iterdir())

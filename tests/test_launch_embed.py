@@ -34,8 +34,13 @@ class StandIn:
         stand_in.mesh = mesh
         return stand_in
 
+    has_prompts = True
+
     def identity(self, prompt):
-        return {"hash": "stand-in", "prefix": str(prompt), "max_length": 8}
+        return {"hash": "stand-in", **self.text_form(prompt)}
+
+    def text_form(self, prompt):
+        return {"prefix": str(prompt), "max_length": 8}
 
     def encode(self, texts, prompt="query", dim=None, batch_size=None, show_progress=False):
         if prompt == "both":
@@ -268,11 +273,40 @@ def test_evaluates_held_out_sets_at_several_widths(launch, tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["translations/fr"]["ndcg_at_10"] > 0.9
 
 
-def test_evaluate_prompts(launch, tmp_path):
+def test_evaluate_prompts(launch, tmp_path, capsys):
     write_beir(tmp_path / "set", ["rot", "blau"])
     flags = ["--model=model", "--dataset", "set", "--output", "r.json", "--query_prompt=none"]
     assert launch("evaluate", *flags, "--document_prompt", "query") == 0
     assert [prompt for prompt, count in StandIn.calls if count] == [None, "query"]
+    said = capsys.readouterr()
+    assert 'query: prefix "None", at most 8 tokens' in said.out.splitlines()
+    assert 'document: prefix "query", at most 8 tokens' in said.out.splitlines()
+    assert "warning" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "warns"), [("query", True), ("document", True), ("none", False), ("q: ", False)]
+)
+def test_a_model_that_says_nothing_about_prompts(
+    launch, tmp_path, capsys, monkeypatch, prompt, warns
+):
+    monkeypatch.setattr(StandIn, "has_prompts", False)
+    (tmp_path / "t.txt").write_text("ein Text")
+    flags = ("--model=model", "--input=t.txt", "--output=e.npy", f"--prompt={prompt}")
+    assert launch("embed", *flags) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("texts: prefix ")
+    assert ("the model's folder says nothing about prompts" in said.err) == warns
+
+
+def test_a_held_out_set_does_not_vanish(launch, tmp_path, capsys):
+    write_beir(tmp_path / "data/retrieval/set/de", ["rot", "blau"])  # plain files are read, too
+    flags = ["--model=bm25", "--heldout=data", "--output=r.json"]
+    assert launch("evaluate", *flags) == 0
+    (tmp_path / "data/retrieval/set/de/qrels.tsv").unlink()
+    assert launch("evaluate", *flags) == 2
+    message = "error: data/retrieval/set/de: no qrels.tsv or qrels/test.tsv, neither plain nor .gz"
+    assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize(

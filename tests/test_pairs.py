@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_embed_jax.data.pair_files import decode_pair, encode_pair
+from moe_embed_jax.data.pair_manifest import content_hash
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
 
@@ -115,6 +117,8 @@ def test_an_error_leaves_nothing(tmp_path):
     ("rows", "error", "message"),
     [
         ([ROWS[0], ROWS[2], ROWS[1]], RuntimeError, "left before"),
+        ([ROWS[0]._replace(language="../de")], UserError, "row 0: its language is '../de': a name"),
+        ([ROWS[0]._replace(source="..")], UserError, "row 0: its source is '..'"),
         ([ROWS[0]._replace(document="")], UserError, "row 0 of faq/en: a text is empty"),
         ([ROWS[0]._replace(negatives=("a", ""))], UserError, "a text is empty"),
         ([ROWS[0]._replace(document="\ud800")], UserError, "no UTF-8"),
@@ -130,6 +134,49 @@ def test_a_full_folder_is_not_overwritten(tmp_path):
     write(tmp_path / "pairs")
     with pytest.raises(UserError, match="is not empty"):
         PairWriter(tmp_path / "pairs", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: m["shards"][0].update(file="../x"),
+            r"shards\[0\]\.file is '\.\./x'",
+        ),
+        (lambda m: m["shards"][1].update(lengths="/etc/x"), r"shards\[1\]\.lengths is '/etc/x'"),
+        (lambda m: m["groups"][0].update(language="a/b"), r"groups\[0\]\.language is 'a/b'"),
+        (lambda m: m["groups"][0].update(source=".."), r"groups\[0\]\.source is '\.\.'"),
+        (lambda m: m["groups"][0].update(source=7), r"groups\[0\]\.source must be a name, got 7"),
+        (lambda m: m["groups"][0].update(stop=10**9), "is not a manifest of pairs"),
+        (lambda m: m["groups"][0].update(start=-1), "is not a manifest of pairs"),
+        (lambda m: m.update(rows="5"), "is not a manifest of pairs"),
+        (lambda m: m.update(shards=[]), "is not a manifest of pairs"),
+        (lambda m: m.update(groups={"a": 1}), "is not a manifest of pairs"),
+    ],
+)
+def test_hostile_manifests(tmp_path, change, message):
+    """With the right hash: no name leads out of the folder, and every value has its range."""
+    folder = write(tmp_path / "pairs").folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    with contextlib.suppress(TypeError):
+        manifest["content_hash"] = content_hash(manifest["groups"], manifest["shards"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        PairFolder(folder)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = write(tmp_path / "pairs").folder
+    shard = folder / "lengths-00000-of-00003.npy"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to("../elsewhere")
+    with pytest.raises(UserError, match=r"lengths: .*npy is a symbolic link out of its folder"):
+        PairFolder(folder)
+    (tmp_path / "elsewhere").rename(folder / "inside")
+    shard.unlink()
+    shard.symlink_to("inside")
+    PairFolder(folder).verify()
 
 
 def test_damage_is_named(tmp_path):

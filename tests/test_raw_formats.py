@@ -292,6 +292,16 @@ def test_damaged_gzip(tmp_path, damage):
     ("change", "message"),
     [
         ({"name": "a/b"}, "name='a/b' must be of letters, digits and _"),
+        ({"name": ["s"]}, r"name=\['s'\] must be of letters"),
+        ({"format": ["pairs"]}, r"format=\['pairs'\]; choose one of"),
+        ({"format": {}}, r"format=\{\}; choose one of"),
+        ({"qrels": "../x"}, r"source 1 \(s\): qrels is '../x': a name that becomes a file's"),
+        ({"qrels": 7}, "qrels=7 must be a string"),
+        ({"path": "a\0b"}, r"path='a\\x00b' must be a path"),
+        ({"path": [["a"]]}, r"path=\['a'\] must be a path"),
+        ({"path": "\ud800/*"}, "no data file matches"),
+        ({"path": "a[z-a"}, "no data file matches"),
+        ({"language": "../de"}, "language '../de' is not a code"),
         ({"format": "csv"}, "format='csv'; choose one of pairs, triplets"),
         ({"language": None}, "language=None must be a string"),
         ({"language": ""}, "give its language by exactly one of"),
@@ -316,6 +326,12 @@ def test_unreadable_sources_files(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         read_sources(str(path))
     path.write_text("[{")
+    with pytest.raises(UserError, match="is not JSON"):
+        read_sources(str(path))
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        read_sources(str(path))
+    path.write_bytes(b'[{"name": "\xff"}]')
     with pytest.raises(UserError, match="is not JSON"):
         read_sources(str(path))
     path.write_text("[]")

@@ -25,6 +25,13 @@ class Teacher(Protocol):
     def identity(self, prompt: str | None) -> dict:
         """Whatever decides those embeddings."""
 
+    def text_form(self, prompt: str | None) -> dict:
+        """{"prefix", "max_length"} of texts with this prompt."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the model says what its prompts are."""
+
 
 def load_teacher(name: str, mesh: jax.sharding.Mesh) -> Teacher:
     """A model by the name that launch/filter.py and launch/mine.py take.
@@ -80,11 +87,16 @@ class SentenceTransformerTeacher:
         ).astype(np.float32)
 
     def identity(self, prompt: str | None) -> dict:
-        return {
-            "hash": self._hash,
-            "prefix": self._prefix(prompt),
-            "max_length": self._model.max_seq_length,
-        }
+        return {"hash": self._hash, **self.text_form(prompt)}
+
+    def text_form(self, prompt: str | None) -> dict:
+        """As `Embedder.text_form`."""
+        return {"prefix": self._prefix(prompt), "max_length": self._model.max_seq_length}
+
+    @property
+    def has_prompts(self) -> bool:
+        """As `Embedder.has_prompts`."""
+        return any(self._model.prompts.values())
 
     @functools.cached_property
     def _no_vectors(self) -> np.ndarray:

@@ -22,6 +22,7 @@ import tqdm
 from moe_embed_jax.data.builders import package_texts
 from moe_embed_jax.data.data_spec import DOCUMENTS, held_out_path, pair_sources, source_checksums
 from moe_embed_jax.data.pairs import PairFolder
+from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.vocabulary import Vocabulary, clean_text, content_ids
 
@@ -132,6 +133,7 @@ class _HeldOut:
         return self
 
     def add(self, source: str, language: str, text: str | bytes) -> None:
+        check_name(language, f"the language of a held-out document of {source}")
         own = self._texts.setdefault(language, {}).setdefault(source, [])
         own.append(clean_text(text))
 

@@ -9,10 +9,12 @@ import json
 from pathlib import Path
 
 from moe_embed_jax.data.hashes import canonical_hash
+from moe_embed_jax.data.safe_names import check_name, path_inside
 from moe_embed_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+SHARD_SUMS = ("sha256", "lengths_sha256")
 
 
 def manifest_text(manifest: dict) -> str:
@@ -30,7 +32,8 @@ def read_manifest(folder: Path) -> dict:
     """manifest.json of a prepared folder, checked against its own hash.
 
     Raises:
-      UserError: missing, of another format, or changed; names the file.
+      UserError: missing, of another format, changed, or with a name that leads out of the folder;
+        names the file.
     """
     path = folder / MANIFEST
     remedy = "prepare the pairs again"
@@ -47,8 +50,45 @@ def read_manifest(folder: Path) -> dict:
             )
         actual = content_hash(manifest["groups"], manifest["shards"])
         claimed = manifest["content_hash"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest of pairs ({error!r}): {remedy}") from error
+        _check(manifest, folder)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a manifest of pairs ({error!r:.200}): {remedy}") from error
     if actual != claimed:
         raise UserError(f"{path} was changed after it was written: {remedy}")
     return manifest
+
+
+def _check(manifest: dict, folder: Path) -> None:
+    """Raises `UserError` or `ValueError` unless everything that readers take from it has its type
+    and its range."""
+    rows = 0
+    for number, group in enumerate(manifest["groups"]):
+        where = f"{folder / MANIFEST}: groups[{number}]"
+        for key in ("source", "language"):
+            check_name(group[key], f"{where}.{key}")
+        start, stop = _count(group["start"]), _count(group["stop"])
+        if start != rows or stop < start:
+            raise ValueError(f"groups[{number}] has rows {start} to {stop}, after {rows}")
+        rows = stop
+    shard_rows = 0
+    for number, shard in enumerate(manifest["shards"]):
+        for key in ("file", "lengths"):
+            path_inside(folder, shard[key], f"{folder / MANIFEST}: shards[{number}].{key}")
+        for key in SHARD_SUMS:
+            if not isinstance(shard[key], str):
+                raise ValueError(f"shards[{number}].{key} is no text")
+        shard_rows += _count(shard["rows"])
+    if not rows == shard_rows == _count(manifest["rows"]):
+        raise ValueError(
+            f"groups have {rows} rows, shards {shard_rows}: {manifest['rows']} claimed"
+        )
+    if not isinstance(manifest["about"], dict):
+        raise ValueError("about is no object")
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r:.40} is no number of rows")
+    return value

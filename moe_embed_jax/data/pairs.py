@@ -35,6 +35,7 @@ from moe_embed_jax.data.pair_files import (
     write_tfds_metadata,
 )
 from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text, read_manifest
+from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
 
 __all__ = ["PairFolder", "PairRow", "PairWriter"]
@@ -149,7 +150,8 @@ class PairWriter:
         """Appends a row.
 
         Raises:
-          UserError: a text is empty or has half of a surrogate pair, a source has a bad name.
+          UserError: a text is empty or has half of a surrogate pair, a source or a language has a
+            bad name.
           RuntimeError: the row belongs to a group that was left before.
         """
         key = (row.source, row.language)
@@ -158,6 +160,8 @@ class PairWriter:
                 raise UserError(
                     f"row {self.rows}: source {row.source!r} must be of letters, digits, _ . and :"
                 )
+            check_name(row.source, f"row {self.rows}: its source")
+            check_name(row.language, f"row {self.rows}: its language")
             if key in self._groups:
                 raise RuntimeError(f"row {self.rows}: group {key} was left before; sort the rows")
             self._groups[key] = empty_group(*key, self.rows)

@@ -10,10 +10,13 @@ from moe_embed_jax.evaluation.retrieval import evaluate_many
 def load_heldout(data_dir, is_optional: bool = False) -> dict[str, RetrievalSet]:
     """{"<set>/<language>": set}, sorted by name.
 
-    Raises `UserError` when `data_dir` holds none, unless `is_optional`.
+    Raises `UserError` when `data_dir` holds none, unless `is_optional`, and for a folder that lacks
+    one of its files: a set does not vanish in silence.
     """
     root = pathlib.Path(data_dir) / "retrieval"
-    folders = sorted(path.parent for path in root.glob("*/*/qrels.tsv.gz"))
+    folders = sorted(
+        path for path in root.glob("[!.]*/[!.]*") if path.is_dir() or path.is_symlink()
+    )
     if not folders and not is_optional:
         raise UserError(f"{root} holds no held-out sets: prepare the data again")
     return {folder.relative_to(root).as_posix(): load_beir(folder) for folder in folders}

@@ -61,15 +61,18 @@ class TaskResult:
         return float(np.mean([self.score(subset, width) for subset in self.subsets]))
 
 
-def load_suite(spec: str) -> dict[str, Task]:
+def load_suite(spec: str, values: dict | None = None) -> dict[str, Task]:
     """The tasks of a page, in its order.
 
     Args:
       spec: `path/to/page.py` or `path/to/page.py:variant`, see configs/evaluation.py.
+      values: what `config.read_page` gave for it; None: it is read now.
 
     Raises `UserError` that names the task and the key.
     """
-    page = config_page.load(Page, spec, {})
+    if values is None:
+        _, values = config_page.read_page(Page, spec)
+    page = config_page.fill(Page, values, {})
     if not page.tasks:
         raise UserError(f"{spec} lists no tasks")
     tasks = {}

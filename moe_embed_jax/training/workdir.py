@@ -98,9 +98,16 @@ def open_data(
             )
         prepare(config)
     store = TokenStore.open(path)
+    vocabulary = open_vocabulary(source)
+    stored = store.spec["vocabulary"]["sha256"]
+    if vocabulary.content_hash != stored:
+        raise UserError(
+            f"{source} was changed: its SHA-256 is {vocabulary.content_hash[:12]}, the tokens in "
+            f"{path} were made with {stored[:12]}; bring the file back, or delete both folders and "
+            "prepare again"
+        )
     if write:
         shutil.copyfile(source, workdir / source.name)
-    vocabulary = open_vocabulary(source)
     if vocabulary.size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary "

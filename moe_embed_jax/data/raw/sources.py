@@ -19,13 +19,14 @@ import re
 from pathlib import Path
 
 from moe_embed_jax.data.raw.layouts import LAYOUTS
+from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 PLAIN = (".txt", ".txt.gz", ".txt.xz")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
-_NAME = re.compile(r"[A-Za-z0-9_]+")
+_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|validation|valid|dev)([/_.-]|$)")
 
 
@@ -66,8 +67,8 @@ def read_sources(path: str) -> list[Source]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--sources={path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--sources={path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--sources={path} is not JSON: {error}") from None
     entries = content if isinstance(content, list) else [content]
     sources = [_source(entry, f"{path}: source {i}") for i, entry in enumerate(entries, start=1)]
     if not sources:
@@ -85,27 +86,28 @@ def _source(entry, where: str) -> Source:
     known = [field.name for field in dataclasses.fields(Source) if field.name != "paths"]
     for key in entry:
         if key not in (*known, "path"):
-            raise UserError(f"{where}: unknown key {key!r}; known: path, {', '.join(known)}")
+            raise UserError(f"{where}: unknown key {key!r:.60}; known: path, {', '.join(known)}")
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"{where}: name={name!r} must be of letters, digits and _")
+        raise UserError(f"{where}: name={name!r:.60} must be of letters, digits and _")
     where = f"{where} ({name})"
     layout = entry.get("format")
-    if layout not in LAYOUTS:
-        raise UserError(f"{where}: format={layout!r}; choose one of {', '.join(LAYOUTS)}")
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise UserError(f"{where}: format={layout!r:.60}; choose one of {', '.join(LAYOUTS)}")
     fields = entry.get("fields", {})
     if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
-        raise UserError(f"{where}: fields={fields!r} must give field names as strings")
+        raise UserError(f"{where}: fields={fields!r:.60} must give field names as strings")
     for role in fields:
         if role not in LAYOUTS[layout].fields:
             roles = ", ".join(LAYOUTS[layout].fields) or "none"
-            raise UserError(f"{where}: fields has {role!r}; format {layout} has {roles}")
+            raise UserError(f"{where}: fields has {role!r:.60}; format {layout} has {roles}")
     paths = _paths(entry.get("path"), where)
     texts = {key: entry.get(key, "") for key in ("language", "language_field")}
     texts["qrels"] = entry.get("qrels", "train")
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise UserError(f"{where}: {key}={value!r} must be a string")
+            raise UserError(f"{where}: {key}={value!r:.60} must be a string")
+    check_name(texts["qrels"], f"{where}: qrels")
     given = [bool(texts["language"]), bool(texts["language_field"]), bool(paths[0][0])]
     if sum(given) != 1:
         raise UserError(
@@ -114,7 +116,7 @@ def _source(entry, where: str) -> Source:
         )
     for code in filter(None, (texts["language"], *(language for language, _ in paths))):
         if not LANGUAGE.fullmatch(code):
-            raise UserError(f"{where}: language {code!r} is not a code such as en or zh-Hant")
+            raise UserError(f"{where}: language {code!r:.60} is not a code such as en or zh-Hant")
     share = entry.get("max_bad_share")
     if share is not None and not (
         isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
@@ -128,11 +130,11 @@ def _paths(value, where: str) -> tuple[tuple[str, str], ...]:
     found = []
     for language, paths in by_language.items():
         for path in paths if isinstance(paths, list) else [paths]:
-            if not isinstance(path, str) or not path:
-                raise UserError(f"{where}: path={path!r} must be a path, a list, or an object")
+            if not isinstance(path, str) or not path or "\0" in path:
+                raise UserError(f"{where}: path={path!r:.60} must be a path, a list, or an object")
             found.append((language, path))
     if not found or (isinstance(value, dict) and "" in value):
-        raise UserError(f"{where}: path={value!r} names no file, or a language without a code")
+        raise UserError(f"{where}: path={value!r:.60} names no file, or a language without a code")
     return tuple(found)
 
 
@@ -183,9 +185,13 @@ def _match(path: str, source: Source) -> list[tuple[str, int]]:
 
 def _list(pattern: str) -> list[tuple[str, int]]:
     # Here, so that a mistake in a sources file is reported before Beam is imported.
+    from apache_beam.io.filesystem import BeamIOError
     from apache_beam.io.filesystems import FileSystems
 
-    (result,) = FileSystems.match([pattern])
+    try:
+        (result,) = FileSystems.match([pattern])
+    except (ValueError, OSError, re.error, BeamIOError) as error:
+        raise UserError(f"path {pattern!r:.200} cannot be looked up: {error!s:.200}") from None
     is_local = "://" not in pattern
     return [
         (entry.path, entry.size_in_bytes)
