@@ -208,9 +208,7 @@ def test_bad_document_configs_are_refused():
 
 def test_a_language_is_no_path(tmp_path):
     with (
-        pytest.raises(
-            UserError, match=r"language of a held-out document of s is '\.\./de': a name"
-        ),
+        pytest.raises(UserError, match=r"held-out document of s is '\.\./de': a name"),
         document_store._HeldOut(tmp_path / "held_out") as held_out,
     ):
         held_out.add("s", "../de", "a text")

@@ -37,8 +37,8 @@ FAULTS = (
     Fault(
         "identity-forgets-the-prefix",
         "embedder.py",
-        '            "prefix": self.prefix(prompt),',
-        '            "prefix": "",',
+        '{"prefix": self.prefix(prompt),',
+        '{"prefix": "",',
         "test_embedder.py -k identity",
     ),
     Fault(
