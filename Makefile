@@ -48,20 +48,25 @@ docs: $(VENV)/docs-$(VERSION)
 	$(RUN) -m sphinx -W --keep-going --quiet -b html docs build/docs
 	@echo "build/docs/index.html"
 
-$(VENV)/base-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
+# An environment without packages; each set of them below is one call of pip, which takes long to
+# begin.
+$(VENV)/empty-$(VERSION): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -m venv --help > /dev/null || (echo "error: $(PYTHON) has no venv module (Debian: apt install python3-venv)"; exit 2)
 	$(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV): about two minutes"
+	@touch $@
+
+$(VENV)/base-$(VERSION): $(VENV)/empty-$(VERSION)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
-$(VENV)/test-$(VERSION): $(VENV)/base-$(VERSION)
+$(VENV)/test-$(VERSION): $(VENV)/empty-$(VERSION)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[$(TEST_EXTRAS)]
-	@touch $@
+	@touch $(VENV)/base-$(VERSION) $@
 
-$(VENV)/docs-$(VERSION): $(VENV)/base-$(VERSION)
+$(VENV)/docs-$(VERSION): $(VENV)/empty-$(VERSION)
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable .[docs]
-	@touch $@
+	@touch $(VENV)/base-$(VERSION) $@
 
 $(CONSTRAINTS):
 	@echo "error: $(PYTHON) is Python $(VERSION); supported are 3.11, 3.12 and 3.13: make PYTHON=python3.11 ..."; exit 2
