@@ -29,7 +29,7 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file()
     }
 
 
@@ -321,7 +321,7 @@ except UserError as error:
 """
     with pipeline._alone(str(prepared)):
         result = run_python(["-c", code])
-    assert "another process is preparing" in result.stdout, result.stderr
+    assert f"{prepared} is in use by process" in result.stdout, result.stderr
 
 
 def test_kill_9_in_the_middle(mixed, prepared, tmp_path, capsys):

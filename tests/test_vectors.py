@@ -164,14 +164,25 @@ def test_refuses(tmp_path):
 def test_damage_is_named(tmp_path):
     store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
     (tmp_path / "v" / "c" / "1" / "0").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"v: rows 0 to 70: damaged"):
+    with pytest.raises(UserError, match=r"v holds damaged vectors \(rows 0 to 70: .*v/c/1/0"):
         store[:]
     (tmp_path / "v" / "c" / "1" / "0").unlink()
-    with pytest.raises(ValueError, match="document 16 holds a value that is not finite"):
+    with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 is missing\)"):
         top_k(encode(["query"]), VectorStore(tmp_path / "v"), 1)
-    (tmp_path / "v" / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"progress\.json: cannot be read"):
-        VectorStore(tmp_path / "v")
+    for text in ("{", "[]", '{"rows": "70"}', '{"rows": 71}', '{"rows": 17}'):
+        (tmp_path / "v" / "progress.json").write_text(text)
+        with pytest.raises(UserError, match=r"v/progress\.json is damaged \("):
+            VectorStore(tmp_path / "v")
+
+
+def test_vectors_without_checksums_are_read_with_a_line(tmp_path, monkeypatch, capsys):
+    """As earlier versions wrote them."""
+    monkeypatch.setattr(vectors, "_CHECKED", vectors._CODECS)
+    write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
+    monkeypatch.undo()
+    monkeypatch.setattr(vectors, "CHUNK", 16)
+    np.testing.assert_array_equal(VectorStore(tmp_path / "v")[:], encode(TEXTS))
+    assert f"{tmp_path}/v was written without checksums" in capsys.readouterr().err
 
 
 def test_the_hash_knows_where_texts_end():

@@ -23,12 +23,14 @@ from moe_embed_jax.curation.pair_texts import (
     group_folder,
     pair_scores,
     progress_bar,
+    read_cache,
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, FilterReport
 from moe_embed_jax.data.pairs import PairFolder, PairWriter
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 from moe_embed_jax.search.knn import Documents, top_k
 
 EXAMPLES = 5  # dropped pairs of each group that a report shows
@@ -105,10 +107,16 @@ def filter_pairs(
       The report, and bool [rows]: the pairs that were kept.
 
     Raises:
-      UserError: `output` exists; `work` belongs to other pairs or another teacher; no pair is left.
+      UserError: `output` exists; `work` belongs to other pairs or another teacher, or another
+        process works there; no pair is left.
     """
     if output.exists():
         raise UserError(f"{output} exists: choose another folder")
+    with own(work, inside=True):
+        return _filter(pairs, output, work, embedding, rule, mesh)
+
+
+def _filter(pairs, output, work, embedding, rule, mesh) -> tuple[FilterReport, np.ndarray]:
     about = describe(pairs, embedding, rule)
     report = FilterReport(about)
     keep = np.zeros(len(pairs), bool)
@@ -128,7 +136,7 @@ def filter_pairs(
         for begin in range(0, len(rows), READ_AT_ONCE):
             for row in pairs.read(rows[begin : begin + READ_AT_ONCE]):
                 writer.write(row)
-    report.write(output)
+        report.write(writer.partial)
     return report, keep
 
 
@@ -147,10 +155,9 @@ def chunk_neighbours(
     seconds["embedding"] += embedded - start
     path = folder / NEIGHBOURS_FILE
     made_of = json.dumps([rule.k, queries.about, documents.about], sort_keys=True)
-    if path.is_file():
-        with np.load(path) as stored:
-            if str(stored["made_of"]) == made_of:
-                return Neighbours(stored["own"], stored["other"], stored["other_row"])
+    stored = read_cache(path, made_of, ("own", "other", "other_row"))
+    if stored is not None:
+        return Neighbours(*stored)
     query_ND = queries[:].astype(np.float32, copy=False)
     found = find_neighbours(
         query_ND, documents, texts.queries.row, texts.documents.row, rule.k, mesh

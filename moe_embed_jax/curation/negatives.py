@@ -23,6 +23,7 @@ from moe_embed_jax.curation.pair_texts import (
     group_folder,
     pair_scores,
     progress_bar,
+    read_cache,
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, MiningReport
@@ -30,6 +31,7 @@ from moe_embed_jax.data.normal_form import normal_form
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 from moe_embed_jax.search.knn import top_k
 
 QUERIES_AT_ONCE = 16_384  # distinct queries that are searched for and stored together
@@ -143,11 +145,8 @@ def _mine(query_ND, documents, positive_Q, excluded, rule: Rule, mesh) -> Mined:
 
 
 def _stored(path: Path, made_of: str) -> Mined | None:
-    if path.is_file():
-        with np.load(path) as stored:
-            if str(stored["made_of"]) == made_of:
-                return Mined(*(stored[field.name] for field in dataclasses.fields(Mined)))
-    return None
+    stored = read_cache(path, made_of, [field.name for field in dataclasses.fields(Mined)])
+    return None if stored is None else Mined(*stored)
 
 
 def mine_negatives(
@@ -168,10 +167,16 @@ def mine_negatives(
         then cheap; another teacher or other pairs are an error.
 
     Raises:
-      UserError: `output` exists; `work` belongs to other pairs or another teacher.
+      UserError: `output` exists; `work` belongs to other pairs or another teacher, or another
+        process works there.
     """
     if output.exists():
         raise UserError(f"{output} exists: choose another folder")
+    with own(work, inside=True):
+        return _mine_folder(pairs, output, work, embedding, rule, mesh)
+
+
+def _mine_folder(pairs, output, work, embedding, rule, mesh) -> MiningReport:
     about = describe(pairs, embedding, rule)
     report = MiningReport(about)
     with PairWriter(output, {"mining": about, "from": pairs.manifest["about"]}) as writer:
@@ -191,7 +196,7 @@ def mine_negatives(
             for row in _rows_with_negatives(pairs, start, stop, texts, mined):
                 writer.write(row)
         report.write(work)
-    report.write(output)
+        report.write(writer.partial)
     return report
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +131,31 @@ def group_folder(work: Path, index: int, source: str, language: str) -> Path:
     """Where the vectors of a (source, language) are kept; `index`: of the group."""
     name = re.sub(r"[^\w.-]+", "_", f"{source}-{language}")[:80]
     return work / f"{index:05d}-{name}"
+
+
+def read_cache(path: Path, made_of: str, names: Sequence[str]) -> list[np.ndarray] | None:
+    """Arrays of an .npz file whose "made_of" is this text; None: they must be computed.
+
+    Each array in it has a CRC-32, which NumPy's reader checks. A damaged file is said, not used.
+    """
+    try:
+        with np.load(path) as stored:
+            found = [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
+    except FileNotFoundError:
+        return None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        print(f"warning: {path} is damaged ({error}): computed again", file=sys.stderr, flush=True)
+        return None
+    return found
 
 
 def progress_bar(total: int, unit: str) -> tqdm:

@@ -10,7 +10,6 @@ import gzip
 import importlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.vocabulary import Vocabulary, clean_text, content_ids
+from moe_embed_jax.new_folder import new_folder
 
 DOCUMENTS_PER_READ = 64  # some are long
 # Of a prepared folder, by the hash of a document; the builders decide for themselves.
@@ -140,18 +140,15 @@ class _HeldOut:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None or self._folder.is_dir():  # another vocabulary's store has written it
             return
-        temporary = self._folder.with_name(f".{self._folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for language, sources in self._texts.items():
-            path = temporary / f"{language}.jsonl.gz"
-            with gzip.GzipFile(path, "wb", mtime=0) as file:
-                for source, found in sources.items():
-                    step = max(len(found) / MOST_HELD_OUT, 1.0)
-                    for i in range(min(len(found), MOST_HELD_OUT)):
-                        entry = {"source": source, "text": found[int(i * step)]}
-                        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-        temporary.rename(self._folder)
+        with new_folder(self._folder) as partial:
+            for language, sources in self._texts.items():
+                path = partial / f"{language}.jsonl.gz"
+                with gzip.GzipFile(path, "wb", mtime=0) as file:
+                    for source, found in sources.items():
+                        step = max(len(found) / MOST_HELD_OUT, 1.0)
+                        for i in range(min(len(found), MOST_HELD_OUT)):
+                            entry = {"source": source, "text": found[int(i * step)]}
+                            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
 
 def format_statistics(tasks: Mapping[str, dict]) -> str:

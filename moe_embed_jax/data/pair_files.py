@@ -20,11 +20,12 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from moe_embed_jax.data.hashes import file_hash
-from moe_embed_jax.data.pair_manifest import FORMAT, content_hash
+from moe_embed_jax.data.pair_manifest import FORMAT, content_hash, sealed
 
 NAME = "pairs"
 SPLIT = "train"
 PREFIX = f"{NAME}-{SPLIT}"
+METADATA = ("dataset_info.json", "features.json")  # of TFDS
 TEXTS = ("query", "document", "source", "language")
 # Columns of the lengths index: characters of query and document, number of negatives.
 LENGTHS = ("query_characters", "document_characters", "negatives")
@@ -165,8 +166,9 @@ def make_manifest(shards: Iterable[dict], groups: Iterable[dict], about: dict) -
     }
 
 
-def write_tfds_metadata(folder: Path, manifest: dict) -> None:
-    """dataset_info.json and features.json of TFDS for the shards of `manifest`."""
+def write_tfds_metadata(folder: Path, manifest: dict) -> dict:
+    """Writes dataset_info.json and features.json of TFDS for the shards of `manifest`; returns the
+    manifest with their hashes."""
     text = tfds.features.Text
     features = {**{name: text() for name in TEXTS}, "negatives": tfds.features.Sequence(text())}
     template = tfds.core.ShardedFileTemplate(
@@ -196,3 +198,4 @@ def write_tfds_metadata(folder: Path, manifest: dict) -> None:
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict([split]))
     info.write_to_directory(folder)
+    return sealed(manifest, {name: file_hash(folder / name) for name in METADATA})

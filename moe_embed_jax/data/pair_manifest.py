@@ -2,7 +2,8 @@
 
 {"format", "rows", "languages", "groups": [{"source", "language", "start", "stop", sums}],
  "shards": [{"file", "lengths", "rows", "bytes", "sha256", "lengths_sha256"}],
- "about": where the pairs come from, "content_hash"}
+ "about": where the pairs come from, "content_hash",
+ "metadata": {file of TFDS: its SHA-256}, "hash": of all the others}
 """
 
 import json
@@ -19,6 +20,12 @@ SHARD_SUMS = ("sha256", "lengths_sha256")
 
 def manifest_text(manifest: dict) -> str:
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
+def sealed(manifest: dict, metadata: dict[str, str]) -> dict:
+    """`manifest` with the hashes of TFDS's files and, last, its own."""
+    manifest = manifest | {"metadata": metadata}
+    return manifest | {"hash": canonical_hash(manifest)}
 
 
 def content_hash(groups: list[dict], shards: list[dict]) -> str:
@@ -51,6 +58,9 @@ def read_manifest(folder: Path) -> dict:
         actual = content_hash(manifest["groups"], manifest["shards"])
         claimed = manifest["content_hash"]
         _check(manifest, folder)
+        if "hash" in manifest:  # earlier versions wrote none
+            whole = {key: value for key, value in manifest.items() if key != "hash"}
+            actual, claimed = (actual, canonical_hash(whole)), (claimed, manifest["hash"])
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -72,6 +82,8 @@ def _check(manifest: dict, folder: Path) -> None:
         if start != rows or stop < start:
             raise ValueError(f"groups[{number}] has rows {start} to {stop}, after {rows}")
         rows = stop
+    for name in manifest.get("metadata", {}):
+        path_inside(folder, name, f"{folder / MANIFEST}: metadata")
     shard_rows = 0
     for number, shard in enumerate(manifest["shards"]):
         for key in ("file", "lengths"):

@@ -11,10 +11,10 @@ launch/prepare.py makes such folders from raw text; filtering and mining make ne
 Files and format: `pair_files`. TensorFlow is not imported.
 """
 
+import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from moe_embed_jax.data.pair_files import (
 from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text, read_manifest
 from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.new_folder import new_folder
 
 __all__ = ["PairFolder", "PairRow", "PairWriter"]
 
@@ -64,6 +65,8 @@ class PairFolder:
             (group["source"], group["language"]): (group["start"], group["stop"])
             for group in self.manifest["groups"]
         }
+        for name, sha256 in self.manifest.get("metadata", {}).items():
+            self._check(name, sha256)
         self.data_source = open_records(self.folder, PREFIX, self.manifest["rows"])
 
     def __len__(self) -> int:
@@ -87,6 +90,8 @@ class PairFolder:
 
     def lengths(self) -> np.ndarray:
         """int32 [rows, 3]: characters of query and document, number of negatives."""
+        for shard in self.manifest["shards"]:
+            self._check(shard["lengths"], shard["lengths_sha256"])
         parts = [np.load(self.folder / shard["lengths"]) for shard in self.manifest["shards"]]
         return np.concatenate(parts)
 
@@ -94,11 +99,14 @@ class PairFolder:
         """Reads every file once; raises `UserError` that names one which was changed."""
         for shard in self.manifest["shards"]:
             for name, key in (("file", "sha256"), ("lengths", "lengths_sha256")):
-                path = self.folder / shard[name]
-                if not path.is_file():
-                    raise damaged(path, None, "it is missing")
-                if file_hash(path) != shard[key]:
-                    raise damaged(path, None, f"its SHA-256 is not the one in {MANIFEST}")
+                self._check(shard[name], shard[key])
+
+    def _check(self, name: str, sha256: str) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise damaged(path, None, "it is missing")
+        if file_hash(path) != sha256:
+            raise damaged(path, None, f"its SHA-256 is not the one in {MANIFEST}")
 
 
 class PairWriter:
@@ -110,6 +118,7 @@ class PairWriter:
     Attributes:
       rows: the number of rows written so far.
       manifest: the content of manifest.json, once the folder is written.
+      partial: what becomes `folder`; other files that are written here appear with it.
     """
 
     def __init__(
@@ -122,7 +131,7 @@ class PairWriter:
         self._folder = Path(folder)
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise UserError(f"{self._folder} exists and is not empty: choose another folder")
-        self._temporary = self._folder.with_name(f".{self._folder.name}.{os.getpid()}.partial")
+        self._new_folder = new_folder(self._folder)
         self._about = json.loads(json.dumps(about))
         self._rows_per_shard = rows_per_shard
         self._groups: dict[tuple[str, str], dict] = {}
@@ -133,18 +142,17 @@ class PairWriter:
         self.manifest: dict = {}
 
     def __enter__(self) -> "PairWriter":
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        self.partial = self._new_folder.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        try:
-            if kind is None:
-                self._finish()
-            elif self._writer is not None:
-                self._writer.close()
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        with contextlib.ExitStack() as last:
+            last.push(self._new_folder)
+            if kind is not None:
+                if self._writer is not None:
+                    self._writer.close()
+                raise error  # the folder must not appear
+            self._finish()
 
     def write(self, row: PairRow) -> None:
         """Appends a row.
@@ -169,7 +177,7 @@ class PairWriter:
         if not (row.document and all(row.negatives)):  # a text alone has no query
             raise UserError(f"row {self.rows} of {row.source}/{row.language}: a text is empty")
         if self._writer is None:
-            self._writer = ShardWriter(self._temporary / f"shard-{len(self._shards):05d}")
+            self._writer = ShardWriter(self.partial / f"shard-{len(self._shards):05d}")
         try:
             self._writer.write(row)
         except UnicodeEncodeError as error:
@@ -183,7 +191,7 @@ class PairWriter:
 
     def _end_shard(self) -> None:
         index = len(self._shards)
-        self._shards.append(self._writer.finish(self._temporary / f"lengths-{index:05d}"))
+        self._shards.append(self._writer.finish(self.partial / f"lengths-{index:05d}"))
         self._writer = None
 
     def _finish(self) -> None:
@@ -194,11 +202,7 @@ class PairWriter:
         count = len(self._shards)
         for i in range(count):
             for part, name in (("shard", shard_name), ("lengths", lengths_name)):
-                (self._temporary / f"{part}-{i:05d}").rename(self._temporary / name(i, count))
-        self.manifest = make_manifest(self._shards, self._groups.values(), self._about)
-        write_tfds_metadata(self._temporary, self.manifest)
-        text = manifest_text(self.manifest)
-        (self._temporary / MANIFEST).write_text(text, encoding="utf-8")
-        if self._folder.exists():
-            self._folder.rmdir()  # it is empty
-        self._temporary.rename(self._folder)
+                (self.partial / f"{part}-{i:05d}").rename(self.partial / name(i, count))
+        manifest = make_manifest(self._shards, self._groups.values(), self._about)
+        self.manifest = write_tfds_metadata(self.partial, manifest)
+        (self.partial / MANIFEST).write_text(manifest_text(self.manifest), encoding="utf-8")

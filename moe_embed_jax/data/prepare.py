@@ -35,6 +35,7 @@ from moe_embed_jax.data.data_spec import (
 )
 from moe_embed_jax.data.document_store import import_tasks
 from moe_embed_jax.data.pairs import PairFolder
+from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.data.token_records import Negatives
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.data.tokenizer_json import open_vocabulary
@@ -121,10 +122,8 @@ def _make_vocabulary(config: dict, data_dir: Path) -> Vocabulary:
         return open_vocabulary(path)
     if config["vocabulary"]["kind"] == "file":
         vocabulary = open_vocabulary(config["vocabulary"]["path"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        temporary.write_bytes(vocabulary.model_bytes)
-        temporary.replace(path)
+        with written_whole(path) as file:  # by one process: the lock of the data directory is held
+            file.write(vocabulary.model_bytes)
         return vocabulary
     size = config["vocabulary"]["size"]
     print(f"data: training a vocabulary of {size} ids")

@@ -18,10 +18,10 @@ and where rows have hard negatives, J in all, those of the first row first:
 Records: `token_records`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,6 +38,7 @@ from moe_embed_jax.data.token_records import (
     no_negatives,
 )
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.new_folder import new_folder
 
 INDEX = ("lengths", "content_ids")
 NEGATIVE_INDEX = {"negative_starts": "<i8", "negative_lengths": "<i4", "negative_ids": "<i4"}
@@ -68,7 +69,7 @@ class TokenStoreWriter:
 
     def __init__(self, folder: str | os.PathLike, spec: dict, rows_per_shard: int = ROWS_PER_SHARD):
         self._folder = Path(folder)
-        self._temporary = self._folder.with_name(f".{self._folder.name}.{os.getpid()}.partial")
+        self._new_folder = new_folder(self._folder, replace=True)
         self._spec = dict(spec)
         self._rows_per_shard = rows_per_shard
         self._groups: list[dict] = []
@@ -81,17 +82,17 @@ class TokenStoreWriter:
         self._writer: ArrayRecordWriter | None = None
 
     def __enter__(self) -> "TokenStoreWriter":
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        self._partial = self._new_folder.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if kind is None:
+        with contextlib.ExitStack() as last:
+            last.push(self._new_folder)
+            if kind is not None:
+                if self._writer is not None:
+                    self._writer.close()
+                raise error  # the folder must not appear
             self._finish()
-            return
-        if self._writer is not None:
-            self._writer.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def start_group(self, task: str, language: str, rate: float) -> None:
         """The rows that follow belong to this task and language, sampled with weight `rate`."""
@@ -148,7 +149,7 @@ class TokenStoreWriter:
     def write_json(self, name: str, value: dict) -> None:
         """Stores `value` beside the data; it is no part of the spec or its hash."""
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        (self._temporary / name).write_text(text, encoding="utf-8")
+        (self._partial / name).write_text(text, encoding="utf-8")
 
     def _close_group(self) -> None:
         if self._groups:
@@ -157,20 +158,19 @@ class TokenStoreWriter:
     def _open_shard(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._shards.append(self._temporary / f"shard-{len(self._shards):05d}")
+        self._shards.append(self._partial / f"shard-{len(self._shards):05d}")
         self._writer = ArrayRecordWriter(str(self._shards[-1]), WRITER_OPTIONS)
 
     def _finish(self) -> None:
         if not self.rows:
-            shutil.rmtree(self._temporary, ignore_errors=True)
             raise UserError(f"no row was written to {self._folder}: the chosen data is empty")
         self._close_group()
         self._writer.close()
         for index, shard in enumerate(self._shards):
-            shard.rename(self._temporary / _shard_name(index, len(self._shards)))
+            shard.rename(self._partial / _shard_name(index, len(self._shards)))
         arrays = self._index_arrays()
         for name, array in arrays.items():
-            np.save(self._temporary / f"{name}.npy", array)
+            np.save(self._partial / f"{name}.npy", array)
         spec = {
             **self._spec,
             "format": FORMAT,
@@ -186,10 +186,7 @@ class TokenStoreWriter:
         spec["hash"] = canonical_hash(spec)
         # The spec is written last: a folder without it is not a store.
         text = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        (self._temporary / "spec.json").write_text(text, encoding="utf-8")
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
-        self._temporary.rename(self._folder)
+        (self._partial / "spec.json").write_text(text, encoding="utf-8")
 
     def _index_arrays(self) -> dict[str, np.ndarray]:
         lengths, content_ids = (np.concatenate(p) for p in (self._lengths, self._content_ids))

@@ -1,6 +1,6 @@
 """Vectors on disk: an array [N, D] in TensorStore (zarr3), and what was embedded with what.
 
-    zarr.json, c/    the array, in chunks of CHUNK rows
+    zarr.json, c/    the array, in chunks of CHUNK rows, each with its CRC-32C
     about.json       texts (count and SHA-256), encoder (whatever identifies it), width, dtype
     progress.json    rows that are complete
 
@@ -8,10 +8,12 @@
 are never taken for these.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -30,6 +32,8 @@ Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
 FORMAT = 1
 CHUNK = 8192  # rows of a chunk: written at once, lost at most by a kill
 ABOUT, PROGRESS = "about.json", "progress.json"
+_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
+_CHECKED = [*_CODECS, {"name": "crc32c"}]
 
 
 class VectorStore:
@@ -46,15 +50,18 @@ class VectorStore:
         """Raises `UserError` where there are no vectors, or not all of them yet."""
         self.folder = Path(folder)
         self.about = _read_json(self.folder / ABOUT)
-        self.shape = (self.about["texts"]["count"], self.about["width"])
-        done = _read_json(self.folder / PROGRESS)["rows"]
+        try:
+            self.shape = (int(self.about["texts"]["count"]), int(self.about["width"]))
+            self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damaged_file(self.folder / ABOUT, repr(error)) from error
+        done = _rows_done(self.folder, self.shape[0])
         if done < self.shape[0]:
             raise UserError(
                 f"{self.folder}: {done} of {self.shape[0]} vectors are written; run the command "
                 "that writes them again, it continues"
             )
-        self._array = _open(self.folder) if self.shape[0] else None
-        self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
+        self._array = _open(self.folder, self.about) if self.shape[0] else None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -65,10 +72,17 @@ class VectorStore:
             raise ValueError(f"step {step}: only contiguous rows can be read")
         if start >= stop:
             return np.zeros((0, self.shape[1]), self.dtype)
+        for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
+            path = self.folder / "c" / f"{chunk}" / "0"
+            if not path.is_file():  # TensorStore would fill the rows
+                raise self._damaged(f"{path} is missing")
         try:
             return self._array[start:stop].read().result()
-        except ValueError as error:
-            raise UserError(f"{self.folder}: rows {start} to {stop}: damaged ({error})") from error
+        except (ValueError, OSError) as error:
+            raise self._damaged(f"rows {start} to {stop}: {_first_line(error)}") from error
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.folder} holds damaged vectors ({reason}): delete it, and repeat")
 
 
 def write_vectors(
@@ -173,9 +187,9 @@ def _start(folder: Path, about: dict) -> int:
             raise UserError(f"{folder} holds something else: choose another folder")
         save_json(folder / ABOUT, about)
     if (folder / PROGRESS).is_file():
-        return _read_json(folder / PROGRESS)["rows"]
+        return _rows_done(folder, about["texts"]["count"])
     if about["texts"]["count"]:
-        _open(folder, about)
+        _open(folder, about, create=True)
     save_json(folder / PROGRESS, {"rows": 0})
     return 0
 
@@ -190,7 +204,7 @@ def _embed(
 ) -> None:
     count = about["texts"]["count"]
     writes = jax.process_index() == 0
-    array = _open(folder) if writes else None
+    array = _open(folder, about) if writes else None
     pending = None  # (end, what is being written): storage works while the next chunk is embedded
 
     def finish():
@@ -223,19 +237,38 @@ def _embed(
         finish()
 
 
-def _open(folder: Path, about: dict | None = None):
-    """The array of `folder`; makes it if `about` is given."""
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder.absolute())}}
-    if about is None:
-        try:
-            return ts.open(spec).result()
-        except ValueError as error:
-            raise UserError(f"{folder}: damaged array ({error})") from error
+def _open(folder: Path, about: dict, create: bool = False):
+    """The array of `folder`, exactly as `about` says: a damaged zarr.json may say something else.
+
+    Raises `UserError` if it cannot be opened.
+    """
+    try:
+        return _open_array(folder, about, _CHECKED, create)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            array = _open_array(folder, about, _CODECS, create=False)
+            print(
+                f"warning: {folder} was written without checksums: damage would not be seen",
+                file=sys.stderr,
+                flush=True,
+            )
+            return array
+        raise UserError(
+            f"{folder / 'zarr.json'} is missing or damaged ({_first_line(error)}): delete "
+            f"{folder}, and repeat"
+        ) from error
+
+
+def _open_array(folder: Path, about: dict, codecs: list[dict], create: bool):
     folder.mkdir(parents=True, exist_ok=True)
     shape = [about["texts"]["count"], about["width"]]
     return ts.open(
-        spec,
-        create=True,
+        {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(folder.absolute())},
+            "metadata": {"codecs": codecs, "chunk_key_encoding": {"name": "default"}},
+        },
+        create=create,
         open=True,  # what a killed call has made
         dtype=ts.dtype(about["dtype"]),
         shape=shape,
@@ -244,14 +277,33 @@ def _open(folder: Path, about: dict | None = None):
     ).result()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _numpy_dtype(name: str):
     return ts.dtype(name).numpy_dtype
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged_file(path, _first_line(error)) from None
+    if not isinstance(content, dict):
+        raise _damaged_file(path, "no JSON object")
+    return content
+
+
+def _rows_done(folder: Path, count: int) -> int:
+    rows = _read_json(folder / PROGRESS).get("rows")
+    # A kill leaves whole chunks only.
+    if type(rows) is not int or not 0 <= rows <= count or (rows % CHUNK and rows != count):
+        raise _damaged_file(folder / PROGRESS, f"rows {rows!r} of {count}")
+    return rows
+
+
+def _damaged_file(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is damaged ({reason}): delete {path.parent}, and repeat")

@@ -12,13 +12,13 @@ and interruptions leave no trace in it.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import pathlib
 import posixpath
 import re
 import tempfile
+from collections.abc import Iterator
 
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
@@ -52,6 +52,7 @@ from moe_embed_jax.data.raw.stages import (
 )
 from moe_embed_jax.data.raw.work import Work, bucket_name, part_name, shard_work_name
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 
 VERSION = 2  # raise it when the same input starts to give another result
 # Compressed bytes of pairs that one machine shuffles at a time, in memory.
@@ -79,8 +80,8 @@ def prepare(options: Options) -> dict:
     }
     plan = json.loads(json.dumps(plan))
     work = Work(options.output)
-    work_module.make_folder(options.output)
     with _alone(options.output):
+        work_module.make_folder(options.output)
         if manifest := _finished(options.output, plan):
             work.remove()
             print(f"prepared before: {options.output}")
@@ -211,7 +212,7 @@ class _Run:
                 if FileSystems.exists(path):  # else a killed process has moved it
                     work_module.move(path, target)
         with tempfile.TemporaryDirectory() as folder:
-            pair_files.write_tfds_metadata(pathlib.Path(folder), manifest)
+            manifest = pair_files.write_tfds_metadata(pathlib.Path(folder), manifest)
             for path in sorted(pathlib.Path(folder).iterdir()):
                 copy(path, posixpath.join(output, path.name))
         with work_module.written_whole(posixpath.join(output, MANIFEST)) as file:
@@ -276,16 +277,19 @@ def _finished(output: str, plan: dict) -> dict | None:
     return manifest
 
 
-def _alone(output: str):
-    """Held by the one process that prepares a local folder; another one is refused."""
+@contextlib.contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """One process prepares a local folder; another one is refused.
+
+    What killed processes left half-written is removed.
+    """
     if "://" in output:
-        return contextlib.nullcontext()
-    file = open(pathlib.Path(output) / ".lock", "w")  # noqa: SIM115 (it is the lock)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is preparing {output}") from None
-    return file
+        yield
+        return
+    with own(output):
+        for path in pathlib.Path(output).rglob("*.tmp"):
+            path.unlink()
+        yield
 
 
 def _say(stage: str, count: int, pending: int, what: str) -> None:
