@@ -37,8 +37,8 @@ FAULTS = (
     Fault(
         "neighbours-of-another-k-are-reused",
         "curation/consistency.py",
-        'if str(stored["made_of"]) == made_of:',
-        "if True:",
+        "json.dumps([rule.k, queries.about",
+        "json.dumps([queries.about",
         "test_consistency.py -k 'filters_a_folder or another_k'",
     ),
     Fault(
@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "mined-parts-of-another-rule-are-reused",
         "curation/negatives.py",
-        'if str(stored["made_of"]) == made_of:',
-        "if True:",
+        "json.dumps([dataclasses.asdict(rule), queries.about",
+        "json.dumps([queries.about",
         "test_negatives.py -k parts_and_another_rule",
     ),
 )
