@@ -2,9 +2,11 @@
 
 import argparse
 import ast
+import csv
 import importlib
 import importlib.util
 import itertools
+import json
 import os
 import re
 import runpy
@@ -233,26 +235,59 @@ def test_named_keys_exist(page):
 # ---- pages that are run, and built -------------------------------------------------------------
 
 
-def test_the_split_of_own_data(tmp_path):
-    """The program of docs/own_data.md on a small CSV file with what such files have."""
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """split(bytes of a CSV file) runs the program of docs/own_data.md on it."""
     page = (ROOT / "docs" / "own_data.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    rows = [f'"How, or why, {i}?","Because of {i // 2}."' for i in range(300)]
-    rows += [rows[0], '"  ","An answer without a question."', '"Größe?","多 行\nzwei"']
+    limit = csv.field_size_limit()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "own").mkdir(parents=True)
-    (tmp_path / "runs" / "own" / "faq.csv").write_text("\n".join(["question,answer", *rows]))
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+
+    def run(content: bytes) -> None:
+        (tmp_path / "runs" / "own" / "faq.csv").write_bytes(content)
+        exec(compile(program, "split.py", "exec"), {"__name__": "__main__"})
+
+    yield run
+    csv.field_size_limit(limit)
+
+
+LONG = "sehr lang " * 20_000
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("cell", [",", ";", "\t"])
+def test_the_split_of_own_data(split, tmp_path, cell, start):
+    """The program of docs/own_data.md on a small CSV file with what such files have."""
+    rows = [f'"How, or; why, {i}?"{cell}"Because of {i // 2}."' for i in range(300)]
+    rows += [rows[0], f'"  "{cell}"An answer without a question."', f'"Größe?"{cell}"多 行\nzwei"']
+    rows += [f"{LONG}{cell}x"]
+    split(start + "\n".join([f"question{cell}answer", *rows]).encode())
     own = tmp_path / "runs" / "own"
-    train = [yaml.safe_load(line) for line in (own / "train.jsonl").read_text().splitlines()]
+    train = [json.loads(line) for line in (own / "train.jsonl").read_text().splitlines()]
     (heldout,) = load_heldout(own / "data").values()
     assert not {row["query"] for row in train} & set(heldout.queries)
-    assert len(train) + len(heldout.queries) == 301
+    assert len(train) + len(heldout.queries) == 302
     assert 15 <= len(heldout.queries) <= 50
     assert heldout.oddities() == ""
     assert {row["document"] for row in train} <= set(heldout.documents)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"question,answer\na,b\nonly\n", "faq.csv, line 3: cells are missing, or not quoted"),
+        (b"question,answer\na,b, and more\n", "faq.csv, line 2: cells are missing, or not quoted"),
+        (b"Question,answer\na,b\n", "no column question; there are ['Question', 'answer']"),
+        (b"", "faq.csv: no column answer; there are None"),
+        (b'question,answer\na,"b\nc,d\n', "faq.csv: unexpected end of data"),
+        (b"question,answer\na,\xfc\n", "faq.csv: 'utf-8' codec can't decode byte 0xfc"),
+    ],
+)
+def test_the_split_names_what_it_cannot_read(split, content, message):
+    with pytest.raises(SystemExit) as ended:
+        split(content)
+    assert message in ended.value.code and "\n" not in ended.value.code
 
 
 def test_versions_agree():

@@ -52,9 +52,8 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: {remedy}"
-            )
+            found = f"{manifest.get('format')!r:.40}"
+            raise UserError(f"{path} has format {found}, this version reads {FORMAT}: {remedy}")
         actual = content_hash(manifest["groups"], manifest["shards"])
         claimed = manifest["content_hash"]
         _check(manifest, folder)

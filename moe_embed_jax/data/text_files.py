@@ -156,14 +156,18 @@ def parse_json(line: str, where: str) -> Any:
         raise UserError(f"{where}: bad JSON: {error}") from None
 
 
+def listed(names: Sequence[str]) -> str:
+    """The first few of the names that a complaint lists, each shortened."""
+    return ", ".join(f"{name:.40}" for name in names[:8]) or "none"
+
+
 def string_field(record: dict, field: str, where: str, default: str | None = None) -> str:
     """`record[field]`, which must be a string; a missing or null field gives `default` if set."""
     value = record.get(field)
     if value is None and default is not None:
         return default
     if field not in record:
-        keys = ", ".join(sorted(record)[:8]) or "none"
-        raise UserError(f"{where}: field '{field}' is missing (fields: {keys})")
+        raise UserError(f"{where}: field '{field}' is missing (fields: {listed(sorted(record))})")
     if not isinstance(value, str):
         raise UserError(f"{where}: field '{field}' must be a string, got {value!r:.40}")
     return value
@@ -195,14 +199,13 @@ def read_table(
             names = fields
             if missing := [column for column in columns if column not in names]:
                 raise UserError(
-                    f"{path}:{number}: column '{missing[0]}' is missing (columns: "
-                    f"{', '.join(names)})"
+                    f"{path}:{number}: column '{missing[0]}' is missing (columns: {listed(names)})"
                 )
             continue
         if len(fields) != len(names):
             raise UserError(
                 f"{path}:{number}: expected {len(names)} fields separated by tabs "
-                f"({', '.join(names)}), got {len(fields)}"
+                f"({listed(names)}), got {len(fields)}"
             )
         is_empty = False
         yield f"{path}:{number}", [fields[names.index(column)] for column in columns]

@@ -8,8 +8,6 @@ Numbers of models with different tokenizers cannot be compared.
 
 import dataclasses
 import functools
-import gzip
-import json
 import pathlib
 
 import jax
@@ -19,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.data.text_files import read_json, string_field
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, batch_sharding
 from moe_embed_jax.models.encoder import (
@@ -152,14 +151,18 @@ def _best(model, best, params, head, token_RL, text_index_RL, position_RL, colum
 def load_documents(folder) -> dict[str, list[str]]:
     """Language -> held-out documents, sources in turn, sorted by language.
 
-    Raises `UserError` when there are none.
+    Raises `UserError` when there are none, and for a bad line.
     """
     documents: dict[str, list[str]] = {}
     for path in sorted(pathlib.Path(folder).glob("*.jsonl.gz")):
         by_source: dict[str, list[str]] = {}
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for entry in map(json.loads, file):
-                by_source.setdefault(entry["source"], []).append(entry["text"])
+        for where, entry in read_json(path):
+            if not isinstance(entry, dict):
+                raise UserError(f"{where}: expected a JSON object, got {entry!r:.40}")
+            source, text = (string_field(entry, key, where) for key in ("source", "text"))
+            by_source.setdefault(source, []).append(text)
+        if not by_source:
+            raise UserError(f"{path}: there is no document in this file")
         longest = max(map(len, by_source.values()))
         documents[path.name.removesuffix(".jsonl.gz")] = [
             texts[i] for i in range(longest) for texts in by_source.values() if i < len(texts)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from moe_embed_jax.data.normal_form import normal_form
+from moe_embed_jax.data.text_files import listed
 from moe_embed_jax.data.vocabulary import clean_text
 
 
@@ -57,8 +58,7 @@ def text_of(record: dict, field: str) -> str:
     Raises `BadField`: missing, no string, or nothing but white space.
     """
     if field not in record:
-        names = ", ".join(sorted(map(str, record))[:8]) or "none"
-        raise BadField(field, f"is missing (fields: {names})")
+        raise BadField(field, f"is missing (fields: {listed(sorted(map(str, record)))})")
     return _clean(record[field], field)
 
 

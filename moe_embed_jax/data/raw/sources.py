@@ -130,7 +130,7 @@ def _paths(value, where: str) -> tuple[tuple[str, str], ...]:
     found = []
     for language, paths in by_language.items():
         for path in paths if isinstance(paths, list) else [paths]:
-            if not isinstance(path, str) or not path or "\0" in path:
+            if not isinstance(path, str) or not path or min(path) < " ":
                 raise UserError(f"{where}: path={path!r:.60} must be a path, a list, or an object")
             found.append((language, path))
     if not found or (isinstance(value, dict) and "" in value):
@@ -173,7 +173,7 @@ def _match(path: str, source: Source) -> list[tuple[str, int]]:
                 f"({held_out[0]}); name the ones to take with a glob"
             )
     if not files:
-        raise UserError(f"source {source.name}: no data file matches {path}")
+        raise UserError(f"source {source.name}: no data file matches {path:.300}")
     for name, _ in files:
         if not name.endswith((*SUFFIXES, *COLUMNAR, *PLAIN)):
             raise UserError(
@@ -203,5 +203,5 @@ def _list(pattern: str) -> list[tuple[str, int]]:
 def _folder_size(path: str, source: Source) -> int:
     files = _list(f"{path.rstrip('/')}/**")
     if not files:
-        raise UserError(f"source {source.name}: {path} is no folder with files in it")
+        raise UserError(f"source {source.name}: {path:.300} is no folder with files in it")
     return sum(size for _, size in files)
