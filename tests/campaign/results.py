@@ -15,12 +15,14 @@ RECORDS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "results.json", 
 CLOCK = ("evaluation_time", "seconds", "seconds_of_this_run", "date")
 
 
-def of_files(target: pathlib.Path, without=()) -> dict[str, str]:
+def of_files(target: pathlib.Path, without=(), place=None) -> dict[str, str]:
+    """place: the folder whose path is left out of JSON files; default: the target's."""
+    place = str(place or target.parent)
     found = files(target, without=without)
     for name in [n for n in found if n.endswith(".json")]:
         path = target if target.is_file() else target / name
         with contextlib.suppress(ValueError, RecursionError):  # then its bytes are compared
-            timeless = repr(_timeless(json.loads(path.read_text())))
+            timeless = repr(_timeless(json.loads(path.read_text()))).replace(place, "PLACE")
             found[name] = hashlib.sha256(timeless.encode()).hexdigest()
     return found
 
@@ -44,7 +46,7 @@ def of_recipe(target: pathlib.Path) -> dict[str, str]:
     found = {}
     for step in ("pairs", "filtered", "mined", "export", "evaluation"):
         without = ("report", "work")
-        found |= {f"{step}/{k}": v for k, v in of_files(target / step, without).items()}
+        found |= {f"{step}/{k}": v for k, v in of_files(target / step, without, target).items()}
     for stage in ("stage1", "stage2", "stage3"):
         for name in ("metrics.jsonl", "results.json", "evaluations.jsonl"):
             if (path := target / stage / name).is_file():
