@@ -241,14 +241,19 @@ def test_which_file_is_read(small, exported, tmp_path):
     wordpiece().save(str(tmp_path / "tokenizer.json"))
     assert isinstance(load_tokenizer(tmp_path), TokenizerJson)
     (tmp_path / "sentencepiece.model").write_bytes(small.model_bytes)
-    (tmp_path / "sentencepiece.bpe.model").write_bytes(small.model_bytes)
-    assert find_tokenizer(tmp_path).name == "sentencepiece.bpe.model"
-    # Two tokenizers with other ids: neither is silently taken.
+    pieces = tmp_path / "sentencepiece.bpe.model"
+    pieces.write_bytes(small.model_bytes)
+    assert find_tokenizer(tmp_path).name == "tokenizer.json"  # as transformers does
+    # Two tokenizers with other ids: the other one is not silently taken.
     with pytest.raises(UserError, match=r"tokenizer\.json gives the pieces .* other ids"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
+        load_tokenizer(pieces)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(pieces)
+    (tmp_path / "tokenizer.json").write_text("{")
+    for path in (pieces, tmp_path):
+        with pytest.raises(UserError, match=r"tokenizer\.json is not JSON"):
+            load_tokenizer(path)
     (tmp_path / "tokenizer.json").unlink()
     assert load_tokenizer(tmp_path).size == small.size
 

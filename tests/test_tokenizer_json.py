@@ -225,7 +225,7 @@ def test_long_texts_are_cut_where_that_is_exact(bert):
         (b"", "is not JSON"),
         (b'{"model": ', "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
-        (b"[1]", 'no section "model"'),
+        (b"[1]", "must be a JSON object"),
         (b'{"tokenizer_class": "BertTokenizer"}', 'no section "model"'),
         (b'{"model": {"type": "Quantum"}}', "cannot be read by tokenizers"),
     ],
@@ -236,6 +236,20 @@ def test_bad_files(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         TokenizerJson.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram"])
+def test_a_tokenizer_without_an_unknown_token(kind):
+    model = {
+        "WordPiece": tokenizers.models.WordPiece(
+            {"a": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"
+        ),
+        "Unigram": tokenizers.models.Unigram([("a", -1.0), ("[CLS]", 0.0), ("[SEP]", 0.0)]),
+    }[kind]
+    made = tokenizers.Tokenizer(model)
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    with pytest.raises(UserError, match=r"has no token for what its vocabulary lacks .*unk_token"):
+        wrap(around(made, "[CLS] $A [SEP]"))
 
 
 def test_missing_file(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from moe_embed_jax.data.builders.wheels import WHEELS
 from moe_embed_jax.data.hashes import canonical_hash
 from moe_embed_jax.data.pair_manifest import read_manifest
+from moe_embed_jax.data.tokenizer_settings import effective_bytes
 from moe_embed_jax.errors import UserError
 
 # Raise when the same pairs start to give other tokens (vocabulary recipe, tasks, record format).
@@ -209,7 +210,8 @@ def _vocabulary_key(complete: dict) -> dict:
         path = Path(vocabulary["path"])
         if not path.is_file():
             raise UserError(f"data config: vocabulary file {path} does not exist")
-        return {"kind": "file", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        content = effective_bytes(path) if path.suffix == ".json" else path.read_bytes()
+        return {"kind": "file", "sha256": hashlib.sha256(content).hexdigest()}
     # Trained on all tasks of the mixture, so that runs with other rates share it.
     key = {**vocabulary, **_origin(complete)}
     default = "documents" if "documents" in complete else "mixture"

@@ -2,8 +2,9 @@
 
 `TokenizerJson` has the interface of `Vocabulary`, so a model with a published tokenizer embeds and
 trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for the
-same file with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token there,
-and so it is here. What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
+same folder with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token
+there, and so it is here, unless tokenizer_config.json says otherwise (see `tokenizer_settings`).
+What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
 
 Neither transformers nor PyTorch is needed.
 """
@@ -19,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from moe_embed_jax.data.tokenizer_settings import MARKUP_IS_TEXT, effective_bytes
 from moe_embed_jax.data.vocabulary import Vocabulary, clean_text, cut_before_space
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.json_file import parse_object
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -42,7 +45,8 @@ class TokenizerJson:
         is never attended to, so any id would do).
       unk_id, mask_id: None for a tokenizer without such a token.
       content_hash: SHA-256 of the file, hexadecimal.
-      model_bytes: the file.
+      model_bytes: the file, with what the files beside it change (`tokenizer_settings`).
+      markup_is_text: whether special tokens in a text are plain text.
     """
 
     def __init__(self, model_bytes: bytes, name: str = "tokenizer.json"):
@@ -52,8 +56,10 @@ class TokenizerJson:
             raise UserError(f"{name} truncates texts at their beginning; here only the end is cut")
         self.model_bytes = model_bytes
         self.content_hash = hashlib.sha256(model_bytes).hexdigest()
+        self.markup_is_text = bool(content.pop(MARKUP_IS_TEXT, False))
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(model_bytes)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.plain_bytes())
+            self._tokenizer.encode_special_tokens = self.markup_is_text
             # Files keep the settings of whoever saved them: a length, or a padding to 128 tokens.
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -62,6 +68,11 @@ class TokenizerJson:
         except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a panic of the library is no Exception
+            if re.search(r"unk_id|unknown token|\[UNK\]|UNK token", str(error)):
+                raise UserError(
+                    f"{name} has no token for what its vocabulary lacks ({error}): name one in "
+                    "unk_id or unk_token of its model, and put it into the vocabulary"
+                ) from None
             raise UserError(
                 f"{name} cannot be read by tokenizers {tokenizers.__version__} ({error!r}); give "
                 "the tokenizer.json of a Hugging Face model, or install a newer tokenizers"
@@ -69,7 +80,7 @@ class TokenizerJson:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenizerJson":
-        """Reads a tokenizer.json.
+        """Reads a tokenizer.json, and the files beside it that change what it does.
 
         Raises:
           UserError: no such file, not a tokenizer, or one that does not add exactly one token at
@@ -80,7 +91,15 @@ class TokenizerJson:
             raise UserError(
                 f"tokenizer file {path} does not exist; give the path of a tokenizer.json"
             )
-        return cls(path.read_bytes(), name=str(path))
+        return cls(effective_bytes(path), name=str(path))
+
+    def plain_bytes(self) -> bytes:
+        """A tokenizer.json that `tokenizers` reads: `model_bytes` without our own key."""
+        if not self.markup_is_text:
+            return self.model_bytes
+        content = _read_json(self.model_bytes, "tokenizer.json")
+        del content[MARKUP_IS_TEXT]
+        return json.dumps(content, ensure_ascii=False).encode()
 
     def encode(self, text: str | bytes, max_ids: int | None = None) -> list[int]:
         """The token ids of `text` without special tokens; at most the first `max_ids` of them."""
@@ -176,13 +195,8 @@ class TokenizerJson:
 
 
 def _read_json(model_bytes: bytes, name: str) -> dict:
-    try:
-        content = json.loads(model_bytes)
-    except ValueError as error:
-        raise UserError(
-            f"{name} is not JSON ({error}); it may be cut short: copy it again"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+    content = parse_object(model_bytes, name)
+    if not isinstance(content.get("model"), dict):
         raise UserError(
             f'{name} has no section "model"; give the tokenizer.json of a Hugging Face model, not '
             "its tokenizer_config.json or vocab.json"

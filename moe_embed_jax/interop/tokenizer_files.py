@@ -10,6 +10,10 @@ two known exceptions:
   of 598,404 real texts in more than 110 languages with XLM-R's model, 22 with one trained here;
 * a compatibility character with a combining mark behind it, such as "ª" with a grave accent.
 
+A folder's tokenizer.json is read before its SentencePiece model, because transformers reads it: the
+ids are those of transformers, tokens that were added and markup in texts included. Our exports say
+`split_special_tokens`, which makes markup text; there the SentencePiece model is read.
+
 A literal "<s>" in a text is text to SentencePiece. It is for transformers, too, because
 tokenizer_config.json says `split_special_tokens`; a runtime that reads tokenizer.json alone takes
 it for the special token, unless told otherwise (`Tokenizer.encode_special_tokens = True`).
@@ -35,9 +39,18 @@ from tokenizers import (
 )
 
 from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
+from moe_embed_jax.data.tokenizer_settings import (
+    CONFIG_FILE,
+    MARKUP_IS_TEXT,
+    MOST_BYTES,
+    lower_cases,
+    refuse_settings,
+    wanted_tokens,
+)
 from moe_embed_jax.data.vocabulary import WORD_START, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.combining_marks import BOUNDARY, boundary_pattern
+from moe_embed_jax.json_file import flag, parse_object, read_bytes, read_optional
 
 XLMR_SIZE = 250_002
 XLMR_FILE = "sentencepiece.bpe.model"  # XLM-R's name for it
@@ -51,17 +64,29 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
 def find_tokenizer(folder: str | os.PathLike) -> pathlib.Path | None:
-    """The tokenizer file of a model folder: a SentencePiece model before a tokenizer.json."""
-    paths = [pathlib.Path(folder) / name for name in (XLMR_FILE, SENTENCEPIECE_FILE, JSON_FILE)]
-    return next((path for path in paths if path.is_file()), None)
+    """The tokenizer file of a model folder: tokenizer.json before a SentencePiece model, unless
+    markup in texts is text to both, and no token was added."""
+    folder = pathlib.Path(folder)
+    paths = [folder / name for name in (XLMR_FILE, SENTENCEPIECE_FILE)]
+    pieces = next((path for path in paths if path.is_file()), None)
+    if not (folder / JSON_FILE).is_file():
+        return pieces
+    config = folder / CONFIG_FILE
+    if pieces and flag(read_optional(config), MARKUP_IS_TEXT, config):
+        added = _parsed(folder / JSON_FILE).get("added_tokens")
+        tokens = [isinstance(row, dict) and row.get("content") for row in added or []]
+        if set(tokens) <= set(SPECIAL_TOKENS) and not lower_cases(folder):
+            return pieces
+    return folder / JSON_FILE
 
 
 def load_tokenizer(path: str | os.PathLike) -> Vocabulary | TokenizerJson | None:
     """The tokenizer in a file or a folder; None if the folder has none.
 
     Raises:
-      UserError: the file is missing or unusable, or the tokenizer.json next to a SentencePiece
-        model numbers the tokens in another way than XLM-R does.
+      UserError: the file is missing or unusable; a SentencePiece model next to files that add
+        tokens or lower-case texts, or whose tokenizer.json numbers the tokens in another way than
+        XLM-R does.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -70,6 +95,7 @@ def load_tokenizer(path: str | os.PathLike) -> Vocabulary | TokenizerJson | None
     vocabulary = open_vocabulary(path)
     if isinstance(vocabulary, TokenizerJson):
         return vocabulary
+    _refuse_changes(vocabulary, path)
     other = path.with_name(JSON_FILE)
     pieces = [piece.piece for piece in _read(vocabulary).pieces[3:]]
     # Models such as CamemBERT ship a file of the same name for another layout of ids.
@@ -84,10 +110,38 @@ def load_tokenizer(path: str | os.PathLike) -> Vocabulary | TokenizerJson | None
 def _pieces_of(path: pathlib.Path) -> list[str]:
     """The vocabulary of a Unigram tokenizer.json in the order of the ids; [] for other types."""
     try:
-        vocabulary = json.loads(path.read_bytes())["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
+        vocabulary = _parsed(path)["model"]["vocab"]
+        return [row[0] for row in vocabulary] if isinstance(vocabulary, list) else []
+    except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is not a tokenizer.json ({error!r}); copy it again") from None
-    return [row[0] for row in vocabulary] if isinstance(vocabulary, list) else []
+
+
+def _parsed(path: pathlib.Path) -> dict:
+    return parse_object(read_bytes(path, MOST_BYTES), path)
+
+
+def _refuse_changes(vocabulary: Vocabulary, path: pathlib.Path) -> None:
+    """Raises `UserError` where files beside a SentencePiece model change its ids."""
+    folder, ids = path.parent, dict(zip(SPECIAL_TOKENS, range(4), strict=False))
+    ids["<mask>"] = vocabulary.mask_id
+    config = read_optional(folder / CONFIG_FILE)
+    refuse_settings(config, folder / CONFIG_FILE)
+    if lower_cases(folder):
+        raise UserError(
+            f"{folder}: do_lower_case=true is honoured for a tokenizer.json only: save the "
+            "tokenizer with a current version of transformers, which writes one"
+        )
+    try:
+        tokens = list(wanted_tokens(folder, config))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from None
+    for token in tokens:
+        if token["content"] not in ids or token.get("id", -1) not in (-1, ids[token["content"]]):
+            raise UserError(
+                f"{folder} adds the token {token['content']!r:.40} to {path.name}, which is "
+                "honoured for a tokenizer.json only: save the tokenizer with a current version of "
+                "transformers, which writes one"
+            )
 
 
 # ---- Export --------------------------------------------------------------------------------------
@@ -109,8 +163,8 @@ def write_tokenizer(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(vocabulary, TokenizerJson):
         special = _special_names(vocabulary)
-        behaviour = {}
-        (folder / JSON_FILE).write_bytes(vocabulary.model_bytes)
+        behaviour = {MARKUP_IS_TEXT: True} if vocabulary.markup_is_text else {}
+        (folder / JSON_FILE).write_bytes(vocabulary.plain_bytes())
     else:
         bos, pad, eos, unk, mask = SPECIAL_TOKENS
         special = {"bos": bos, "eos": eos, "cls": bos, "sep": eos}
@@ -118,7 +172,7 @@ def write_tokenizer(
         # The last two are for llama.cpp's converter: whether to put a space before the text and
         # whether to merge runs of spaces.
         behaviour = {
-            "split_special_tokens": True,
+            MARKUP_IS_TEXT: True,
             "add_prefix_space": True,
             "clean_up_tokenization_spaces": True,
         }
