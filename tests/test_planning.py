@@ -209,6 +209,14 @@ def test_search_skips_what_cannot_fit_and_goes_on_from_its_cache(run, monkeypatc
     again, found = search.search(*arguments)
     assert again == best and found is None and len(compiled) == before
 
+    whole = cache.read_text()
+    key = next(iter(json.loads(whole)))
+    for damaged in (whole[:-9], "[" * 100_000, "[]", json.dumps(json.loads(whole) | {key: 1})):
+        cache.write_text(damaged)
+        with pytest.raises(UserError, match=r"cache\.json") as refused:
+            search.search(*arguments)
+        assert len(str(refused.value).splitlines()) == 1
+
 
 def setting(config) -> tuple[int, int]:
     return config.data.chunk_rows, config.model.remat_rows

@@ -265,6 +265,16 @@ def test_interrupted_work_continues(stage, mixed, prepared, tmp_path, monkeypatc
     assert files(tmp_path / "pairs") == files(prepared)
 
 
+@pytest.mark.parametrize("damage", [b"", b"[]", b"[" * 100_000, b'{"\xff": 1}'])
+def test_a_damaged_file_of_the_work_is_named(tmp_path, damage):
+    work = Work(str(tmp_path / "out"))
+    work.begin({"sources": 1})
+    (tmp_path / "out/work/plan.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"plan\.json is damaged .*prepare again") as refused:
+        work.begin({"sources": 1})
+    assert len(str(refused.value).splitlines()) == 1
+
+
 def test_other_sources_do_not_continue_the_work(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline._Run, "spread", lambda self: (_ for _ in ()).throw(_Killed))
     with pytest.raises(_Killed):

@@ -356,7 +356,7 @@ def _read_spec(folder: Path) -> dict:
         spec = json.loads(path.read_text(encoding="utf-8"))
         claimed = spec["hash"]
         actual = canonical_hash({key: value for key, value in spec.items() if key != "hash"})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a token store spec ({error}): {REMEDY.format(folder=folder)}"
         ) from error

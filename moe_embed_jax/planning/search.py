@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from moe_embed_jax import json_file
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig
@@ -25,6 +26,7 @@ from moe_embed_jax.training.run_config import RunConfig
 SETTINGS = ((32, 32), (256, 64), (0, 64), (0, 128), (0, 256), (0, 512), (0, 0))
 FSDP = (1, 4, 16)
 EXPERT = (1, 2, 4, 8)
+RESULT_KEYS = ("fits", "rows", "predicted_step_seconds")  # of a plan, which a search reads
 
 
 def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
@@ -130,13 +132,13 @@ class _Cache:
         self.identity = identity
         self.known = {}
         if self.path and self.path.is_file():
-            try:
-                self.known = json.loads(self.path.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"--cache={path} is no JSON file; remove it ({error})") from error
+            self.known = json_file.read_object(self.path)
 
     def get(self, config: RunConfig) -> dict | None:
-        return self.known.get(self._key(config))
+        found = self.known.get(self._key(config))
+        if found is not None and not _is_result(found):
+            raise UserError(f"--cache={self.path}: a result in it is damaged: remove the file")
+        return found
 
     def put(self, config: RunConfig, found: dict) -> None:
         self.known[self._key(config)] = found
@@ -146,6 +148,11 @@ class _Cache:
     def _key(self, config: RunConfig) -> str:
         content = json.dumps([self.identity, dataclasses.asdict(config)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _is_result(found) -> bool:
+    needs = ("fits",) if isinstance(found, dict) and "why" in found else RESULT_KEYS
+    return isinstance(found, dict) and all(key in found for key in needs)
 
 
 def describe(config: RunConfig) -> str:

@@ -237,15 +237,17 @@ def columns(path):
 
 
 def config(path):
-    """The card of a model folder, and overrides of a page from the same values."""
-    values = json.loads(path.read_text())
-    overrides = {}
-    for parent, key in damage.walk(values)[:40]:
-        if isinstance(parent, dict) and not isinstance(parent[key], (dict, list)):
-            overrides[key] = str(parent[key])
+    """A page of a config that gives the changed values of a card."""
+    try:
+        values = json.loads(path.read_text())
+        text = repr(values)
+    except (ValueError, RecursionError, OSError):
+        raise UserError(f"{path} gives no values") from None  # and so is no test of a page
     page = path.with_name("page.py")
-    page.write_text(f"def get_config(variant=''):\n    return {values!r}\n".replace("nan", "None"))
-    return dataclasses.asdict(config_page.load(PAGES, str(page), {}))
+    page.write_text(f"nan = inf = 0\n\n\ndef get_config(variant=''):\n    return {text}\n")
+    loaded = config_page.load(PAGES, str(page), {})
+    page.unlink()
+    return dataclasses.asdict(loaded)
 
 
 READERS = {

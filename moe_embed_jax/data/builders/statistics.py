@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from moe_embed_jax import json_file
 from moe_embed_jax.data.builders.text_pairs import Pair
 from moe_embed_jax.errors import UserError
 
@@ -56,13 +57,9 @@ def store_section(data_dir: str | Path, name: str, section: dict) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in a file of ours; empty if the file is missing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not readable as JSON ({error}); delete it and run again"
-        ) from error
+        return json_file.read_optional(path)
+    except UserError as error:
+        raise UserError(f"{error}; delete it and run again") from None
 
 
 def write_json(path: Path, content: dict) -> None:

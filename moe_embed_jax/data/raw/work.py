@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from moe_embed_jax import json_file
 from moe_embed_jax.data.raw.pieces import SCHEMA
 from moe_embed_jax.data.raw.records import open_file
 from moe_embed_jax.errors import UserError
@@ -113,8 +114,14 @@ def move(source: str, target: str) -> None:
 
 
 def read_json(path: str) -> dict:
-    with open_file(path) as file:
-        return json.loads(file.read().decode("utf-8"))
+    """A file of ours. Raises `UserError` where it holds no JSON object."""
+    try:
+        with open_file(path) as file:
+            return json_file.parse_object(file.read(), path)
+    except (UserError, IsADirectoryError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete the folder of --output, and prepare again"
+        ) from None
 
 
 def write_json(path: str, content: dict) -> None:
