@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.data_spec import (
     held_out_path,
     planned_store_path,
@@ -79,6 +80,7 @@ def write_data(data_dir: pathlib.Path, group_rows=GROUP_ROWS) -> pathlib.Path:
     for task in GROUP_ROWS:
         for language in LANGUAGES:
             write_beir(data_dir / "retrieval" / task / language, pairs(task, language, 24, seed=2))
+    write_checksums(data_dir / "retrieval")
     return data_dir
 
 
@@ -131,6 +133,7 @@ def write_documents(
         with gzip.open(folder / f"{language}.jsonl.gz", "wt") as file:
             for text in documents(language, 10, seed=2):
                 file.write(json.dumps({"source": "one", "text": text}) + "\n")
+    write_checksums(folder)
     return data_dir
 
 

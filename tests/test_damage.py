@@ -19,6 +19,7 @@ from moe_embed_jax.curation.negatives_rule import Rule as MiningRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
 from moe_embed_jax.data import retrieval_sets
+from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
@@ -132,6 +133,7 @@ def write_sets(folder):
         for i in range(12):
             texts.add(f"{language} question {i}", f"{language} answer {i % 7}")
         retrieval_sets.write_beir(folder / "retrieval" / "translations" / language, texts)
+    write_checksums(folder / "retrieval")
 
 
 def read_sets(folder):

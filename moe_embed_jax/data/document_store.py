@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from moe_embed_jax.data.builders import package_texts
+from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.data_spec import DOCUMENTS, held_out_path, pair_sources, source_checksums
 from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.safe_names import check_name
@@ -149,6 +150,7 @@ class _HeldOut:
                         for i in range(min(len(found), MOST_HELD_OUT)):
                             entry = {"source": source, "text": found[int(i * step)]}
                             file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            write_checksums(partial)
 
 
 def format_statistics(tasks: Mapping[str, dict]) -> str:

@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from moe_embed_jax.data.builders import package_texts, statistics
+from moe_embed_jax.data.checksums import write_checksums
 
 FOLDER = "retrieval"
 # Among few candidates nDCG@10 is high whatever the ranking: 10 documents in random order have 0.45.
@@ -174,6 +175,7 @@ def _write_all(data_dir: Path, source: dict, sets: dict[str, TestSet], progress:
         )
         for name, test_set in steps:
             write_beir(new / name, test_set)
+        write_checksums(new)
         statistics.write_json(new / statistics.FILE_NAME, section)
         if (data_dir / FOLDER).exists():
             (data_dir / FOLDER).rename(old)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from moe_embed_jax.data.checksums import verify_checksums
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
 from moe_embed_jax.evaluation.retrieval import evaluate_many
@@ -11,9 +12,10 @@ def load_heldout(data_dir, is_optional: bool = False) -> dict[str, RetrievalSet]
     """{"<set>/<language>": set}, sorted by name.
 
     Raises `UserError` when `data_dir` holds none, unless `is_optional`, and for a folder that lacks
-    one of its files: a set does not vanish in silence.
+    one of its files, or was changed: a set does not vanish in silence.
     """
     root = pathlib.Path(data_dir) / "retrieval"
+    verify_checksums(root)
     folders = sorted(
         path for path in root.glob("[!.]*/[!.]*") if path.is_dir() or path.is_symlink()
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from moe_embed_jax.data.checksums import verify_checksums
 from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.text_files import read_json, string_field
@@ -151,8 +152,9 @@ def _best(model, best, params, head, token_RL, text_index_RL, position_RL, colum
 def load_documents(folder) -> dict[str, list[str]]:
     """Language -> held-out documents, sources in turn, sorted by language.
 
-    Raises `UserError` when there are none, and for a bad line.
+    Raises `UserError` when there are none, for a bad line and for a file that was changed.
     """
+    verify_checksums(pathlib.Path(folder))
     documents: dict[str, list[str]] = {}
     for path in sorted(pathlib.Path(folder).glob("*.jsonl.gz")):
         by_source: dict[str, list[str]] = {}
