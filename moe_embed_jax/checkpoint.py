@@ -270,6 +270,10 @@ class Checkpoints:
                     f"and {wanted.get(path)} in this configuration"
                 )
 
+    def raise_errors(self) -> None:
+        """Raises what went wrong in the background, if it did, without waiting."""
+        self._manager.check_for_errors()
+
     def wait(self) -> None:
         self._manager.wait_until_finished()
 

@@ -24,6 +24,8 @@ def build(cls, values, name: str = ""):
 
     Raises `UserError` for unknown keys and for values of the wrong type.
     """
+    if not hasattr(values, "items"):
+        raise UserError(f"config key {name}={values!r} must be a section with keys")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     where = f"{name}." if name else ""
     arguments = {}
@@ -142,6 +144,8 @@ def _value(kind, value, name: str):
     if dataclasses.is_dataclass(kind):
         return build(kind, value, name)
     if kind is dict or kind == dict[str, float] | None:
+        if value is not None and not hasattr(value, "items"):
+            raise UserError(f"config key {name}={value!r} must be a section with keys")
         return None if value is None else dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

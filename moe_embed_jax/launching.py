@@ -143,7 +143,7 @@ def number_or_none(flag: str) -> float | None:
 def run(main) -> int:
     """Runs `main()` and returns the exit status: 0; 2 after one line that says what is wrong; 130
     after Ctrl-C. A second Ctrl-C ends the process at once."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+    _quieten_orbax()
     with _interrupts() as interrupted:
         try:
             main()
@@ -163,6 +163,24 @@ def run(main) -> int:
             message = f"interrupted: {reason or 'the same command starts again'}"
         print(message, file=sys.stderr, flush=True)
         return INTERRUPTED if interrupted else 2
+
+
+def _quieten_orbax() -> None:
+    """Orbax narrates every save, logs a stack trace wherever an error passes on its way here, and
+    leaves writes to TensorStore alone that fail after the first one that does."""
+    logger, show = logging.getLogger("absl"), sys.excepthook
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(_has_no_trace)
+
+    def show_others(kind, error, trace):
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            show(kind, error, trace)
+
+    sys.excepthook = show_others
+
+
+def _has_no_trace(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def _flush_output() -> None:

@@ -34,7 +34,7 @@ def refusal_of_system(error: BaseException) -> str | None:
     Libraries wrap what the system says, in exceptions or in text. None: the error is another one.
     """
     chain = list(_chain(error))
-    for each in chain:
+    for each in reversed(chain):  # the first error; the others came of it, or while files closed
         number = getattr(each, "errno", None) or _number_in(str(each))
         # What was caught on the way may have nothing to do with what happened in the end.
         known = _REFUSALS if each is not error else _REFUSALS | _OTHER_REFUSALS

@@ -23,7 +23,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.objectives.balance import effective_experts
 from moe_embed_jax.training import contrastive, loop, report
 from moe_embed_jax.training.health import Health, HealthConfig, spread
-from moe_embed_jax.training.journal import read_records
+from moe_embed_jax.training.records import read_records
 from moe_embed_jax.training.run_config import RunConfig
 
 MODEL = EncoderConfig(num_layers=4, num_experts=4, experts_per_token=2, moe_every=2)

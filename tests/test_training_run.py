@@ -20,7 +20,12 @@ import pytest
 import synthetic_data
 from conftest import ROOT, metric, python_environment, run_python
 
+from moe_embed_jax import config as config_page
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
+from moe_embed_jax.ownership import is_owner_file, own
+from moe_embed_jax.training import loop, report
+from moe_embed_jax.training.run_config import RunConfig
 
 STEPS = 24
 # Each run compiles one step; test_configs_run.py has runs whose batches differ in their rows.
@@ -59,6 +64,11 @@ def assert_same_checkpoint(a, b, step=STEPS, items=("params", "optimizer")):
             for path in (a, b)
         ]
         jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def assert_same_records(a, b):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "results.json"):
+        assert (a / name).read_text() == (b / name).read_text(), name
 
 
 def test_the_run_tells_what_it_does(whole_run):
@@ -123,6 +133,8 @@ def start_and_signal(config, workdir, signal_number, after_steps):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    with pytest.raises(UserError, match=f"in use by process {process.pid} "):
+        own(workdir, inside=True).__enter__()
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
     assert metrics.read_text().count("\n") < STEPS, "the signal came too late to test anything"
@@ -141,7 +153,22 @@ def test_resume_after_sigterm_is_bitwise(config, whole_run, tmp_path):
     assert_same_checkpoint(whole_run, tmp_path)
 
 
-def test_resume_after_kill_9_is_bitwise(config, whole_run, tmp_path):
+# launch/train.py where no file may be larger than argv[1] bytes.
+LIMITED = """
+import resource, runpy, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.argv[0] = "launch/train.py"
+runpy.run_path("launch/train.py", run_name="__main__")
+"""
+
+
+def test_resume_after_a_refused_checkpoint_and_kill_9_is_bitwise(config, whole_run, tmp_path):
+    size = 260_000  # the vocabulary is smaller, the arrays of a checkpoint are larger
+    arguments = ["-c", LIMITED, size, f"--config={config}", f"--workdir={tmp_path}"]
+    result = run_python(arguments)
+    assert_refused(result, f"{tmp_path}/checkpoints/.*: the file would be larger than the limit")
+    assert not [path for path in tmp_path.iterdir() if is_owner_file(path)]
     status, _ = start_and_signal(config, tmp_path, signal.SIGKILL, after_steps=9)
     assert status == -9
     # A line cut short by the kill must not matter either.
@@ -160,8 +187,7 @@ def test_resume_after_kill_9_is_bitwise(config, whole_run, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"{array} was changed (its CRC-32 differs); moved to {tmp_path}" in result.stderr
     assert f"resuming    {tmp_path} after step {newest}" in result.stdout
-    metrics = [(path / "metrics.jsonl").read_text() for path in (whole_run, tmp_path)]
-    assert metrics[0] == metrics[1]
+    assert_same_records(whole_run, tmp_path)
     assert_same_checkpoint(whole_run, tmp_path)
 
 
@@ -221,6 +247,47 @@ def test_sigterm_in_preparation_or_evaluation_changes_no_result(data_dir, whole_
     assert_same_checkpoint(whole_run, run)
 
 
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def test_every_evaluation_is_recorded_once(config, whole_run, tmp_path, monkeypatch, capfd):
+    """Killed before the first checkpoint, and twice between saving and evaluating; then the
+    finished run is started again."""
+    page = config_page.load(RunConfig, str(config), {})
+    evaluate, write, calls = report.evaluate_heldout, report.append_record, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) in kills:
+            raise Killed
+        return evaluate(*arguments)
+
+    def killed_after_writing(path, record):
+        write(path, record)
+        if record["step"] == 0:
+            raise Killed
+
+    monkeypatch.setattr(report, "evaluate_heldout", killed)
+    monkeypatch.setattr(report, "append_record", killed_after_writing)
+    kills = ()
+    with pytest.raises(Killed):
+        loop.train(page, tmp_path)
+    monkeypatch.setattr(report, "append_record", write)
+    kills = (2, 4)  # at step 12, at step 24
+    for lines in (1, 2):
+        with pytest.raises(Killed):
+            loop.train(page, tmp_path)
+        assert (tmp_path / "evaluations.jsonl").read_text().count("\n") == lines
+    assert len(calls) == 4
+    for _ in range(2):
+        assert loop.train(page, tmp_path)
+        assert_same_records(whole_run, tmp_path)
+        assert len(calls) == 5
+    assert_same_checkpoint(whole_run, tmp_path)
+    assert "trained" in capfd.readouterr().out  # the table is shown again
+
+
 @pytest.mark.parametrize(("mesh", "chunk_rows"), [((8, 1, 1), 0), ((2, 2, 2), 1)])
 def test_eight_devices_equal_one(config, whole_run, tmp_path, mesh, chunk_rows):
     """Sharded, and in one case in chunks too: the same losses as on one device in one piece."""
@@ -240,9 +307,10 @@ def test_eight_devices_equal_one(config, whole_run, tmp_path, mesh, chunk_rows):
 
 
 def test_checkpoint_moves_to_another_mesh(config, whole_run, tmp_path):
-    """A run stopped on one device continues on eight with the same batches."""
-    status, _ = start_and_signal(config, tmp_path, signal.SIGTERM, after_steps=9)
-    assert status == 0
+    """A run stopped on one device, by Ctrl-C, continues on eight with the same batches."""
+    status, output = start_and_signal(config, tmp_path, signal.SIGINT, after_steps=9)
+    assert status == 130
+    assert re.search(r"^interrupted: after step \d+: saved; the same command", output, re.M)
     result = train(config, tmp_path, "--config.mesh.expert=2", devices=8)
     assert result.returncode == 0, result.stderr
     np.testing.assert_allclose(losses(tmp_path), losses(whole_run), atol=2e-5, rtol=0)

@@ -1,7 +1,6 @@
 """What a finished recipe left behind, read from its files."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
@@ -10,12 +9,14 @@ from moe_embed_jax import config as config_page
 from moe_embed_jax.data.pair_manifest import read_manifest
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
+from moe_embed_jax.json_file import read_object
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 from moe_embed_jax.recipe.page import STAGES
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step
-from moe_embed_jax.training.journal import METRICS_FILE, main_loss, read_records
+from moe_embed_jax.training.journal import main_loss
 from moe_embed_jax.training.masked_report import geometric_mean
+from moe_embed_jax.training.records import METRICS_FILE, read_records
 from moe_embed_jax.training.report import METRIC
 from moe_embed_jax.training.workdir import RESULTS_FILE
 
@@ -79,14 +80,14 @@ def collect(steps: list[Step], workdir: pathlib.Path) -> Facts:
 def _curation_report(folder: pathlib.Path) -> dict:
     """The work folder has it too, and had it first."""
     paths = [folder / "report.json", folder.with_name(f"{folder.name}.work") / "report.json"]
-    return next((json.loads(path.read_text()) for path in paths if path.is_file()), {})
+    return next((read_object(path) for path in paths if path.is_file()), {})
 
 
 def _training(folder: pathlib.Path) -> Training:
-    card = json.loads((folder / "config.json").read_text())
+    card = read_object(folder / "config.json")
     total, active = count_params(config_page.build(EncoderConfig, card["model"], "model"))
     records = read_records(folder / METRICS_FILE)
-    results = json.loads((folder / RESULTS_FILE).read_text())
+    results = read_object(folder / RESULTS_FILE)
     columns = sorted(results, key=lambda name: name == TRAINED)  # before and after
     masked = card["objective"] == "masked_lm"
     return Training(
@@ -104,7 +105,7 @@ def _scores(step: Step) -> dict:
     dims = step.arguments.get("dim", WHOLE).split(",")
     scores = {}
     for command in step.commands:
-        content = json.loads(command.output.read_text())
+        content = read_object(command.output)
         model = command.output.stem
         if model == BM25:
             by_dim = {WHOLE: content}

@@ -14,9 +14,11 @@ import uuid
 
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.json_file import read_object
 from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
+RECORD_KEYS = {"id", "arguments", "after", "seconds", "finished"}
 LONGEST_WAIT = 600  # seconds for a process that a killed recipe left behind, which may save
 
 
@@ -29,7 +31,15 @@ class Records:
 
     def read(self, name: str) -> dict | None:
         path = self.folder / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        record = read_object(path)
+        if record.keys() != RECORD_KEYS:
+            raise UserError(
+                f"{path} is damaged: it must have the keys {', '.join(sorted(RECORD_KEYS))}; put "
+                f"the right file back, or remove it and {self.workdir / name}"
+            )
+        return record
 
     def write(self, name: str, record: dict) -> None:
         save_json(self.folder / f"{name}.json", record)

@@ -120,6 +120,7 @@ def _blocked_bwd(activation, block, residuals, dy_TD):
     slots = assignment_S.shape[0]
     block = block or block_rows(expert_TK.size, len(w_in_EDF))
     gate_A = gate_TK.reshape(-1).astype(x_TD.dtype)
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def one_expert(buffers, expert):
         w_in_DF, bias_in_F, w_out_FD, first, count = expert
@@ -136,19 +137,22 @@ def _blocked_bwd(activation, block, residuals, dy_TD):
             dhidden = dy @ w_out_FD.T  # of the unweighted expert output
             dgate = jnp.sum(hidden * dhidden, axis=-1)
             (dpre,) = activation_vjp(gate[:, None] * dhidden)
-            dw_out_FD += hidden.T @ (gate[:, None] * dy)
-            dw_in_DF += x.T @ dpre
+            dw_out_FD += product(hidden.T, gate[:, None] * dy)
+            dw_in_DF += product(x.T, dpre)
             if dbias_in_F is not None:
-                dbias_in_F += dpre.sum(axis=0)
+                dbias_in_F += dpre.sum(axis=0, dtype=jnp.float32)
             dx_SD = jax.lax.dynamic_update_slice_in_dim(dx_SD, dpre @ w_in_DF.T, start, 0)
             dgate_S = jax.lax.dynamic_update_slice_in_dim(dgate_S, dgate, start, 0)
             return dx_SD, dgate_S, dw_in_DF, dbias_in_F, dw_out_FD
 
-        zeros = jax.tree.map(jnp.zeros_like, (w_in_DF, bias_in_F, w_out_FD))
+        # Summed over blocks in float32: in bfloat16 every block would add a rounding error.
+        weights = w_in_DF, bias_in_F, w_out_FD
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
         *buffers, dw_in_DF, dbias_in_F, dw_out_FD = jax.lax.fori_loop(
             0, count, one_block, (*buffers, *zeros)
         )
-        return tuple(buffers), (dw_in_DF, dbias_in_F, dw_out_FD)
+        dweights = dw_in_DF, dbias_in_F, dw_out_FD
+        return tuple(buffers), jax.tree.map(lambda dw, w: dw.astype(w.dtype), dweights, weights)
 
     buffers = (jnp.zeros((slots, x_TD.shape[1]), x_TD.dtype), jnp.zeros(slots, x_TD.dtype))
     (dx_SD, dgate_S), dweights = jax.lax.scan(

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.routing.rows import sum_choices, take
+from moe_embed_jax.routing.rows import add_bias, sum_choices, take
 
 
 def cell_size(assignments: int, destinations: int, capacity_factor: float) -> int:
@@ -70,6 +70,6 @@ def capacity(
     x_ECD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)
     hidden_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, w_in_EDF)
     if bias_in_EF is not None:
-        hidden_ECF += bias_in_EF[:, None]
+        hidden_ECF = add_bias(hidden_ECF, bias_in_EF[:, None])
     y_ECD = jnp.einsum("ECF,EFD->ECD", activation(hidden_ECF), w_out_EFD)
     return sum_choices(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.routing.rows import add_bias
+
 
 def reference(
     x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation
@@ -25,7 +27,7 @@ def reference(
     gate_TE = jnp.einsum("TK,TKE->TE", gate_TK, jax.nn.one_hot(expert_TK, experts))
     hidden_TEF = jnp.einsum("TD,EDF->TEF", x_TD, w_in_EDF)
     if bias_in_EF is not None:
-        hidden_TEF += bias_in_EF
+        hidden_TEF = add_bias(hidden_TEF, bias_in_EF)
     y_TD = jnp.einsum(
         "TEF,EFD,TE->TD", activation(hidden_TEF), w_out_EFD, gate_TE.astype(x_TD.dtype)
     )

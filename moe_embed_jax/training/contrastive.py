@@ -58,9 +58,9 @@ class Contrastive:
         """What the run says about itself before it starts."""
         return describe_run(self._config, self.batches, self._mesh)
 
-    def judge(self, start_step: int) -> report.Judge:
-        """Evaluates the run, from `start_step` on."""
-        return report.Judge(self._workdir, self._config, start_step, self._is_writer)
+    def judge(self) -> report.Judge:
+        """Evaluates the run."""
+        return report.Judge(self._workdir, self._config, self._is_writer)
 
     def trained_model(self, state: TrainState) -> Embedder:
         """What the judge evaluates."""

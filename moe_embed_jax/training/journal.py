@@ -4,8 +4,9 @@
 resumed and of an uninterrupted run are equal byte for byte.
 """
 
+import contextlib
 import importlib
-import json
+import os
 import pathlib
 import sys
 import time
@@ -14,24 +15,59 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+from moe_embed_jax.training.records import METRICS_FILE, as_line
+
 LOSSES = ("contrastive_loss", "masked_loss")  # of the objectives; `loss` has the balance besides
 
 
-def _import_summary_writer():
-    """tensorboardX without PyTorch, which it would import where it finds it: seconds and memory
-    that a training process has no use for. None in sys.modules stands for "not installed"."""
+def _import_tensorboard(*modules: str) -> list:
+    """Modules of tensorboardX without PyTorch, which it would import where it finds it: seconds and
+    memory that a training process has no use for. None in sys.modules stands for "not installed".
+    """
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None
     try:
-        return importlib.import_module("tensorboardX").SummaryWriter
+        return [importlib.import_module(f"tensorboardX.{module}") for module in modules]
     finally:
         if hidden:
             del sys.modules["torch"]
 
 
-SummaryWriter = _import_summary_writer()
+_events, _event, _summary = _import_tensorboard(
+    "event_file_writer", "proto.event_pb2", "proto.summary_pb2"
+)
+
+
+class Board:
+    """A file of TensorBoard scalars, written by the thread that calls.
+
+    tensorboardX's own writer has a thread: when that dies, of a full disk for example, `add_scalar`
+    waits for it for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        """Scalars of earlier files from `first_step` on are no longer shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = _events.EventsWriter(str(folder / "events"))
+        start = _event.SessionLog(status=_event.SessionLog.START)
+        self._write(step=first_step, session_log=start)
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        values = [
+            _summary.Summary.Value(tag=name, simple_value=float(value))
+            for name, value in scalars.items()
+        ]
+        self._write(step=step, summary=_summary.Summary(value=values))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, **fields) -> None:
+        self._writer.write_event(_event.Event(wall_time=time.time(), **fields))
 
 
 class Journal:
@@ -44,7 +80,7 @@ class Journal:
         learning_rates: np.ndarray,
         is_writer: bool,
     ):
-        """Forgets what an earlier run wrote after `start_step` (it will be computed again).
+        """Appends to the file; `records.continue_records` removes what comes after `start_step`.
 
         Args:
           learning_rates: of every step of the run, which the records repeat.
@@ -56,10 +92,8 @@ class Journal:
         self._clock = time.perf_counter()
         if not is_writer:
             return
-        self._path = workdir / METRICS_FILE
-        keep_steps(self._path, start_step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._file = (workdir / METRICS_FILE).open("ab")
+        self._board = Board(workdir / "tensorboard", start_step + 1)
         # A terminal is redrawn twice a second; a log file gets a line every half minute.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
@@ -99,20 +133,24 @@ class Journal:
 
     def _write(self, records: list[dict], tokens_per_second: float) -> None:
         for record in records:
-            self._file.write(json.dumps(record) + "\n")
-            step, source = record["step"], record["group"].split("/")[0]
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._board.add_scalar(f"train/{name}", value, step)
-            self._board.add_scalar(f"loss_by_source/{source}", main_loss(record), step)
+            self._file.write(as_line(record))
+            source = record["group"].split("/")[0]
+            scalars = {
+                f"train/{name}": value
+                for name, value in record.items()
+                if isinstance(value, (int, float)) and name != "step"
+            }
+            scalars[f"loss_by_source/{source}"] = main_loss(record)
             if "expert_load" in record:
                 load_E = np.mean(record["expert_load"], axis=0)
                 for expert, share in enumerate(load_E):
-                    self._board.add_scalar(f"expert_load/{expert}", share, step)
-                    self._board.add_scalar(f"expert_load_{source}/{expert}", share, step)
+                    scalars[f"expert_load/{expert}"] = share
+                    scalars[f"expert_load_{source}/{expert}"] = share
+            self._board.add(record["step"], scalars)
         last_step = records[-1]["step"]
-        self._board.add_scalar("speed/real_tokens_per_second", tokens_per_second, last_step)
+        self._board.add(last_step, {"speed/real_tokens_per_second": tokens_per_second})
         self._file.flush()
+        self._board.flush()
         mean = {
             name: np.mean([record[name] for record in records])
             for name in ("accuracy", "utilisation")
@@ -129,37 +167,25 @@ class Journal:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Further TensorBoard scalars, e.g. of an evaluation."""
         if self.is_writer:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            self._board.add(step, values)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_writer:
             tqdm.write(text, file=sys.stderr)
 
+    def sync(self) -> None:
+        """Returns when what was flushed is on the disk."""
+        if self.is_writer:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Ends the bar's line and closes the files; a second call does nothing."""
-        if self.is_writer:
-            self._bar.close()
-            self._file.close()
-            self._board.close()
+        if self.is_writer and not self._file.closed:
+            with contextlib.closing(self._board), contextlib.closing(self._file):
+                self._bar.close()
 
 
 def main_loss(record: dict) -> float:
     """The objective's own loss of a step."""
     return next(record[name] for name in LOSSES if name in record)
-
-
-def read_records(path: pathlib.Path) -> list[dict]:
-    """Records of a .jsonl file; none if there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def keep_steps(path: pathlib.Path, last_step: int) -> None:
-    """Drops records of steps after `last_step`, and a line cut short by a kill."""
-    kept = [record for record in read_records(path) if record["step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)

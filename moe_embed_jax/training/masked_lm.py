@@ -58,11 +58,11 @@ class MaskedLM:
         """What the run says about itself before it starts."""
         return describe_masked_run(self._config, self.batches, self._mesh)
 
-    def judge(self, start_step: int) -> MaskedJudge:
-        """Evaluates the run, from `start_step` on."""
+    def judge(self) -> MaskedJudge:
+        """Evaluates the run."""
         config = self._config
         folder = held_out_path(config.data.preparation(), config.data.dir)
-        return MaskedJudge(self._workdir, config, folder, start_step, self._is_writer)
+        return MaskedJudge(self._workdir, config, folder, self._is_writer)
 
     def trained_model(self, state: TrainState) -> MaskedModel:
         """What the judge evaluates."""

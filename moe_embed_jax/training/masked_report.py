@@ -1,6 +1,5 @@
 """How well a masked language model guesses: evaluations during the run, the table at its end."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -13,8 +12,13 @@ from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.evaluation.pseudo_perplexity import MaskedModel, load_documents
 from moe_embed_jax.processes import wait_for_all
 from moe_embed_jax.training import pictures
-from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
-from moe_embed_jax.training.report import EVALUATIONS_FILE, PICTURE_FILE, ROUTING_TEXTS
+from moe_embed_jax.training.records import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    append_record,
+    read_records,
+)
+from moe_embed_jax.training.report import PICTURE_FILE, ROUTING_TEXTS
 from moe_embed_jax.training.run_config import MaskedRunConfig
 from moe_embed_jax.training.workdir import RESULTS_FILE
 
@@ -32,7 +36,6 @@ class MaskedJudge:
         workdir: pathlib.Path,
         config: MaskedRunConfig,
         documents_folder: pathlib.Path,
-        start_step: int,
         is_writer: bool,
     ):
         self.workdir = workdir
@@ -41,8 +44,10 @@ class MaskedJudge:
         self.documents = load_documents(documents_folder)
         self.model: MaskedModel | None = None
         self._routing: dict[str, np.ndarray] = {}  # known at the end of a run
-        if is_writer:
-            keep_steps(workdir / EVALUATIONS_FILE, start_step)
+
+    def use(self, model: MaskedModel) -> None:
+        """The model for `report`, in place of an evaluation that was recorded before."""
+        self.model = model
 
     def evaluate(self, model: MaskedModel, step: int, every_language: bool) -> dict[str, float]:
         """Evaluates now; returns the pseudo-perplexity, a geometric mean over languages."""
@@ -58,9 +63,8 @@ class MaskedJudge:
         if not sets:
             return {}
         if self.is_writer:
-            with (self.workdir / EVALUATIONS_FILE).open("a") as file:
-                record = {"step": step, "complete": every_language, "sets": sets}
-                file.write(json.dumps(record) + "\n")
+            record = {"step": step, "complete": every_language, "sets": sets}
+            append_record(self.workdir / EVALUATIONS_FILE, record)
         suffix = "" if every_language else f" ({len(sets)} languages)"
         return {f"{METRIC}/{SET}{suffix}": geometric_mean(sets.values())}
 

@@ -1,6 +1,5 @@
 """How good the model is and how it got there: evaluations during the run, the table at its end."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -15,11 +14,15 @@ from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.processes import wait_for_all
 from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.training import pictures
-from moe_embed_jax.training.journal import METRICS_FILE, keep_steps, read_records
+from moe_embed_jax.training.records import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    append_record,
+    read_records,
+)
 from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.workdir import RESULTS_FILE
 
-EVALUATIONS_FILE = "evaluations.jsonl"
 ROUTING_FILE = "routing.json"
 PICTURE_FILE = "report.png"
 METRIC = "ndcg_at_10"
@@ -32,7 +35,7 @@ class Judge:
     A run on a folder of pairs is judged by the sets that lie in `data.dir`/retrieval, if any.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: RunConfig, start_step: int, is_writer: bool):
+    def __init__(self, workdir: pathlib.Path, config: RunConfig, is_writer: bool):
         self.workdir = workdir
         self.config = config
         self.is_writer = is_writer
@@ -43,23 +46,24 @@ class Judge:
         self.sampled = sample_languages(self.sets, config.eval_languages)
         self.embedder: Embedder | None = None
         self._routing: dict[str, np.ndarray] = {}  # known at the end of a run
-        if is_writer:
-            keep_steps(workdir / EVALUATIONS_FILE, start_step)
+
+    def use(self, embedder: Embedder) -> None:
+        """The model for `report`, in place of an evaluation that was recorded before."""
+        self.embedder = embedder
 
     def evaluate(self, embedder: Embedder, step: int, every_language: bool) -> dict[str, float]:
         """Evaluates now; returns {"ndcg_at_10/<set>": mean over the languages evaluated}.
 
         Empty, and nothing is recorded, where there is nothing to evaluate on.
         """
+        self.embedder = embedder
         if not self.sets:
             return {}
-        self.embedder = embedder
         sets = self.sets if every_language else self.sampled
         results = evaluate_heldout(embedder, sets)
         if self.is_writer:
-            with (self.workdir / EVALUATIONS_FILE).open("a") as file:
-                record = {"step": step, "complete": every_language, "sets": results}
-                file.write(json.dumps(record) + "\n")
+            record = {"step": step, "complete": every_language, "sets": results}
+            append_record(self.workdir / EVALUATIONS_FILE, record)
         suffix = "" if every_language else f" ({self.config.eval_languages} languages)"
         means = mean_over_languages(results)
         return {f"{METRIC}/{name}{suffix}": mean[METRIC] for name, mean in means.items()}

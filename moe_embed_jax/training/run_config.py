@@ -241,6 +241,11 @@ class RunConfig(Run):
                 "launch/mine.py, or launch/prepare.py from triplets); --config.data.negatives=0 "
                 "uses none"
             )
+        if self.batch_size == 1 and not self.data.negatives:
+            raise UserError(
+                "batch_size=1 and data.negatives=0: a query has nothing to be told apart from, so "
+                "the loss is always 0; give --config.batch_size=2 or more, or hard negatives"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The work directory of a run: whose it is, its model card, its data."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +10,7 @@ import subprocess
 import sys
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.children import ends_with_parent
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
@@ -21,13 +21,16 @@ from moe_embed_jax.data.data_spec import (
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.data.vocabulary import Vocabulary
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.interop.source import MODEL_CARD
+from moe_embed_jax.json_file import read_object
+from moe_embed_jax.training.records import CHECKSUMS
 from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 RESULTS_FILE = "results.json"  # appears when the run is finished
 # A run may move to another mesh, folder, chunk size, rhythm of reports, way to compute the same
-# experts, or idea of when to stop; everything else changes its numbers.
+# experts, or idea of when to stop; everything else changes its numbers by more than rounding.
 FREE_KEYS = (
     "mesh",
     "log_every",
@@ -40,6 +43,25 @@ FREE_KEYS = (
 FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs", "texts")
 FREE_LOSS_KEYS = ("predictions_at_once",)
 FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
+# Of these, the ones that decide which tokens an expert drops, where it drops any: it has cells of
+# fixed size for the tokens of a device that are computed at a time.
+CELL_KEYS = {
+    "": ("mesh",),
+    "data": ("chunk_rows",),
+    "model": FREE_MODEL_KEYS,
+}
+
+
+def drops_tokens(card: dict) -> bool:
+    """Whether the experts of a run (a page as a dict) may leave tokens out."""
+    model = card["model"]
+    over_devices = card["mesh"]["expert"] > 1 and model["expert_exchange"] == "all_to_all"
+    return bool(model["moe_every"]) and (model["expert_backend"] == "capacity" or over_devices)
+
+
+def depends_on_devices(card: dict) -> bool:
+    """Whether the numbers of a run depend, by more than rounding, on how many devices it has."""
+    return drops_tokens(card) or card["loss"].get("balance_over") == "device"
 
 
 def identity(card: dict) -> dict:
@@ -53,30 +75,55 @@ def identity(card: dict) -> dict:
     return kept
 
 
+def changes(saved: dict, card: dict) -> list[str]:
+    """`key: old -> new` for every key that a run (a page as a dict) may not change."""
+    lines = differences(identity(saved), identity(card))
+    if drops_tokens(saved) or drops_tokens(card):
+        for section, keys in CELL_KEYS.items():
+            old, new = (page[section] if section else page for page in (saved, card))
+            prefix = f"{section}." if section else ""
+            lines += differences({k: old[k] for k in keys}, {k: new[k] for k in keys}, prefix)
+    return lines
+
+
 def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
     """Makes `workdir` this run's, or refuses if another config trained there.
 
     Raises `UserError` naming every key that differs.
     """
-    path = workdir / MODEL_CARD
+    saved = read_card(workdir)
     card = dataclasses.asdict(config)
-    if path.exists():
-        saved = json.loads(path.read_text())
-        objective = saved.get("objective", RunConfig.objective)
-        if objective != config.objective:
-            raise UserError(
-                f"work directory {workdir} belongs to another run (objective: {objective} -> "
-                f"{config.objective}); use a new --workdir"
-            )
-        saved = config_page.build(PAGES[objective], saved)  # new keys: defaults
-        lines = differences(identity(dataclasses.asdict(saved)), identity(card))
-        if lines:
-            raise UserError(
-                f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "
-                "use a new --workdir, or the old values to resume"
-            )
+    if saved is not None and saved.objective != config.objective:
+        raise UserError(
+            f"work directory {workdir} belongs to another run (objective: {saved.objective} -> "
+            f"{config.objective}); use a new --workdir"
+        )
+    if saved is not None and (lines := changes(dataclasses.asdict(saved), card)):
+        raise UserError(
+            f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "
+            "use a new --workdir, or the old values to resume"
+        )
     if write:
-        save_json(path, card)
+        save_json(workdir / MODEL_CARD, card)
+
+
+def read_card(workdir: pathlib.Path) -> Run | None:
+    """The page that a work directory keeps; keys that are newer than it have their defaults. None:
+    there is none yet. Raises `UserError` for a damaged one."""
+    path = workdir / MODEL_CARD
+    if not path.exists():
+        return None
+    try:
+        card = read_object(path)
+        objective = card.get("objective", RunConfig.objective)
+        if objective not in list(PAGES):
+            raise UserError(f"objective={objective!r} is none of {', '.join(PAGES)}")
+        return config_page.build(PAGES[objective], card)
+    except UserError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): put the right file back; or remove it, and the command "
+            "that made the run writes it again"
+        ) from error
 
 
 def open_data(
@@ -119,7 +166,8 @@ def open_data(
 def prepare(config: Run) -> None:
     """Runs the preparation of `config.data` in a subprocess; its output goes to the terminal.
 
-    SIGTERM ends it and this process, with status 0: the same command starts it again.
+    SIGTERM ends it and this process, with status 0; Ctrl-C does, with status 130; and the
+    preparation ends when this process is killed. The same command starts it again.
     """
     command = [
         sys.executable,
@@ -130,31 +178,55 @@ def prepare(config: Run) -> None:
     ]
     if config.data.wheels_dir:
         command.append(f"--wheels_dir={config.data.wheels_dir}")
-    with _ended_by_sigterm():
-        status = subprocess.run(command, check=False).returncode
+    with _Stop() as stop:
+        # In a process group of its own: Ctrl-C in a terminal reaches this process alone.
+        process = subprocess.Popen(ends_with_parent(command), process_group=0)
+        try:
+            stop.raise_from_now_on()
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
     if status != 0:
         raise UserError("preparation of the data failed; its message stands above")
 
 
-@contextlib.contextmanager
-def _ended_by_sigterm():
-    """SIGTERM raises SystemExit(0) meanwhile, and `subprocess.run` then kills its process.
+class _Stop:
+    """SIGTERM raises SystemExit(0) meanwhile, Ctrl-C `Interrupted`.
 
     Preparation may take hours, a preempted machine has seconds, and a run without data has nothing
-    to save.
+    to save. While a process is being started, nothing is raised: it would be left behind.
     """
 
-    def end(signum, frame):
-        del signum, frame
+    def __enter__(self) -> "_Stop":
+        self._raises, self._signal = False, None
+        self._before = {number: signal.getsignal(number) for number in _STOPPING}
+        for number, handler in self._before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._set)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def raise_from_now_on(self) -> None:
+        self._raises = True
+        if self._signal is not None:
+            self._raise()
+
+    def _set(self, signum, frame) -> None:
+        del frame
+        self._signal = signum
+        if self._raises:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._signal == signal.SIGINT:
+            raise Interrupted("nothing to save yet; the same command prepares the data")
         # Not print: a signal may arrive in the middle of one, which cannot be entered twice.
         os.write(2, b"SIGTERM: nothing to save yet; the same command prepares the data\n")
         raise SystemExit(0)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def data_spec(store: TokenStore, config: RunConfig) -> dict:
@@ -166,6 +238,7 @@ def data_spec(store: TokenStore, config: RunConfig) -> dict:
         "language_exponent": config.data.language_exponent,
         "rates": config.data.rates,
         **({"negatives": config.data.negatives} if config.data.negatives else {}),
+        **_devices(config),
     }
 
 
@@ -177,11 +250,21 @@ def documents_spec(store: TokenStore, config: MaskedRunConfig) -> dict:
         "batch_size": config.batch_size,
         "seed": config.seed,
         **{key: getattr(config.data, key) for key in keys},
+        **_devices(config),
     }
 
 
+def _devices(config: Run) -> dict:
+    """How many there are, where the numbers depend on it."""
+    import jax  # here: the recipe reads this module, and does not need it
+
+    is_part = depends_on_devices(dataclasses.asdict(config))
+    return {"devices": jax.device_count()} if is_part else {}
+
+
 def check_data_spec(saved: dict, current: dict) -> None:
-    """Refuses to resume on other data, naming the difference."""
+    """Refuses to resume on other data, naming the difference. `saved` may have `CHECKSUMS`, too."""
+    saved = {key: value for key, value in saved.items() if key != CHECKSUMS}
     if saved == current:
         return
     outer = differences(
@@ -190,7 +273,10 @@ def check_data_spec(saved: dict, current: dict) -> None:
     )
     if saved["store"] != current["store"]:
         outer.append(describe_spec_difference(saved["store"], current["store"]))
+    what = "data"
+    if saved.get("devices") != current.get("devices"):
+        what = "devices or data"  # experts that drop tokens, or loss.balance_over="device"
     raise UserError(
-        f"the data changed since the checkpoint was written: {'; '.join(outer)}; resume with the "
-        "same data, or start in a new --workdir"
+        f"the {what} changed since the checkpoint was written: {'; '.join(outer)}; resume with the "
+        f"same {what}, or start in a new --workdir"
     )

@@ -40,6 +40,21 @@ FAULTS = (
         "test_routing.py -k 'equals_reference and blocked and plain'",
     ),
     Fault(
+        "blocked-sums-gradients-in-bfloat16",
+        "routing/blocked.py",
+        "jnp.zeros(w.shape, jnp.float32), weights)",
+        "jnp.zeros_like(w), weights)",
+        "test_routing.py -k bfloat16",
+        more=(
+            (
+                "dw_out_FD += product(hidden.T, gate[:, None] * dy)",
+                "dw_out_FD += hidden.T @ (gate[:, None] * dy)",
+            ),
+            ("dw_in_DF += product(x.T, dpre)", "dw_in_DF += x.T @ dpre"),
+            ("dpre.sum(axis=0, dtype=jnp.float32)", "dpre.sum(axis=0)"),
+        ),
+    ),
+    Fault(
         "blocked-leaves-out-the-last-half-empty-block",
         "routing/blocked.py",
         "blocks_E = -(-count_E // block)",
@@ -83,7 +98,7 @@ FAULTS = (
     Fault(
         "capacity-without-the-hidden-bias",
         "routing/capacity.py",
-        "hidden_ECF += bias_in_EF[:, None]",
+        "hidden_ECF = add_bias(hidden_ECF, bias_in_EF[:, None])",
         "pass",
         "test_routing.py -k 'equals_reference and capacity and bias'",
     ),

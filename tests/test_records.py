@@ -1,0 +1,118 @@
+"""The record files of a run: what a kill leaves is repaired, all other damage is named."""
+
+import json
+
+import pytest
+
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.records import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    append_record,
+    checksums,
+    continue_records,
+    read_records,
+)
+
+STEPS = 40
+SAVED = 36  # a whole block of lines, another one, and a part
+
+
+@pytest.fixture
+def run(tmp_path):
+    """(work directory, what its checkpoint of step SAVED holds about the records)."""
+    for step in range(1, SAVED + 1):
+        append_record(tmp_path / METRICS_FILE, {"step": step, "loss": step / 7})
+    for step in (0, 12, 24):
+        append_record(tmp_path / EVALUATIONS_FILE, {"step": step, "sets": {}})
+    saved = json.loads(json.dumps(checksums(tmp_path)))
+    append_record(tmp_path / EVALUATIONS_FILE, {"step": SAVED, "sets": {}})
+    for step in range(SAVED + 1, STEPS + 1):
+        append_record(tmp_path / METRICS_FILE, {"step": step, "loss": step / 7})
+    append_record(tmp_path / EVALUATIONS_FILE, {"step": STEPS, "sets": {}})
+    return tmp_path, saved
+
+
+def lines(workdir, name=METRICS_FILE) -> list[bytes]:
+    return (workdir / name).read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 41, "lo', b"\0\0\0", b'{"step": 41}'])
+def test_a_run_continues_its_files_at_the_checkpoint(run, tail):
+    workdir, saved = run
+    before = [lines(workdir, name) for name in (METRICS_FILE, EVALUATIONS_FILE)]
+    for name in (METRICS_FILE, EVALUATIONS_FILE):
+        with (workdir / name).open("ab") as file:
+            file.write(tail)
+    assert len(read_records(workdir / METRICS_FILE)) == STEPS
+    assert continue_records(workdir, SAVED, saved) == []
+    assert lines(workdir) == before[0][:SAVED]
+    assert lines(workdir, EVALUATIONS_FILE) == before[1][:4]  # that of the checkpoint's step, too
+    assert continue_records(workdir, SAVED, saved) == []
+
+
+def test_a_cut_at_any_byte_after_the_checkpoint_is_repaired(run):
+    workdir, saved = run
+    whole = (workdir / METRICS_FILE).read_bytes()
+    kept = b"".join(lines(workdir)[:SAVED])
+    for size in range(len(kept), len(whole)):
+        (workdir / METRICS_FILE).write_bytes(whole[:size])
+        continue_records(workdir, SAVED, saved)
+        assert (workdir / METRICS_FILE).read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:4] + lines[5:], "line 5: step 6 comes after step 4"),
+        (lambda lines: lines[:5] + lines[4:], "line 6: step 5 comes after step 5"),
+        (lambda lines: [*lines[:4], b"{\n", *lines[5:]], "line 5: it is not a record"),
+        (lambda lines: [*lines[:4], b"[]\n", *lines[5:]], "line 5: it is not a record"),
+        (lambda lines: [*lines[:4], b"\n", *lines[4:]], "line 5: it is not a record"),
+        (lambda lines: [*lines[:4], b'{"step": "5"}\n', *lines[5:]], "line 5: it is not a record"),
+        (lambda lines: lines[1:], "one of the lines 1 to 16: it was changed"),
+        (
+            lambda lines: [*lines[:20], lines[20].replace(b"3.", b"2."), *lines[21:]],
+            "one of the lines 17 to 32: it was changed",
+        ),
+        (
+            lambda lines: [*lines[:35], lines[35].replace(b"5.", b"4."), *lines[36:]],
+            "one of the lines 33 to 36: it was changed",
+        ),
+        (lambda lines: lines[:30], "ends after line 30, and the checkpoint .* after line 36"),
+    ],
+)
+def test_damage_before_the_checkpoint_is_named(run, change, message):
+    workdir, saved = run
+    content = b"".join(change(lines(workdir)))
+    (workdir / METRICS_FILE).write_bytes(content)
+    with pytest.raises(UserError, match=rf"metrics.jsonl.*{message}.*put the right file back"):
+        continue_records(workdir, SAVED, saved)
+    assert (workdir / METRICS_FILE).read_bytes() == content
+    (workdir / METRICS_FILE).rename(workdir / "away")  # as the message says
+    (said,) = continue_records(workdir, SAVED, saved)
+    assert "metrics.jsonl has no records of the steps up to 36" in said
+
+
+def test_a_lost_or_changed_evaluation_is_named(run):
+    workdir, saved = run
+    whole = lines(workdir, EVALUATIONS_FILE)
+    (workdir / EVALUATIONS_FILE).write_bytes(b"".join(whole[:1] + whole[2:]))
+    with pytest.raises(UserError, match=r"evaluations.jsonl, one of the lines 1 to 3"):
+        continue_records(workdir, SAVED, saved)
+    (workdir / EVALUATIONS_FILE).write_bytes(b"".join(whole[:2]))
+    with pytest.raises(UserError, match=r"evaluations.jsonl ends after line 2"):
+        continue_records(workdir, SAVED, saved)
+
+
+def test_a_checkpoint_without_checksums_continues(run):
+    workdir, _ = run
+    assert continue_records(workdir, SAVED, {}) == []
+    assert len(read_records(workdir / METRICS_FILE)) == SAVED
+
+
+def test_there_may_be_no_files(tmp_path):
+    assert read_records(tmp_path / METRICS_FILE) == []
+    empty = checksums(tmp_path)
+    assert continue_records(tmp_path, 0, empty) == []
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,121 @@
+"""Whose a work directory is, what a resumed run may change, and a damaged config.json."""
+
+import dataclasses
+import json
+
+import pytest
+import synthetic_data
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """page(**overrides): the config of the tests' runs, with keys as on the command line."""
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(synthetic_data.config_text("data"))
+
+    def load(overrides: dict) -> RunConfig:
+        texts = {key: str(value) for key, value in overrides.items()}
+        return config_page.load(RunConfig, str(path), texts)
+
+    return load
+
+
+CAPACITY = {"model.expert_backend": "capacity"}
+ALL_TO_ALL = {"model.expert_exchange": "all_to_all", "mesh.expert": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        # Dropless ways to compute the same experts, on other meshes, in other pieces.
+        ({}, {"model.expert_backend": "grouped"}, None),
+        ({"model.expert_backend": "reference"}, {"model.expert_backend": "blocked"}, None),
+        ({}, {"mesh.expert": 2, "data.chunk_rows": 4, "model.remat_rows": 2}, None),
+        ({}, {"model.capacity_factor": 2.0}, None),
+        ({}, {"model.expert_exchange": "all_to_all"}, None),  # one shard: nothing is exchanged
+        # With cells of fixed size other tokens are dropped.
+        ({}, CAPACITY, "model.expert_backend: auto -> capacity"),
+        (CAPACITY, {}, "model.expert_backend: capacity -> auto"),
+        (CAPACITY, CAPACITY | {"model.capacity_factor": 2.0}, "model.capacity_factor: 1.25 -> 2.0"),
+        (CAPACITY, CAPACITY | {"data.chunk_rows": 4}, "data.chunk_rows: 0 -> 4"),
+        (CAPACITY, CAPACITY | {"model.remat_rows": 4}, "model.remat_rows: 0 -> 4"),
+        (CAPACITY, CAPACITY | {"mesh.fsdp": 2}, "mesh.fsdp: 1 -> 2"),
+        (CAPACITY, CAPACITY | {"log_every": 9}, None),
+        ({"mesh.expert": 2}, ALL_TO_ALL, "model.expert_exchange: ring -> all_to_all"),
+        (ALL_TO_ALL, ALL_TO_ALL | {"mesh.expert": 4}, "mesh.expert: 2 -> 4"),
+        (
+            CAPACITY | {"model.moe_every": 0},
+            {"model.moe_every": 0},  # there are no experts
+            None,
+        ),
+        ({}, {"model.dtype": "bfloat16"}, "model.dtype: float32 -> bfloat16"),
+        ({}, {"loss.margin": 0.1}, "loss.margin: None -> 0.1"),
+    ],
+)
+def test_a_resumed_run_may_change_what_is_rounding(tmp_path, page, before, after, refused):
+    claim(tmp_path, page(before), write=True)
+    claim(tmp_path, page(before), write=False)
+    if refused is None:
+        claim(tmp_path, page(after), write=False)
+        return
+    with pytest.raises(UserError) as error:
+        claim(tmp_path, page(after), write=False)
+    assert f"belongs to another config ({refused})" in str(error.value)
+
+
+class Store:
+    spec = {"groups": []}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("override", [{}, CAPACITY, {"loss.balance_over": "device"}])
+def test_the_number_of_devices_is_free_where_it_changes_no_number(monkeypatch, page, override):
+    before = data_spec(Store(), page(override)) | {"records": {"of": "the checkpoint"}}
+    check_data_spec(before, data_spec(Store(), page(override)))
+    monkeypatch.setattr("jax.device_count", lambda: 8)
+    after = data_spec(Store(), page(override))
+    if not override:
+        check_data_spec(before, after)
+        return
+    with pytest.raises(UserError, match=r"the devices or data changed .*: devices: 1 -> 8; resume"):
+        check_data_spec(before, after)
+
+
+def damaged(text: str):
+    """(what is wrong, the damaged file) for each kind of damage to a config.json."""
+    card = json.loads(text)
+    yield "is not JSON", ""
+    yield "is not JSON", text[: len(text) // 2]
+    yield "is not JSON", "\0" * len(text)
+    yield "must be a JSON object", "[]"
+    yield "is none of contrastive, masked_lm", json.dumps(card | {"objective": ["masked_lm"]})
+    yield "model=7 must be a section", json.dumps(card | {"model": 7})
+    yield "loss=None must be a section", json.dumps(card | {"loss": None})
+    yield "steps='9' is a str", json.dumps(card | {"steps": "9"})
+    yield "data.rates=5 must be a section", json.dumps(card | {"data": card["data"] | {"rates": 5}})
+    yield "unknown config key stepz", json.dumps(card | {"stepz": 9})
+    yield "steps=-9 must be at least 1", json.dumps(card | {"steps": -9})
+
+
+def test_a_damaged_config_is_named(tmp_path, page):
+    assert read_card(tmp_path) is None
+    claim(tmp_path, page({}), write=True)
+    assert dataclasses.asdict(read_card(tmp_path)) == dataclasses.asdict(page({}))
+    path = tmp_path / "config.json"
+    for message, content in damaged(path.read_text()):
+        path.write_text(content)
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, page({}), write=False)
+        line = str(error.value)
+        assert line.startswith(f"{path} is damaged (") and message in line, line
+        assert "\n" not in line and "put the right file back" in line
+
+
+def test_a_batch_of_one_pair_is_refused(page):
+    with pytest.raises(UserError, match=r"batch_size=1 and data.negatives=0: .*loss is always 0"):
+        page({"batch_size": 1})
+    page({"batch_size": 1, "data.negatives": 2, "data.pairs": "pairs"})
