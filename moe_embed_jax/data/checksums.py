@@ -1,20 +1,17 @@
-"""checksums.json of a folder of texts, {file: SHA-256}: a change is found when it is read."""
+"""checksums.json of a folder of texts: a change is found when they are read."""
 
 from pathlib import Path
 
-from moe_embed_jax import json_file
-from moe_embed_jax.config import save_json
-from moe_embed_jax.data.hashes import file_hash
+from moe_embed_jax.checksums import FILE_NAME, checksums, dump, find_damage, parse
 from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
-
-FILE = "checksums.json"
 
 
 def write_checksums(folder: Path) -> None:
     """Of every file that is in `folder` now, folders in it included."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
-    save_json(folder / FILE, {p.relative_to(folder).as_posix(): file_hash(p) for p in paths})
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    values = checksums(folder, ["."])
+    (folder / FILE_NAME).write_text(dump(values) + "\n", encoding="utf-8")
 
 
 def verify_checksums(folder: Path) -> None:
@@ -22,13 +19,17 @@ def verify_checksums(folder: Path) -> None:
 
     Raises `UserError` that names a file which is missing or was changed.
     """
-    for name, expected in json_file.read_optional(folder / FILE).items():
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): prepare the data again") from None
+    for name in values:
         for part in name.split("/"):
-            check_name(part, f"{folder / FILE}: a part of {name!r:.60}")
-        path = folder / name
-        if not path.is_file() or file_hash(path) != expected:
-            fault = "was changed" if path.is_file() else "is missing"
-            raise UserError(
-                f"{path} {fault} since {folder / FILE} was written: prepare the data again, or "
-                f"delete {FILE} if you meant to change it"
-            )
+            check_name(part, f"{path}: a part of {name!r:.60}")
+    if damage := find_damage(folder, values):
+        raise UserError(
+            f"{damage}: prepare the data again, or delete {path} if you meant to change it"
+        )

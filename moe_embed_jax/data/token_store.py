@@ -362,12 +362,12 @@ def _read_spec(folder: Path) -> dict:
         ) from error
     if spec.get("format") != FORMAT:
         raise UserError(
-            f"{path} has format {spec.get('format')}, this version reads {FORMAT}: "
+            f"{path} has format {spec.get('format')!r:.40}, this version reads {FORMAT}: "
             f"{REMEDY.format(folder=folder)}"
         )
     if claimed != actual:
         raise UserError(
-            f"{path} was changed after it was written (hash {claimed[:12]}, content "
+            f"{path} was changed after it was written (hash {claimed!s:.12}, content "
             f"{actual[:12]}): {REMEDY.format(folder=folder)}"
         )
     return spec
