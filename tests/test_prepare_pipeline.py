@@ -1,6 +1,8 @@
 """launch/prepare.py from raw sources to a prepared folder: counts, duplicates, resuming, bytes."""
 
+import errno
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -263,6 +265,17 @@ def test_interrupted_work_continues(stage, mixed, prepared, tmp_path, monkeypatc
     total = {"read": 7, "buckets": 8, "shards": 6}[stage]
     assert marked.count(stage) == total - left  # nothing was done twice
     assert files(tmp_path / "pairs") == files(prepared)
+
+
+def test_a_full_disk_is_one_line(mixed, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tmp_path}/marker")
+
+    monkeypatch.setattr(Work, "mark", full)
+    with pytest.raises(UserError, match="there is no room left on this disk") as refused:
+        prepare(mixed, tmp_path / "pairs")
+    assert len(str(refused.value).splitlines()) == 1
+    assert not [record for record in caplog.records if record.name.startswith("apache_beam")]
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"[" * 100_000, b'{"\xff": 1}'])

@@ -13,6 +13,7 @@ and interruptions leave no trace in it.
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import posixpath
@@ -53,6 +54,7 @@ from moe_embed_jax.data.raw.stages import (
 from moe_embed_jax.data.raw.work import Work, bucket_name, part_name, shard_work_name
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
+from moe_embed_jax.refusals import refusal_of_system
 
 VERSION = 2  # raise it when the same input starts to give another result
 # Compressed bytes of pairs that one machine shuffles at a time, in memory.
@@ -231,6 +233,8 @@ class _Pipeline(beam.Pipeline):
         if _runner(flags) == "DirectRunner":
             # DirectRunner would first try to download Prism, a runner in Go.
             options.view_as(StandardOptions).runner = "FnApiRunner"
+        # It logs the stack trace of an error that `__exit__` gets, too.
+        logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
         super().__init__(options=options)
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -238,8 +242,10 @@ class _Pipeline(beam.Pipeline):
             super().__exit__(kind, error, traceback)
         except Exception as failure:
             said = re.findall(r"moe_embed_jax\.errors\.UserError: (.*)", str(failure))
-            lines = [line for line in str(failure).splitlines() if line.strip()] or [""]
-            raise UserError(said[-1] if said else f"the pipeline failed: {lines[-1]}") from failure
+            if said or (refusal := refusal_of_system(failure)) is None:
+                lines = [line for line in str(failure).splitlines() if line.strip()] or [""]
+                refusal = said[-1] if said else f"the pipeline failed: {lines[-1]}"
+            raise UserError(refusal) from failure
 
 
 def _runner(flags: tuple[str, ...]) -> str:
