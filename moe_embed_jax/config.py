@@ -11,6 +11,7 @@ import difflib
 import json
 import pathlib
 import runpy
+import traceback
 
 from moe_embed_jax.errors import UserError
 
@@ -103,22 +104,41 @@ def read_page(classes, spec: str) -> tuple[type, dict]:
     path, _, variant = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"config file {path} does not exist")
-    page = runpy.run_path(path)
-    if "get_config" not in page:
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        values = get_config(variant) if callable(get_config) else None
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_failure(path, error)) from error
+    if not callable(get_config):
         raise UserError(f"config file {path} does not define get_config(variant)")
-    values = dict(page["get_config"](variant))
+    if not hasattr(values, "items"):
+        raise UserError(f"config file {path}: get_config must return a dict, not {values!r:.40}")
+    values = dict(values)
     return (classes if isinstance(classes, type) else _chosen(classes, values, path)), values
+
+
+def _failure(path: str, error: Exception) -> str:
+    """One line for an error in the code of a config file."""
+    line = getattr(error, "lineno", None)  # of a syntax error
+    for frame in traceback.extract_tb(error.__traceback__):
+        line = frame.lineno if frame.filename == path else line
+    what = " ".join(str(error).split())
+    return f"config file {path}, line {line}: {type(error).__name__}: {what}"
 
 
 def _chosen(classes: dict, page: dict, path: str) -> type:
     objective = page.get("objective", next(iter(classes)))
-    if objective not in classes:
+    if not isinstance(objective, str) or objective not in classes:
         raise UserError(f"{path}: objective={objective!r}: choose one of {', '.join(classes)}")
     return classes[objective]
 
 
 def _merge(values: dict, page, name: str) -> None:
     for key, value in dict(page).items():
+        if not isinstance(key, str):
+            raise UserError(f"config key {name}{key!r:.40} must be a string")
         if isinstance(values, _AnyKeys):
             is_section = hasattr(value, "items")
             was_section = isinstance(values.get(key), dict)

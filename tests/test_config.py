@@ -138,6 +138,15 @@ def test_files_that_are_no_configs(tmp_path):
         config_page.load(RunConfig, str(tmp_path / "nothing.py"), {})
     with pytest.raises(UserError, match=r"does not define get_config"):
         config_page.load(RunConfig, write(tmp_path, "x = 1\n"), {})
+    with pytest.raises(UserError, match=r"get_config must return a dict, not 3"):
+        config_page.load(RunConfig, write(tmp_path, "def get_config(v): return 3\n"), {})
+    with pytest.raises(UserError, match=r"config key 3 must be a string"):
+        config_page.load(RunConfig, write(tmp_path, "def get_config(v): return {3: 4}\n"), {})
+    with pytest.raises(UserError, match=r"line 2: ZeroDivisionError: division by zero"):
+        config_page.load(RunConfig, write(tmp_path, "def get_config(v):\n  return 1 / 0\n"), {})
+    with pytest.raises(UserError, match=r"line 1: SyntaxError: ") as refused:
+        config_page.load(RunConfig, write(tmp_path, "def get_config(v:\n"), {})
+    assert len(str(refused.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
