@@ -1,10 +1,15 @@
-"""The record files of a run: what a kill leaves is repaired, all other damage is named."""
+"""The record files of a run: what a kill leaves is repaired, all other damage is named. And what
+TensorBoard shows."""
 
 import json
+import struct
 
 import pytest
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.journal import Board
 from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -116,3 +121,43 @@ def test_there_may_be_no_files(tmp_path):
     empty = checksums(tmp_path)
     assert continue_records(tmp_path, 0, empty) == []
     assert not list(tmp_path.iterdir())
+
+
+def masked_crc(data: bytes) -> int:
+    """Of the TFRecord format."""
+    crc = crc32c(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def events(path) -> list[Event]:
+    """Of a file for TensorBoard, by the format of TFRecord."""
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        content = data[12 : 12 + size]
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc(data[:8])
+        assert struct.unpack("<I", data[12 + size : 16 + size])[0] == masked_crc(content)
+        found.append(Event.FromString(content))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_each_scalar_at_once(tmp_path):
+    board = Board(tmp_path / "tensorboard", first_step=7)
+    board.add(7, {"train/loss": 0.5, "speed": 3})
+    board.flush()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    version, start, scalars = events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (7, start.session_log.START)
+    assert scalars.step == 7
+    assert {v.tag: v.simple_value for v in scalars.summary.value} == {"train/loss": 0.5, "speed": 3}
+    board.close()
+
+
+def test_a_full_disk_raises_in_the_thread_that_writes(tmp_path):
+    board = Board(tmp_path, first_step=1)
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as full:
+        board._writer._py_recordio_writer._writer = full
+        for step in range(10_000):
+            board.add(step, {"train/loss": 0.5})

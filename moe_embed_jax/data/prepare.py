@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
+from moe_embed_jax import launching
 from moe_embed_jax.data import document_store, retrieval_sets
 from moe_embed_jax.data.builders import package_texts, statistics
 from moe_embed_jax.data.data_spec import (
@@ -327,17 +328,17 @@ def format_statistics(tasks: Mapping[str, dict]) -> str:
 
 def main(argv: list[str]) -> None:
     del argv
+    sys.exit(launching.run(_main))
+
+
+def _main() -> None:
     try:
-        try:
-            config = json.loads(FLAGS.config_json)
-        except ValueError as error:
-            raise UserError(f"--config_json is not JSON ({error}): {FLAGS.config_json}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"--config_json must be a JSON object, got {FLAGS.config_json}")
-        folder = prepare(config, FLAGS.data_dir, FLAGS.wheels_dir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        config = json.loads(FLAGS.config_json)
+    except ValueError as error:
+        raise UserError(f"--config_json is not JSON ({error}): {FLAGS.config_json}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--config_json must be a JSON object, got {FLAGS.config_json}")
+    folder = prepare(config, FLAGS.data_dir, FLAGS.wheels_dir)
     print(f"token store: {folder}")
 
 
