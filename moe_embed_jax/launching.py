@@ -160,7 +160,7 @@ def run(main) -> int:
             message = f"error: {problem}"
         if interrupted:
             reason = next((str(error) for error in interrupted if str(error)), None)
-            message = f"interrupted: {reason or 'the same command starts again'}"
+            message = f"interrupted: {reason or 'the same command starts again, or continues'}"
         print(message, file=sys.stderr, flush=True)
         return INTERRUPTED if interrupted else 2
 

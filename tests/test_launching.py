@@ -298,7 +298,7 @@ def test_ctrl_c_is_one_line_and_the_second_ends_at_once(tmp_path):
         "sys.exit(launching.run(main))\n"
     )
     for count, line in (
-        ("1", "interrupted: the same command starts again\n"),
+        ("1", "interrupted: the same command starts again, or continues\n"),
         ("2", "interrupted again: ended at once\n"),
     ):
         result = run_python(["-c", code, count])
