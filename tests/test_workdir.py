@@ -1,13 +1,17 @@
-"""Whose a work directory is, what a resumed run may change, and a damaged config.json."""
+"""Whose a work directory is, what a resumed run may change, a damaged config.json, and runs without
+a loss."""
 
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import synthetic_data
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.training.contrastive import groups_without_negatives
 from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
 
@@ -119,3 +123,25 @@ def test_a_batch_of_one_pair_is_refused(page):
     with pytest.raises(UserError, match=r"batch_size=1 and data.negatives=0: .*loss is always 0"):
         page({"batch_size": 1})
     page({"batch_size": 1, "data.negatives": 2, "data.pairs": "pairs"})
+
+
+class Pairs:
+    """The index of a token store: groups of 3 pairs of texts, which letters stand for."""
+
+    def __init__(self, *groups: str, hard_negatives: int = 0):
+        texts = np.array([ord(letter) for group in groups for letter in group], np.int32)
+        self.content_ids = np.stack([np.ones_like(texts), texts], axis=-1).reshape(-1, 2, 2)
+        self.negative_starts = np.arange(len(self.content_ids) + 1) * hard_negatives
+        self.groups = [Group("task", f"{i}", 3 * i, 3 * i + 3, 1.0) for i, _ in enumerate(groups)]
+
+    def constant(self, batch_size: int, hard_negatives: int = 0) -> str:
+        found = groups_without_negatives(self, self.groups, batch_size, hard_negatives)
+        return "".join(group.language for group in found)
+
+
+def test_groups_whose_loss_is_always_zero_are_found():
+    groups = ("aAbBcC", "aAbAcA", "aAaBaC", "aAbBaA", "AAABBA")
+    assert Pairs(*groups).constant(batch_size=16) == "12"
+    assert Pairs(*groups).constant(batch_size=1) == "01234"
+    assert Pairs(*groups, hard_negatives=1).constant(batch_size=1) == "01234"  # not used
+    assert Pairs(*groups, hard_negatives=1).constant(batch_size=1, hard_negatives=2) == ""
