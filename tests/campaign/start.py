@@ -56,22 +56,35 @@ class Child:
         self.status: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
+        self._streams = [self._open(path, files) for path in (self.out, self.err)]
         if cold:
             self._process = subprocess.Popen(
                 [sys.executable, *argv],
                 cwd=ROOT,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=self.out.open("w"),
-                stderr=self.err.open("w"),
+                stdout=self._streams[0],
+                stderr=self._streams[1],
                 start_new_session=True,
                 preexec_fn=lambda: self._limits(files),
             )
             self.pid = self._process.pid
-            return
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run([str(a) for a in argv], files)
+        else:
+            self.pid = os.fork()
+            if self.pid == 0:
+                self._run([str(a) for a in argv], files)
+        for stream in self._streams:
+            os.close(stream)
+
+    @staticmethod
+    def _open(path: pathlib.Path, files: int) -> int:
+        """A log; behind a pipe where the size of files is limited, for it has no part in that."""
+        if not files:
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=path.open("ab"))
+        stream = os.dup(process.stdin.fileno())
+        process.stdin.close()
+        return stream
 
     @staticmethod
     def _limits(files: int) -> None:
@@ -84,8 +97,8 @@ class Child:
         status = 1
         try:
             os.setsid()
-            for number, path in ((1, self.out), (2, self.err)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            for number, stream in enumerate(self._streams, start=1):
+                os.dup2(stream, number)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             sys.stdout, sys.stderr = (
                 os.fdopen(1, "w", closefd=False),
@@ -117,9 +130,10 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(BaseException):
+                    stream.flush()
+            os._exit(status)  # whatever happens: the code of the campaign must not run on in here
 
     def poll(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
