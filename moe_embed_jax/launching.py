@@ -1,6 +1,7 @@
 """What every launcher does: flags, the processes' runtime, one line for a user's mistake."""
 
 import argparse
+import atexit
 import contextlib
 import glob
 import io
@@ -10,6 +11,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_page
@@ -195,8 +197,21 @@ def _flush_output() -> None:
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list]:
     """Ctrl-C raises KeyboardInterrupt, the next one ends the process; gives the list of what was
-    raised. A process that ignores Ctrl-C, as one in the background does, keeps ignoring it."""
+    raised. A process that ignores Ctrl-C, as one in the background does, keeps ignoring it.
+
+    Python drops, and prints with a stack trace, what is raised in a callback, for instance of the
+    garbage collector: it is raised again a moment later. While Python ends, Ctrl-C is a plain end.
+    """
     raised: list[KeyboardInterrupt] = []
+    show = sys.unraisablehook
+
+    def dropped(unraisable):
+        if not raised or unraisable.exc_value is not raised[-1]:
+            return show(unraisable)
+        raised.clear()
+        again = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+        again.daemon = True
+        again.start()
 
     def interrupt(signum, frame):
         del signum, frame
@@ -210,7 +225,10 @@ def _interrupts() -> Iterator[list]:
         yield raised
         return
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = dropped
     yield raised
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the last one is called first
+    sys.unraisablehook = show
     if not raised:  # else it stays, for what Python does at its end
         signal.signal(signal.SIGINT, before)
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -303,6 +304,36 @@ def test_ctrl_c_is_one_line_and_the_second_ends_at_once(tmp_path):
     ):
         result = run_python(["-c", code, count])
         assert (result.returncode, result.stdout, result.stderr) == (130, "cleaned up\n", line)
+
+
+def test_ctrl_c_is_not_lost_in_a_callback():
+    """Python ignores what is raised there."""
+    code = (
+        "import gc, os, signal, sys, time; from moe_embed_jax import launching\n"
+        "def callback(*_):\n"
+        "    gc.callbacks.clear()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "def main():\n"
+        "    gc.callbacks.append(callback)\n"
+        "    gc.collect()\n"
+        "    print('goes on', flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.exit(launching.run(main))\n"
+    )
+    result = run_python(["-c", code])
+    line = "interrupted: the same command starts again, or continues\n"
+    assert (result.returncode, result.stdout, result.stderr) == (130, "goes on\n", line)
+
+
+def test_ctrl_c_at_the_end_of_python_prints_nothing():
+    code = (
+        "import atexit, os, signal, sys, time; from moe_embed_jax import launching\n"
+        "atexit.register(time.sleep, 60)\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.exit(launching.run(lambda: None))\n"
+    )
+    result = run_python(["-c", code])
+    assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
 def test_the_standard_output_may_be_full():
