@@ -3,6 +3,8 @@ a loss."""
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import synthetic_data
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.data.schedule import Group
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import Interrupted, UserError
+from moe_embed_jax.training import workdir
 from moe_embed_jax.training.contrastive import groups_without_negatives
 from moe_embed_jax.training.run_config import RunConfig
 from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
@@ -117,6 +120,29 @@ def test_a_damaged_config_is_named(tmp_path, page):
         line = str(error.value)
         assert line.startswith(f"{path} is damaged (") and message in line, line
         assert "\n" not in line and "put the right file back" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "line"),
+    [
+        ("INT", Interrupted, ""),
+        ("TERM", SystemExit, "SIGTERM: nothing to save yet; the same command prepares the data\n"),
+    ],
+)
+def test_a_signal_ends_the_preparation_and_its_process(
+    tmp_path, page, monkeypatch, capfd, name, error, line
+):
+    script = f"echo $$ > {tmp_path}/pid; kill -{name} $PPID; exec sleep 99"
+    monkeypatch.setattr(workdir, "ends_with_parent", lambda command: ["/bin/sh", "-c", script])
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error) as raised:
+        workdir.prepare(page({}))
+    if error is SystemExit:
+        assert raised.value.code == 0
+    assert capfd.readouterr().err == line
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_batch_of_one_pair_is_refused(page):
