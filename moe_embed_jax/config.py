@@ -14,6 +14,7 @@ import runpy
 import traceback
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.json_file import printable
 
 
 def build(cls, values, name: str = ""):
@@ -157,7 +158,7 @@ def _merge(values: dict, page, name: str) -> None:
 def _unknown(full: str, key: str, known, where: str) -> UserError:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
-    return UserError(f"unknown config key {full}; {hint}")
+    return UserError(f"unknown config key {printable(full)}; {hint}")
 
 
 def _value(kind, value, name: str):
@@ -168,10 +169,13 @@ def _value(kind, value, name: str):
             raise UserError(f"config key {name}={value!r} must be a section with keys")
         return None if value is None else dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 1 << 1000:
+            raise UserError(f"config key {name} is too large a number")
         return float(value)
     if kind in (int, float, str, bool) and type(value) is not kind:
         raise UserError(
-            f"config key {name}={value!r} is a {type(value).__name__}; it must be a {kind.__name__}"
+            f"config key {name}={value!r:.60} is a {type(value).__name__}; it must be a "
+            f"{kind.__name__}"
         )
     return value
 

@@ -47,6 +47,11 @@ def read_optional(path: pathlib.Path) -> dict:
     return read_object(path) if path.is_file() else {}
 
 
+def printable(words: str, most: int = 60) -> str:
+    """`words` of a file for a message: one line, not longer than `most` characters."""
+    return "".join(c if c.isprintable() else "?" for c in words[:most])
+
+
 def whole(config: dict, key: str, where, limit: int, least: int = 1, default: int | None = None):
     """The whole number at `key`, between `least` and `limit`; `default` if the key is absent.
 

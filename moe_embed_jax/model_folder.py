@@ -10,13 +10,15 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import save_json
 from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.published import open_published, read_config
-from moe_embed_jax.interop.sentence_transformers import read_modules, read_settings
+from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
 from moe_embed_jax.interop.source import CONFIG_FILE, MODEL_CARD, local_folder
 from moe_embed_jax.interop.tokenizer_files import (
     JSON_FILE,
@@ -24,14 +26,15 @@ from moe_embed_jax.interop.tokenizer_files import (
     find_tokenizer,
     load_tokenizer,
 )
+from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.models.int8_weight import quantized
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.objectives import MASKED_LM
-from moe_embed_jax.processes import to_devices
-from moe_embed_jax.sharding import is_array, rules_for, shardings, with_shardings
+from moe_embed_jax.processes import to_devices, to_host
+from moe_embed_jax.sharding import is_array, path_of, rules_for, shardings, with_shardings
 
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
@@ -182,7 +185,12 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
 
 def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
     card = read_config(folder)
-    model = config_page.build(EncoderConfig, card["model"], "model")
+    where = folder / CONFIG_FILE
+    try:
+        model = config_page.build(EncoderConfig, card["model"], "model")
+    except UserError as error:  # which knows no file
+        raise UserError(f"{where}: {error}") from None
+    prompts, lengths = _card_settings(card, where)
     if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
     from moe_embed_jax.checkpoint import check_step, read_newest
@@ -196,6 +204,7 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
         def of_step(checkpoints, number):
             if form is not _as_is:
                 arrays = progress(checkpoints.restore_each(number, "params", params))
+                arrays = ((path, _checked(path, array, folder)) for path, array in arrays)
                 # Not by a loop, whose variable would keep each array while the next one is read.
                 leaves = list(itertools.starmap(form, arrays))
                 return place(jax.tree.structure(params).unflatten(leaves), model, mesh), None
@@ -210,22 +219,66 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
                 return restored["params"], restored.get("mlm_head")
 
         # A run may still write here, and remove the checkpoint that was the newest a moment ago.
-        return read_newest(folder / CHECKPOINTS, step, ("params", "mlm_head"), of_step)
+        restored = read_newest(folder / CHECKPOINTS, step, ("params", "mlm_head"), of_step)
+        if form is _as_is:
+            refuse_not_finite({"params": restored[0], "mlm_head": restored[1] or {}}, folder)
+        return restored
 
-    data = card["data"]
+    return ModelFolder(model, None, None, prompts, lengths, [], [], read)
+
+
+def _card_settings(card: dict, where: pathlib.Path) -> tuple[dict[str, str], dict[str, int]]:
+    """(prompts, longest texts of each side) that the card of a folder of ours says.
+
+    Raises `UserError` naming the file and the key.
+    """
+    data, prompts = card.get("data"), card.get("prompts") or {}
+    for name, section in (("data", data), ("prompts", prompts)):
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: {name}={section!r:.40} must be an object")
+    prompts = {name: text(prompts, name, where, "") for name in prompts}
     # A run of masked language modelling has rows of documents, and knows no prompts.
     is_masked = card.get("objective") == MASKED_LM
-    lengths = {side: data["row_length" if is_masked else f"{side}_length"] for side in PROMPTS}
-    default = NO_PROMPTS if is_masked else PROMPTS
-    return ModelFolder(
-        model,
-        None,
-        None,
-        with_document(card.get("prompts") or default),
-        lengths,
-        [],
-        [],
-        read,
+    keys = {side: "row_length" if is_masked else f"{side}_length" for side in PROMPTS}
+    lengths = {side: whole(data, key, where, NO_LIMIT) for side, key in keys.items()}
+    return with_document(prompts or (NO_PROMPTS if is_masked else PROMPTS)), lengths
+
+
+def refuse_not_finite(params: dict, where) -> None:
+    """Raises `UserError` that names a parameter with NaN or infinite numbers.
+
+    All processes that share `params` call this together.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    on_host = all(leaf.is_fully_addressable for _, leaf in leaves) and all(
+        device.platform == "cpu" for _, leaf in leaves for device in leaf.devices()
+    )
+    if on_host:
+        for path, leaf in leaves:
+            _checked(path_of(path), leaf, where)
+        return
+    for path, is_finite in jax.tree_util.tree_leaves_with_path(_are_finite(params)):
+        if not to_host(is_finite):
+            raise _not_finite(path_of(path), where)
+
+
+@jax.jit
+def _are_finite(params: dict) -> dict:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
+
+
+def _checked(path: str, array, where):
+    """`array`, if it is finite. The sum tells so at the speed of memory."""
+    on_host = np.asarray(array)
+    if not np.isfinite(on_host.sum()) and not np.isfinite(on_host).all():
+        raise _not_finite(path, where)
+    return array
+
+
+def _not_finite(path: str, where) -> UserError:
+    return UserError(
+        f"{where}: parameter {path} holds NaN or infinite numbers: training diverged, or the file "
+        "is damaged; take an earlier step (--step) or another model"
     )
 
 

@@ -23,7 +23,7 @@ import tokenizers
 from moe_embed_jax.data.tokenizer_settings import MARKUP_IS_TEXT, effective_bytes
 from moe_embed_jax.data.vocabulary import Vocabulary, clean_text, cut_before_space
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.json_file import parse_object
+from moe_embed_jax.json_file import parse_object, printable
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
 PARALLELISM = "TOKENIZERS_PARALLELISM"
@@ -52,7 +52,8 @@ class TokenizerJson:
     def __init__(self, model_bytes: bytes, name: str = "tokenizer.json"):
         """`name` is what errors call the tokenizer, e.g. its path. See also `load`."""
         content = _read_json(model_bytes, name)
-        if (content.get("truncation") or {}).get("direction") == "Left":
+        truncation = content.get("truncation")
+        if isinstance(truncation, dict) and truncation.get("direction") == "Left":
             raise UserError(f"{name} truncates texts at their beginning; here only the end is cut")
         self.model_bytes = model_bytes
         self.content_hash = hashlib.sha256(model_bytes).hexdigest()
@@ -70,12 +71,14 @@ class TokenizerJson:
         except BaseException as error:  # a panic of the library is no Exception
             if re.search(r"unk_id|unknown token|\[UNK\]|UNK token", str(error)):
                 raise UserError(
-                    f"{name} has no token for what its vocabulary lacks ({error}): name one in "
-                    "unk_id or unk_token of its model, and put it into the vocabulary"
+                    f"{name} has no token for what its vocabulary lacks "
+                    f"({printable(str(error))}): name one in unk_id or unk_token of its model, and "
+                    "put it into the vocabulary"
                 ) from None
             raise UserError(
-                f"{name} cannot be read by tokenizers {tokenizers.__version__} ({error!r}); give "
-                "the tokenizer.json of a Hugging Face model, or install a newer tokenizers"
+                f"{name} cannot be read by tokenizers {tokenizers.__version__} "
+                f"({printable(repr(error), 200)}); give the "
+                "tokenizer.json of a Hugging Face model, or install a newer tokenizers"
             ) from error
 
     @classmethod
@@ -179,8 +182,9 @@ class TokenizerJson:
         full = self._tokenizer.encode(text)
         if len(full) != len(plain) + 2 or full.ids[1:-1] != plain.ids:
             raise UserError(
-                f"{name} turns the tokens {plain.tokens} into {full.tokens}; what is needed is one "
-                "special token at each end, as [CLS] and [SEP]: correct its post_processor"
+                f"{name} turns the tokens {plain.tokens!s:.60} into {full.tokens!s:.80}; what is "
+                "needed is one special token at each end, as [CLS] and [SEP]: correct its "
+                "post_processor"
             )
         self.bos_id, self.eos_id = full.ids[0], full.ids[-1]
         self.size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())

@@ -37,8 +37,8 @@ def effective_bytes(path: Path) -> bytes:
         return raw  # no tokenizer.json, as its reader will say
     try:
         changed = _apply(content, path.parent)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} or {CONFIG_FILE} beside it is damaged ({error!r})") from None
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{path} or {CONFIG_FILE} beside it is damaged ({error!r:.100})") from None
     if not changed:
         return raw
     return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -98,7 +98,7 @@ def wanted_tokens(folder: Path, config: dict) -> Iterator[dict]:
             yield _token(token, where) | {"id": int(token_id)}
     else:
         path = folder / "special_tokens_map.json"
-        config = read_optional(path) | config
+        config = config | read_optional(path)
         path = folder / "added_tokens.json"
         for token, token_id in read_optional(path).items():
             if type(token_id) is not int:

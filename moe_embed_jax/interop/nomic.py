@@ -112,7 +112,7 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
     for key, allowed in _FIXED.items():
         if key in config and config[key] not in allowed:
             raise UserError(
-                f"{where}: {key}={config[key]!r} is an architecture that this encoder is not "
+                f"{where}: {key}={config[key]!r:.60} is an architecture that this encoder is not "
                 f"({key} must be {allowed[0]!r})"
             )
     # Null means nothing said for these three, as transformers writes it.

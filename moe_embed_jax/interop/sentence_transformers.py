@@ -12,6 +12,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import (
     flag,
     parse,
+    printable,
     read_bytes,
     read_object,
     read_optional,
@@ -127,13 +128,13 @@ def read_modules(folder: pathlib.Path) -> tuple[pathlib.Path, str | None, bool |
         if not known or not library.startswith("sentence_transformers."):
             named = name if library.startswith("sentence_transformers.") else kind
             raise UserError(
-                f"{path}: module {named[:80]} is not known; it would change the embeddings"
+                f"{path}: module {printable(named)} is not known; it would change the embeddings"
             )
         kinds.append(name)
         folders.append(_inside(folder, text(module, "path", path), path))
     if kinds[:2] != ["Transformer", "Pooling"] or set(kinds[2:]) - {"Normalize"}:
         raise UserError(
-            f"{path}: the modules are {', '.join(kinds)[:80] or 'none'}; only Transformer, Pooling "
+            f"{path}: the modules are {', '.join(kinds[:9]) or 'none'}; only Transformer, Pooling "
             "and Normalize in this order are known"
         )
     for inner in folders[2:]:
@@ -147,6 +148,8 @@ def _inside(folder: pathlib.Path, path: str | None, where: pathlib.Path) -> path
         raise UserError(f"{where}: a module has no path")
     pure = pathlib.PurePath(path)
     try:
+        if not path.isprintable() or len(path) > 200:
+            raise ValueError
         outside = pure.is_absolute() or ".." in pure.parts
         outside = outside or not (folder / path).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):
@@ -164,7 +167,9 @@ def _pooling(path: pathlib.Path) -> str:
     old = {key: key.removeprefix("pooling_mode_") for key in config if key != "pooling_mode"}
     for key, mode in old.items():
         if key not in _POOLING_KEYS and (mode == key or mode not in _OLD_MODES):
-            raise UserError(f"{path}: key {key[:60]} is not known; it may change the embeddings")
+            raise UserError(
+                f"{path}: key {printable(key)} is not known; it may change the embeddings"
+            )
     active = [
         _OLD_MODES[mode] for key, mode in old.items() if mode != key and flag(config, key, path)
     ]
@@ -173,7 +178,7 @@ def _pooling(path: pathlib.Path) -> str:
     ours = [our for our, theirs in POOLING_MODES.items() if modes == [theirs]]
     if not ours:
         raise UserError(
-            f"{path}: pooling {' + '.join(map(str, modes))[:80]}: only one of "
+            f"{path}: pooling {printable(' + '.join(map(str, modes)))}: only one of "
             f"{', '.join(POOLING_MODES.values())} is known"
         )
     if not flag(config, "include_prompt", path, default=True):
@@ -186,7 +191,9 @@ def _check_normalize(path: pathlib.Path) -> None:
         if key not in ("module_input_name", "module_output_name") or (
             value not in (None, "sentence_embedding")
         ):
-            raise UserError(f"{path}: {key[:60]}={value!r:.40}: only the embedding is normalised")
+            raise UserError(
+                f"{path}: {printable(key)}={value!r:.40}: only the embedding is normalised"
+            )
 
 
 def _prompts(path: pathlib.Path, normalized: bool | None) -> dict[str, str]:
@@ -241,7 +248,9 @@ def _check_argument(path, key: str, value) -> None:
         states = {"method": "forward", "method_output_name": "last_hidden_state"}
         if value.get("text") == states:
             return
-    raise UserError(f"{path}: {key[:60]}={value!r:.60} is not known; it may change the embeddings")
+    raise UserError(
+        f"{path}: {printable(key)}={value!r:.60} is not known; it may change the embeddings"
+    )
 
 
 def _length(config: dict, key: str, path) -> int | None:

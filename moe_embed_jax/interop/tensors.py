@@ -3,7 +3,6 @@
 Nothing is ever unpickled: a folder that holds pickle files only is refused with the remedy.
 """
 
-import json
 import pathlib
 from collections.abc import Iterable
 
@@ -12,6 +11,7 @@ import numpy as np
 import safetensors
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.json_file import printable, read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -56,19 +56,24 @@ class Tensors:
         return self._handles[path]
 
     def _indexed(self, index: pathlib.Path) -> dict[str, pathlib.Path]:
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{index} is not an index of safetensors files") from None
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} is not an index of safetensors files: it has no weight_map")
         files = {}
         for name, file in weight_map.items():
+            plain = isinstance(file, str) and pathlib.PurePath(file).name == file
+            if not plain or not file.endswith(".safetensors") or not file.isprintable():
+                raise UserError(
+                    f"{index}: {printable(name)} is said to be in {file!r:.80}, which is not the "
+                    "name of a .safetensors file beside it"
+                )
             path = index.parent / file
-            if pathlib.PurePath(file).name != file or path.suffix != ".safetensors":
-                raise UserError(f"{index}: {name} is said to be in {file!r}: not a file of ours")
             if not path.is_file():
-                raise UserError(f"{path} is missing: {index.name} says that it holds {name}")
+                raise UserError(
+                    f"{path} is missing: {index.name} says that it holds {printable(name)}"
+                )
             if name not in self._open(path).keys():  # noqa: SIM118
-                raise UserError(f"{path} does not hold {name}, as {index.name} says")
+                raise UserError(f"{path} does not hold {printable(name)}, as {index.name} says")
             files[name] = path
         return files
 
@@ -97,7 +102,10 @@ class Tensors:
         kind = self._open(path).get_slice(file_name).get_dtype()
         if kind not in DTYPES:
             raise UserError(f"{path}: {file_name} is of type {kind}; weights must be floats")
-        array = np.asarray(self._open(path).get_tensor(file_name))
+        try:
+            array = np.asarray(self._open(path).get_tensor(file_name))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path}: {file_name} cannot be read: {error}") from None
         if array.dtype != DTYPES[kind]:  # safetensors hands out bfloat16 as raw 16-bit words
             array = array.view(DTYPES[kind])
         array = array.astype(np.float32, copy=False)

@@ -113,7 +113,7 @@ def _pieces_of(path: pathlib.Path) -> list[str]:
         vocabulary = _parsed(path)["model"]["vocab"]
         return [row[0] for row in vocabulary] if isinstance(vocabulary, list) else []
     except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} is not a tokenizer.json ({error!r}); copy it again") from None
+        raise UserError(f"{path} is not a tokenizer.json ({error!r:.100}); copy it again") from None
 
 
 def _parsed(path: pathlib.Path) -> dict:
@@ -134,7 +134,7 @@ def _refuse_changes(vocabulary: Vocabulary, path: pathlib.Path) -> None:
     try:
         tokens = list(wanted_tokens(folder, config))
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} is damaged ({error!r})") from None
+        raise UserError(f"{folder / CONFIG_FILE} is damaged ({error!r:.100})") from None
     for token in tokens:
         if token["content"] not in ids or token.get("id", -1) not in (-1, ids[token["content"]]):
             raise UserError(

@@ -14,6 +14,7 @@ POOLINGS = ("mean", "cls", "last")
 LIMITS = {
     "vocab_size": 10_000_000,
     "num_layers": 1_000,
+    "moe_every": 1_000,
     "width": 65_536,
     "num_heads": 4_096,
     "ffn_width": 1_048_576,
@@ -57,10 +58,10 @@ class EncoderConfig:
     def __post_init__(self):
         self._check_sizes()
         if self.positions not in ("rotary", "learned"):
-            raise UserError(f"model.positions={self.positions!r}: choose 'rotary' or 'learned'")
+            raise UserError(f"model.positions={self.positions!r:.60}: choose 'rotary' or 'learned'")
         if (self.positions == "learned") != (self.max_positions > 0):
             raise UserError(
-                f"model.max_positions={self.max_positions} with positions={self.positions!r}: "
+                f"model.max_positions={self.max_positions} with positions={self.positions!r:.60}: "
                 "learned positions need a table size above 0, rotary ones need none (0)"
             )
         unit = self.num_heads * (2 if self.positions == "rotary" else 1)
@@ -82,9 +83,7 @@ class EncoderConfig:
             ("expert_exchange", list(EXCHANGES)),
         ):
             if getattr(self, name) not in known:
-                raise UserError(f"model.{name}={getattr(self, name)!r}: choose from {known}")
-        if not self.capacity_factor > 0:
-            raise UserError(f"model.capacity_factor={self.capacity_factor} must be above 0")
+                raise UserError(f"model.{name}={getattr(self, name)!r:.60}: choose from {known}")
         if self.remat_rows < 0:
             raise UserError(f"model.remat_rows={self.remat_rows} must be 0 (off) or more")
 
@@ -95,9 +94,9 @@ class EncoderConfig:
                 raise UserError(
                     f"model.{name}={value!r:.40} must be a whole number, at most {limit:,}"
                 )
-            if value == 0 and name not in ("num_experts", "max_positions"):
+            if value == 0 and name not in ("num_experts", "max_positions", "moe_every"):
                 raise UserError(f"model.{name}=0 must be 1 or more")
-        for name in ("rotary_base", "norm_epsilon"):
+        for name in ("rotary_base", "norm_epsilon", "initializer_range", "capacity_factor"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise UserError(f"model.{name}={value!r:.40} must be above 0, and finite")
