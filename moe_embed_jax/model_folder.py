@@ -132,18 +132,21 @@ def open_model(
       UserError: not a model folder, or one that cannot be loaded exactly, with the reason.
     """
     folder = local_folder(folder)
-    if is_run(folder):
-        opened = _open_run(folder, step)
+    is_ours = is_run(folder)
+    path = (
+        find_tokenizer(weights_folder(folder)) if vocabulary is None else pathlib.Path(vocabulary)
+    )
+    tokenizer = None if path is None else load_tokenizer(path)
+    if is_ours:
+        own = tokenizer.content_hash if tokenizer and vocabulary is None else None
+        opened = _open_run(folder, step, own)
     elif step is None:
         opened = _open_published(folder, positions)
     else:
         raise UserError(f"step={step}: {folder} is a published checkpoint, which has no steps")
-    path = (
-        find_tokenizer(weights_folder(folder)) if vocabulary is None else pathlib.Path(vocabulary)
-    )
     if path is not None:
-        opened.vocabulary, opened.vocabulary_path = load_tokenizer(path), path
-        check_vocabulary(opened.vocabulary, opened.model, path)
+        opened.vocabulary, opened.vocabulary_path = tokenizer, path
+        check_vocabulary(tokenizer, opened.model, path)
     return opened
 
 
@@ -183,7 +186,8 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     )
 
 
-def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
+def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> ModelFolder:
+    """`tokenizer`: SHA-256 of the one that lies in the folder, which must be the checkpoint's."""
     card = read_config(folder)
     where = folder / CONFIG_FILE
     try:
@@ -202,6 +206,12 @@ def _open_run(folder: pathlib.Path, step: int | None) -> ModelFolder:
         params = with_shardings(shapes, rules_for(model), mesh)
 
         def of_step(checkpoints, number):
+            expected = _tokenizer_hash(checkpoints.data(number))
+            if None not in (expected, tokenizer) and expected != tokenizer:
+                raise UserError(
+                    f"the tokenizer in {folder} was changed: its SHA-256 is {tokenizer[:12]}, the "
+                    f"model was trained with {expected[:12]}; bring that file back"
+                )
             if form is not _as_is:
                 arrays = progress(checkpoints.restore_each(number, "params", params))
                 arrays = ((path, _checked(path, array, folder)) for path, array in arrays)
@@ -282,6 +292,12 @@ def _not_finite(path: str, where) -> UserError:
     )
 
 
+def _tokenizer_hash(data: dict) -> str | None:
+    """The SHA-256 of the tokenizer in a checkpoint's data spec; None: it does not say."""
+    vocabulary = data.get("store", data).get("vocabulary")
+    return vocabulary["sha256"] if vocabulary else None
+
+
 def place(params: dict, model: EncoderConfig, mesh: jax.sharding.Mesh) -> dict:
     """NumPy parameters (the same on every process) to device arrays in their shardings."""
 
@@ -330,7 +346,8 @@ def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
         if loaded.mlm_head is not None:
             trees["mlm_head"] = loaded.mlm_head
         checkpoints = Checkpoints(partial / CHECKPOINTS)
-        checkpoints.save(0, {"origin": origin}, **trees)
+        own = loaded.vocabulary and {"vocabulary": {"sha256": loaded.vocabulary.content_hash}}
+        checkpoints.save(0, {"origin": origin, **(own or {})}, **trees)
         checkpoints.close()
         save_json(
             partial / MODEL_CARD,

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -37,7 +38,8 @@ def folder(data_dir, tmp_path_factory):
     (folder / "sentencepiece.model").write_bytes(source.read_bytes())
     checkpoints = Checkpoints(folder / "checkpoints")
     params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    checkpoints.save(1, {}, params=params, optimizer={"step": np.zeros(1)})
+    spec = {"store": {"vocabulary": {"sha256": Vocabulary.load(source).content_hash}}}
+    checkpoints.save(1, spec, params=params, optimizer={"step": np.zeros(1)})
     checkpoints.close()
     return folder
 
@@ -45,6 +47,15 @@ def folder(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def embedder(folder):
     return Embedder.load(folder)
+
+
+def test_a_changed_vocabulary_of_the_same_size(folder, data_dir, tmp_path):
+    other = vocabulary_path(synthetic_data.DOCUMENTS_PREPARATION, data_dir)
+    assert Vocabulary.load(other).size == MODEL.vocab_size
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copy(other, tmp_path / "model" / "sentencepiece.model")
+    with pytest.raises(UserError, match=r"the tokenizer in .*model was changed: its SHA-256 is"):
+        Embedder.load(tmp_path / "model")
 
 
 def reference(embedder, texts, prompt: str) -> np.ndarray:
