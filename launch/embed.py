@@ -63,10 +63,12 @@ def main():
         return embedder.encode(chunk, prompt=prompt, dim=arguments.dim)
 
     if output.suffix == ".zarr":
+        from moe_embed_jax.ownership import own
         from moe_embed_jax.search.vectors import write_vectors
 
         identity = embedder.identity(prompt)
-        shape = write_vectors(output, texts, encode, identity, arguments.dtype).shape
+        with own(output):
+            shape = write_vectors(output, texts, encode, identity, arguments.dtype).shape
     else:
         shape = write_embeddings(encode, texts(), count, output)
     seconds = time.monotonic() - start

@@ -16,6 +16,7 @@ import pytest
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 from moe_embed_jax.search.vectors import VectorStore
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +178,18 @@ def test_bad_flags(launch, tmp_path, capsys, arguments, message):
     (tmp_path / "t.txt").write_text("a\n")
     assert launch("embed", *EMBED, *arguments) == 2
     assert message in one_line_error(capsys)
+
+
+@pytest.mark.parametrize("name", ["emb.npy", "emb.zarr"])
+def test_two_at_once_are_refused(launch, tmp_path, capsys, name):
+    (tmp_path / "t.txt").write_text("a\nb\n")
+    flags = ("--model=model", f"--output={name}", "--prompt=document", "--input=t.txt")
+    (tmp_path / ".emb.npy.partial").write_bytes(b"as kill -9 leaves it")
+    with own(tmp_path / name):
+        assert launch("embed", *flags) == 2
+    assert f"{name} is in use by process" in capsys.readouterr().err
+    assert launch("embed", *flags) == 0
+    assert [path.name for path in tmp_path.glob(".*")] == [".emb.npy.partial"] * (name != "emb.npy")
 
 
 def test_an_earlier_output_survives_a_failure(launch, tmp_path, monkeypatch):

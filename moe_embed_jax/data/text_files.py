@@ -26,6 +26,7 @@ from moe_embed_jax.data.bounded_lines import (
     too_long,
 )
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -128,20 +129,20 @@ def _read_array(path: Path) -> Iterator[tuple[str, Any]]:
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` when the block ends well, and leaves nothing if not.
 
-    Folders on the way are made. Raises `UserError` when `path` cannot be written.
+    Folders on the way are made. Raises `UserError` when `path` cannot be written, or another
+    process writes it.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-        partial.replace(path)
+        with own(path) as owner, contextlib.ExitStack() as last:
+            last.callback(partial.unlink, missing_ok=True)
+            with open(partial, "wb") as file:
+                yield file
+            owner.check()
+            partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def parse_json(line: str, where: str) -> Any:
