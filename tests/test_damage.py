@@ -18,12 +18,13 @@ from moe_embed_jax.curation.negatives import mine_negatives
 from moe_embed_jax.curation.negatives_rule import Rule as MiningRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
-from moe_embed_jax.data import retrieval_sets
+from moe_embed_jax.data import document_store, retrieval_sets
 from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import load_heldout
+from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
 from moe_embed_jax.ownership import own
 from moe_embed_jax.refusals import refusal_of_system
 from moe_embed_jax.search import vectors
@@ -142,6 +143,12 @@ def read_sets(folder):
     }
 
 
+def write_documents(folder):
+    with document_store._HeldOut(folder) as held_out:
+        for i in range(6):
+            held_out.add("faq", ("de", "en")[i % 2], f"document {i}")
+
+
 KINDS = {
     "tokens": (write_tokens, read_tokens, 12),
     "pairs": (write_pairs, read_pairs, 12),
@@ -149,6 +156,7 @@ KINDS = {
     "filter": (filtered, filtered, 2),
     "mine": (mined, mined, 2),
     "sets": (write_sets, read_sets, 4),
+    "documents": (write_documents, load_documents, 12),
 }  # name -> how to write the folder, to read it, and the flips in each file
 
 

@@ -51,7 +51,9 @@ class VectorStore:
         self.folder = Path(folder)
         self.about = _read_json(self.folder / ABOUT)
         try:
-            self.shape = (int(self.about["texts"]["count"]), int(self.about["width"]))
+            self.shape = (self.about["texts"]["count"], self.about["width"])
+            if not all(type(size) is int and size >= 0 for size in self.shape):
+                raise ValueError(f"shape {self.shape}")
             self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
         except (LookupError, TypeError, ValueError) as error:
             raise _damaged_file(self.folder / ABOUT, repr(error)) from error
