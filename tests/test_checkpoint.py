@@ -231,6 +231,8 @@ def test_checkpoints_without_checksums_are_read_with_a_line(saved, capsys):
     assert f"checkpoint {saved.folder}/7 is damaged: " in capsys.readouterr().err
 
 
+# Orbax's event loops of two threads: one was seen to be told of the other's end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):
     """The checkpoint that was the newest a moment ago may be gone: the next one is read."""
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
