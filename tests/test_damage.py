@@ -166,6 +166,12 @@ def flip(path, rng):
     path.write_bytes(data)
 
 
+def zero(path, rng):
+    data = bytearray(path.read_bytes())
+    start = rng.randrange(len(data))
+    path.write_bytes(data[:start] + bytes(len(data) - start))
+
+
 def cut(path, rng):
     data = path.read_bytes()
     path.write_bytes(data[: rng.randrange(len(data))])
@@ -197,7 +203,7 @@ def test_damage_is_named_or_without_effect(tmp_path, monkeypatch, kind):
     cases = [
         (name, operation) for name in files for operation in (empty, delete, replace_by_folder)
     ]
-    cases += [(name, operation) for name in files for operation in [flip] * flips + [cut]]
+    cases += [(name, operation) for name in files for operation in [flip] * flips + [zero, cut]]
     named, failures = 0, []
     for name, operation in cases:
         if not (kept / name).stat().st_size:

@@ -25,6 +25,7 @@ import os
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -250,7 +251,8 @@ class TokenStore:
             path = folder / f"{name}.npy"
             try:
                 array = np.load(path)
-            except (OSError, ValueError, EOFError) as error:
+            # NumPy reads the shape by Python's tokenizer, and believes it.
+            except (OSError, ValueError, EOFError, TokenError, SyntaxError, MemoryError) as error:
                 reason = "is missing" if not path.exists() else f"cannot be read ({error})"
                 raise UserError(f"{path} {reason}: {REMEDY.format(folder=folder)}") from error
             is_whole = name not in INDEX or array.shape[0] == spec["rows"]
