@@ -4,7 +4,8 @@
         --prompt=query|document|none|"PREFIX: " [--dim=N] [--field=NAME] [--dtype=bfloat16]
 
 Input: .jsonl (a line is a JSON string, or an object with "text", after "title" if there is one, or
-with --field) or .txt (a line is a text), plain or .gz, UTF-8. Output: [lines, dim] of unit norm,
+with --field), .json (the same, or one array of those) or .txt (a line is a text), plain or .gz,
+UTF-8. Blank lines at the end of JSON lines are skipped. Output: [lines, dim] of unit norm,
 float32. An empty text is embedded as its prompt; a file without lines gives [0, dim]. The file is
 read twice: a bad line is reported before anything is embedded, and neither the texts nor the
 embeddings are ever in memory as a whole.

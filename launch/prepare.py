@@ -3,13 +3,13 @@
     python launch/prepare.py --sources=sources.json --output=pairs [--vocabulary=FILE] \\
         [--max_bad_share=0.01] [--rows_per_shard=65536] [options of Beam]
 
-sources.json names the raw files and their formats (pairs, triplets, mC4, CC-News, MIRACL, BEIR; in
-JSON lines or Parquet), see docs/curation.md. Bad rows go to OUTPUT/quarantine/<source>.jsonl. The
-same command continues an interrupted preparation. --vocabulary counts tokens with that
-SentencePiece model or tokenizer.json. Every other flag goes to Apache Beam: on this machine
---direct_num_workers=8 --direct_running_mode=multi_processing, in the cloud
---runner=DataflowRunner --project=... Read the result with moe_embed_jax.data.pairs.PairFolder, or
-train on it with --config.data.pairs=OUTPUT.
+sources.json names the raw files and their formats (pairs, triplets, FlagEmbedding, mC4, CC-News,
+MIRACL, BEIR; in JSON, Parquet or Arrow), see docs/curation.md. Bad rows go to
+OUTPUT/quarantine/<source>.jsonl. The same command continues an interrupted preparation.
+--vocabulary counts tokens with that SentencePiece model or tokenizer.json. Every other flag goes to
+Apache Beam: on this machine --direct_num_workers=8 --direct_running_mode=multi_processing, in the
+cloud --runner=DataflowRunner --project=... Read the result with
+moe_embed_jax.data.pairs.PairFolder, or train on it with --config.data.pairs=OUTPUT.
 """
 
 import importlib.util

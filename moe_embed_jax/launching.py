@@ -120,10 +120,12 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
         form = encoder.text_form(prompt)
         prefix = json.dumps(form["prefix"], ensure_ascii=False)
         print(f"{side}: prefix {prefix}, at most {form['max_length']} tokens", flush=True)
-    if not encoder.has_prompts and {"query", "document"} & set(prompts.values()):
+    asked = [name for name in ("query", "document") if name in prompts.values()]
+    if asked and not encoder.has_prompts:
         print(
-            "warning: the model's folder says nothing about prompts, so texts get none; if it was "
-            'trained with some, name them, as in --query_prompt="query: "',
+            "warning: the model's folder says nothing about prompts, so there is no prefix for "
+            f"{' and '.join(asked)}; if the model was trained with prefixes, give them by flag "
+            '(for E5: "query: " and "passage: ")',
             file=sys.stderr,
         )
 

@@ -10,6 +10,7 @@ from conftest import ROOT, run_python
 from evaluation_data import table, text_vectors, write, write_beir, write_miracl
 from stand_in_teacher import StandInTeacher
 
+from moe_embed_jax import config as config_page
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.errors import UserError
@@ -228,6 +229,8 @@ def test_the_pages_of_the_project():
         assert len(load_suite(f"{ROOT / 'configs/evaluation.py'}:{variant}")) == kinds
     with pytest.raises(UserError, match="unknown variant 'x'"):
         load_suite(f"{ROOT / 'configs/evaluation.py'}:x")
+    _, values = config_page.read_page(dict, f"{ROOT / 'configs/evaluation.py'}:beir")
+    assert load_suite("read.py before", values).keys() == published.BEIR.keys()  # not read again
     assert load_suite(f"{ROOT / 'configs/evaluation.py'}:beir").keys() == published.BEIR.keys()
 
 
