@@ -228,6 +228,7 @@ def test_long_texts_are_cut_where_that_is_exact(bert):
         (b"[1]", "must be a JSON object"),
         (b'{"tokenizer_class": "BertTokenizer"}', 'no section "model"'),
         (b'{"model": {"type": "Quantum"}}', "cannot be read by tokenizers"),
+        (b'{"model": {}, "added_tokens": [{"content": "\\u0000"}]}', "holds a NUL character"),
     ],
 )
 def test_bad_files(tmp_path, content, message):

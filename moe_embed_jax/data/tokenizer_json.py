@@ -205,6 +205,10 @@ def _read_json(model_bytes: bytes, name: str) -> dict:
             f'{name} has no section "model"; give the tokenizer.json of a Hugging Face model, not '
             "its tokenizer_config.json or vocab.json"
         )
+    tokens = content.get("added_tokens")
+    for token in tokens if isinstance(tokens, list) else []:
+        if isinstance(token, dict) and "\0" in str(token.get("content")):  # the library panics
+            raise UserError(f"{name}: added token {token['content']!r:.40} holds a NUL character")
     return content
 
 

@@ -104,6 +104,13 @@ FAULTS = (
         "test_step.py -k golden",
     ),
     Fault(
+        "cls-and-last-token-swapped",
+        "models/pooling.py",
+        'beside[:, :-2] if pooling == "cls" else beside[:, 2:]',
+        'beside[:, 2:] if pooling == "cls" else beside[:, :-2]',
+        "test_pooling.py -k pooled_token",
+    ),
+    Fault(
         "mean-of-a-single-token-is-halved",
         "models/pooling.py",
         "jnp.maximum(member_RLS.sum(axis=1), 1.0)",
