@@ -38,6 +38,11 @@ def lowered(folder):
     edit(folder / "sentence_bert_config.json", do_lower_case=True)
 
 
+def lowered_by_an_older_file(folder):
+    (folder / "sentence_bert_config.json").unlink()
+    edit(folder / "sentence_roberta_config.json", do_lower_case=True)
+
+
 def split(folder):
     edit(folder / "tokenizer_config.json", split_special_tokens=True)
 
@@ -90,6 +95,7 @@ def bert(tmp_path_factory):
 
 CHANGES = (
     lowered,
+    lowered_by_an_older_file,
     split,
     split_and_lowered,
     of_class_bert,

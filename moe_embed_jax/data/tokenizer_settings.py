@@ -20,6 +20,15 @@ CONFIG_FILE = "tokenizer_config.json"
 # for that setting.
 MARKUP_IS_TEXT = "split_special_tokens"
 MOST_BYTES = 256 << 20
+# What sentence-transformers calls the settings of its Transformer, in its order: the first one that
+# is there counts.
+TRANSFORMER_FILES = (
+    "sentence_bert_config.json",
+    *(
+        f"sentence_{name}_config.json"
+        for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
+)
 BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -82,8 +91,13 @@ def refuse_settings(config: dict, where: Path) -> None:
 
 def lower_cases(folder: Path) -> bool:
     """Whether sentence-transformers lower-cases texts before the tokenizer sees them."""
-    path = folder / "sentence_bert_config.json"
-    return flag(read_optional(path), "do_lower_case", path)
+    path = transformer_file(folder)
+    return path is not None and flag(read_optional(path), "do_lower_case", path)
+
+
+def transformer_file(folder: Path) -> Path | None:
+    """The first of `TRANSFORMER_FILES` in `folder`; None: there is none."""
+    return next((folder / name for name in TRANSFORMER_FILES if (folder / name).is_file()), None)
 
 
 def wanted_tokens(folder: Path, config: dict) -> Iterator[dict]:

@@ -8,6 +8,11 @@ import dataclasses
 import json
 import pathlib
 
+from moe_embed_jax.data.tokenizer_settings import (
+    CONFIG_FILE,
+    TRANSFORMER_FILES,
+    transformer_file,
+)
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import (
     flag,
@@ -22,8 +27,7 @@ from moe_embed_jax.json_file import (
 
 MODULES_FILE = "modules.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
-LENGTH_FILE = "sentence_bert_config.json"
-TOKENIZER_FILE = "tokenizer_config.json"
+LENGTH_FILE = TRANSFORMER_FILES[0]
 POOLING_FOLDER = "1_Pooling"
 NORMALIZE_FOLDER = "2_Normalize"
 NO_LIMIT = 1_000_000  # tokenizers write 1e30 for "no limit"
@@ -39,14 +43,6 @@ _OLD_MODES = {
     "lasttoken": "lasttoken",
 }
 _POOLING_KEYS = ("embedding_dimension", "word_embedding_dimension", "include_prompt")
-# Names that older versions gave LENGTH_FILE, in the library's order.
-_LENGTH_FILES = (
-    LENGTH_FILE,
-    *(
-        f"sentence_{name}_config.json"
-        for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    ),
-)
 # Keys of LENGTH_FILE: values that change nothing here. Those below are read elsewhere.
 _FIXED = {
     "transformer_task": (None, "feature-extraction"),
@@ -224,13 +220,13 @@ def _prompts(path: pathlib.Path, normalized: bool | None) -> dict[str, str]:
 
 
 def _max_lengths(folder: pathlib.Path) -> dict[str, int | None]:
-    path = next((folder / name for name in _LENGTH_FILES if (folder / name).is_file()), None)
+    path = transformer_file(folder)
     config = {} if path is None else read_object(path)
     for key, value in config.items():
         _check_argument(path, key, value)
     length = _length(config, "max_seq_length", path)
     if length is None:
-        other = folder / TOKENIZER_FILE
+        other = folder / CONFIG_FILE
         length = _length(read_optional(other), "model_max_length", other)
     sides = {side: _length(config, f"{side}_length", path) for side in ("query", "document")}
     return {side: length if own is None else own for side, own in sides.items()}
