@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -94,3 +95,13 @@ def test_areas_and_flags(capsys):
     assert set(areas.QUICK) <= set(areas.AREAS)
     with pytest.raises(SystemExit):
         check.main(["--only=no/such"])
+
+
+@pytest.mark.slow
+def test_quick_form_finds_nothing_bad(tmp_path, capsys):
+    """Half a minute: inputs of every reader, damage to what is written, one kill."""
+    status = check.main(["--quick", f"--folder={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    tried = sum(len(seeds) for seeds in areas.QUICK.values())
+    assert re.search(rf"^all +{tried} ", printed, re.MULTILINE), printed

@@ -30,10 +30,10 @@ WEIGHTS = {"kill": 3, "disk": 2, "race": 1, "again": 2, "damage": 1, "fuzz": 2} 
 
 # Fixed attempts of the suite: {area: seeds}. Inputs of `fuzz` cost milliseconds each.
 QUICK = {
-    **{f"fuzz/{name}": range(25) for name in ("jsonl", "gzip", "txt", "labelled", "beir")},
-    **{f"fuzz/{name}": range(25) for name in ("nomic", "xlmr", "tokenizer_json", "sentencepiece")},
-    **{f"fuzz/{name}": range(25) for name in ("suite", "raw")},
+    **{f"fuzz/{name}": range(15) for name in ("jsonl", "gzip", "txt", "labelled", "beir")},
+    **{f"fuzz/{name}": range(15) for name in ("nomic", "xlmr", "tokenizer_json", "sentencepiece")},
+    **{f"fuzz/{name}": range(15) for name in ("suite", "raw")},
     **{f"fuzz/{name}": range(8) for name in ("parquet", "arrow")},
-    **{f"damage/{name}": range(25) for name in ("store", "data", "pairs", "vectors")},
+    **{f"damage/{name}": range(15) for name in ("store", "data", "pairs", "vectors")},
     "kill/embed_zarr": (3,),
 }

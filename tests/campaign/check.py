@@ -156,7 +156,7 @@ class Campaign:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
         (kept / "outcome.txt").write_text(f"{result.kind}\n{result.detail}\n", errors="replace")
-        if scratch.is_dir():
+        with contextlib.suppress(shutil.Error, OSError):  # what still runs there removes files
             shutil.copytree(scratch, kept / "files", symlinks=True, dirs_exist_ok=True)
 
     def print_table(self) -> None:
