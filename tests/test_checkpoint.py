@@ -153,6 +153,12 @@ def test_flips_in_what_orbax_says_of_a_checkpoint_are_named_or_harmless(saved):
     assert named > 10
 
 
+def test_deeply_nested_metadata_is_named(saved):
+    (saved.folder / "7" / "_CHECKPOINT_METADATA").write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(UserError, match=r"a file _CHECKPOINT_METADATA in it is damaged"):
+        Checkpoints(saved.folder)
+
+
 def test_trees_that_are_not_read_may_be_damaged(saved):
     flip(saved.folder / "7" / "optimizer" / "_METADATA")
     saved.check(7, ["params"])

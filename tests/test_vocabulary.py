@@ -250,6 +250,13 @@ def test_bad_files(tmp_path):
             Vocabulary.load(tmp_path / "bad.model")
 
 
+def test_a_piece_that_is_no_text(small, tmp_path):
+    word = next(p for p in small._processor.id_to_piece(list(range(300))) if len(p) > 4).encode()
+    (tmp_path / "bad.model").write_bytes(small.model_bytes.replace(word, b"\xff" * len(word), 1))
+    with pytest.raises(UserError, match=r"bad\.model is (damaged|not a SentencePiece)"):
+        Vocabulary.load(tmp_path / "bad.model")
+
+
 def test_wrong_layout(corpus, tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),

@@ -17,7 +17,6 @@ What happens to unusual input, everywhere in the project:
 This module never imports TensorFlow.
 """
 
-import functools
 import hashlib
 import io
 import itertools
@@ -101,7 +100,12 @@ class Vocabulary:
         self._processor = _load_processor(model_bytes, name)
         self.model_bytes = model_bytes
         self.content_hash = hashlib.sha256(model_bytes).hexdigest()
-        self.size = self._processor.get_piece_size() + 2
+        try:
+            pieces = self._processor.id_to_piece(list(range(self._processor.get_piece_size())))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name} is damaged: a piece of it is no text ({error})") from None
+        self._space_is_boundary = not any(WORD_START in piece[1:] for piece in pieces)
+        self.size = len(pieces) + 2
         self.mask_id = self.size - 1
 
     @classmethod
@@ -171,11 +175,6 @@ class Vocabulary:
         if not self._space_is_boundary:
             return text
         return cut_before_space(text, max_ids, self._processor.encode)
-
-    @functools.cached_property
-    def _space_is_boundary(self) -> bool:
-        pieces = (self._processor.id_to_piece(i) for i in range(self._processor.get_piece_size()))
-        return not any(WORD_START in piece[1:] for piece in pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; <s>, <pad>, </s> and <mask> are left out, <unk> reads " ⁇ ".
