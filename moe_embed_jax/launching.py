@@ -172,15 +172,23 @@ def run(main) -> int:
 def _quieten_orbax() -> None:
     """Orbax narrates every save, logs a stack trace wherever an error passes on its way here, and
     leaves writes to TensorStore alone that fail after the first one that does."""
-    logger, show = logging.getLogger("absl"), sys.excepthook
-    logger.setLevel(logging.ERROR)
-    logger.addFilter(_has_no_trace)
+    show, show_dropped = sys.excepthook, sys.unraisablehook
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_has_no_trace)
+
+    def is_of_orbax(kind, error) -> bool:
+        return kind is RuntimeError and str(error) == "Event loop is closed"
 
     def show_others(kind, error, trace):
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        if not is_of_orbax(kind, error):
             show(kind, error, trace)
 
-    sys.excepthook = show_others
+    def show_others_dropped(unraisable):
+        if not is_of_orbax(unraisable.exc_type, unraisable.exc_value):
+            show_dropped(unraisable)
+
+    sys.excepthook, sys.unraisablehook = show_others, show_others_dropped
 
 
 def _has_no_trace(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ a launcher ends with where something is refused or Ctrl-C comes."""
 import errno
 import http.server
 import io
+import logging
 import os
 import pathlib
 import re
@@ -323,6 +324,30 @@ def test_ctrl_c_is_not_lost_in_a_callback():
     result = run_python(["-c", code])
     line = "interrupted: the same command starts again, or continues\n"
     assert (result.returncode, result.stdout, result.stderr) == (130, "goes on\n", line)
+
+
+def test_what_orbax_leaves_behind_is_not_shown(capfd, monkeypatch):
+    """Its writes that fail after the first one that did, in three ways."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    for name in ("absl", "asyncio"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    assert launching.run(lambda: None) == 0
+
+    def raise_in_destructor(message: str) -> None:
+        class Dropped:
+            def __del__(self):
+                raise RuntimeError(message)
+
+        Dropped()
+
+    raise_in_destructor("Event loop is closed")
+    closed = RuntimeError("Event loop is closed")
+    sys.excepthook(RuntimeError, closed, None)
+    logging.getLogger("asyncio").error("a future was never retrieved", exc_info=closed)
+    assert capfd.readouterr().err == ""
+    raise_in_destructor("another one")
+    assert "another one" in capfd.readouterr().err
 
 
 def test_ctrl_c_at_the_end_of_python_prints_nothing():
