@@ -182,6 +182,9 @@ def test_layout_records(tmp_path):
     assert {name: f[None]["pairs"] for name, f in found.items()} == {"ko-en": 2, "ar-en": 1}
     write(path, "\n".join([*(lines[0] % row for row in [*rows, rows[0]]), ""]))
     assert scores_of(task, tmp_path, tmp_path / "v") == found  # an equal repeat says nothing new
+    write(path, "".join(lines[0] % row for row in [*rows, ("\\ud800", 1, "x")]))
+    with pytest.raises(UserError, match=r"p.jsonl.xz:9: field 'lang' is '\\ud800': a name that"):
+        scores_of(task, tmp_path, tmp_path / "v")
     write(path, "".join(lines[0] % row for row in [*rows, ("en", 1, "x")]))
     with pytest.raises(UserError, match=r"p.jsonl.xz:9: field 'id' repeats '1' of en"):
         scores_of(task, tmp_path, tmp_path / "v")

@@ -114,11 +114,13 @@ def test_labels_of_json_lines(tmp_path):
     rows = [
         {"text": "a", "language": "de", "topic": 3, "id": 7},
         {"text": "b", "language": None, "topic": ""},
+        {"text": "c", "language": "\ud800", "topic": None},
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read_labelled([tmp_path / "t.jsonl"]) == [
         LabelledText("a", "de", "3", "7"),
         LabelledText("b", None, None, None),
+        LabelledText("c", "\ufffd", None, None),  # reports are UTF-8
     ]
 
 

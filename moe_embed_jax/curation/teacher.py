@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from moe_embed_jax.data import triton_first
+from moe_embed_jax.data.vocabulary import clean_text
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
@@ -79,7 +80,7 @@ class SentenceTransformerTeacher:
         if not texts:
             return self._no_vectors
         return self._model.encode(
-            texts,
+            [clean_text(text) for text in texts],  # tokenizers take no half of a surrogate pair
             prompt=self._prefix(prompt),
             normalize_embeddings=True,
             convert_to_numpy=True,

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterable
 
 from moe_embed_jax.data.text_files import read_json, read_lines, string_field
+from moe_embed_jax.data.vocabulary import clean_text
 from moe_embed_jax.errors import UserError
 
 SIB200_COLUMNS = ("index_id", "category", "text")
@@ -48,7 +49,7 @@ def _label(record: dict, field: str, where: str) -> str | None:
         value = str(value)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: field '{field}' must be a string, got {value!r:.40}")
-    return value or None
+    return clean_text(value) if value else None
 
 
 def read_sib200(

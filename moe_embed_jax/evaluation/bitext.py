@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.data.text_files import read_json, read_table, string_field
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.subsets import (
@@ -130,7 +131,8 @@ class Bitext:
 def read_pairs_table(path: Path, pivot: str, languages) -> Iterator[Pairs]:
     """The languages of a `table` in their order there."""
     found: dict[str, Pairs] = {}
-    for _, (language, sentence, other) in read_table(path, ("lang", "sentence", pivot)):
+    for where, (language, sentence, other) in read_table(path, ("lang", "sentence", pivot)):
+        check_name(language, f"{where}: column 'lang'")
         pairs = found.setdefault(language, Pairs((language, pivot), [], []))
         pairs.first.append(sentence)
         pairs.second.append(other)
@@ -163,6 +165,7 @@ def read_records_by_id(path: Path, field: str) -> dict[str, dict[str, str]]:
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
         language, identity = (string_field(record, key, where) for key in ("lang", "id"))
+        check_name(language, f"{where}: field 'lang'")
         text = string_field(record, field, where).strip()
         if texts.setdefault(language, {}).setdefault(identity, text) != text:
             raise UserError(

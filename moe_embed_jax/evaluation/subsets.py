@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
 
 PLACE = "{subset}"  # in a path: the name of a subset
@@ -78,7 +79,7 @@ def subset_names(root: Path, path: str) -> list[str]:
     names = sorted({match["subset"] for p in found if (match := re.fullmatch(pattern, p))})
     if not names:
         raise UserError(f"{root / path}: nothing there has such a name")
-    return names
+    return [check_name(name, f"{root / path}: the name of a subset") for name in names]
 
 
 def expand(path: str) -> list[Path]:
