@@ -86,11 +86,10 @@ def write_data(data_dir: pathlib.Path, group_rows=GROUP_ROWS) -> pathlib.Path:
 
 def write_tokens(data_dir: pathlib.Path, preparation: dict) -> None:
     """Vocabulary and token store of the same pairs for another `preparation` (kind "file")."""
-    source = pathlib.Path(preparation["vocabulary"]["path"])
+    vocabulary = open_vocabulary(preparation["vocabulary"]["path"])
     path = vocabulary_path(preparation, data_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(source.read_bytes())
-    vocabulary = open_vocabulary(path)
+    path.write_bytes(vocabulary.model_bytes)
     write_store(planned_store_path(preparation, data_dir), _train_pairs(GROUP_ROWS), vocabulary)
 
 

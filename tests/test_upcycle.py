@@ -14,7 +14,7 @@ from moe_embed_jax import Embedder
 from moe_embed_jax import config as config_page
 from moe_embed_jax.conversion import export_model
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.tokenizer_json import TokenizerJson
+from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.layers import by_layer
 from moe_embed_jax.interop.tokenizer_files import find_tokenizer
@@ -236,8 +236,16 @@ def test_a_tokenizer_json_can_be_trained_on(source, data_dir, tmp_path):
     assert "data.vocabulary.path" in " ".join(changed)
     (tmp_path / "run").mkdir()
     _, vocabulary = workdir.open_data(tmp_path / "run", config, write=True)
-    assert isinstance(vocabulary, TokenizerJson)
-    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == path.read_bytes()
+    # The export's tokenizer_config.json says that markup is text: the copies say it themselves.
+    original = open_vocabulary(path)
+    assert isinstance(vocabulary, TokenizerJson) and vocabulary.markup_is_text
+    assert vocabulary.content_hash == original.content_hash
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == original.model_bytes
+    texts = ["tanara <s> nobipo </s>", "<mask>"]
+    for ours, theirs in zip(
+        vocabulary.encode_texts(texts, 32), original.encode_texts(texts, 32), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 ### Real weights
