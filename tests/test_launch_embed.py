@@ -12,9 +12,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_in_teacher import StandInTeacher
 
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax import launching
+from moe_embed_jax.curation import teacher
+from moe_embed_jax.data.pairs import PairRow, PairWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
 from moe_embed_jax.search.vectors import VectorStore
@@ -339,3 +342,19 @@ def test_evaluate_refuses(launch, tmp_path, capsys, arguments, message):
     assert launch("evaluate", "--model=model", "--output=r.json", *arguments) == 2
     assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("name", ["filter", "mine"])
+def test_filter_and_mine_say_their_prompts(launch, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(teacher, "load_teacher", lambda *_: StandInTeacher())
+    words = ("rot", "blau", "gelb", "weiss")
+    with PairWriter(tmp_path / "pairs", {}) as writer:
+        for word in words:
+            writer.write(PairRow(f"{word} was", f"{word} das", (), "s", "de"))
+    flags = ("--pairs=pairs", "--teacher=model", "--output=out", "--query_prompt=Frage: ")
+    assert launch(name, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        'query: prefix "Frage: ", at most 512 tokens',
+        'document: prefix "document", at most 512 tokens',
+    ]
