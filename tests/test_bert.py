@@ -19,6 +19,7 @@ from moe_embed_jax.models.heads import mlm_logits
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+st_folders = pytest.importorskip("st_folders")
 
 SIZES = dict(
     vocab_size=99,
@@ -191,6 +192,27 @@ def test_models_that_would_load_wrongly_are_refused(file, content, message, tmp_
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=message):
         Embedder.load(tmp_path)
+
+
+@pytest.mark.parametrize("pad_id", [0, 1, 3])
+def test_positions_start_behind_the_pad_token(pad_id, tmp_path):
+    """In, and out again as BERT."""
+    plain = tmp_path / "plain"
+    model = st_folders.save_encoder(
+        plain, "XLMRoberta", vocab_size=99, pad_token_id=pad_id, max_position_embeddings=20
+    )
+    ids = np.random.default_rng(0).integers(5, 99, (3, 9))
+    mask = (np.arange(9) < np.array([[9], [4], [1]])).astype(int)
+    ids = np.where(mask, ids, pad_id)
+    with torch.no_grad():
+        states = model(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
+    embedder = Embedder.load(plain)
+    assert embedder.model.max_positions == 20 - pad_id - 1
+    expected = states * mask[..., None]
+    np.testing.assert_allclose(embedder.hidden_states(ids, mask), expected, atol=1e-5)
+    export_model(plain, tmp_path / "exported")
+    again = Embedder.load(tmp_path / "exported")
+    np.testing.assert_allclose(again.hidden_states(ids, mask), expected, atol=1e-5)
 
 
 ### Real weights

@@ -1,7 +1,6 @@
 """Folders that are damaged or hostile: one line that names the file, and no path outside."""
 
 import copy
-import dataclasses
 import json
 import pathlib
 import random
@@ -112,6 +111,42 @@ def test_modules_in_another_order(kinds, message, bert_folder, tmp_path):
     (tmp_path / "model" / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match=message):
         open_model(tmp_path / "model")
+
+
+def test_a_model_that_does_not_normalise(tmp_path):
+    """Its vectors have length 1 here, which is said; where length matters it is refused."""
+    folder = st_folders.save_model(tmp_path / "model", normalize=False)
+    assert open_model(folder).notes == [
+        "the folder's own modules do not normalise: embeddings here have length 1"
+    ]
+    actual = Embedder.load(folder).encode(st_folders.TEXTS, None)
+    np.testing.assert_allclose(actual, st_folders.vectors(folder), atol=1e-6)
+    file = folder / "config_sentence_transformers.json"
+    edit(file, lambda old: old | {"similarity_fn_name": "dot"})
+    with pytest.raises(UserError, match="similarity_fn_name='dot' does not rank as the cosine"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "prompts", "lengths"),
+    [
+        (
+            {"prompts": {"q": "Q: ", "query": None}, "default_prompt_name": "q"},
+            {"q": "Q: ", "query": "", "document": "Q: "},
+            {},
+        ),
+        ({"prompts": {"q": "Q: ", "passage": "P: "}}, {"query": "", "document": "P: "}, {}),
+        ({}, {"query": "", "document": ""}, {"query_length": 9, "document_length": 20}),
+    ],
+)
+def test_prompts_and_lengths(change, prompts, lengths, bert_folder, tmp_path):
+    shutil.copytree(bert_folder, tmp_path / "model")
+    edit(tmp_path / "model" / "config_sentence_transformers.json", lambda old: old | change)
+    edit(tmp_path / "model" / "sentence_bert_config.json", lambda old: old | lengths)
+    opened = open_model(tmp_path / "model")
+    assert prompts.items() <= opened.prompts.items()
+    sides = {side: lengths.get(f"{side}_length", 48) for side in ("query", "document")}
+    assert opened.max_lengths == sides
 
 
 def test_code_of_the_folder_is_refused(bert_folder, tmp_path):
@@ -361,25 +396,3 @@ def test_configs_that_name_no_pad_token(tmp_path):
         edit(folder / "config.json", lambda old, pad_id=pad_id: old | {"pad_token_id": pad_id})
         with pytest.raises(UserError, match=r"config\.json: (key )?pad_token_id"):
             open_published(folder)
-
-
-@pytest.mark.parametrize("pad_id", [0, 1, 3])
-def test_positions_start_behind_the_pad_token(pad_id, tmp_path):
-    """In, and out again as BERT."""
-    plain = tmp_path / "plain"
-    model = st_folders.save_encoder(
-        plain, "XLMRoberta", vocab_size=99, pad_token_id=pad_id, max_position_embeddings=20
-    )
-    ids = np.random.default_rng(0).integers(5, 99, (3, 9))
-    mask = (np.arange(9) < np.array([[9], [4], [1]])).astype(int)
-    ids = np.where(mask, ids, pad_id)
-    torch = st_folders.torch
-    with torch.no_grad():
-        states = model(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
-    embedder = Embedder.load(plain)
-    assert dataclasses.asdict(embedder.model)["max_positions"] == 20 - pad_id - 1
-    expected = states * mask[..., None]
-    np.testing.assert_allclose(embedder.hidden_states(ids, mask), expected, atol=1e-5)
-    export_model(plain, tmp_path / "exported")
-    again = Embedder.load(tmp_path / "exported")
-    np.testing.assert_allclose(again.hidden_states(ids, mask), expected, atol=1e-5)

@@ -130,7 +130,7 @@ FAULTS = (
         "interop/bert.py",
         'return 1 + whole(config, "pad_token_id", where, limit, least=0, default=1)',
         "return 2",
-        "test_folder_faults.py -k behind_the_pad_token",
+        "test_bert.py -k behind_the_pad_token",
     ),
     Fault(
         "module-paths-leave-by-a-link",
