@@ -7,9 +7,11 @@ import pytest
 from conftest import run_python
 from published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
-from moe_embed_jax import Embedder
+from moe_embed_jax import Embedder, conversion, model_folder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop import export
 from moe_embed_jax.interop.source import local_folder
+from moe_embed_jax.ownership import own
 
 DENSE = NOMIC | dict(num_experts=0)
 
@@ -44,6 +46,35 @@ def test_import_upcycle_and_export(dense, tmp_path):
     embeddings = [Embedder.load(f).encode_ids(ids, ids >= 0) for f in (dense, sparse, out)]
     for other in embeddings[1:]:
         np.testing.assert_allclose(other, embeddings[0], atol=1e-5)
+
+
+def test_a_killed_conversion_can_be_repeated(dense, tmp_path, monkeypatch):
+    """Each action is interrupted before its last file, refused while another one works, repeated;
+    `kill -9` would leave the folder that is made here."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    actions = {
+        "ours": lambda target: conversion.import_model(dense, target),
+        "sparse": lambda target: conversion.upcycle_model(dense, target, "paper", num_experts=2),
+        "out": lambda target: conversion.export_model(dense, target),
+    }
+    for name, action in actions.items():
+        target = tmp_path / name / "target"
+        with monkeypatch.context() as patch:
+            patch.setattr(model_folder, "save_json", interrupted)
+            patch.setattr(export, "model_card", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                action(target)
+        assert not list(target.parent.iterdir())
+        left = target.with_name(".target.partial") / "checkpoints"
+        left.mkdir(parents=True)
+        with own(target), pytest.raises(UserError, match="target is in use by process"):
+            action(target)
+        action(target)
+        assert [path.name for path in target.parent.iterdir()] == ["target"]
+        assert (target / "config.json").is_file()
 
 
 @pytest.mark.parametrize(
