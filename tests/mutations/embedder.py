@@ -161,6 +161,27 @@ FAULTS = (
         "test_health.py -k is_set_aside",
     ),
     Fault(
+        "checkpoints-are-restored-unchecked",
+        "checkpoint.py",
+        "                self.check(step, abstract)\n",
+        "",
+        "test_checkpoint.py -k newest_that_is_whole_is_restored",
+    ),
+    Fault(
+        "readers-take-damaged-checkpoints",
+        "checkpoint.py",
+        "                checkpoints.check(number, trees)\n",
+        "",
+        "test_checkpoint.py -k orbax_does_not_see",
+    ),
+    Fault(
+        "checksums-cover-no-parameters",
+        "checkpoint.py",
+        "checksums.checksums(folder.parent, (DATA, *TREES))",
+        "checksums.checksums(folder.parent, (DATA,))",
+        "test_checkpoint.py -k every_flipped_bit",
+    ),
+    Fault(
         "shapes-of-a-checkpoint-not-checked",
         "checkpoint.py",
         "            if saved.get(path) != wanted.get(path):",

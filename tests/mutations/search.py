@@ -73,4 +73,11 @@ FAULTS = (
         "        return np.einsum",
         "test_compressed.py -k int8_search",
     ),
+    Fault(
+        "vectors-without-checksums",
+        "search/vectors.py",
+        '_CHECKED = [*_CODECS, {"name": "crc32c"}]',
+        "_CHECKED = _CODECS",
+        "test_damage.py -k vectors",
+    ),
 )
