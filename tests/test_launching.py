@@ -361,6 +361,23 @@ def test_ctrl_c_at_the_end_of_python_prints_nothing():
     assert (result.returncode, result.stderr) == (-signal.SIGINT, "")
 
 
+def test_writes_that_fail_after_the_first_one_print_no_trace():
+    """TensorStore's: its event loop is closed by then. Other errors that nobody gets are shown."""
+    code = (
+        "import sys; from moe_embed_jax import launching\n"
+        "class Callback:\n"
+        "    def __init__(self, text): self.text = text\n"
+        "    def __del__(self): raise RuntimeError(self.text)\n"
+        "def main():\n"
+        "    Callback('Event loop is closed')\n"
+        "    Callback('a fault')\n"
+        "sys.exit(launching.run(main))\n"
+    )
+    result = run_python(["-c", code])
+    assert result.returncode == 0
+    assert "Event loop" not in result.stderr and "RuntimeError: a fault" in result.stderr
+
+
 def test_the_standard_output_may_be_full():
     code = (
         "import sys; from moe_embed_jax import launching\n"
