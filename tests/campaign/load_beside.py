@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from moe_embed_jax import Embedder
+from moe_embed_jax import Embedder, launching
 from moe_embed_jax.errors import UserError
 
 
@@ -35,4 +35,4 @@ def _leaves(params):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    sys.exit(launching.run(lambda: main(pathlib.Path(sys.argv[1]))))
