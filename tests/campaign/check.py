@@ -185,13 +185,16 @@ def _short(result: Outcome) -> str:
 
 
 def attack(campaign: Campaign, areas: list[str], minutes: float, jobs: int) -> None:
-    """Attempts in `areas` for `minutes`; once each for 0."""
+    """Attempts in `areas` for `minutes`; once each for 0. Ctrl-C ends it after those that run."""
     end = time.monotonic() + 60 * minutes
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
 
     def attempts(number: int):
         if not minutes:
             yield from ((area, campaign.seed) for area in areas[number::jobs])
-        while time.monotonic() < end:
+        while time.monotonic() < end and not stopped.is_set():
             yield campaign.next(areas)
 
     _in_parallel(campaign, [attempts(number) for number in range(jobs)])
