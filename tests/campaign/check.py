@@ -187,14 +187,14 @@ def _short(result: Outcome) -> str:
 def attack(campaign: Campaign, areas: list[str], minutes: float, jobs: int) -> None:
     """Attempts in `areas` for `minutes`; once each for 0. Ctrl-C ends it after those that run."""
     end = time.monotonic() + 60 * minutes
-    stopped = threading.Event()
+    stopped = []  # no Event: a second signal may come while the first one sets it
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+        signal.signal(number, lambda *_: stopped.append(True))
 
     def attempts(number: int):
         if not minutes:
             yield from ((area, campaign.seed) for area in areas[number::jobs])
-        while time.monotonic() < end and not stopped.is_set():
+        while time.monotonic() < end and not stopped:
             yield campaign.next(areas)
 
     _in_parallel(campaign, [attempts(number) for number in range(jobs)])
