@@ -83,7 +83,7 @@ class Checkpoints:
             except FileNotFoundError:  # a run removed a step between listing and reading it
                 if attempt == _MOST_ATTEMPTS - 1:
                     raise
-            except RecursionError:  # other damage to this file is seen by the checksums
+            except (RecursionError, ValueError):  # other damage is seen by the checksums
                 raise UserError(
                     f"{self.folder}: a file _CHECKPOINT_METADATA in it is damaged: remove the "
                     "folder of its step"

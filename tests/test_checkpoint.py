@@ -156,8 +156,9 @@ def test_flips_in_what_orbax_says_of_a_checkpoint_are_named_or_harmless(saved):
     assert named > 10
 
 
-def test_deeply_nested_metadata_is_named(saved):
-    (saved.folder / "7" / "_CHECKPOINT_METADATA").write_text('{"a": ' + "[" * 100_000)
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '"no object"'], ids=["deep", "str"])
+def test_metadata_that_orbax_cannot_read_is_named(saved, text):
+    (saved.folder / "7" / "_CHECKPOINT_METADATA").write_text(text)
     with pytest.raises(UserError, match=r"a file _CHECKPOINT_METADATA in it is damaged"):
         Checkpoints(saved.folder)
 

@@ -167,6 +167,10 @@ def test_a_second_start_returns_at_once(prepared, mixed, capsys):
     assert files(prepared) == before and manifest == PairFolder(prepared).manifest
     with pytest.raises(UserError, match="with other options"):
         prepare(mixed, prepared, rows_per_shard=32)
+    moved = (prepared / "dataset_info.json").rename(prepared / "moved")
+    with pytest.raises(UserError, match=r"dataset_info\.json"):
+        prepare(mixed, prepared)
+    moved.rename(prepared / "dataset_info.json")
 
 
 def test_duplicates(tmp_path):

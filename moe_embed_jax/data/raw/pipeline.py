@@ -28,6 +28,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from moe_embed_jax.data import pair_files
 from moe_embed_jax.data.hashes import canonical_hash
 from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text
+from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.raw import work as work_module
 from moe_embed_jax.data.raw.accounts import (
     bucket_bytes,
@@ -280,6 +281,8 @@ def _finished(output: str, plan: dict) -> dict | None:
             f"{output} holds pairs that were prepared from other sources or with other options: "
             "choose another --output, or delete it"
         )
+    if "://" not in output:
+        PairFolder(output)  # names a file that is missing or damaged
     return manifest
 
 
