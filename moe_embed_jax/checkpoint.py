@@ -83,10 +83,11 @@ class Checkpoints:
             except FileNotFoundError:  # a run removed a step between listing and reading it
                 if attempt == _MOST_ATTEMPTS - 1:
                     raise
-            except (RecursionError, ValueError):  # other damage is seen by the checksums
+            # Orbax reads the description of every step. Other damage to it is seen by `check`.
+            except (RecursionError, ValueError, TypeError, AttributeError, LookupError) as error:
                 raise UserError(
-                    f"{self.folder}: a file _CHECKPOINT_METADATA in it is damaged: remove the "
-                    "folder of its step"
+                    f"{_misdescribed(self.folder)} is damaged ({_first_line(error)}): move the "
+                    "folder of its step away; the one before is then used"
                 ) from None
 
     def latest_step(self) -> int | None:
@@ -344,6 +345,18 @@ def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
         there = ", ".join(map(str, steps))
         raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")
     return steps if step is None else [step]
+
+
+def _misdescribed(folder: pathlib.Path) -> str:
+    """The description with a value that Orbax does not take."""
+    for path in sorted(folder.glob(f"*/{_METADATA}")):
+        try:
+            for key, value in json.loads(path.read_text()).items():
+                if not isinstance(value, int if key.endswith("_nsecs") else dict):
+                    return str(path)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return str(path)
+    return f"{folder}/*/{_METADATA}"
 
 
 def _text_from_process_0(text: str) -> str:

@@ -159,7 +159,17 @@ def test_flips_in_what_orbax_says_of_a_checkpoint_are_named_or_harmless(saved):
 @pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '"no object"'], ids=["deep", "str"])
 def test_metadata_that_orbax_cannot_read_is_named(saved, text):
     (saved.folder / "7" / "_CHECKPOINT_METADATA").write_text(text)
-    with pytest.raises(UserError, match=r"a file _CHECKPOINT_METADATA in it is damaged"):
+    with pytest.raises(UserError, match=r"c/7/_CHECKPOINT_METADATA is damaged "):
+        Checkpoints(saved.folder)
+
+
+@pytest.mark.parametrize("value", ["x", [], 1, "[" * 100_000], ids=["text", "list", "int", "deep"])
+def test_a_description_that_orbax_does_not_take_is_named(saved, value):
+    path = saved.folder / "7" / "_CHECKPOINT_METADATA"
+    described = json.loads(path.read_text()) | {"performance_metrics": "HERE"}
+    text = value if str(value).startswith("[[") else json.dumps(value)
+    path.write_text(json.dumps(described).replace('"HERE"', text))
+    with pytest.raises(UserError, match=f"^{path} is damaged .*: move the folder of its step away"):
         Checkpoints(saved.folder)
 
 
