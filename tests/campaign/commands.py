@@ -309,12 +309,18 @@ def damaged_work(world: World, name: str, rng: random.Random, scratch: pathlib.P
     half = world.folder / f"half_{name}_{(number := rng.randrange(4))}"
     place = Place(world, name, scratch)
     with world.lock(half.name):
-        if not half.is_dir():
+        for sooner in range(8) if not half.is_dir() else ():
+            shutil.rmtree(place.folder)
+            place.folder.mkdir()
             children = place.start()
-            time.sleep(seconds * (0.5 + 0.15 * number))
+            time.sleep(seconds * (0.5 + 0.15 * number) * 0.7**sooner)
+            was_killed = all(child.poll() is None for child in children)
             for child in children:
                 child.send(signal.SIGKILL)
                 child.wait()
+            if was_killed:  # what has ended is only refused again
+                break
+        if not half.is_dir():
             shutil.copytree(place.folder, half)
     shutil.rmtree(place.folder)
     shutil.copytree(half, place.folder)
