@@ -22,7 +22,10 @@ def of_files(target: pathlib.Path, without=(), place=None) -> dict[str, str]:
     for name in [n for n in found if n.endswith(".json")]:
         path = target if target.is_file() else target / name
         with contextlib.suppress(ValueError, RecursionError):  # then its bytes are compared
-            timeless = repr(_timeless(json.loads(path.read_text()))).replace(place, "PLACE")
+            content = json.loads(path.read_text())
+            if place != str(target.parent) and path.name == "manifest.json":
+                content.pop("hash", None)
+            timeless = repr(_timeless(content)).replace(place, "PLACE")
             found[name] = hashlib.sha256(timeless.encode()).hexdigest()
     return found
 
@@ -43,10 +46,13 @@ def of_run(target: pathlib.Path, arrays: dict[str, str]) -> dict[str, str]:
 
 
 def of_recipe(target: pathlib.Path) -> dict[str, str]:
+    """Manifests say where the pairs came from, in their `hash` too; `content_hash` stays."""
     found = {}
     for step in ("pairs", "filtered", "mined", "export", "evaluation"):
         without = ("report", "work")
-        found |= {f"{step}/{k}": v for k, v in of_files(target / step, without, target).items()}
+        found |= {
+            f"{step}/{k}": v for k, v in of_files(target / step, without, target.parent).items()
+        }
     for stage in ("stage1", "stage2", "stage3"):
         for name in ("metrics.jsonl", "results.json", "evaluations.jsonl"):
             if (path := target / stage / name).is_file():
