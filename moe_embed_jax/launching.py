@@ -219,7 +219,9 @@ def _interrupts() -> Iterator[list]:
         if not raised or unraisable.exc_value is not raised[-1]:
             return show(unraisable)
         raised.clear()
-        again = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+        # To the main thread, which may sleep: a signal to the timer's own would not wake it.
+        main = threading.main_thread().ident
+        again = threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT])
         again.daemon = True
         again.start()
 

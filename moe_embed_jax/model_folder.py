@@ -214,9 +214,12 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
                 )
             if form is not _as_is:
                 arrays = progress(checkpoints.restore_each(number, "params", params))
-                arrays = ((path, _checked(path, array, folder)) for path, array in arrays)
+
+                def checked_form(path, array):
+                    return form(path, _checked(path, array, folder))
+
                 # Not by a loop, whose variable would keep each array while the next one is read.
-                leaves = list(itertools.starmap(form, arrays))
+                leaves = list(itertools.starmap(checked_form, arrays))
                 return place(jax.tree.structure(params).unflatten(leaves), model, mesh), None
             abstract = {"params": params}
             if "mlm_head" in checkpoints.items(number):

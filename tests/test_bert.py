@@ -272,13 +272,13 @@ def every_fifth_question(source: pathlib.Path, target: pathlib.Path) -> pathlib.
 @pytest.mark.network
 @pytest.mark.slow
 def test_e5_small_finds_the_paragraphs_of_xquad(e5_small, tmp_path):
-    """nDCG@10 on every fifth question, as transformers' BertModel: 0.972 en, 0.957 de."""
-    sets = [every_fifth_question(SHARED / "data/xquad" / n, tmp_path / n) for n in ("en", "de")]
+    """nDCG@10 on every fifth German question, as transformers' BertModel: 0.957."""
+    questions = every_fifth_question(SHARED / "data/xquad/de", tmp_path / "de")
     result = run_python(
         [
             "launch/evaluate.py",
             f"--model={e5_small}",
-            f"--dataset={sets[0]},{sets[1]}",
+            f"--dataset={questions}",
             f"--output={tmp_path / 'results.json'}",
             "--query_prompt=query: ",
             "--document_prompt=passage: ",
@@ -288,5 +288,4 @@ def test_e5_small_finds_the_paragraphs_of_xquad(e5_small, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    scores = [results[name]["ndcg_at_10"] for name in ("en", "de")]
-    np.testing.assert_allclose(scores, [0.9723, 0.9566], atol=5e-4)
+    np.testing.assert_allclose(results["de"]["ndcg_at_10"], 0.9566, atol=5e-4)

@@ -321,7 +321,7 @@ def test_ctrl_c_is_not_lost_in_a_callback():
         "    time.sleep(60)\n"
         "sys.exit(launching.run(main))\n"
     )
-    result = run_python(["-c", code])
+    result = run_python(["-c", code], timeout=30)  # it does not wait for the end of that sleep
     line = "interrupted: the same command starts again, or continues\n"
     assert (result.returncode, result.stdout, result.stderr) == (130, "goes on\n", line)
 
