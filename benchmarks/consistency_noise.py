@@ -112,9 +112,8 @@ def run(arguments, work: pathlib.Path) -> dict:
         np.save(labels, write_noisy(PairFolder(folder), noisy, *settings))
     pairs, planted = PairFolder(noisy), np.load(labels)
     mesh = make_mesh(MeshConfig())
-    embedding = Embedding(
-        load_teacher(arguments.teacher, mesh), *launching.prompts(arguments), arguments.dtype
-    )
+    teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
+    embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
     rule = Rule(arguments.k, arguments.chunk, arguments.margin)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=work) as output:

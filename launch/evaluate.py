@@ -85,9 +85,8 @@ def score_suite(arguments) -> None:
     check_files(tasks, data)
     mesh = make_mesh(MeshConfig())
     encoder = load_teacher(arguments.model, mesh)
-    query, document = launching.prompts(arguments)
     symmetric = launching.prompt(arguments.symmetric_prompt)
-    prompts = {"query": query, "document": document, "symmetric": symmetric}
+    prompts = {**launching.prompts(arguments), "symmetric": symmetric}
     cache = pathlib.Path(arguments.cache) if arguments.cache else output / "vectors"
     launching.report_prompts(encoder, prompts)
     vectors = model_vectors(encoder, cache, prompts, mesh, arguments.dim, arguments.dtype)
@@ -138,8 +137,9 @@ def score_sets(arguments) -> None:
 
         embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
         prompts = launching.prompts(arguments)
-        launching.report_prompts(embedder, dict(zip(("query", "document"), prompts, strict=True)))
-        results = score_model(embedder, groups, dims, prompts, sys.stderr.isatty())
+        launching.report_prompts(embedder, prompts)
+        sides = tuple(prompts.values())
+        results = score_model(embedder, groups, dims, sides, sys.stderr.isatty())
     content = results if len(results) > 1 else next(iter(results.values()))
     with written_whole(output) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

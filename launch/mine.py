@@ -49,8 +49,8 @@ def main():
     pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
-    launching.report_prompts(teacher, dict(zip(("query", "document"), prompts, strict=True)))
-    embedding = Embedding(teacher, *prompts, arguments.dtype)
+    launching.report_prompts(teacher, prompts)
+    embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
     report = mine_negatives(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     total = report.total

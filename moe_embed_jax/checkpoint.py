@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_embed_jax import checksums
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import UserError, first_line
 from moe_embed_jax.processes import from_process_0, wait_for_all
 from moe_embed_jax.sharding import path_of
 
@@ -139,8 +139,8 @@ class Checkpoints:
 
     def restore_newest(
         self, check_data: Callable[[dict], None], **abstract
-    ) -> tuple[int, dict] | None:
-        """(step, trees) of the newest checkpoint that is whole; None where there is none at all.
+    ) -> tuple[int, dict, dict] | None:
+        """(step, data spec, trees) of the newest checkpoint that is whole; None: there is none.
 
         Damaged ones that are newer are set aside, with a line for each. Only the owner of the
         folder may call this; others use `read_newest`.
@@ -156,8 +156,9 @@ class Checkpoints:
         while (step := self.latest_step()) is not None:
             try:
                 self.check(step, abstract)
-                check_data(self.data(step))
-                return step, self.restore(step, **abstract)
+                data = self.data(step)
+                check_data(data)
+                return step, data, self.restore(step, **abstract)
             except DamagedCheckpoint as error:
                 target = self.set_aside(step)
                 if jax.process_index() == 0:
@@ -368,8 +369,7 @@ def _text_from_process_0(text: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:_LONGEST_REASON]
+    return first_line(error)[:_LONGEST_REASON]
 
 
 def _warn(message: str) -> None:

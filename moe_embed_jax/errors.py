@@ -19,6 +19,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the program did what it does then; the message says what is kept."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; the name of its class, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def end_at_once() -> None:
     """What a second Ctrl-C does."""
     # Not print: a signal may arrive in the middle of one, which cannot be entered twice.

@@ -101,9 +101,9 @@ def check_model(name: str) -> None:
         check_source(name)
 
 
-def prompts(arguments) -> tuple[str | None, str | None]:
-    """Of queries and of documents."""
-    return prompt(arguments.query_prompt), prompt(arguments.document_prompt)
+def prompts(arguments) -> dict[str, str | None]:
+    """Of each side, "query" and "document", in this order."""
+    return {"query": prompt(arguments.query_prompt), "document": prompt(arguments.document_prompt)}
 
 
 def report_prompts(encoder, prompts: dict[str, str | None]) -> None:

@@ -10,13 +10,13 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import save_json
 from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
 from moe_embed_jax.interop.source import CONFIG_FILE, MODEL_CARD, local_folder
@@ -270,20 +270,14 @@ def refuse_not_finite(params: dict, where) -> None:
         for path, leaf in leaves:
             _checked(path_of(path), leaf, where)
         return
-    for path, is_finite in jax.tree_util.tree_leaves_with_path(_are_finite(params)):
+    for path, is_finite in jax.tree_util.tree_leaves_with_path(leaves_finite(params)):
         if not to_host(is_finite):
             raise _not_finite(path_of(path), where)
 
 
-@jax.jit
-def _are_finite(params: dict) -> dict:
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)
-
-
 def _checked(path: str, array, where):
-    """`array`, if it is finite. The sum tells so at the speed of memory."""
-    on_host = np.asarray(array)
-    if not np.isfinite(on_host.sum()) and not np.isfinite(on_host).all():
+    """`array`, if it is finite."""
+    if not all_finite(np.asarray(array)):
         raise _not_finite(path, where)
     return array
 

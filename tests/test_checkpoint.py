@@ -186,8 +186,8 @@ def test_the_newest_that_is_whole_is_restored_and_damaged_ones_are_set_aside(sav
     flip(array)
     checkpoints = Checkpoints(saved.folder)
     data = []
-    step, restored = checkpoints.restore_newest(data.append, params=abstract(PARAMS))
-    assert step == 5 and data == [{"spec": {"rows": 5}}]
+    step, found, restored = checkpoints.restore_newest(data.append, params=abstract(PARAMS))
+    assert step == 5 and data == [found] == [{"spec": {"rows": 5}}]
     jax.tree.map(np.testing.assert_array_equal, restored, {"params": PARAMS})
     aside = saved.folder.with_name("c_set_aside")
     assert sorted(path.name for path in aside.iterdir()) == ["7", "9"]

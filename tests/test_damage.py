@@ -78,27 +78,24 @@ def read_vectors(folder):
     return store[:].tolist(), vectors.VectorStore(folder)[3:20].tolist()
 
 
-def filtered(folder):
-    """The bytes that filtering gives, continued with the work folder that is there."""
-    pairs = folder.with_name("pairs")
+def curated(command, folder, rule):
+    """The output of a command on the pairs beside its work folder."""
+    pairs, output = folder.with_name("pairs"), folder.with_name("out")
     if not pairs.exists():
         write_pairs(pairs)
-    output = folder.with_name("out")
     shutil.rmtree(output, ignore_errors=True)
-    embedding = Embedding(StandInTeacher())
-    filter_pairs(PairFolder(pairs), output, folder, embedding, Rule())
+    command(PairFolder(pairs), output, folder, Embedding(StandInTeacher()), rule)
+    return output
+
+
+def filtered(folder):
+    """The bytes that filtering gives, continued with the work folder that is there."""
+    output = curated(filter_pairs, folder, Rule())
     return {path.name: path.read_bytes() for path in output.iterdir() if "report" not in path.name}
 
 
 def mined(folder):
-    pairs = folder.with_name("pairs")
-    if not pairs.exists():
-        write_pairs(pairs)
-    output = folder.with_name("out")
-    shutil.rmtree(output, ignore_errors=True)
-    embedding = Embedding(StandInTeacher())
-    rule = MiningRule(count=2, search=10)
-    mine_negatives(PairFolder(pairs), output, folder, embedding, rule)
+    output = curated(mine_negatives, folder, MiningRule(count=2, search=10))
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 

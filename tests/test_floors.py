@@ -7,7 +7,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
     {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu", "json_file"}
-    | {"ownership", "refusals", "children"},
+    | {"ownership", "refusals", "children", "finite"},
     {"checksums", "new_folder"},
     {"routing", "objectives", "data", "search", "sharding"},
     {"models", "checkpoint"},

@@ -11,7 +11,6 @@ launch/prepare.py makes such folders from raw text; filtering and mining make ne
 Files and format: `pair_files`. TensorFlow is not imported.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -37,7 +36,7 @@ from moe_embed_jax.data.pair_files import (
 from moe_embed_jax.data.pair_manifest import MANIFEST, manifest_text, read_manifest
 from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.new_folder import new_folder
+from moe_embed_jax.new_folder import FolderWriter
 
 __all__ = ["PairFolder", "PairRow", "PairWriter"]
 
@@ -109,7 +108,7 @@ class PairFolder:
             raise damaged(path, None, f"its SHA-256 is not the one in {MANIFEST}")
 
 
-class PairWriter:
+class PairWriter(FolderWriter):
     """Writes a new prepared folder next to `folder` and moves it there when all is written.
 
     Use as a context manager; an exception inside leaves nothing at `folder`. Rows come group by
@@ -128,31 +127,16 @@ class PairWriter:
 
         Raises `UserError` if there is something at `folder` already.
         """
-        self._folder = Path(folder)
+        super().__init__(folder)
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise UserError(f"{self._folder} exists and is not empty: choose another folder")
-        self._new_folder = new_folder(self._folder)
         self._about = json.loads(json.dumps(about))
         self._rows_per_shard = rows_per_shard
         self._groups: dict[tuple[str, str], dict] = {}
         self._current: tuple[str, str] | None = None
         self._shards: list[dict] = []
-        self._writer: ShardWriter | None = None
         self.rows = 0
         self.manifest: dict = {}
-
-    def __enter__(self) -> "PairWriter":
-        self.partial = self._new_folder.__enter__()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        with contextlib.ExitStack() as last:
-            last.push(self._new_folder)
-            if kind is not None:
-                if self._writer is not None:
-                    self._writer.close()
-                raise error  # the folder must not appear
-            self._finish()
 
     def write(self, row: PairRow) -> None:
         """Appends a row.

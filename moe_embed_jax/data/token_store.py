@@ -18,7 +18,6 @@ and where rows have hard negatives, J in all, those of the first row first:
 Records: `token_records`.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -39,7 +38,7 @@ from moe_embed_jax.data.token_records import (
     no_negatives,
 )
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.new_folder import new_folder
+from moe_embed_jax.new_folder import FolderWriter
 
 INDEX = ("lengths", "content_ids")
 NEGATIVE_INDEX = {"negative_starts": "<i8", "negative_lengths": "<i4", "negative_ids": "<i4"}
@@ -51,7 +50,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 REMEDY = "delete {folder} and prepare the data again"
 
 
-class TokenStoreWriter:
+class TokenStoreWriter(FolderWriter):
     """Writes a token store next to `folder` and moves it there when everything is written.
 
     Use as a context manager; an exception inside leaves no trace at `folder`:
@@ -69,8 +68,7 @@ class TokenStoreWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, spec: dict, rows_per_shard: int = ROWS_PER_SHARD):
-        self._folder = Path(folder)
-        self._new_folder = new_folder(self._folder, replace=True)
+        super().__init__(folder, replace=True)
         self._spec = dict(spec)
         self._rows_per_shard = rows_per_shard
         self._groups: list[dict] = []
@@ -80,20 +78,6 @@ class TokenStoreWriter:
         self._negatives: list[Negatives] = []
         self._records_sha256 = hashlib.sha256()
         self._shards: list[Path] = []
-        self._writer: ArrayRecordWriter | None = None
-
-    def __enter__(self) -> "TokenStoreWriter":
-        self._partial = self._new_folder.__enter__()
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        with contextlib.ExitStack() as last:
-            last.push(self._new_folder)
-            if kind is not None:
-                if self._writer is not None:
-                    self._writer.close()
-                raise error  # the folder must not appear
-            self._finish()
 
     def start_group(self, task: str, language: str, rate: float) -> None:
         """The rows that follow belong to this task and language, sampled with weight `rate`."""
@@ -150,7 +134,7 @@ class TokenStoreWriter:
     def write_json(self, name: str, value: dict) -> None:
         """Stores `value` beside the data; it is no part of the spec or its hash."""
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        (self._partial / name).write_text(text, encoding="utf-8")
+        (self.partial / name).write_text(text, encoding="utf-8")
 
     def _close_group(self) -> None:
         if self._groups:
@@ -159,7 +143,7 @@ class TokenStoreWriter:
     def _open_shard(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._shards.append(self._partial / f"shard-{len(self._shards):05d}")
+        self._shards.append(self.partial / f"shard-{len(self._shards):05d}")
         self._writer = ArrayRecordWriter(str(self._shards[-1]), WRITER_OPTIONS)
 
     def _finish(self) -> None:
@@ -168,10 +152,10 @@ class TokenStoreWriter:
         self._close_group()
         self._writer.close()
         for index, shard in enumerate(self._shards):
-            shard.rename(self._partial / _shard_name(index, len(self._shards)))
+            shard.rename(self.partial / _shard_name(index, len(self._shards)))
         arrays = self._index_arrays()
         for name, array in arrays.items():
-            np.save(self._partial / f"{name}.npy", array)
+            np.save(self.partial / f"{name}.npy", array)
         spec = {
             **self._spec,
             "format": FORMAT,
@@ -187,7 +171,7 @@ class TokenStoreWriter:
         spec["hash"] = canonical_hash(spec)
         # The spec is written last: a folder without it is not a store.
         text = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        (self._partial / "spec.json").write_text(text, encoding="utf-8")
+        (self.partial / "spec.json").write_text(text, encoding="utf-8")
 
     def _index_arrays(self) -> dict[str, np.ndarray]:
         lengths, content_ids = (np.concatenate(p) for p in (self._lengths, self._content_ids))

@@ -3,7 +3,7 @@ one may be written. Imports no jax."""
 
 import pathlib
 
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import UserError, first_line
 
 HUB = "hf://"
 EXTERNAL = "sentence-transformers:"  # in front of a model that PyTorch runs
@@ -31,8 +31,7 @@ def local_folder(source: str | pathlib.Path) -> pathlib.Path:
             name, revision=revision or None, allow_patterns=list(PATTERNS)
         )
     except Exception as error:  # the hub's client raises a dozen kinds, all with a clear first line
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{text} cannot be fetched: {first_line}") from None
+        raise UserError(f"{text} cannot be fetched: {first_line(error)}") from None
     return pathlib.Path(path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.finite import all_finite
 from moe_embed_jax.json_file import printable, read_object
 
 WEIGHTS_FILE = "model.safetensors"
@@ -109,7 +110,7 @@ class Tensors:
         if array.dtype != DTYPES[kind]:  # safetensors hands out bfloat16 as raw 16-bit words
             array = array.view(DTYPES[kind])
         array = array.astype(np.float32, copy=False)
-        if not np.isfinite(array.sum(dtype=np.float64)) and not np.isfinite(array).all():
+        if not all_finite(array):
             bad = np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape)
             raise UserError(
                 f"{path}: {file_name} holds {array[bad]} at {[int(i) for i in bad]}: the weights "

@@ -23,7 +23,7 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from moe_embed_jax.config import differences, save_json
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import UserError, first_line
 from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.search import check_dtype
 
@@ -81,7 +81,7 @@ class VectorStore:
         try:
             return self._array[start:stop].read().result()
         except (ValueError, OSError) as error:
-            raise self._damaged(f"rows {start} to {stop}: {_first_line(error)}") from error
+            raise self._damaged(f"rows {start} to {stop}: {first_line(error)}") from error
 
     def _damaged(self, reason: str) -> UserError:
         return UserError(f"{self.folder} holds damaged vectors ({reason}): delete it, and repeat")
@@ -256,7 +256,7 @@ def _open(folder: Path, about: dict, create: bool = False):
             )
             return array
         raise UserError(
-            f"{folder / 'zarr.json'} is missing or damaged ({_first_line(error)}): delete "
+            f"{folder / 'zarr.json'} is missing or damaged ({first_line(error)}): delete "
             f"{folder}, and repeat"
         ) from error
 
@@ -279,10 +279,6 @@ def _open_array(folder: Path, about: dict, codecs: list[dict], create: bool):
     ).result()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _numpy_dtype(name: str):
     return ts.dtype(name).numpy_dtype
 
@@ -293,7 +289,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged_file(path, _first_line(error)) from None
+        raise _damaged_file(path, first_line(error)) from None
     if not isinstance(content, dict):
         raise _damaged_file(path, "no JSON object")
     return content

@@ -13,11 +13,11 @@ import collections
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.finite import leaves_finite
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.objectives.balance import effective_experts
 from moe_embed_jax.processes import from_process_0
@@ -78,7 +78,7 @@ class Health:
     def check_state(self, step: int, state) -> None:
         """Raises `UserError` if a number of the state (any tree of arrays) is not finite: what
         `check` cannot see, since the metrics of a step come from before its update."""
-        finite = jax.device_get(_leaves_finite(state))
+        finite = jax.device_get(leaves_finite(state))
         bad = [path_of(path) for path, ok in jax.tree_util.tree_leaves_with_path(finite) if not ok]
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -136,8 +136,3 @@ class Health:
     def _restart(self) -> str:
         source = f", from there by --config.init.source={self._checkpoints.folder.parent}"
         return "in a new --workdir" + ("" if self._checkpoints.latest_step() is None else source)
-
-
-@jax.jit
-def _leaves_finite(tree):
-    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)

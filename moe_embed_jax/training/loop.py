@@ -1,6 +1,7 @@
 """The training run, read from top to bottom."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -76,23 +77,17 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
     on_exit.callback(checkpoints.close)
     abstract = to_items(abstract_state(step_config, optimizer, mesh))
-    saved: dict = {}  # what the checkpoint says about the data and the records
-
-    def check_data(about: dict) -> None:
-        workdir_module.check_data_spec(about, data_spec)
-        saved.clear()  # of a newer checkpoint, whose arrays were damaged
-        saved.update(about)
-
+    check_data = functools.partial(workdir_module.check_data_spec, current=data_spec)
     restored = checkpoints.restore_newest(check_data, **abstract)
     if restored is None:
-        start = 0
+        start, saved = 0, {}
         params = init.initial_params(config, mesh)
         if params is None:
             state = create_state(step_config, optimizer, mesh, config.seed)
         else:
             state = state_from_params(step_config, optimizer, mesh, params, config.seed)
     else:
-        start, items = restored
+        start, saved, items = restored
         state = from_items(items)
 
     def save(step: int) -> None:
