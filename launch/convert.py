@@ -7,7 +7,8 @@
 import: a published checkpoint (safetensors; nomic-embed-text-v2-moe, BERT, XLM-RoBERTa) becomes a
 folder that training configs (init.source) and all launchers read. export: any model folder becomes
 a self-contained one for PyTorch. upcycle: any dense encoder becomes an MoE encoder. A source is a
-model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not exist.
+model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not exist, or be
+what the same command made of the same files.
 --dry_run checks all that can be checked without writing. Nothing is ever unpickled.
 """
 
@@ -28,7 +29,7 @@ def main():
     }
     for parser in parsers.values():
         parser.add_argument("--source", required=True, help="model folder, or hf://OWNER/NAME")
-        parser.add_argument("--target", required=True, help="folder to write; must not exist")
+        parser.add_argument("--target", required=True, help="folder to write")
         parser.add_argument("--dry_run", action="store_true", help="check, write nothing")
         parser.add_argument("--vocabulary", help="tokenizer file, where the source has none")
         parser.add_argument("--query_prefix", help='default: what the source says; e.g. "query: "')
@@ -59,19 +60,22 @@ def main():
     start = time.monotonic()
     action = getattr(conversion, f"{action}_model")
     bar = functools.partial(tqdm, unit=" tensors", disable=not sys.stderr.isatty(), leave=False)
-    action(**options, progress=bar)
+    if not action(**options, progress=bar):
+        print(f"done before: {options['target']}")
+        return
     done = "checked, nothing written" if options["dry_run"] else f"wrote {options['target']}"
     print(f"{done}, {time.monotonic() - start:.1f} s")
 
 
 def check(action: str, options: dict) -> None:
     """Finds the mistakes that can be found without importing jax, which takes seconds."""
-    from moe_embed_jax.interop.source import check_source, refuse_existing
+    from moe_embed_jax.interop.source import check_source
     from moe_embed_jax.interop.upcycle_config import UpcycleConfig
+    from moe_embed_jax.made_by import done_before
 
     if action == "upcycle":
         UpcycleConfig(**{f.name: options[f.name] for f in dataclasses.fields(UpcycleConfig)})
-    refuse_existing(options["target"])
+    done_before(options["target"])
     check_source(options["source"])
 
 

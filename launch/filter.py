@@ -31,7 +31,7 @@ def main():
     pairs_folder, output = launching.curation_folders(arguments)
 
     from moe_embed_jax.curation.consistency import filter_pairs
-    from moe_embed_jax.curation.pair_texts import Embedding
+    from moe_embed_jax.curation.pair_texts import Embedding, finished
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
@@ -41,6 +41,9 @@ def main():
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
     launching.report_prompts(teacher, prompts)
     embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
+    if finished(output, "filter", pairs, embedding, rule):
+        print(f"done before: {output}")
+        return
     report, _ = filter_pairs(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     print(f"{output}: {report.total['kept']:,} of {len(pairs):,} pairs; see {output}/report.md")

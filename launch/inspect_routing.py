@@ -35,10 +35,20 @@ def main():
     flags.add_argument("--seed", type=int, default=0, help="of the shuffles")
     arguments = flags.parse_args()
 
+    from moe_embed_jax.interop.source import local_folder
+    from moe_embed_jax.made_by import done_before, hash_command
+
     output = pathlib.Path(arguments.output)
-    launching.check_new(output)
+    done_before(output)
     launching.check_model(arguments.model)
     texts = labelled_texts(arguments)
+    options = {key: value for key, value in vars(arguments).items() if key != "output"}
+    inputs = [local_folder(arguments.model), *names(arguments.texts)]
+    inputs += [arguments.sib200] if arguments.sib200 else []
+    command = hash_command("inspect_routing", options, inputs)
+    if done_before(output, command):
+        print(f"done before: {output}")
+        return
 
     from moe_embed_jax.embedder import Embedder
     from moe_embed_jax.evaluation.expert_use import inspect_routing
@@ -54,7 +64,7 @@ def main():
         arguments.seed,
         sys.stderr.isatty(),
     )
-    written = write_report(output, report)
+    written = write_report(output, report, command)
     print_information(report)
     print(f"{output}: {', '.join(path.name for path in written)}")
 

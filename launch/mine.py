@@ -41,7 +41,7 @@ def main():
     pairs_folder, output = launching.curation_folders(arguments)
 
     from moe_embed_jax.curation.negatives import mine_negatives
-    from moe_embed_jax.curation.pair_texts import Embedding
+    from moe_embed_jax.curation.pair_texts import Embedding, finished
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
@@ -51,6 +51,9 @@ def main():
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
     launching.report_prompts(teacher, prompts)
     embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
+    if finished(output, "mining", pairs, embedding, rule):
+        print(f"done before: {output}")
+        return
     report = mine_negatives(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     total = report.total

@@ -1,13 +1,15 @@
 """What launch/convert.py does: import, export and upcycle model folders."""
 
+import dataclasses
 import pathlib
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.published import has_mlm_head
-from moe_embed_jax.interop.source import local_folder, refuse_existing
+from moe_embed_jax.interop.source import local_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
 from moe_embed_jax.interop.upcycle_config import UpcycleConfig
+from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import (
     ModelFolder,
@@ -29,19 +31,27 @@ def import_model(
     document_prefix: str | None = None,
     dry_run: bool = False,
     progress=iter,
-) -> None:
-    """A published checkpoint to a folder of ours. `progress` wraps an iterable, as tqdm does."""
+) -> bool:
+    """A published checkpoint to a folder of ours. `progress` wraps an iterable, as tqdm does.
+
+    Returns: False if the same call was finished before; nothing is done then.
+    """
     folder = local_folder(source)
+    options = [positions, query_prefix, document_prefix]
+    command = _command("import", folder, vocabulary, options)
+    if done_before(target, command):
+        return False
     if is_run(folder):
         raise UserError(f"{source} is a model folder of ours already: nothing to import")
     positions = positions or _default_positions(folder)
-    opened = _open(folder, target, vocabulary, query_prefix, document_prefix, positions=positions)
+    opened = _open(folder, vocabulary, query_prefix, document_prefix, positions=positions)
     _say(opened)
     if opened.unused:
         print(f"not needed  {', '.join(opened.unused)}")
     if not dry_run:
         loaded = opened.load(single_device_mesh(), progress)
-        save_model(pathlib.Path(target), loaded, origin=str(source))
+        save_model(pathlib.Path(target), loaded, origin=str(source), command=command)
+    return True
 
 
 def _default_positions(folder: pathlib.Path) -> str:
@@ -70,9 +80,17 @@ def export_model(
     document_prefix: str | None = None,
     dry_run: bool = False,
     progress=iter,
-) -> None:
-    """Any model folder to a self-contained one for PyTorch, see `interop.export`."""
-    opened = _open(source, target, vocabulary, query_prefix, document_prefix, step=step)
+) -> bool:
+    """Any model folder to a self-contained one for PyTorch, see `interop.export`.
+
+    Returns: False if the same call was finished before; nothing is done then.
+    """
+    folder = local_folder(source)
+    options = [step, query_prefix, document_prefix]
+    command = _command("export", folder, vocabulary, options)
+    if done_before(target, command):
+        return False
+    opened = _open(folder, vocabulary, query_prefix, document_prefix, step=step)
     _say(opened)
     as_bert = export.leaves_as_bert(opened.model)
     print("layout      " + ("bert" if as_bert else "nomic_bert, needs trust_remote_code"))
@@ -92,7 +110,9 @@ def export_model(
             loaded.prompts,
             max(loaded.max_lengths.values()),
             progress,
+            command,
         )
+    return True
 
 
 def upcycle_model(
@@ -110,10 +130,18 @@ def upcycle_model(
     document_prefix: str | None = None,
     dry_run: bool = False,
     progress=iter,
-) -> None:
-    """A dense encoder to an MoE encoder in a folder of ours, see `interop.upcycle`."""
+) -> bool:
+    """A dense encoder to an MoE encoder in a folder of ours, see `interop.upcycle`.
+
+    Returns: False if the same call was finished before; nothing is done then.
+    """
     config = UpcycleConfig(mode, num_experts, experts_per_token, moe_every, noise, seed)
-    opened = _open(source, target, vocabulary, query_prefix, document_prefix, step=step)
+    folder = local_folder(source)
+    options = [dataclasses.asdict(config), step, query_prefix, document_prefix]
+    command = _command("upcycle", folder, vocabulary, options)
+    if done_before(target, command):
+        return False
+    opened = _open(folder, vocabulary, query_prefix, document_prefix, step=step)
     model = upcycled_model(opened.model, config)
     _say(opened, model)
     if mode == "paper":
@@ -122,25 +150,29 @@ def upcycle_model(
         )
         print("            branches start at about 0.4 of the dense ones and outputs change")
     if dry_run:
-        return
+        return True
     mesh = single_device_mesh()
     loaded = opened.load(mesh, progress)
     loaded.model, params = upcycle(loaded.model, loaded.params, config)
     loaded.params = place(params, loaded.model, mesh)
     origin = f"{source}, upcycled: {mode}, seed {seed}, noise {noise}"
-    save_model(pathlib.Path(target), loaded, origin)
+    save_model(pathlib.Path(target), loaded, origin, command)
+    return True
+
+
+def _command(name: str, folder: pathlib.Path, vocabulary: str | None, options: list) -> str:
+    """Of `made_by`: what stands for this conversion."""
+    return hash_command(name, options, [folder, *([vocabulary] if vocabulary else [])])
 
 
 def _open(
     source,
-    target,
     vocabulary: str | None,
     query_prefix: str | None,
     document_prefix: str | None,
     **options,
 ) -> ModelFolder:
-    """The checked source with the prompts of the command line; refuses a target that exists."""
-    refuse_existing(target)
+    """The checked source with the prompts of the command line."""
     opened = open_model(source, vocabulary=vocabulary, **options)
     if query_prefix is not None:
         opened.prompts["query"] = query_prefix

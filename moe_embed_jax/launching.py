@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_page
-from moe_embed_jax.data.pair_manifest import read_manifest
+from moe_embed_jax.data.pair_manifest import MANIFEST, read_manifest
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
 from moe_embed_jax.refusals import refusal_of_system
@@ -87,10 +87,14 @@ def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
 
 
 def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
-    """(--pairs, --output); finds what is wrong with the flags before jax is imported."""
+    """(--pairs, --output); finds what is wrong with the flags before jax is imported.
+
+    An --output that is a prepared folder may be the result of the same command.
+    """
     pairs, output = pathlib.Path(arguments.pairs), pathlib.Path(arguments.output)
     read_manifest(pairs)
-    check_new(output)
+    if not (output / MANIFEST).is_file():
+        check_new(output)
     check_model(arguments.teacher)
     return pairs, output
 

@@ -27,6 +27,7 @@ from moe_embed_jax.interop.tokenizer_files import (
     load_tokenizer,
 )
 from moe_embed_jax.json_file import text, whole
+from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
@@ -327,10 +328,16 @@ def with_document(prompts: dict[str, str]) -> dict[str, str]:
     return {"query": "", "document": prompts[names[0]] if names else "", **prompts}
 
 
-def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
+def save_model(
+    folder: pathlib.Path, loaded: LoadedModel, origin: str, command: str | None = None
+) -> None:
     """Writes a folder of ours that `load_model` and `init.source` of a training config read.
 
     It appears when it is complete.
+
+    Args:
+      origin: where the model comes from, for people.
+      command: as of `made_by`, to be kept in the folder.
     """
     from moe_embed_jax.checkpoint import Checkpoints
 
@@ -355,3 +362,5 @@ def save_model(folder: pathlib.Path, loaded: LoadedModel, origin: str) -> None:
                 "origin": origin,
             },
         )
+        if command:
+            keep_command(partial, command)

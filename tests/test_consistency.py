@@ -242,8 +242,14 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| all |  | 50 | 46 | 4 | 92.0 |" in printed and "46 of 50 pairs" in printed
     assert (tmp_path / "out.work").is_dir()
+    assert (
+        launch(monkeypatch, "filter", *flags, "--dtype=float16") == 0
+    )  # as after a kill at the very end
+    assert f"done before: {tmp_path}/out" in capsys.readouterr().out
+    (tmp_path / "else").mkdir()
     for more, message in [
-        ((), "out exists: choose another folder"),
+        (("--k=1",), "out exists, and is not what this command makes: choose another"),
+        ((f"--output={tmp_path}/else",), "else exists: choose another folder"),
         (("--k=0",), "k=0 and chunk=1000000 must be at least 1"),
         (("--margin=nan",), "margin=nan must be a number"),
         (("--pairs=nothing",), "nothing"),

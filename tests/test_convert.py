@@ -1,5 +1,6 @@
 """launch/convert.py as a user meets it, and models named on the hub."""
 
+import functools
 import json
 
 import numpy as np
@@ -75,6 +76,40 @@ def test_a_killed_conversion_can_be_repeated(dense, tmp_path, monkeypatch):
         action(target)
         assert [path.name for path in target.parent.iterdir()] == ["target"]
         assert (target / "config.json").is_file()
+
+
+def test_a_conversion_killed_after_its_folder_appeared_can_be_repeated(tmp_path, monkeypatch):
+    """But another one, or that of another source, is refused."""
+    source = tmp_path / "source"
+    write_folder(source, DENSE, random_tensors(nomic_shapes(DENSE)))
+    actions = {
+        "import": functools.partial(conversion.import_model, source),
+        "upcycle": functools.partial(conversion.upcycle_model, source, mode="paper"),
+        "export": functools.partial(conversion.export_model, source),
+    }
+    for name, action in actions.items():
+        assert action(target=tmp_path / name)
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("*")}
+        assert not action(target=tmp_path / name)
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("*")}
+        assert str(tmp_path) not in (tmp_path / name / "made_by.json").read_text()
+    result = convert("export", f"--source={source}", f"--target={tmp_path / 'export'}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"done before: {tmp_path / 'export'}\n"
+    refused = "exists already, made by another command or of other inputs"
+    for name, other in {
+        "import": dict(positions="learned"),
+        "upcycle": dict(seed=1),
+        "export": dict(query_prefix="q: "),
+    }.items():
+        with pytest.raises(UserError, match=refused):
+            actions[name](target=tmp_path / name, **other)
+    with pytest.raises(UserError, match=refused):
+        actions["import"](target=tmp_path / "export")
+    (source / "config.json").touch()
+    for name, action in actions.items():
+        with pytest.raises(UserError, match=refused):
+            action(target=tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_exported_prompts_have_a_name_for_each_convention(exported):
 
 
 def test_existing_targets_and_dry_runs(source, exported, tmp_path, capsys):
-    for action, options in ((export_model, {}), (upcycle_model, dict(mode="paper"))):
+    for action, options in ((export_model, dict(step=0)), (upcycle_model, dict(mode="paper"))):
         with pytest.raises(UserError, match="exists already"):
             action(source, exported, **options)
     export_model(source, tmp_path / "new", dry_run=True)

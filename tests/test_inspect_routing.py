@@ -78,7 +78,7 @@ def test_the_command_on_tables_of_sib200(launch, tmp_path, folder, capsys):
     assert f"| 1 | all | {bits:.4f} |" in page and "| cc_Latn | 6 |" in page
 
 
-def test_the_command_on_json_lines(launch, tmp_path):
+def test_the_command_on_json_lines(launch, tmp_path, capsys):
     rows = [{"text": t.text, "language": t.language} for t in labelled(5)]
     for name, part in (("a.jsonl", rows[:4]), ("b.jsonl", rows[4:])):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -86,6 +86,13 @@ def test_the_command_on_json_lines(launch, tmp_path):
     found = json.loads((tmp_path / "out/routing.json").read_text())
     assert found["texts"] == 10 and found["prefix"] == "" and "topic" not in found
     assert not (tmp_path / "out/by_topic.png").exists()
+
+    # Repeated, as after a kill at the very end; and with other texts.
+    assert launch("--texts=a.jsonl,b.jsonl", "--prompt=none") == 0
+    assert "done before: out" in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text((tmp_path / "a.jsonl").read_text())
+    assert launch("--texts=a.jsonl,b.jsonl", "--prompt=none") == 2
+    assert "out exists already, made by another command" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not FIXTURE.is_dir(), reason="needs the shared fixture nomic_moe_tiny")
@@ -181,7 +188,7 @@ def test_damaged_xz(tmp_path):
         (["--sib200=sib", "--sentences=1"], "all 3 texts are of topic 'topic/0'"),
         (["--sib200=sib", "--shuffles=0"], "shuffles=0 must be at least 1"),
         (["--sib200=sib", "--prompt=both"], "prompt='both': choose one of"),
-        (["--sib200=sib", "--output=sib"], "--output=sib exists"),
+        (["--sib200=sib", "--output=sib"], "sib exists already: name a new folder"),
         (["--sib200=sib", "--model=empty"], "empty is not a model folder"),
     ],
 )

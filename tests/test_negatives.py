@@ -202,8 +202,14 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
     assert launch(monkeypatch, "mine", *flags, "--count=2", "--relative=none") == 0
     printed = capsys.readouterr().out
     assert "for 14 queries, 2 of them with fewer than 2" in printed
+    assert (
+        launch(monkeypatch, "mine", *flags, "--count=2", "--relative=none") == 0
+    )  # as after a kill at the very end
+    assert f"done before: {tmp_path}/out" in capsys.readouterr().out
+    (tmp_path / "else").mkdir()
     for more, message in [
-        ((), "out exists: choose another folder"),
+        (("--count=1",), "out exists, and is not what this command makes: choose another"),
+        ((f"--output={tmp_path}/else",), "else exists: choose another folder"),
         (("--count=0",), "count=0, skip=0, search=1000: expected count > 0"),
         (("--skip=9", "--search=9"), "0 <= skip < search"),
         (("--relative=inf",), "relative=inf must be a number or none"),

@@ -21,6 +21,7 @@ from moe_embed_jax.curation.pair_texts import (
     PairTexts,
     describe,
     group_folder,
+    manifest_about,
     pair_scores,
     progress_bar,
     read_cache,
@@ -132,7 +133,7 @@ def _filter(pairs, output, work, embedding, rule, mesh) -> tuple[FilterReport, n
                 bar.update(last - first)
     report.write(work)
     rows = np.flatnonzero(keep)
-    with PairWriter(output, {"filter": about, "from": pairs.manifest["about"]}) as writer:
+    with PairWriter(output, manifest_about("filter", pairs, about)) as writer:
         for begin in range(0, len(rows), READ_AT_ONCE):
             for row in pairs.read(rows[begin : begin + READ_AT_ONCE]):
                 writer.write(row)

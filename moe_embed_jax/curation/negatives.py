@@ -21,6 +21,7 @@ from moe_embed_jax.curation.pair_texts import (
     PairTexts,
     describe,
     group_folder,
+    manifest_about,
     pair_scores,
     progress_bar,
     read_cache,
@@ -179,7 +180,7 @@ def mine_negatives(
 def _mine_folder(pairs, output, work, embedding, rule, mesh) -> MiningReport:
     about = describe(pairs, embedding, rule)
     report = MiningReport(about)
-    with PairWriter(output, {"mining": about, "from": pairs.manifest["about"]}) as writer:
+    with PairWriter(output, manifest_about("mining", pairs, about)) as writer:
         for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):
             texts = read_texts(pairs, start, stop)
             folder = group_folder(work, index, source, language)

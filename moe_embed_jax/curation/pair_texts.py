@@ -1,6 +1,7 @@
 """A range of pairs as distinct queries and documents, their vectors, and the pairs' own scores."""
 
 import dataclasses
+import json
 import re
 import sys
 import zipfile
@@ -13,7 +14,9 @@ from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
 from moe_embed_jax.data.normal_form import normal_form
+from moe_embed_jax.data.pair_manifest import MANIFEST, read_manifest
 from moe_embed_jax.data.pairs import PairFolder
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.search.knn import Documents
 from moe_embed_jax.search.vectors import VectorStore, write_vectors
 
@@ -99,6 +102,26 @@ class Embedding:
 
 def _encode(teacher: Teacher, prompt: str | None) -> Callable[[list[str]], np.ndarray]:
     return lambda texts: teacher.encode(texts, prompt=prompt)
+
+
+def finished(output: Path, kind: str, pairs: PairFolder, embedding: "Embedding", rule) -> bool:
+    """Whether `output` is what this makes; it may have been killed after `output` appeared.
+
+    Raises:
+      UserError: something else is at `output`.
+    """
+    if not output.exists():
+        return False
+    if (output / MANIFEST).is_file():
+        made = manifest_about(kind, pairs, describe(pairs, embedding, rule))
+        if read_manifest(output)["about"] == json.loads(json.dumps(made)):
+            return True
+    raise UserError(f"{output} exists, and is not what this command makes: choose another folder")
+
+
+def manifest_about(kind: str, pairs: PairFolder, description: dict) -> dict:
+    """`about` in the manifest of what curation makes of `pairs`. kind: "filter" or "mining"."""
+    return {kind: description, "from": pairs.manifest["about"]}
 
 
 def describe(pairs: PairFolder, embedding: "Embedding", rule) -> dict:

@@ -7,31 +7,42 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.evaluation.expert_use import LABELS, shares
 from moe_embed_jax.evaluation.load_maps import Map, map_of_groups, map_of_layers
+from moe_embed_jax.made_by import keep_command
+from moe_embed_jax.new_folder import new_folder
 
+JSON_FILE = "routing.json"
 WIDTH = 13.0  # inches
 INFORMATION_HEIGHT = 3.0
 DIGITS = 6  # of the numbers in routing.json
 
 
-def write_report(folder: str | pathlib.Path, report: dict) -> list[pathlib.Path]:
+def write_report(
+    folder: str | pathlib.Path, report: dict, command: str | None = None
+) -> list[pathlib.Path]:
     """Writes routing.json, routing.md, by_layer.png, and by_language.png and by_topic.png where
-    `report` (of `inspect_routing`) has them; returns their paths.
+    `report` (of `inspect_routing`) has them; returns their paths. The folder appears whole, and
+    takes the place of an earlier report.
 
-    Raises `UserError` where they cannot be written.
+    Args:
+      command: as of `made_by`, to be kept in the folder.
+
+    Raises:
+      UserError: something else is at `folder`.
+      OSError: it cannot be written.
     """
     folder = pathlib.Path(folder)
     content = json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n"
-    files = {"routing.json": content.encode(), "routing.md": tables(report).encode()}
-    for name, data in files.items():
-        with written_whole(folder / name) as file:
-            file.write(data)
+    files = {JSON_FILE: content.encode(), "routing.md": tables(report).encode()}
     drawn = pictures(report)
-    for name, figure in drawn.items():
-        with written_whole(folder / name) as file:
-            figure.savefig(file, format="png", dpi=110)
+    with new_folder(folder, replace=(folder / JSON_FILE).is_file()) as partial:
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+        for name, figure in drawn.items():
+            figure.savefig(partial / name, format="png", dpi=110)
+        if command:
+            keep_command(partial, command)
     return [folder / name for name in (*files, *drawn)]
 
 

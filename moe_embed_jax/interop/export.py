@@ -17,9 +17,10 @@ from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.rules import entries, to_theirs
 from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
-from moe_embed_jax.interop.source import CONFIG_FILE, refuse_existing
+from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.interop.tokenizer_files import write_tokenizer
+from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.new_folder import new_folder
 
@@ -61,6 +62,7 @@ def write_folder(
     prompts: dict,
     max_length: int,
     progress=iter,
+    command: str | None = None,
 ) -> None:
     """Writes `folder`, which appears when it is complete.
 
@@ -69,10 +71,10 @@ def write_folder(
       prompts: name -> prefix; "document" is there as "passage" too.
       max_length: of a text, in tokens; PyTorch's side has one for queries and documents.
       progress: wraps the iterable of tensors, as tqdm does.
+      command: as of `made_by`, to be kept in the folder.
 
     Raises `UserError` if `folder` exists.
     """
-    refuse_existing(folder)
     with new_folder(folder) as partial:
         tensors = export_tensors(model, by_layer(model, params))
         contiguous = {name: np.ascontiguousarray(x) for name, x in progress(tensors)}
@@ -90,6 +92,8 @@ def write_folder(
         prompts = {"passage": prompts["document"], **prompts}
         write_settings(partial, model.width, prompts, max_length, model.pooling)
         (partial / "README.md").write_text(model_card(model, prompts, max_length))
+        if command:
+            keep_command(partial, command)
 
 
 def model_card(model: EncoderConfig, prompts: Mapping[str, str], max_length: int) -> str:

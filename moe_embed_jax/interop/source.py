@@ -1,5 +1,7 @@
-"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`; and where
-one may be written. Imports no jax."""
+"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`.
+
+Imports no jax.
+"""
 
 import pathlib
 
@@ -46,8 +48,3 @@ def check_source(source: str | pathlib.Path) -> None:
     name = text.removeprefix(HUB).partition("@")[0]
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"{text}: write {HUB}OWNER/NAME, with @REVISION for a fixed version")
-
-
-def refuse_existing(folder: str | pathlib.Path) -> None:
-    if pathlib.Path(folder).exists():
-        raise UserError(f"{folder} exists already: name a new folder, nothing is overwritten")
