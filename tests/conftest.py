@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,14 +15,17 @@ import zipfile
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 # Most programs here are compiled to run once. Without LLVM's optimisations (and, in a jaxlib whose
 # XLA has both kinds of emitters, without the fusion emitters) they compile in a third to a half of
-# the time, and their numbers are the same to rounding.
+# the time, and their numbers are the same to rounding. In one piece instead of up to 32 they take
+# an eighth less of the processors, which other test files keep busy.
 # These flags come after those of the caller: a test file that runs as a script has its number of
 # devices.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    " --xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
 ).strip()
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to bytecode takes seconds
+gc.set_threshold(100_000, 50, 50)  # tracing makes many objects that stay: 3% of the time
 
 import numpy as np
 import pytest
