@@ -22,10 +22,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     " --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jax").startswith("0.10.")
 ).strip()
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to bytecode takes seconds
-gc.set_threshold(100_000, 50, 50)  # tracing makes many objects that stay: 3% of the time
 
 import numpy as np
 import pytest
@@ -40,6 +40,7 @@ QUICK_FLAGS = " ".join(
 )
 
 pytest_plugins = ("suite_files",)
+gc.set_threshold(100_000, 50, 50)  # tracing makes many objects that stay: 3% of the time
 
 
 def _compiled_programs() -> pathlib.Path:

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
     {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "mxu", "json_file"}
     | {"ownership", "refusals", "children", "finite"},
-    {"checksums", "new_folder"},
+    {"checksums", "new_folder", "made_by"},
     {"routing", "objectives", "data", "search", "sharding"},
     {"models", "checkpoint"},
     {"interop"},
