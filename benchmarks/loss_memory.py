@@ -13,7 +13,7 @@ of --chunk_rows rows of 256 tokens. Rows are as many as the batch needs when a p
 
 "dense" is the least that a loss with its logits in memory needs: normalise, multiply, log-softmax,
 sharded by rows, differentiated by JAX, no duplicates masked. "streamed" is
-`objectives.infonce.infonce` as the training step calls it, duplicates and all.
+`losses.infonce.infonce` as the training step calls it, duplicates and all.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def main(arguments) -> None:
     )
     import jax
 
+    from moe_embed_jax.losses.streaming import TILE
     from moe_embed_jax.mesh import MeshConfig, make_mesh
-    from moe_embed_jax.objectives.streaming import TILE
 
     mesh = make_mesh(MeshConfig(), jax.devices()[: options.devices])
     rows = []
@@ -127,7 +127,7 @@ def dense_loss(temperature, query_BD, document_BD):
     import jax
     import jax.numpy as jnp
 
-    from moe_embed_jax.objectives.contrast import unit
+    from moe_embed_jax.losses.contrast import unit
 
     query_BD, document_BD = unit(query_BD), unit(document_BD)
     logits_BB = jnp.einsum("BD,CD->BC", query_BD, document_BD, precision="highest") / temperature
@@ -140,9 +140,9 @@ def compile_loss(name: str, batch: int, width: int, mesh):
     import jax
     import jax.numpy as jnp
 
+    from moe_embed_jax.losses.contrast import ContrastConfig
+    from moe_embed_jax.losses.infonce import infonce
     from moe_embed_jax.mesh import batch_sharding, replicated
-    from moe_embed_jax.objectives.contrast import ContrastConfig
-    from moe_embed_jax.objectives.infonce import infonce
 
     config = ContrastConfig()
 

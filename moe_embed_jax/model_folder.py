@@ -27,13 +27,13 @@ from moe_embed_jax.interop.tokenizer_files import (
     load_tokenizer,
 )
 from moe_embed_jax.json_file import text, whole
+from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.models.int8_weight import quantized
 from moe_embed_jax.new_folder import new_folder
-from moe_embed_jax.objectives import MASKED_LM
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.sharding import is_array, path_of, rules_for, shardings, with_shardings
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.kernels import fused_attention as fused_module
+from moe_embed_jax.kernels import long_attention
+from moe_embed_jax.kernels.fused_attention import fused_attention, supports
 from moe_embed_jax.models import attention as attention_module
-from moe_embed_jax.models import fused_attention as fused_module
-from moe_embed_jax.models import long_attention
 from moe_embed_jax.models.attention import attention, attention_by_rows, rotation
-from moe_embed_jax.models.fused_attention import fused_attention, supports
 
 
 def make_case(rows, length, heads, head, dtype=jnp.float32):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_embed_jax.kernels import blocked_attention as blocked_module
+from moe_embed_jax.kernels.blocked_attention import blocked_attention, supports
 from moe_embed_jax.models import attention as attention_module
-from moe_embed_jax.models import blocked_attention as blocked_module
 from moe_embed_jax.models.attention import attention, attention_for, rotation
-from moe_embed_jax.models.blocked_attention import blocked_attention, supports
 
 BLOCK = 128  # half of the kernel's own, for speed; test_planning.py compiles that one
 ROW = 3 * BLOCK

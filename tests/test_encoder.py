@@ -12,6 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.kernels import layer_norm as layer_norm_kernel
+from moe_embed_jax.kernels.feed_forward import fused_feed_forward
+from moe_embed_jax.kernels.layer_norm import TILE_TOKENS
+from moe_embed_jax.losses.contrast import unit
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models import feed_forward
 from moe_embed_jax.models.attention import rotate, rotation
@@ -23,12 +27,10 @@ from moe_embed_jax.models.encoder import (
     init_params,
 )
 from moe_embed_jax.models.feed_forward import gelu
-from moe_embed_jax.models.fused_feed_forward import fused_feed_forward
-from moe_embed_jax.models.layer_norm import TILE_TOKENS, gradients_in_one_pass, layer_norm
+from moe_embed_jax.models.layer_norm import gradients, layer_norm
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.models.moe import MoE, route
 from moe_embed_jax.models.pooling import pool_texts
-from moe_embed_jax.objectives.contrast import unit
 from moe_embed_jax.sharding import path_of
 
 TINY = EncoderConfig(
@@ -292,7 +294,8 @@ def test_layer_norm_kernel_has_the_gradients_of_the_formula():
     x, dy = (jnp.asarray(rng.normal(size=(2, TILE_TOKENS, 128)) + 1, jnp.float32) for _ in range(2))
     scale, bias = (jnp.asarray(rng.normal(size=128), jnp.float32) for _ in range(2))
     _, vjp = jax.vjp(lambda *a: layer_norm(*a, 1e-5), x, scale, bias)
-    actual = gradients_in_one_pass(x, scale, dy, 1e-5, interpret=True)
+    of_tokens = functools.partial(gradients, epsilon=1e-5)
+    actual = layer_norm_kernel.backward(of_tokens, x, scale, dy, interpret=True)
     for a, b in zip(actual, vjp(dy), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5)
 

@@ -13,9 +13,9 @@ from conftest import run_python
 
 from moe_embed_jax.data.masking import Masking, most_hidden
 from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.losses.masked_lm import masked_cross_entropy
 from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
-from moe_embed_jax.objectives.masked_lm import masked_cross_entropy
 from moe_embed_jax.training.masked_step import (
     MaskedBatch,
     MaskedLossConfig,

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import single_device_mesh
-from moe_embed_jax.objectives.balance import RoutingStatistics, balance_loss, routing_statistics
-from moe_embed_jax.objectives.contrast import (
+from moe_embed_jax.losses.balance import RoutingStatistics, balance_loss, routing_statistics
+from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     clip_log_scale,
     describe_negatives,
     initial_log_scale,
 )
-from moe_embed_jax.objectives.infonce import infonce
+from moe_embed_jax.losses.infonce import infonce
+from moe_embed_jax.mesh import single_device_mesh
 
 
 def unit(rng, *shape):

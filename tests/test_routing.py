@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_embed_jax.kernels import experts as expert_kernels
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import route
-from moe_embed_jax.routing import expert_kernels
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import capacity, cell_size, fill_cells
 from moe_embed_jax.routing.exchange import BACKENDS

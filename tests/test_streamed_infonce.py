@@ -12,11 +12,11 @@ from conftest import run_python
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from moe_embed_jax.losses.contrast import ContrastConfig, initial_log_scale
+from moe_embed_jax.losses.infonce import infonce
+from moe_embed_jax.losses.reference import dense_infonce
+from moe_embed_jax.losses.streaming import TILE
 from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
-from moe_embed_jax.objectives.contrast import ContrastConfig, initial_log_scale
-from moe_embed_jax.objectives.infonce import infonce
-from moe_embed_jax.objectives.reference import dense_infonce
-from moe_embed_jax.objectives.streaming import TILE
 
 
 def oracle(config, query, document, query_id, document_id, valid, temperature):

@@ -25,9 +25,9 @@ from moe_embed_jax.data.vocabulary import (
 )
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.losses.reference import dense_infonce
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import init_params
-from moe_embed_jax.objectives.reference import dense_infonce
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.overview import describe_hard_negatives
 from moe_embed_jax.training.run_config import RunConfig

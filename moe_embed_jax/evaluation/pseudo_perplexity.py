@@ -20,6 +20,7 @@ from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.text_files import read_json, string_field
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.losses.masked_lm import MaskedSums
 from moe_embed_jax.mesh import BATCH_SPEC, batch_sharding
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -28,7 +29,6 @@ from moe_embed_jax.models.encoder import (
     gather_embeddings,
 )
 from moe_embed_jax.models.heads import mlm_logits, predict_tokens
-from moe_embed_jax.objectives.masked_lm import MaskedSums
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import rules_for, specs

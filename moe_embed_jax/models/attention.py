@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_embed_jax.kernels import blocked_attention, fused_attention, long_attention
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.models import blocked_attention, fused_attention, long_attention
 
 SCORES_AT_A_TIME = 1 << 20  # on a CPU: 4 MB of float32, which its caches can hold
 

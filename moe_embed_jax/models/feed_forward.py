@@ -1,6 +1,6 @@
 """The dense feed-forward layer: two matrices with bias and an exact (erf) GELU between them.
 
-On TPUs by kernels (fused_feed_forward.py), where they take its shape.
+On TPUs by kernels (kernels/feed_forward.py), where they take its shape.
 """
 
 import math
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_embed_jax.kernels.feed_forward import fused_feed_forward, supports
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.models.fused_feed_forward import fused_feed_forward, supports
 from moe_embed_jax.models.linear import add_bias
 
 

@@ -1,8 +1,8 @@
 """Layer normalisation in float32 that saves its input only.
 
-Automatic differentiation would keep two float32 copies of it for the backward pass; per layer and
-chunk those are written to HBM and read back. On TPUs the backward pass is one kernel, which reads
-the input and the gradient once (XLA: a pass for each of the four sums, and one for the result).
+Automatic differentiation would keep two float32 copies of the input for the backward pass; per
+layer and chunk those are written to HBM and read back. On TPUs the backward pass is one kernel
+(kernels/layer_norm.py).
 """
 
 import functools
@@ -10,12 +10,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import pallas as pl
 
+from moe_embed_jax.kernels import layer_norm as kernel
+from moe_embed_jax.kernels.mxu import sum_tokens
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.models.linear import sum_tokens
-
-TILE_TOKENS = 256
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -27,6 +25,7 @@ class LayerNorm(nnx.LayerNorm):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x_RLD, scale_D, bias_D, epsilon: float):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, float32."""
     return _normalise(x_RLD, epsilon)[0] * scale_D + bias_D
 
 
@@ -47,66 +46,28 @@ def _normalise(x_RLD, epsilon):
     return centred_RLD * inverse_RL1, inverse_RL1
 
 
+def gradients(x_RLD, scale_D, dy_RLD, epsilon: float):
+    """(dx, dscale, dbias), float32 [R, L, D]; the last two are still to be summed over tokens."""
+    unit_RLD, inverse_RL1 = _normalise(x_RLD, epsilon)
+    dunit_RLD = dy_RLD * scale_D
+    mean_RL1 = jnp.mean(dunit_RLD, axis=-1, keepdims=True)
+    slope_RL1 = jnp.mean(dunit_RLD * unit_RLD, axis=-1, keepdims=True)
+    dx_RLD = inverse_RL1 * (dunit_RLD - mean_RL1 - unit_RLD * slope_RL1)
+    return dx_RLD, dy_RLD * unit_RLD, dy_RLD
+
+
 def _fwd(x_RLD, scale_D, bias_D, epsilon):
     return layer_norm(x_RLD, scale_D, bias_D, epsilon), (x_RLD, scale_D)
 
 
 def _bwd(epsilon, saved, dy_RLD):
     x_RLD, scale_D = saved
-    if platform() == "tpu" and x_RLD.dtype == jnp.bfloat16 and _supports(x_RLD.shape):
+    of_tokens = functools.partial(gradients, epsilon=epsilon)
+    if platform() == "tpu" and x_RLD.dtype == jnp.bfloat16 and kernel.supports(x_RLD.shape):
         # The sum of gradients was rounded to bfloat16 on its way here: the layer's result was.
-        return gradients_in_one_pass(x_RLD, scale_D, dy_RLD.astype(x_RLD.dtype), epsilon)
-    unit_RLD, inverse_RL1 = _normalise(x_RLD, epsilon)
-    dx_RLD = _input_gradient(unit_RLD, inverse_RL1, dy_RLD * scale_D)
-    return dx_RLD.astype(x_RLD.dtype), sum_tokens(dy_RLD * unit_RLD), sum_tokens(dy_RLD)
+        return kernel.backward(of_tokens, x_RLD, scale_D, dy_RLD.astype(x_RLD.dtype))
+    dx_RLD, dscale_RLD, dbias_RLD = of_tokens(x_RLD, scale_D, dy_RLD)
+    return dx_RLD.astype(x_RLD.dtype), sum_tokens(dscale_RLD), sum_tokens(dbias_RLD)
 
 
 layer_norm.defvjp(_fwd, _bwd)
-
-
-def _input_gradient(unit_RLD, inverse_RL1, dunit_RLD):
-    mean_RL1 = jnp.mean(dunit_RLD, axis=-1, keepdims=True)
-    slope_RL1 = jnp.mean(dunit_RLD * unit_RLD, axis=-1, keepdims=True)
-    return inverse_RL1 * (dunit_RLD - mean_RL1 - unit_RLD * slope_RL1)
-
-
-def _supports(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel takes arrays of this shape [R, L, D]."""
-    return shape[0] * shape[1] % TILE_TOKENS == 0 and shape[2] % 128 == 0
-
-
-def gradients_in_one_pass(x_RLD, scale_D, dy_RLD, epsilon: float, interpret: bool = False):
-    """(dx_RLD, dscale_D, dbias_D) by the kernel; R x L must be a multiple of TILE_TOKENS."""
-    width = x_RLD.shape[-1]
-    tokens = x_RLD.size // width
-    tile = pl.BlockSpec((TILE_TOKENS, width), lambda i: (i, 0))
-    row = pl.BlockSpec((1, width), lambda i: (0, 0))
-    x_TD, dy_TD = (array.reshape(tokens, width) for array in (x_RLD, dy_RLD))
-    dx_TD, dscale_1D, dbias_1D = pl.pallas_call(
-        functools.partial(_backward_kernel, epsilon=epsilon),
-        grid=(tokens // TILE_TOKENS,),
-        in_specs=[tile, tile, row],
-        out_specs=[tile, row, row],
-        out_shape=[
-            jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype),
-            *[jax.ShapeDtypeStruct((1, width), jnp.float32)] * 2,
-        ],
-        cost_estimate=pl.CostEstimate(
-            flops=0,  # of matrix units
-            bytes_accessed=2 * x_TD.size * x_TD.dtype.itemsize + dy_TD.size * dy_TD.dtype.itemsize,
-            transcendentals=x_TD.size,  # its arithmetic is like that of one
-        ),
-        interpret=interpret,
-        name="layer_norm_backward",
-    )(x_TD, dy_TD, scale_D.astype(jnp.float32)[None])
-    return dx_TD.reshape(x_RLD.shape), dscale_1D[0], dbias_1D[0]
-
-
-def _backward_kernel(x_ref, dy_ref, scale_ref, dx_ref, dscale_ref, dbias_ref, *, epsilon):
-    dy_TD = dy_ref[...].astype(jnp.float32)
-    unit_TD, inverse_T1 = _normalise(x_ref[...].astype(jnp.float32), epsilon)
-    dx_TD = _input_gradient(unit_TD, inverse_T1, dy_TD * scale_ref[...])
-    dx_ref[...] = dx_TD.astype(dx_ref.dtype)
-    is_first = pl.program_id(0) == 0
-    for ref, of_tile_TD in ((dscale_ref, dy_TD * unit_TD), (dbias_ref, dy_TD)):
-        ref[...] = jnp.where(is_first, 0.0, ref[...]) + of_tile_TD.sum(axis=0, keepdims=True)

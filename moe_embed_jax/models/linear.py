@@ -1,14 +1,9 @@
-"""Linear layers whose bias gradient is a matrix product.
-
-XLA's sum over tokens of a bfloat16 array takes a TPU several times as long as reading it; a product
-with rows of ones does not. Eight rows, a tile: a single one would be turned back into a sum.
-"""
+"""Linear layers whose bias gradient is a matrix product (`kernels.mxu.sum_tokens`)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-ROWS = 8
+from moe_embed_jax.kernels.mxu import sum_tokens
 
 
 class Linear(nnx.Linear):
@@ -29,14 +24,3 @@ def _add_bias_bwd(_, dy_RLN):
 
 
 add_bias.defvjp(lambda y_RLN, bias_N: (add_bias(y_RLN, bias_N), None), _add_bias_bwd)
-
-
-def sum_tokens(x_RLN):
-    """Sum over all axes but the last, in float32."""
-    x_TN = x_RLN.reshape(-1, x_RLN.shape[-1])
-    ones_8T = jnp.ones((ROWS, len(x_TN)), x_TN.dtype)
-    precision = "highest" if x_TN.dtype == jnp.float32 else None
-    sums_8N = jnp.einsum(
-        "ST,TN->SN", ones_8T, x_TN, precision=precision, preferred_element_type=jnp.float32
-    )
-    return sums_8N[0]

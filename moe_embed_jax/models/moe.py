@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_embed_jax.losses.balance import RoutingStatistics, routing_statistics
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.objectives.balance import RoutingStatistics, routing_statistics
 from moe_embed_jax.routing.exchange import Experts, apply_experts
 
 

@@ -37,7 +37,7 @@ FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBo
 PREFETCHES = ("copy-start", "slice-start", "async-start", "dynamic-slice-start")
 # Touch what they move, not all of the array they move it out of or into.
 GATHERS = ("gather", "dynamic-slice", "slice")
-# Products with [L, L] scores per head in JAX's flash attention (models/long_attention.py), which
+# Products with [L, L] scores per head in JAX's flash attention (kernels/long_attention.py), which
 # declares no cost of its backward kernels, and of the forward one half the lanes that it uses.
 FLASH_PRODUCTS = {"flash_attention": 2, "flash_mha_bwd_dkv": 4, "flash_mha_bwd_dq": 3}
 LANES = 128

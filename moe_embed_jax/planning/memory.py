@@ -5,7 +5,7 @@ import re
 
 import jax
 
-from moe_embed_jax.objectives import MASKED_LM
+from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.sharding import path_of
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.kernels import experts as kernels
+from moe_embed_jax.kernels.experts import Tiles
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.routing import expert_kernels
-from moe_embed_jax.routing.expert_kernels import Tiles
 from moe_embed_jax.routing.rows import sum_choices, take
 
 # Of sorted assignments. Matrix units load weights while 128 or 256 rows stream through.
@@ -93,7 +93,7 @@ def _grouped_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, acti
     order = assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
     x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
     weights = w_in_EDF, bias_in_EF, w_out_EFD
-    y_SD = expert_kernels.forward(x_SD, *weights, tiles, activation, interpret)
+    y_SD = kernels.forward(x_SD, *weights, tiles, activation, interpret)
     y_TD = sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
     return y_TD, (x_TD, expert_TK, gate_TK, weights, order)
 
@@ -105,14 +105,14 @@ def _grouped_bwd(activation, interpret, saved, dy_TD):
     token_S = assignment_S // expert_TK.shape[1]
     x_SD, dy_SD = _in_order(x_TD, token_S), _in_order(dy_TD, token_S)
     gate_S1 = take(gate_TK.reshape(-1), assignment_S)[:, None].astype(jnp.float32)
-    dx_SD, dpre_SF, hidden_SF, dgate_S1 = expert_kernels.backward(
+    dx_SD, dpre_SF, hidden_SF, dgate_S1 = kernels.backward(
         x_SD, dy_SD, gate_S1, *weights, tiles, activation, interpret
     )
     is_used_E = jnp.any(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)
     dw_in_EDF, dw_out_EFD = (
         jnp.where(
             is_used_E[:, None, None],
-            expert_kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret),
+            kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret),
             0,
         )
         for a_SK, b_SN in ((x_SD, dpre_SF), (hidden_SF, dy_SD))

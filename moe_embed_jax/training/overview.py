@@ -10,8 +10,8 @@ from moe_embed_jax import mesh as mesh_module
 from moe_embed_jax.data.batches import Batches
 from moe_embed_jax.data.masked_batches import MaskedBatches
 from moe_embed_jax.data.schedule import group_weights
+from moe_embed_jax.losses.contrast import describe_negatives
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
-from moe_embed_jax.objectives.contrast import describe_negatives
 from moe_embed_jax.training.run_config import MaskedRunConfig, Run, RunConfig
 
 

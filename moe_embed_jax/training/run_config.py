@@ -10,10 +10,10 @@ import dataclasses
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.upcycle_config import MODES as UPCYCLE_MODES
+from moe_embed_jax.losses import MASKED_LM
+from moe_embed_jax.losses.contrast_config import ContrastConfig
 from moe_embed_jax.mesh_config import MeshConfig
 from moe_embed_jax.models.encoder_config import EncoderConfig
-from moe_embed_jax.objectives import MASKED_LM
-from moe_embed_jax.objectives.contrast_config import ContrastConfig
 
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 

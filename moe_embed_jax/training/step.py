@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from moe_embed_jax.losses.balance import balance_loss, routing_metrics
+from moe_embed_jax.losses.contrast import clip_log_scale, initial_log_scale
+from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -20,9 +23,6 @@ from moe_embed_jax.models.encoder import (
 )
 from moe_embed_jax.models.pieces import in_pieces
 from moe_embed_jax.models.pooling import pool_texts, take_texts
-from moe_embed_jax.objectives.balance import balance_loss, routing_metrics
-from moe_embed_jax.objectives.contrast import clip_log_scale, initial_log_scale
-from moe_embed_jax.objectives.infonce import infonce
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.training.run_config import LossConfig
 from moe_embed_jax.training.state import LOG_SCALE, TrainState, encoder_params, jit_step, updated

@@ -7,7 +7,7 @@ is meant to be read, and to test `infonce.infonce` against.
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.objectives.contrast import (
+from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     ContrastResult,
     prepare,

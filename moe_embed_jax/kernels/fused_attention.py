@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_embed_jax.mesh import fast_memory_bytes
-from moe_embed_jax.models.head_lanes import (
+from moe_embed_jax.kernels.head_lanes import (
     LANES,
     NEVER,
     head_masks,
@@ -24,7 +23,8 @@ from moe_embed_jax.models.head_lanes import (
     rotation_lanes,
     supports_heads,
 )
-from moe_embed_jax.mxu import dot
+from moe_embed_jax.kernels.mxu import dot
+from moe_embed_jax.mesh import fast_memory_bytes
 
 LONGEST_ROW = 512  # longer ones are left to the kernel of blocks
 SCORES = 7  # [L, L] float32 in fast memory at a time, in the backward pass; by the compiler: 6.9

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_embed_jax.mesh import fast_memory_bytes
-from moe_embed_jax.models.head_lanes import (
+from moe_embed_jax.kernels.head_lanes import (
     LANES,
     NEVER,
     head_masks,
@@ -30,7 +29,8 @@ from moe_embed_jax.models.head_lanes import (
     rotation_lanes,
     supports_heads,
 )
-from moe_embed_jax.mxu import dot
+from moe_embed_jax.kernels.mxu import dot
+from moe_embed_jax.mesh import fast_memory_bytes
 
 BLOCK = 256  # queries of a program, and keys that it meets at a time
 SPARE_BYTES = 2**20  # of fast memory, for what does not grow with the row

@@ -8,9 +8,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.models.linear import sum_tokens
-from moe_embed_jax.routing import expert_kernels
-from moe_embed_jax.routing.expert_kernels import Tiles
+from moe_embed_jax.kernels import experts as kernels
+from moe_embed_jax.kernels.experts import Tiles
+from moe_embed_jax.kernels.mxu import sum_tokens
 
 TILE_TOKENS = 256
 
@@ -24,7 +24,7 @@ def supports(tokens: int, width: int, ffn_width: int) -> bool:
 def fused_feed_forward(x_TD, w_in_DF, bias_in_F, w_out_FD, activation, interpret: bool = False):
     """activation(x w_in + bias_in) w_out, [T, D]."""
     weights = w_in_DF[None], bias_in_F[None], w_out_FD[None]
-    return expert_kernels.forward(x_TD, *weights, _tiles(len(x_TD)), activation, interpret)
+    return kernels.forward(x_TD, *weights, _tiles(len(x_TD)), activation, interpret)
 
 
 def _fwd(x_TD, w_in_DF, bias_in_F, w_out_FD, activation, interpret):
@@ -36,11 +36,11 @@ def _bwd(activation, interpret, args, dy_TD):
     x_TD, *weights = args
     tiles = _tiles(len(x_TD))
     gate_T1 = jnp.ones((len(x_TD), 1), jnp.float32)
-    dx_TD, dpre_TF, hidden_TF, _ = expert_kernels.backward(
+    dx_TD, dpre_TF, hidden_TF, _ = kernels.backward(
         x_TD, dy_TD, gate_T1, *(w[None] for w in weights), tiles, activation, interpret
     )
     (dw_in_DF,), (dw_out_FD,) = (
-        expert_kernels.weight_gradient(a_TK, b_TN, 1, tiles, interpret)
+        kernels.weight_gradient(a_TK, b_TN, 1, tiles, interpret)
         for a_TK, b_TN in ((x_TD, dpre_TF), (hidden_TF, dy_TD))
     )
     return dx_TD, dw_in_DF, sum_tokens(dpre_TF).astype(weights[1].dtype), dw_out_FD

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.objectives.contrast_config import ContrastConfig
+from moe_embed_jax.losses.contrast_config import ContrastConfig
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from moe_embed_jax.losses.contents import Texts
 from moe_embed_jax.mesh import AXES, BATCH_SPEC
-from moe_embed_jax.objectives.contents import Texts
 
 TILE = 2048  # anchors or candidates; a tile of float32 scores has 16 MB
 SPECS = (BATCH_SPEC,) * 5 + (P(),)  # of the arguments

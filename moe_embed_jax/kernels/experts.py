@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_embed_jax.kernels.mxu import dot
 from moe_embed_jax.mesh import fast_memory_bytes
-from moe_embed_jax.mxu import dot
 
 COLUMNS = 512  # of F at a time inside a program
 

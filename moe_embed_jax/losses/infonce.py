@@ -8,8 +8,8 @@ is plain arithmetic on a handful of numbers per pair.
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.objectives.contents import Contents, compare_contents
-from moe_embed_jax.objectives.contrast import (
+from moe_embed_jax.losses.contents import Contents, compare_contents
+from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     ContrastResult,
     prepare,
@@ -17,7 +17,7 @@ from moe_embed_jax.objectives.contrast import (
     summarize,
     unit,
 )
-from moe_embed_jax.objectives.streaming import TILE, streamed_log_sum_exp
+from moe_embed_jax.losses.streaming import TILE, streamed_log_sum_exp
 
 
 def infonce(
