@@ -18,8 +18,11 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False  # what stands before the colon of "Returns:" is a name, no type
 
-html_theme = "alabaster"
-html_theme_options = {"description": "Sparse text embedding models in JAX", "page_width": "1100px"}
+html_theme = "furo"
+html_title = f"moe_embed_jax {version}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
+html_copy_source = False
 
 
 def describe_fields(app, what, name, obj, options, lines):

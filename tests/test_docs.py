@@ -300,8 +300,8 @@ def test_versions_agree():
 
 @pytest.mark.slow
 def test_sphinx_builds_without_warnings(tmp_path):
-    pytest.importorskip("sphinx", reason="pip install -e .[docs]")
-    pytest.importorskip("myst_parser", reason="pip install -e .[docs]")
+    for module in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(module, reason="pip install -e .[docs]")
     command = ["-m", "sphinx", "-W", "--keep-going", "--quiet", "-E", "-b", "html", "docs"]
     result = subprocess.run(
         [sys.executable, *command, tmp_path / "html", "-d", tmp_path / "doctrees"],
