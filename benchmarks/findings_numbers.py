@@ -102,7 +102,7 @@ def effective_experts(load_SME) -> tuple[float, float]:
     """(of the mean load over the last half of the steps, mean of those of single batches): the
     first says whether all experts are used, the second how many one language's batch uses. Means
     over layers."""
-    from moe_embed_jax.losses.balance import effective_experts as effective
+    from moe_embed_jax.routing.router import effective_experts as effective
 
     load_SME = np.asarray(load_SME)[len(load_SME) // 2 :]
     whole = effective(load_SME.mean(axis=0)).mean()

@@ -13,9 +13,9 @@ from conftest import run_python
 from test_meshes import DEVICES, MODEL, PAIRS, SLOTS, make_batch
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.losses.balance import RoutingStatistics, balance_loss
 from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.routing.router import RoutingStatistics, balance_loss
 from moe_embed_jax.training.step import (
     Batch,
     LossConfig,

@@ -29,8 +29,9 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.layer_norm import gradients, layer_norm
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.models.moe import MoE, route
+from moe_embed_jax.models.moe import MoE
 from moe_embed_jax.models.pooling import pool_texts
+from moe_embed_jax.routing.router import route
 from moe_embed_jax.sharding import path_of
 
 TINY = EncoderConfig(

@@ -19,8 +19,8 @@ from moe_embed_jax import config as config_module
 from moe_embed_jax import embedder
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.losses.balance import effective_experts
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.routing.router import effective_experts
 from moe_embed_jax.training import contrastive, loop, report
 from moe_embed_jax.training.health import Health, HealthConfig, spread
 from moe_embed_jax.training.records import read_records

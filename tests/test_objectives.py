@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.losses.balance import RoutingStatistics, balance_loss, routing_statistics
 from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     clip_log_scale,
@@ -19,6 +18,7 @@ from moe_embed_jax.losses.contrast import (
 )
 from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.routing.router import RoutingStatistics, balance_loss, routing_statistics
 
 
 def unit(rng, *shape):

@@ -9,12 +9,12 @@ import pytest
 
 from moe_embed_jax.kernels import experts as expert_kernels
 from moe_embed_jax.models.feed_forward import gelu
-from moe_embed_jax.models.moe import route
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import capacity, cell_size, fill_cells
 from moe_embed_jax.routing.exchange import BACKENDS
 from moe_embed_jax.routing.grouped import grouped
 from moe_embed_jax.routing.reference import reference
+from moe_embed_jax.routing.router import route
 
 WIDTH, FFN = 16, 24
 

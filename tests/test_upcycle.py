@@ -21,7 +21,7 @@ from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import load_model, place
-from moe_embed_jax.models.moe import route
+from moe_embed_jax.routing.router import route
 from moe_embed_jax.training import init, workdir
 from moe_embed_jax.training.run_config import RunConfig
 

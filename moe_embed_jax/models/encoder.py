@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_embed_jax.losses.balance import RoutingStatistics
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.encoder_config import EncoderConfig
@@ -21,7 +20,8 @@ from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
-from moe_embed_jax.models.pieces import in_pieces, instead
+from moe_embed_jax.models.remat import in_pieces, instead
+from moe_embed_jax.routing.router import RoutingStatistics
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
 

@@ -10,7 +10,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.layer_norm import layer_norm
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.models.pieces import loss_in_pieces
+from moe_embed_jax.models.remat import loss_in_pieces
 from moe_embed_jax.shapes import PADDING
 
 UNREACHABLE_BIAS = -100.0  # of the outputs for rows of the word table that no token has

@@ -6,24 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_embed_jax.losses.balance import RoutingStatistics, routing_statistics
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.routing.exchange import Experts, apply_experts
-
-
-def route(logits_RLE, valid_RL, experts_per_token: int, normalize_gates: bool = False):
-    """Top-k of the softmax over all experts; gates sum to < 1, or to 1 with `normalize_gates`.
-
-    Returns `expert_RLK` int32 (E for padding: not routed), `gate_RLK` float32 and the statistics.
-    """
-    probability_RLE = jax.nn.softmax(logits_RLE.astype(jnp.float32), axis=-1)
-    gate_RLK, expert_RLK = jax.lax.top_k(probability_RLE, experts_per_token)
-    if normalize_gates:
-        gate_RLK /= jnp.sum(gate_RLK, axis=-1, keepdims=True)
-    statistics = routing_statistics(probability_RLE, expert_RLK, valid_RL)
-    expert_RLK = jnp.where(valid_RL[..., None], expert_RLK, logits_RLE.shape[-1])
-    return expert_RLK, gate_RLK, statistics
+from moe_embed_jax.routing.router import RoutingStatistics, route
 
 
 class MoE(nnx.Module):

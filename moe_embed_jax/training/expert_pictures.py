@@ -15,8 +15,8 @@ from moe_embed_jax.evaluation.load_maps import (
     name_experts,
     show_load,
 )
-from moe_embed_jax.losses.balance import effective_experts
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.routing.router import effective_experts
 from moe_embed_jax.training.run_config import Run
 
 MOST_COLUMNS = 400  # of steps: longer runs show means over equal stretches

@@ -18,9 +18,9 @@ import numpy as np
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import leaves_finite
-from moe_embed_jax.losses.balance import effective_experts
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.processes import from_process_0
+from moe_embed_jax.routing.router import effective_experts
 from moe_embed_jax.sharding import path_of
 from moe_embed_jax.training.run_config import HealthConfig
 

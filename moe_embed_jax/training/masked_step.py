@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.losses.balance import balance_loss, routing_metrics
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -20,7 +19,8 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
 )
 from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
-from moe_embed_jax.models.pieces import in_pieces, loss_in_pieces
+from moe_embed_jax.models.remat import in_pieces, loss_in_pieces
+from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import MLM_HEAD_RULES, rules_for, specs
 from moe_embed_jax.training.run_config import MaskedLossConfig
 from moe_embed_jax.training.state import HEAD, TrainState, encoder_params, jit_step, updated

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.losses.balance import balance_loss, routing_metrics
 from moe_embed_jax.losses.contrast import clip_log_scale, initial_log_scale
 from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
@@ -21,8 +20,9 @@ from moe_embed_jax.models.encoder import (
     gather_embeddings,
     in_compute_dtype,
 )
-from moe_embed_jax.models.pieces import in_pieces
 from moe_embed_jax.models.pooling import pool_texts, take_texts
+from moe_embed_jax.models.remat import in_pieces
+from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.training.run_config import LossConfig
 from moe_embed_jax.training.state import LOG_SCALE, TrainState, encoder_params, jit_step, updated

@@ -1,4 +1,4 @@
-"""Faults of the contrastive loss, the balance loss and masked language modelling."""
+"""Faults of the contrastive loss and masked language modelling."""
 
 from mutations.fault import Fault
 
@@ -6,20 +6,6 @@ MEANING = "test_objectives.py"
 ORACLE = "test_streamed_infonce.py -k oracle"
 
 FAULTS = (
-    Fault(
-        "balance-counts-padding-as-assignments",
-        "losses/balance.py",
-        "jnp.sum(chosen_TE * valid_T1, axis=axes)",
-        "jnp.sum(chosen_TE, axis=axes)",
-        f"{MEANING} -k balance_statistics",
-    ),
-    Fault(
-        "router-entropy-of-padding",
-        "losses/balance.py",
-        "entropy_T * valid_T1[..., 0]",
-        "entropy_T",
-        f"{MEANING} -k balance_statistics",
-    ),
     Fault(
         "contents-compared-by-half-of-their-hash",
         "losses/contents.py",

@@ -1,21 +1,35 @@
-"""Faults of the router, the expert layers and the exchange between devices."""
+"""Faults of the router, the balance loss, the expert layers and the exchange between devices."""
 
 from mutations.fault import Fault
 
 FAULTS = (
     Fault(
         "padding-is-routed",
-        "models/moe.py",
+        "routing/router.py",
         "expert_RLK = jnp.where(valid_RL[..., None], expert_RLK, logits_RLE.shape[-1])",
         "pass",
         "test_encoder.py -k route",
     ),
     Fault(
         "gates-always-sum-to-one",
-        "models/moe.py",
+        "routing/router.py",
         "if normalize_gates:",
         "if True:",
         "test_encoder.py -k route",
+    ),
+    Fault(
+        "balance-counts-padding-as-assignments",
+        "routing/router.py",
+        "jnp.sum(chosen_TE * valid_T1, axis=axes)",
+        "jnp.sum(chosen_TE, axis=axes)",
+        "test_objectives.py -k balance_statistics",
+    ),
+    Fault(
+        "router-entropy-of-padding",
+        "routing/router.py",
+        "entropy_T * valid_T1[..., 0]",
+        "entropy_T",
+        "test_objectives.py -k balance_statistics",
     ),
     Fault(
         "router-computes-in-compute-dtype",
