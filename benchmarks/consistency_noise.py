@@ -36,7 +36,7 @@ def plant(rows, share: float, rng):
     """
     import numpy as np
 
-    from moe_embed_jax.data.normal_form import normal_form
+    from moe_embed_jax.pairs.normal_form import normal_form
 
     planted = np.zeros(len(rows), bool)
     chosen = rng.permutation(len(rows))[: round(share * len(rows))]
@@ -52,7 +52,7 @@ def write_noisy(pairs, output: pathlib.Path, count: int, share: float, seed: int
     """A prepared folder of `count` pairs, some wrong; returns bool [count] of the wrong ones."""
     import numpy as np
 
-    from moe_embed_jax.data.pairs import PairWriter
+    from moe_embed_jax.preparation.pair_writer import PairWriter
 
     rng = np.random.default_rng(seed)
     drawn = np.sort(rng.permutation(len(pairs))[:count])
@@ -98,9 +98,9 @@ def run(arguments, work: pathlib.Path) -> dict:
     from moe_embed_jax.curation.consistency import Rule, filter_pairs
     from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
-    from moe_embed_jax.data.export_pairs import export_pairs
-    from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, describe, make_mesh
+    from moe_embed_jax.pairs.folder import PairFolder
+    from moe_embed_jax.preparation.export_pairs import export_pairs
 
     folder = pathlib.Path(arguments.pairs or work / "pairs")
     if not arguments.pairs and not folder.exists():

@@ -232,7 +232,7 @@ def open_store(arguments):
     """(TokenStore, Vocabulary, path of the vocabulary) of the default data, prepared if need be."""
     from moe_embed_jax.data.data_spec import planned_store_path, token_store_path, vocabulary_path
     from moe_embed_jax.data.token_store import TokenStore
-    from moe_embed_jax.data.vocabulary import Vocabulary
+    from moe_embed_jax.tokenizers.vocabulary import Vocabulary
     from moe_embed_jax.training import workdir
     from moe_embed_jax.training.run_config import RunConfig
 
@@ -262,9 +262,9 @@ def random_model(turns, folder: str, fields: dict, vocabulary: str, lengths: dic
     import jax
 
     from moe_embed_jax.conversion import export_model
-    from moe_embed_jax.data.vocabulary import Vocabulary
     from moe_embed_jax.model_folder import PROMPTS, LoadedModel, save_model
     from moe_embed_jax.models.encoder import EncoderConfig, count_params, init_params
+    from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
     folder = pathlib.Path(folder)
     model = EncoderConfig(**fields)

@@ -142,9 +142,9 @@ def make_random(turns, target: str, fields: dict, vocabulary: str, prompts, leng
     """A contestant of no turn: a model folder with random weights."""
     import jax
 
-    from moe_embed_jax.interop.tokenizer_files import load_tokenizer
     from moe_embed_jax.model_folder import LoadedModel, save_model
     from moe_embed_jax.models.encoder import EncoderConfig, init_params
+    from moe_embed_jax.tokenizers.files import load_tokenizer
 
     model = EncoderConfig(**fields)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))

@@ -68,7 +68,7 @@ def sentence_transformers(turns, folder: str, texts: list[str], length: int, siz
 
 def default_texts(arguments) -> list[str]:
     """Texts of the token store, drawn so that the logarithm of the length is spread evenly."""
-    from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX
+    from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX
 
     store, vocabulary, _ = contestants.open_store(arguments)
     rng = np.random.default_rng(arguments.seed)

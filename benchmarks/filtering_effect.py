@@ -31,8 +31,9 @@ def write_arms(noisy: pathlib.Path, work: pathlib.Path) -> dict[str, pathlib.Pat
     """{arm: folder of pairs}."""
     import numpy as np
 
-    from moe_embed_jax.data.pairs import PairFolder, PairWriter
     from moe_embed_jax.errors import UserError
+    from moe_embed_jax.pairs.folder import PairFolder
+    from moe_embed_jax.preparation.pair_writer import PairWriter
 
     planted_file = noisy.with_suffix(noisy.suffix + ".npy")
     kept_files = sorted(noisy.parent.glob(f"{noisy.name}.kept *.npy"))

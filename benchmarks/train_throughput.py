@@ -292,7 +292,7 @@ def sentence_transformers(turns, folder: str, batches: list, sizes: dict, cached
 
 def settings(arguments) -> tuple[dict, dict]:
     """(settings of `ours`, of `sentence_transformers`), without what tells their variants apart."""
-    from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX
+    from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX
 
     store, vocabulary, path = contestants.open_store(arguments)
     sizes = dict(

@@ -33,8 +33,8 @@ def main():
     from moe_embed_jax.curation.consistency import filter_pairs
     from moe_embed_jax.curation.pair_texts import Embedding, finished
     from moe_embed_jax.curation.teacher import load_teacher
-    from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
+    from moe_embed_jax.pairs.folder import PairFolder
 
     pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())

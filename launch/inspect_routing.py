@@ -70,8 +70,8 @@ def main():
 
 
 def labelled_texts(arguments) -> list:
-    from moe_embed_jax.data.labelled_texts import read_labelled, read_sib200
     from moe_embed_jax.errors import UserError
+    from moe_embed_jax.evaluation.labelled_texts import read_labelled, read_sib200
 
     files = names(arguments.texts)
     if bool(files) == bool(arguments.sib200):

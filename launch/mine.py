@@ -43,8 +43,8 @@ def main():
     from moe_embed_jax.curation.negatives import mine_negatives
     from moe_embed_jax.curation.pair_texts import Embedding, finished
     from moe_embed_jax.curation.teacher import load_teacher
-    from moe_embed_jax.data.pairs import PairFolder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
+    from moe_embed_jax.pairs.folder import PairFolder
 
     pairs = PairFolder(pairs_folder)
     mesh = make_mesh(MeshConfig())

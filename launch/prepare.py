@@ -9,7 +9,7 @@ OUTPUT/quarantine/<source>.jsonl. The same command continues an interrupted prep
 --vocabulary counts tokens with that SentencePiece model or tokenizer.json. Every other flag goes to
 Apache Beam: on this machine --direct_num_workers=8 --direct_running_mode=multi_processing, in the
 cloud --runner=DataflowRunner --project=... Read the result with
-moe_embed_jax.data.pairs.PairFolder, or train on it with --config.data.pairs=OUTPUT.
+moe_embed_jax.pairs.folder.PairFolder, or train on it with --config.data.pairs=OUTPUT.
 """
 
 import importlib.util
@@ -37,13 +37,13 @@ def main():
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("Apache Beam is not installed: pip install -e .[beam]")
-    from moe_embed_jax.data.raw.options import Options
-    from moe_embed_jax.data.raw.sources import read_sources
+    from moe_embed_jax.preparation.beam.options import Options
+    from moe_embed_jax.preparation.beam.sources import read_sources
 
     options = Options(**vars(arguments), beam=tuple(rest))
     read_sources(options.sources)  # a mistake in it is reported before Beam is imported
 
-    from moe_embed_jax.data.raw import pipeline, report
+    from moe_embed_jax.preparation.beam import pipeline, report
 
     report.print_manifest(pipeline.prepare(options), arguments.output)
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax.data.calls import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
 from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices

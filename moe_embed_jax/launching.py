@@ -15,9 +15,9 @@ import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_page
-from moe_embed_jax.data.pair_manifest import MANIFEST, read_manifest
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
+from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
 from moe_embed_jax.refusals import refusal_of_system
 from moe_embed_jax.search import check_dtype
 

@@ -14,18 +14,11 @@ import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import save_json
-from moe_embed_jax.data.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
 from moe_embed_jax.interop.source import CONFIG_FILE, MODEL_CARD, local_folder
-from moe_embed_jax.interop.tokenizer_files import (
-    JSON_FILE,
-    SENTENCEPIECE_FILE,
-    find_tokenizer,
-    load_tokenizer,
-)
 from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
@@ -36,6 +29,13 @@ from moe_embed_jax.models.int8_weight import quantized
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.sharding import is_array, path_of, rules_for, shardings, with_shardings
+from moe_embed_jax.tokenizers.files import (
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    find_tokenizer,
+    load_tokenizer,
+)
+from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 
 CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}

@@ -31,7 +31,7 @@ import numpy as np
 import pytest
 import synthetic_data
 
-from moe_embed_jax.data import triton_first  # noqa: F401  before test files import TensorFlow
+from moe_embed_jax import triton_first  # noqa: F401  before test files import TensorFlow
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"  # reference data of the project, where it is there

@@ -7,7 +7,7 @@ import published_models
 import synthetic_data
 
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.labelled_texts import LabelledText
+from moe_embed_jax.evaluation.labelled_texts import LabelledText
 
 CONFIG = published_models.NOMIC | {"vocab_size": 512, "n_positions": 128}
 

@@ -83,9 +83,9 @@ def write_sources(path: pathlib.Path, *sources: dict) -> pathlib.Path:
 
 def read(tmp_path, **source):
     """(good, bad) rows of one source; needs Apache Beam."""
-    from moe_embed_jax.data.raw.parts import read_part
-    from moe_embed_jax.data.raw.records import Bad, Good
-    from moe_embed_jax.data.raw.sources import find_parts, read_sources
+    from moe_embed_jax.preparation.beam.input_files import read_part
+    from moe_embed_jax.preparation.beam.read import Bad, Good
+    from moe_embed_jax.preparation.beam.sources import find_parts, read_sources
 
     path = write_sources(tmp_path / "sources.json", {"name": "s", **source})
     sources = read_sources(path)

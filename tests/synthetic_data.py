@@ -17,10 +17,12 @@ from moe_embed_jax.data.data_spec import (
     source_checksums,
     vocabulary_path,
 )
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStoreWriter
-from moe_embed_jax.data.tokenizer_json import open_vocabulary
-from moe_embed_jax.data.vocabulary import (
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
+from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
+from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,

@@ -7,7 +7,7 @@ import random
 import zipfile
 from pathlib import Path
 
-from moe_embed_jax.data.builders import wheels as pinned
+from moe_embed_jax.preparation.builders import wheels as pinned
 
 LANGUAGES = ("de", "fr", "ja", "ta")
 _WORDS = ["sensor", "light", "window", "garden", "battery", "network", "account", "password"]

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_embed_jax.data.calls import SLOTS, TOKENS_PER_CALL, call_rows, plan_calls
 from moe_embed_jax.data.packing import fill_rows
+from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, call_rows, plan_calls
 
 
 @given(

@@ -19,9 +19,11 @@ from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.consistency import Rule, chunks, filter_pairs, find_neighbours
 from moe_embed_jax.curation.pair_texts import Embedding, distinct, pair_scores
-from moe_embed_jax.data.normal_form import normal_form
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.normal_form import normal_form
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 
 whole = st.integers(-2, 2)
 

@@ -12,10 +12,11 @@ from test_consistency import pair
 
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
-from moe_embed_jax.data import export_pairs
-from moe_embed_jax.data.builders import package_texts, wheels
-from moe_embed_jax.data.normal_form import normal_form
-from moe_embed_jax.data.pairs import PairFolder, PairWriter
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.normal_form import normal_form
+from moe_embed_jax.preparation import export_pairs
+from moe_embed_jax.preparation.builders import package_texts, wheels
+from moe_embed_jax.preparation.pair_writer import PairWriter
 
 
 @pytest.fixture

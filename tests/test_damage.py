@@ -18,14 +18,17 @@ from moe_embed_jax.curation.negatives import mine_negatives
 from moe_embed_jax.curation.negatives_rule import Rule as MiningRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
-from moe_embed_jax.data import document_store, retrieval_sets
 from moe_embed_jax.data.checksums import write_checksums
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import load_heldout
 from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
 from moe_embed_jax.ownership import own
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation import document_store
+from moe_embed_jax.preparation import held_out_sets as retrieval_sets
+from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.refusals import refusal_of_system
 from moe_embed_jax.search import vectors
 

@@ -179,7 +179,7 @@ def test_commands_parse(command, page, monkeypatch):
     monkeypatch.setattr(launching, "parse_with_config", parse_only_with_config)
     if words[0] == "launch/prepare.py":
         pytest.importorskip("apache_beam")
-        from moe_embed_jax.data.raw import pipeline, sources
+        from moe_embed_jax.preparation.beam import pipeline, sources
 
         def check_only(options):
             pipeline._check_flags(options.beam)

@@ -10,13 +10,15 @@ import synthetic_wheels
 from synthetic_wheels import sentence
 from test_package_texts import parse, repin
 
-from moe_embed_jax.data import document_store, prepare
-from moe_embed_jax.data.builders import documents, package_texts, wheels
 from moe_embed_jax.data.data_spec import complete_config, held_out_path, token_store_path
-from moe_embed_jax.data.pairs import PairRow, PairWriter
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation import document_store
+from moe_embed_jax.preparation import tokenize as prepare
+from moe_embed_jax.preparation.builders import documents, package_texts, wheels
+from moe_embed_jax.preparation.pair_writer import PairWriter
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 CONFIG = {"documents": "package_documents", "vocabulary": {"kind": "train", "size": 300}}
 
@@ -169,7 +171,7 @@ def test_a_prepared_folder_holds_out_by_content(tmp_path):
 def test_plain_text_becomes_documents(tmp_path):
     """The layout of CC100, through launch/prepare.py's pipeline, duplicates removed."""
     pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
-    from moe_embed_jax.data.raw import pipeline
+    from moe_embed_jax.preparation.beam import pipeline
 
     for language, opener, name in (("xx", lzma.open, "xx.txt.xz"), ("yy", open, "yy.txt")):
         with opener(tmp_path / name, "wt") as file:

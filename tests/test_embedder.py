@@ -12,10 +12,10 @@ from moe_embed_jax import Embedder
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import PROMPTS
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 MODEL = EncoderConfig(
     vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4

@@ -56,7 +56,7 @@ def test_the_reference_needs_a_tokenizer(parity, tmp_path):
 
 def test_the_reference_reads_text_as_we_do(parity, e5_small, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from moe_embed_jax.data.vocabulary import Vocabulary
+    from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
     folder = parity.reference_folder(e5_small, tmp_path / "reference")
     theirs = transformers.AutoTokenizer.from_pretrained(str(folder))

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from labelled_model import CONFIG, labelled, write_model
 
-from moe_embed_jax.data.labelled_texts import LabelledText
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation import expert_use
@@ -26,6 +25,7 @@ from moe_embed_jax.evaluation.expert_use import (
     shuffled_information,
     sum_by_label,
 )
+from moe_embed_jax.evaluation.labelled_texts import LabelledText
 from moe_embed_jax.evaluation.routing_report import pictures, tables, write_report
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 

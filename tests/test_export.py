@@ -20,8 +20,8 @@ from moe_embed_jax.interop import nomic
 from moe_embed_jax.interop.export import export_config
 from moe_embed_jax.interop.layers import shapes_by_layer
 from moe_embed_jax.interop.rules import entries
-from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.tokenizers.files import find_tokenizer
 
 SIZE = dict(vocab_size=512)
 EXTENDED = dict(moe_normalize_expert_weights=True, moe_expert_bias=True)

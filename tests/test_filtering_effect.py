@@ -14,10 +14,12 @@ from test_train_on_pairs import CONFIG
 from moe_embed_jax import launching
 from moe_embed_jax.config import save_json
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import load_heldout
 from moe_embed_jax.evaluation.retrieval import METRICS
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.training.run_config import RunConfig
 
 

@@ -7,17 +7,19 @@ from conftest import ROOT
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
     {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "json_file"}
-    | {"ownership", "refusals", "children", "finite"},
+    | {"ownership", "refusals", "children", "finite", "hashes", "safe_names", "triton_first"},
     {"checksums", "new_folder", "made_by", "kernels"},
+    {"tokenizers", "pairs"},
     {"routing", "losses", "data", "search", "sharding"},
-    {"models", "checkpoint"},
+    {"models", "checkpoint", "inference_batches"},
     {"interop"},
     {"model_folder", "conversion"},
-    {"embedder"},
+    {"embedder", "preparation"},
     {"evaluation", "curation"},
     {"training"},
     {"planning", "recipe"},
 )
+PREPARATION_LIBRARIES = {"tensorflow", "tensorflow_datasets", "seqio", "apache_beam"}
 ENTRY = "launching"  # for what has a `main`
 
 
@@ -37,6 +39,27 @@ def imported(tree: ast.AST) -> set[str]:
             names = [alias.name.split(".") for alias in node.names]
             rooms |= {parts[1] for parts in names if parts[0] == "moe_embed_jax" and parts[1:]}
     return rooms
+
+
+def imported_libraries(tree: ast.AST) -> set[str]:
+    """The top-level modules of other libraries that a module imports, also inside functions."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names
+
+
+def test_only_preparation_imports_tensorflow_and_what_brings_it():
+    """A process that trains, embeds or searches must never load them."""
+    importers = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if imported_libraries(ast.parse(path.read_text())) & PREPARATION_LIBRARIES
+    }
+    assert importers == {"preparation"}
 
 
 def test_imports_run_downwards():

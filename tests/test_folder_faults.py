@@ -19,10 +19,10 @@ from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import read_settings
 from moe_embed_jax.interop.tensors import Tensors
-from moe_embed_jax.interop.tokenizer_files import load_tokenizer
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import LoadedModel, is_run, open_model, save_model
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.tokenizers.files import load_tokenizer
 
 st_folders = pytest.importorskip("st_folders")
 

@@ -141,6 +141,7 @@ FILES = {
         "prompts": honoured({"query": "other: "}),
         "similarity_fn_name": refused("manhattan"),
     },
+    "made_by.json": {"command": harmless("another", "of convert, to find its work done")},
     "modules.json": {
         "idx": harmless(9, "the order of the list counts, as in the library"),
         "name": harmless("other", LIBRARY),

@@ -2,9 +2,9 @@ import random
 
 import pytest
 
-from moe_embed_jax.data.builders import api_documentation, holdout, home_assistant, wheels
-from moe_embed_jax.data.builders.text_pairs import Pair, ParseReport
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.builders import api_documentation, holdout, home_assistant, wheels
+from moe_embed_jax.preparation.builders.text_pairs import Pair, ParseReport
 
 
 def synthetic_pairs(count: int = 2000, seed: int = 0) -> list[Pair]:

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_embed_jax.data.labelled_texts import read_labelled, read_sib200
-from moe_embed_jax.data.pair_manifest import MANIFEST, content_hash, read_manifest
 from moe_embed_jax.data.text_files import read_texts
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation import bitext, probe, similarity
 from moe_embed_jax.evaluation.beir import load_beir
+from moe_embed_jax.evaluation.labelled_texts import read_labelled, read_sib200
 from moe_embed_jax.evaluation.miracl import load_topics
 from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
 from moe_embed_jax.evaluation.retrieval import score_run
 from moe_embed_jax.evaluation.streamed_retrieval import scan
+from moe_embed_jax.pairs.manifest import MANIFEST, content_hash, read_manifest
 
 ROUNDS = 40  # of every reader in the suite
 BYTES = (
@@ -235,9 +235,9 @@ READERS["raw beir"] = (
 
 def raw_rows(folder: Path) -> list:
     pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
-    from moe_embed_jax.data.raw.parts import read_part
-    from moe_embed_jax.data.raw.records import Good
-    from moe_embed_jax.data.raw.sources import find_parts, read_sources
+    from moe_embed_jax.preparation.beam.input_files import read_part
+    from moe_embed_jax.preparation.beam.read import Good
+    from moe_embed_jax.preparation.beam.sources import find_parts, read_sources
 
     path = folder / "sources.json"
     path.write_bytes(path.read_bytes().replace(b"FOLDER", str(folder).encode()))

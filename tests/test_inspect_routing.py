@@ -13,11 +13,11 @@ from conftest import ROOT, SHARED
 from labelled_model import labelled, write_model
 
 from moe_embed_jax import launching
-from moe_embed_jax.data.labelled_texts import LabelledText, read_labelled, read_sib200
-from moe_embed_jax.data.vocabulary import train_vocabulary
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.expert_use import inspect_routing
+from moe_embed_jax.evaluation.labelled_texts import LabelledText, read_labelled, read_sib200
+from moe_embed_jax.tokenizers.vocabulary import train_vocabulary
 
 FIXTURE = SHARED / "fixtures" / "nomic_moe_tiny"
 SIB200 = SHARED / "data" / "sib200_flores"

@@ -17,9 +17,10 @@ from stand_in_teacher import StandInTeacher
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher
-from moe_embed_jax.data.pairs import PairRow, PairWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.search.vectors import VectorStore
 
 ROOT = Path(__file__).resolve().parents[1]

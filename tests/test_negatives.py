@@ -19,9 +19,11 @@ from moe_embed_jax.curation import negatives
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.negatives import Rule, mine_group, mine_negatives
 from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
-from moe_embed_jax.data.normal_form import normal_form
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.normal_form import normal_form
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 
 # Several spellings of few texts: duplicates, exact and normalised, and queries that are documents.
 TEXTS = [*"abcdefgh", "A", " b", "c ", "D"]

@@ -14,16 +14,16 @@ import pytest
 import synthetic_wheels
 from conftest import python_environment
 
-from moe_embed_jax.data.builders import (
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.builders import (
     api_documentation,
     home_assistant,
     package_texts,
     statistics,
     wheels,
 )
-from moe_embed_jax.data.builders.parallel import run_in_processes
-from moe_embed_jax.data.builders.text_pairs import ParseReport, clean_text, is_prose
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.builders.parallel import run_in_processes
+from moe_embed_jax.preparation.builders.text_pairs import ParseReport, clean_text, is_prose
 
 
 @pytest.fixture
@@ -374,7 +374,7 @@ _PREPARE = """
 import os, signal, sys
 import synthetic_wheels
 from pathlib import Path
-from moe_embed_jax.data.builders import package_texts
+from moe_embed_jax.preparation.builders import package_texts
 if __name__ == "__main__":
     data_dir, wheels_dir, deadly = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "kill"
     synthetic_wheels.pin(synthetic_wheels.write_wheels(wheels_dir))

@@ -9,10 +9,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_embed_jax.data.pair_files import decode_pair, encode_pair
-from moe_embed_jax.data.pair_manifest import content_hash
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.manifest import content_hash
+from moe_embed_jax.pairs.row import PairRow, decode_pair, encode_pair
+from moe_embed_jax.preparation.pair_writer import PairWriter
 
 ROWS = [
     PairRow("what is a cat", "an animal", ("a car", "a hat"), "faq", "en"),
@@ -93,7 +94,9 @@ def test_same_rows_same_bytes(tmp_path):
 def test_reading_and_writing_import_no_tensorflow(tmp_path):
     code = f"""
 import sys
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 with PairWriter({str(tmp_path / "pairs")!r}, {{}}) as writer:
     writer.write(PairRow("a", "b", ("c",), "s", "en"))
 print(PairFolder({str(tmp_path / "pairs")!r}).read([0]), "tensorflow" in sys.modules)

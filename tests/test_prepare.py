@@ -8,17 +8,18 @@ import sys
 import numpy as np
 import pytest
 
-from moe_embed_jax.data import data_spec, prepare
+from moe_embed_jax.data import data_spec
 from moe_embed_jax.data.data_spec import planned_store_path, token_store_path, vocabulary_path
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.data.vocabulary import (
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation import tokenize as prepare
+from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
     content_id,
     train_vocabulary,
 )
-from moe_embed_jax.errors import UserError
 
 CONFIG = {
     "vocabulary": {"kind": "train", "size": 300},
@@ -253,7 +254,7 @@ def test_store_path_follows_the_configuration(tmp_path, monkeypatch):
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, config, message):
-    command = [sys.executable, "-m", "moe_embed_jax.data.prepare", f"--data_dir={tmp_path}"]
+    command = [sys.executable, "-m", "moe_embed_jax.preparation.tokenize", f"--data_dir={tmp_path}"]
     done = subprocess.run(
         [*command, f"--config_json={config}"], capture_output=True, text=True, timeout=60
     )

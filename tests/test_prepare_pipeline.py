@@ -14,10 +14,10 @@ from conftest import ROOT, python_environment, run_python
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
 
-from moe_embed_jax.data.pairs import PairFolder
-from moe_embed_jax.data.raw import pipeline
-from moe_embed_jax.data.raw.work import Work
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.preparation.beam import pipeline
+from moe_embed_jax.preparation.beam.work_folder import Work
 
 ROWS_PER_SHARD = 64
 
@@ -301,7 +301,7 @@ def test_other_sources_do_not_continue_the_work(mixed, tmp_path, monkeypatch):
 
 
 def test_killed_between_the_moves_of_the_end(mixed, prepared, tmp_path, monkeypatch):
-    from moe_embed_jax.data.raw import work
+    from moe_embed_jax.preparation.beam import work_folder as work
 
     move, moved = work.move, []
 
@@ -339,7 +339,7 @@ def test_rounds_leave_no_trace(mixed, prepared, tmp_path, monkeypatch):
 
 def test_two_at_once_are_refused(mixed, prepared):
     code = f"""
-from moe_embed_jax.data.raw import pipeline
+from moe_embed_jax.preparation.beam import pipeline
 from moe_embed_jax.errors import UserError
 try:
     pipeline.prepare(pipeline.Options({str(mixed)!r}, {str(prepared)!r}, rows_per_shard=64))
@@ -405,7 +405,7 @@ def test_tokens_are_counted(data_dir, tmp_path):
     from synthetic_data import PREPARATION
 
     from moe_embed_jax.data.data_spec import vocabulary_path
-    from moe_embed_jax.data.vocabulary import Vocabulary
+    from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
     path = vocabulary_path(PREPARATION, data_dir)
     raw = raw_sources.jsonl(tmp_path / "a.jsonl", raw_sources.pairs(20))

@@ -9,13 +9,13 @@ import pytest
 import synthetic_data
 
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation import pseudo_perplexity
 from moe_embed_jax.evaluation.pseudo_perplexity import PASSES, MaskedModel, load_documents
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
 from moe_embed_jax.models.heads import init_mlm_head, mlm_logits
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 LENGTH = 128
 MODEL = EncoderConfig(

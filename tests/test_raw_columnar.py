@@ -11,8 +11,8 @@ pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[b
 import pyarrow as pa
 import pyarrow.feather
 
-from moe_embed_jax.data.raw import columnar
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.beam import columnar
 
 
 def test_columnar_files(tmp_path):

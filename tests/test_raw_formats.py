@@ -10,8 +10,8 @@ from raw_sources import read, texts
 
 pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[beam])")
 
-from moe_embed_jax.data.raw.sources import read_sources
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.beam.sources import read_sources
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.gz", "a.ndjson"])

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import synthetic_wheels
 
-from moe_embed_jax.data import retrieval_sets
-from moe_embed_jax.data.builders import package_texts, statistics, wheels
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import load_beir
+from moe_embed_jax.preparation import held_out_sets as retrieval_sets
+from moe_embed_jax.preparation.builders import package_texts, statistics, wheels
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import pytest
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf  # noqa: E402
 
-from moe_embed_jax.data import tasks  # noqa: E402
 from moe_embed_jax.data.data_spec import MIXTURES  # noqa: E402
-from moe_embed_jax.data.seqio_vocabulary import SeqioVocabulary  # noqa: E402
-from moe_embed_jax.data.vocabulary import (  # noqa: E402
+from moe_embed_jax.errors import UserError  # noqa: E402
+from moe_embed_jax.preparation import tasks  # noqa: E402
+from moe_embed_jax.preparation.seqio_vocabulary import SeqioVocabulary  # noqa: E402
+from moe_embed_jax.tokenizers.vocabulary import (  # noqa: E402
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
     train_vocabulary,
 )
-from moe_embed_jax.errors import UserError  # noqa: E402
 
 XLMR = Path(__file__).parents[2] / "shared/data/xlmr_tokenizer/sentencepiece.bpe.model"
 

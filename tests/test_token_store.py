@@ -314,7 +314,8 @@ def test_describe_spec_difference(tmp_path):
 def test_reading_never_imports_tensorflow(tmp_path):
     write_store(tmp_path / "t", 5)
     code = (
-        "import sys; from moe_embed_jax.data import data_spec, token_store, vocabulary;"
+        "import sys; from moe_embed_jax.data import data_spec, token_store;"
+        "from moe_embed_jax.tokenizers import vocabulary;"
         f"store = token_store.TokenStore.open({str(tmp_path / 't')!r}); store.read([4, 0]);"
         "data_spec.token_store_path({}, '.');"
         "bad = {'tensorflow', 'seqio', 'tensorflow_text'} & set(sys.modules); assert not bad, bad"

@@ -14,18 +14,18 @@ from sentencepiece import sentencepiece_model_pb2
 from test_tokenizer_json import wordpiece
 from test_vocabulary import GOLDEN, MULTILINGUAL
 
-from moe_embed_jax.data.tokenizer_json import TokenizerJson
-from moe_embed_jax.data.vocabulary import (
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.tokenizers.files import (
+    find_tokenizer,
+    load_tokenizer,
+    write_tokenizer,
+)
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson
+from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
     train_vocabulary,
-)
-from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.tokenizer_files import (
-    find_tokenizer,
-    load_tokenizer,
-    write_tokenizer,
 )
 
 # What the steps before the table of replacements are there for, and what must not change.

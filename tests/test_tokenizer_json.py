@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from moe_embed_jax.data.tokenizer_json import TokenizerJson
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -278,7 +278,7 @@ def test_neither_heavy_imports_nor_words_after_a_fork(tmp_path):
     wordpiece().save(str(tmp_path / "tokenizer.json"))
     program = """
 import os, sys
-from moe_embed_jax.data.tokenizer_json import TokenizerJson
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson
 tokenizer = TokenizerJson.load(sys.argv[1])
 tokenizer.encode_batch(["the quick fox"] * 3000)
 child = os.fork()

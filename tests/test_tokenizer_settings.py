@@ -8,11 +8,11 @@ import shutil
 import pytest
 
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
-from moe_embed_jax.data.vocabulary import Vocabulary, train_vocabulary
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.tokenizer_files import find_tokenizer, load_tokenizer, write_tokenizer
 from moe_embed_jax.model_folder import open_model
+from moe_embed_jax.tokenizers.files import find_tokenizer, load_tokenizer, write_tokenizer
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson, open_vocabulary
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary, train_vocabulary
 
 st_folders = pytest.importorskip("st_folders")
 transformers = pytest.importorskip("transformers")

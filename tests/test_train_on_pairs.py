@@ -11,23 +11,23 @@ import synthetic_data
 from conftest import metric, run_python
 
 from moe_embed_jax import config as config_module
-from moe_embed_jax.data import prepare
 from moe_embed_jax.data.batches import MAX_BUCKETS, Batches
 from moe_embed_jax.data.data_spec import token_store_path, vocabulary_path
-from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.data.vocabulary import (
-    DOCUMENT_PREFIX,
-    QUERY_PREFIX,
-    Vocabulary,
-    content_ids,
-)
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.losses.reference import dense_infonce
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.preparation import tokenize as prepare
+from moe_embed_jax.tokenizers.vocabulary import (
+    DOCUMENT_PREFIX,
+    QUERY_PREFIX,
+    Vocabulary,
+    content_ids,
+)
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.overview import describe_hard_negatives
 from moe_embed_jax.training.run_config import RunConfig
@@ -88,7 +88,7 @@ def test_the_store_holds_every_text(pairs, prepared):
 def test_single_rows_equal_batches(pairs, prepared):
     import seqio
 
-    from moe_embed_jax.data import tasks
+    from moe_embed_jax.preparation import tasks
 
     config, data_dir, store = prepared
     vocabulary = Vocabulary.load(vocabulary_path(config, data_dir))

@@ -14,14 +14,14 @@ from moe_embed_jax import Embedder
 from moe_embed_jax import config as config_page
 from moe_embed_jax.conversion import export_model
 from moe_embed_jax.data.data_spec import vocabulary_path
-from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.layers import by_layer
-from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import load_model, place
 from moe_embed_jax.routing.router import route
+from moe_embed_jax.tokenizers.files import find_tokenizer
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.training import init, workdir
 from moe_embed_jax.training.run_config import RunConfig
 

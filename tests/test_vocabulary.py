@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from moe_embed_jax.data.vocabulary import (
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
@@ -14,7 +15,6 @@ from moe_embed_jax.data.vocabulary import (
     content_ids,
     train_vocabulary,
 )
-from moe_embed_jax.errors import UserError
 
 XLMR = Path(__file__).parents[2] / "shared/data/xlmr_tokenizer/sentencepiece.bpe.model"
 

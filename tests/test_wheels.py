@@ -5,8 +5,8 @@ import zipfile
 import pytest
 import synthetic_wheels
 
-from moe_embed_jax.data.builders import wheels
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.builders import wheels
 
 NAMES = ("homeassistant", "botocore", "google-api-python-client")
 

@@ -28,10 +28,11 @@ from moe_embed_jax.curation.pair_texts import (
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, FilterReport
-from moe_embed_jax.data.pairs import PairFolder, PairWriter
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.search.knn import Documents, top_k
 
 EXAMPLES = 5  # dropped pairs of each group that a report shows

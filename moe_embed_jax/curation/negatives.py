@@ -28,11 +28,13 @@ from moe_embed_jax.curation.pair_texts import (
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, MiningReport
-from moe_embed_jax.data.normal_form import normal_form
-from moe_embed_jax.data.pairs import PairFolder, PairRow, PairWriter
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.normal_form import normal_form
+from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.search.knn import top_k
 
 QUERIES_AT_ONCE = 16_384  # distinct queries that are searched for and stored together

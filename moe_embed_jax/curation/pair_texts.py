@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
-from moe_embed_jax.data.normal_form import normal_form
-from moe_embed_jax.data.pair_manifest import MANIFEST, read_manifest
-from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.folder import PairFolder
+from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
+from moe_embed_jax.pairs.normal_form import normal_form
 from moe_embed_jax.search.knn import Documents
 from moe_embed_jax.search.vectors import VectorStore, write_vectors
 

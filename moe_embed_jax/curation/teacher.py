@@ -9,12 +9,12 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from moe_embed_jax.data import triton_first
-from moe_embed_jax.data.vocabulary import clean_text
+from moe_embed_jax import triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
-from moe_embed_jax.interop.tokenizer_files import XLMR_FILE
+from moe_embed_jax.tokenizers.files import XLMR_FILE
+from moe_embed_jax.tokenizers.vocabulary import clean_text
 
 
 class Teacher(Protocol):

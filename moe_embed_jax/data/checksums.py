@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from moe_embed_jax.checksums import FILE_NAME, checksums, dump, find_damage, parse
-from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.safe_names import check_name
 
 
 def write_checksums(folder: Path) -> None:

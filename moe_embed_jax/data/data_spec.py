@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_embed_jax.data.builders.wheels import WHEELS
-from moe_embed_jax.data.hashes import canonical_hash
-from moe_embed_jax.data.pair_manifest import read_manifest
-from moe_embed_jax.data.tokenizer_settings import effective_bytes
+from moe_embed_jax.data.pinned_wheels import WHEELS
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import canonical_hash
+from moe_embed_jax.pairs.manifest import read_manifest
+from moe_embed_jax.tokenizers.settings import effective_bytes
 
 # Raise when the same pairs start to give other tokens (vocabulary recipe, tasks, record format).
 PREPARATION_VERSION = 1
@@ -64,8 +64,8 @@ def complete_config(config: Mapping) -> dict:
     Keys: `mixture` (name), `vocabulary` (`{"kind": "train", "size": ids}` or
     `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json), `query_length` and
     `document_length` (maximum tokens, prefix and specials included), `rates` (task -> weight, or
-    None: by rows), `pairs` (a prepared folder, see `pairs`; its sources are the tasks then, and
-    `mixture` is not used).
+    None: by rows), `pairs` (a prepared folder, see `PairFolder`; its sources are then the tasks
+    and `mixture` is not used).
 
     With the key `documents` it is a configuration for masked language modelling instead, and the
     keys are `documents` (name), `texts` (a prepared folder, whose texts are taken in place of

@@ -29,7 +29,6 @@ from tokenize import TokenError
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from moe_embed_jax.data.hashes import canonical_hash
 from moe_embed_jax.data.token_records import (
     FORMAT,
     Negatives,
@@ -38,6 +37,7 @@ from moe_embed_jax.data.token_records import (
     no_negatives,
 )
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import canonical_hash
 from moe_embed_jax.new_folder import FolderWriter
 
 INDEX = ("lengths", "content_ids")

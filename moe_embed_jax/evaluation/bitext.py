@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.data.text_files import read_json, read_table, string_field
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.subsets import (
@@ -20,6 +19,7 @@ from moe_embed_jax.evaluation.subsets import (
     find_subsets,
 )
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
+from moe_embed_jax.safe_names import check_name
 from moe_embed_jax.search.knn import top_k
 
 LAYOUTS = ("table", "aligned", "columns", "records")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from moe_embed_jax.data.labelled_texts import LabelledText
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation.labelled_texts import LabelledText
 from moe_embed_jax.routing.router import effective_experts
 
 TEXTS_AT_ONCE = 8192  # whose choices, token by token, are held in memory

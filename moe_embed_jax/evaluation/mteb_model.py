@@ -11,7 +11,7 @@ from typing import get_args
 import jax
 import numpy as np
 
-from moe_embed_jax.data import triton_first
+from moe_embed_jax import triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import count_params

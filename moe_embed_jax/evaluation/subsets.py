@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from moe_embed_jax.data.safe_names import check_name
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.safe_names import check_name
 
 PLACE = "{subset}"  # in a path: the name of a subset
 WHOLE = "default"  # the only subset of a task without a place in its path, MTEB's name for it

@@ -19,10 +19,10 @@ from moe_embed_jax.interop.rules import entries, to_theirs
 from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
 from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
-from moe_embed_jax.interop.tokenizer_files import write_tokenizer
 from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.new_folder import new_folder
+from moe_embed_jax.tokenizers.files import write_tokenizer
 
 MODELING_FILE = "modeling_moe_embed.py"  # torch_model.py under the name that config.json gives
 

@@ -8,11 +8,6 @@ import dataclasses
 import json
 import pathlib
 
-from moe_embed_jax.data.tokenizer_settings import (
-    CONFIG_FILE,
-    TRANSFORMER_FILES,
-    transformer_file,
-)
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import (
     flag,
@@ -23,6 +18,11 @@ from moe_embed_jax.json_file import (
     read_optional,
     text,
     whole,
+)
+from moe_embed_jax.tokenizers.settings import (
+    CONFIG_FILE,
+    TRANSFORMER_FILES,
+    transformer_file,
 )
 
 MODULES_FILE = "modules.json"

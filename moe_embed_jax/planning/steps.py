@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_embed_jax import embedder
-from moe_embed_jax.data import calls
+from moe_embed_jax import inference_batches as calls
 from moe_embed_jax.data.masking import most_hidden
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, replicated

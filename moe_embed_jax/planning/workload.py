@@ -6,10 +6,10 @@ import pathlib
 
 from moe_embed_jax.data.batches import Batches, in_chunks
 from moe_embed_jax.data.data_spec import token_store_path
-from moe_embed_jax.data.pair_manifest import MANIFEST
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.training.run_config import MaskedRunConfig, Run, RunConfig
 
 PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md

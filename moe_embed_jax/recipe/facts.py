@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 
 from moe_embed_jax import config as config_page
-from moe_embed_jax.data.pair_manifest import read_manifest
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
+from moe_embed_jax.pairs.manifest import read_manifest
 from moe_embed_jax.recipe.page import STAGES
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step

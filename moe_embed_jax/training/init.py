@@ -10,7 +10,6 @@ from moe_embed_jax import config as config_page
 from moe_embed_jax.config import differences
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import MODEL_CARD
-from moe_embed_jax.interop.tokenizer_files import find_tokenizer
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.losses import MASKED_LM
@@ -18,6 +17,7 @@ from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.processes import to_devices
+from moe_embed_jax.tokenizers.files import find_tokenizer
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig, VocabularyConfig
 from moe_embed_jax.training.state import HEAD
 

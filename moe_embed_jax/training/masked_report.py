@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_embed_jax.config import save_json
-from moe_embed_jax.data.vocabulary import WORD_START
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.evaluation.pseudo_perplexity import MaskedModel, load_documents
 from moe_embed_jax.processes import wait_for_all
+from moe_embed_jax.tokenizers.vocabulary import WORD_START
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,

@@ -19,11 +19,11 @@ from moe_embed_jax.data.data_spec import (
     vocabulary_path,
 )
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.data.tokenizer_json import TokenizerJson, open_vocabulary
-from moe_embed_jax.data.vocabulary import Vocabulary
 from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.json_file import read_object
+from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson, open_vocabulary
+from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 from moe_embed_jax.training.records import CHECKSUMS
 from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
@@ -172,7 +172,7 @@ def prepare(config: Run) -> None:
     command = [
         sys.executable,
         "-m",
-        "moe_embed_jax.data.prepare",
+        "moe_embed_jax.preparation.tokenize",
         f"--config_json={json.dumps(config.data.preparation())}",
         f"--data_dir={config.data.dir}",
     ]

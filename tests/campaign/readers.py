@@ -18,11 +18,11 @@ from campaign.world import World
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.data.data_spec import held_out_path
-from moe_embed_jax.data.pairs import PairFolder
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import load_heldout
 from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
+from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.run_config import PAGES
 
@@ -184,7 +184,7 @@ def opened_model(path):
 
 
 def tokenizer(path):
-    from moe_embed_jax.interop.tokenizer_files import load_tokenizer
+    from moe_embed_jax.tokenizers.files import load_tokenizer
 
     if path.is_dir():
         raise UserError(f"{path} is a folder")  # a folder without a tokenizer has none, rightly
@@ -215,16 +215,16 @@ def suite(path):
 
 
 def labelled(path):
-    from moe_embed_jax.data.labelled_texts import read_labelled
+    from moe_embed_jax.evaluation.labelled_texts import read_labelled
 
     return read_labelled([path])
 
 
 def raw(path):
     """Every part of every source, row by row: bad rows are named, not raised."""
-    from moe_embed_jax.data.raw.parts import read_part
-    from moe_embed_jax.data.raw.records import Bad
-    from moe_embed_jax.data.raw.sources import find_parts, read_sources
+    from moe_embed_jax.preparation.beam.input_files import read_part
+    from moe_embed_jax.preparation.beam.read import Bad
+    from moe_embed_jax.preparation.beam.sources import find_parts, read_sources
 
     sources = read_sources(str(path / "sources.json"))
     rows = []
@@ -236,9 +236,9 @@ def raw(path):
 
 def columns(path):
     """The records of a Parquet or Arrow file, as preparation reads them."""
-    from moe_embed_jax.data.raw.parts import read_part
-    from moe_embed_jax.data.raw.records import Good
-    from moe_embed_jax.data.raw.sources import Part, Source
+    from moe_embed_jax.preparation.beam.input_files import read_part
+    from moe_embed_jax.preparation.beam.read import Good
+    from moe_embed_jax.preparation.beam.sources import Part, Source
 
     if not path.is_file():
         raise UserError(f"{path} is no file")  # preparation lists what there is before it reads

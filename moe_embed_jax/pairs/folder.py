@@ -1,0 +1,83 @@
+"""Prepared folders of text pairs with hard negatives: random access::
+
+    folder = PairFolder("pairs")
+    rows = folder.read(range(*folder.groups["wiki", "de"]))
+
+launch/prepare.py makes such folders from raw text. launch/filter.py and launch/mine.py make new
+ones from old ones. `preparation.pair_writer` writes them and lists their files.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_embed_jax.hashes import file_hash
+from moe_embed_jax.pairs.array_records import damaged, open_records
+from moe_embed_jax.pairs.manifest import MANIFEST, PREFIX, read_manifest
+from moe_embed_jax.pairs.row import PairRow, decode_pair
+
+
+class PairFolder:
+    """The rows of a prepared folder, by number.
+
+    Attributes:
+      folder: where it lies.
+      manifest: the content of manifest.json.
+      groups: (source, language) -> (start, stop) of its rows, in the order of the rows.
+      content_hash: stands for every row and its place.
+      data_source: the undecoded records, a sequence of bytes.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Raises `UserError` where something is missing or damaged; names the file."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.content_hash: str = self.manifest["content_hash"]
+        self.groups: dict[tuple[str, str], tuple[int, int]] = {
+            (group["source"], group["language"]): (group["start"], group["stop"])
+            for group in self.manifest["groups"]
+        }
+        for name, sha256 in self.manifest.get("metadata", {}).items():
+            self._check(name, sha256)
+        self.data_source = open_records(self.folder, PREFIX, self.manifest["rows"])
+
+    def __len__(self) -> int:
+        return self.manifest["rows"]
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> list[PairRow]:
+        """The rows in the order asked for, repetitions allowed; batches are several times faster.
+
+        Raises:
+          IndexError: a row number is not in [0, len).
+          UserError: a record is damaged; names the file and the record.
+        """
+        records = self.data_source.__getitems__(rows)
+        found = []
+        for row, record in zip(rows, records, strict=True):
+            try:
+                found.append(decode_pair(record))
+            except ValueError as error:
+                raise damaged(*self.data_source.locate(row), error) from error
+        return found
+
+    def lengths(self) -> np.ndarray:
+        """int32 [rows, 3]: characters of query and document, number of negatives."""
+        for shard in self.manifest["shards"]:
+            self._check(shard["lengths"], shard["lengths_sha256"])
+        parts = [np.load(self.folder / shard["lengths"]) for shard in self.manifest["shards"]]
+        return np.concatenate(parts)
+
+    def verify(self) -> None:
+        """Reads every file once; raises `UserError` that names one which was changed."""
+        for shard in self.manifest["shards"]:
+            for name, key in (("file", "sha256"), ("lengths", "lengths_sha256")):
+                self._check(shard[name], shard[key])
+
+    def _check(self, name: str, sha256: str) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise damaged(path, None, "it is missing")
+        if file_hash(path) != sha256:
+            raise damaged(path, None, f"its SHA-256 is not the one in {MANIFEST}")

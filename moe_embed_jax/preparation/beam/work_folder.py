@@ -1,0 +1,151 @@
+"""The work folder of an unfinished preparation: what is done stays done.
+
+    OUTPUT/work/plan.json      what is being prepared; another plan is refused
+    OUTPUT/work/read/          per input file: its pairs, its bad rows, and a marker with counts
+    OUTPUT/work/buckets/       per range of keys: its pairs without duplicates, and a marker
+    OUTPUT/work/shards/        finished shards, and their markers
+
+Every file appears whole or not at all, and the marker (.json) of a piece comes last. All paths are
+of Beam's file systems.
+"""
+
+import contextlib
+import io
+import json
+import posixpath
+import uuid
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from moe_embed_jax import json_file
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.preparation.beam.buckets import SCHEMA
+from moe_embed_jax.preparation.beam.read import open_file
+
+STAGES = ("read", "buckets", "shards")
+# Small, so that a shard that needs some rows of a bucket reads little else.
+ROWS_PER_ROW_GROUP = 4096
+
+
+class Work:
+    """Paths and markers of a work folder."""
+
+    def __init__(self, output: str):
+        self.folder = posixpath.join(output, "work")
+
+    def path(self, stage: str, name: str) -> str:
+        return posixpath.join(self.folder, stage, name)
+
+    def begin(self, plan: dict) -> None:
+        """Makes the folder, or checks that it belongs to `plan`.
+
+        Raises `UserError` that names what differs.
+        """
+        path = posixpath.join(self.folder, "plan.json")
+        if FileSystems.exists(path):
+            old = read_json(path)
+            changed = [key for key in plan if old.get(key) != plan[key]]
+            if changed:
+                raise UserError(
+                    f"{self.folder} is the unfinished work of another preparation (other "
+                    f"{', '.join(changed)}): delete that folder, or choose another --output"
+                )
+            return
+        for stage in STAGES:
+            make_folder(posixpath.join(self.folder, stage))
+        write_json(path, plan)
+
+    def done(self, stage: str) -> dict[str, dict]:
+        """name -> marker of the pieces of a stage that are finished."""
+        (found,) = FileSystems.match([self.path(stage, "*.json")])
+        paths = sorted(entry.path for entry in found.metadata_list)
+        return {posixpath.basename(path).removesuffix(".json"): read_json(path) for path in paths}
+
+    def mark(self, stage: str, name: str, marker: dict) -> None:
+        write_json(self.path(stage, f"{name}.json"), marker)
+
+    def remove(self) -> None:
+        if FileSystems.exists(self.folder):
+            FileSystems.delete([self.folder])
+
+
+def part_name(part: int) -> str:
+    return f"{part:06d}"
+
+
+def bucket_name(source: int, bucket: int) -> str:
+    return f"{source:04d}-{bucket:06d}"
+
+
+def shard_work_name(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def make_folder(path: str) -> None:
+    if not FileSystems.exists(path):
+        FileSystems.mkdirs(path)
+
+
+@contextlib.contextmanager
+def written_whole(path: str) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` when the block ends well."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    file = FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED)
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        FileSystems.delete([temporary])
+        raise
+    file.close()
+    move(temporary, path)
+
+
+def move(source: str, target: str) -> None:
+    """Replaces `target`."""
+    if "://" in target and FileSystems.exists(target):
+        FileSystems.delete([target])
+    FileSystems.rename([source], [target])
+
+
+def read_json(path: str) -> dict:
+    """A file of ours. Raises `UserError` where it holds no JSON object."""
+    try:
+        with open_file(path) as file:
+            return json_file.parse_object(file.read(), path)
+    except (UserError, IsADirectoryError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}): delete the folder of --output, and prepare again"
+        ) from None
+
+
+def write_json(path: str, content: dict) -> None:
+    with written_whole(path) as file:
+        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def table_writer(file: BinaryIO) -> Iterator[pq.ParquetWriter]:
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        yield writer
+
+
+def read_rows(path: str, start: int, stop: int) -> pa.Table:
+    """Rows start..stop-1 of a Parquet file; reads only the row groups that hold them."""
+    with open_file(path) as file:
+        parquet = pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+        groups, first, position = [], 0, 0
+        for group in range(parquet.num_row_groups):
+            end = position + parquet.metadata.row_group(group).num_rows
+            if end > start and position < stop:
+                if not groups:
+                    first = position
+                groups.append(group)
+            position = end
+        return parquet.read_row_groups(groups).slice(start - first, stop - start)
