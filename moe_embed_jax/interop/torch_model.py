@@ -100,7 +100,7 @@ class NomicBertConfig(PretrainedConfig):
                 f"config.json: n_embd={self.n_embd} is not a multiple of 2 * n_head={self.n_head}"
             )
         super().__init__(pad_token_id=pad_token_id, **kwargs)
-        # transformers 5.5 - 5.13 save any model with this `model_type`, custom code or not, under
+        # transformers 5.5 to 5.12 save any model with this `model_type`, custom code or not, under
         # the tensor names of their own class. So it differs in memory; config.json keeps it.
         self.model_type = "nomic_bert_moe"
 
