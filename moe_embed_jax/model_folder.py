@@ -35,6 +35,7 @@ from moe_embed_jax.tokenizers.files import (
     find_tokenizer,
     load_tokenizer,
 )
+from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 
 CHECKPOINTS = "checkpoints"
@@ -58,7 +59,7 @@ class LoadedModel:
     model: EncoderConfig
     params: dict
     mlm_head: dict | None
-    vocabulary: Vocabulary | None
+    vocabulary: Tokenizer | None
     prompts: dict[str, str]
     max_lengths: dict[str, int]
 
@@ -72,7 +73,7 @@ class ModelFolder:
     """
 
     model: EncoderConfig
-    vocabulary: Vocabulary | None
+    vocabulary: Tokenizer | None
     vocabulary_path: pathlib.Path | None
     prompts: dict[str, str]
     max_lengths: dict[str, int]

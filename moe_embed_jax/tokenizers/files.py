@@ -30,13 +30,13 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import (
     AddedToken,
     Regex,
-    Tokenizer,
     decoders,
     models,
     normalizers,
     pre_tokenizers,
     processors,
 )
+from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import flag, parse_object, read_bytes, read_optional
@@ -49,6 +49,7 @@ from moe_embed_jax.tokenizers.settings import (
     refuse_settings,
     wanted_tokens,
 )
+from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson, open_vocabulary
 from moe_embed_jax.tokenizers.vocabulary import WORD_START, Vocabulary
 
@@ -80,7 +81,7 @@ def find_tokenizer(folder: str | os.PathLike) -> pathlib.Path | None:
     return folder / JSON_FILE
 
 
-def load_tokenizer(path: str | os.PathLike) -> Vocabulary | TokenizerJson | None:
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer in a file or a folder; None if the folder has none.
 
     Raises:
@@ -147,9 +148,7 @@ def _refuse_changes(vocabulary: Vocabulary, path: pathlib.Path) -> None:
 # ---- Export --------------------------------------------------------------------------------------
 
 
-def write_tokenizer(
-    vocabulary: Vocabulary | TokenizerJson, folder: str | os.PathLike, max_length: int
-) -> None:
+def write_tokenizer(vocabulary: Tokenizer, folder: str | os.PathLike, max_length: int) -> None:
     """Writes what `AutoTokenizer.from_pretrained(folder)` of transformers 4.57 and 5 reads.
 
     Args:
@@ -225,7 +224,9 @@ def unigram_json(vocabulary: Vocabulary) -> str:
     pieces = [(piece.piece, _score(piece, never)) for piece in model.pieces[3:]]
     bos, pad, eos, unk, mask = SPECIAL_TOKENS
     rows = [*((token, never) for token in (bos, pad, eos, unk)), *pieces, (mask, never)]
-    tokenizer = Tokenizer(models.Unigram(rows, unk_id=Vocabulary.unk_id, byte_fallback=False))
+    tokenizer = HuggingFaceTokenizer(
+        models.Unigram(rows, unk_id=Vocabulary.unk_id, byte_fallback=False)
+    )
     if steps := _normalizer_steps(model):
         tokenizer.normalizer = normalizers.Sequence(steps)
     # Other white space than the space is an ordinary character at this point.

@@ -1,7 +1,7 @@
 """Text to token ids by a Hugging Face `tokenizer.json`: WordPiece (BERT), BPE or Unigram.
 
-`TokenizerJson` has the interface of `Vocabulary`, so a model with a published tokenizer embeds and
-trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for the
+`TokenizerJson` is a `Tokenizer` as `Vocabulary` is, so a model with a published tokenizer embeds
+and trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for the
 same folder with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token
 there, and so it is here, unless tokenizer_config.json says otherwise (see `settings`).
 What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
@@ -10,23 +10,21 @@ Neither transformers nor PyTorch is needed.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import parse_object, printable
 from moe_embed_jax.tokenizers.settings import MARKUP_IS_TEXT, effective_bytes
+from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.vocabulary import Vocabulary, clean_text, cut_before_space
 
 TEXTS_PER_CALL = 1024  # the library keeps strings and offsets of every token of a call
-PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 # Steps after which what stands before a space has become the same ids whatever follows the space.
 _LOCAL_NORMALIZERS = frozenset(
@@ -35,7 +33,7 @@ _LOCAL_NORMALIZERS = frozenset(
 _SPLITTING_PRE_TOKENIZERS = frozenset(["BertPreTokenizer", "Whitespace", "WhitespaceSplit"])
 
 
-class TokenizerJson:
+class TokenizerJson(Tokenizer):
     """A tokenizer that puts one special token before a text and one behind it.
 
     Attributes:
@@ -104,14 +102,9 @@ class TokenizerJson:
         del content[MARKUP_IS_TEXT]
         return json.dumps(content, ensure_ascii=False).encode()
 
-    def encode(self, text: str | bytes, max_ids: int | None = None) -> list[int]:
-        """The token ids of `text` without special tokens; at most the first `max_ids` of them."""
-        return self.encode_batch([text], max_ids)[0]
-
     def encode_batch(
         self, texts: Sequence[str | bytes], max_ids: int | None = None
     ) -> list[list[int]]:
-        """`encode` of every text, in order."""
         texts = [clean_text(text) for text in texts]
         if max_ids is not None:
             texts = [self.head(text, max_ids) for text in texts]
@@ -120,30 +113,6 @@ class TokenizerJson:
             batch = texts[start : start + TEXTS_PER_CALL]
             rows += [encoding.ids[:max_ids] for encoding in self._encode_plain(batch)]
         return rows
-
-    def encode_flat(
-        self, texts: Sequence[str | bytes], max_ids: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_batch` as arrays: ids of all texts, int32 [sum], and their lengths, int64 [N]."""
-        rows = self.encode_batch(texts, max_ids)
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        flat = np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum())
-        return flat, lengths
-
-    def encode_text(self, text: str | bytes, max_length: int) -> np.ndarray:
-        """int32 [<= max_length]: `bos_id`, the first `max_length - 2` ids, `eos_id`."""
-        return self.encode_texts([text], max_length)[0]
-
-    def encode_texts(self, texts: Sequence[str | bytes], max_length: int) -> list[np.ndarray]:
-        """`encode_text` of every text, in order."""
-        if max_length < 2:
-            raise UserError(
-                f"max_length {max_length} has no room for the two special tokens: give 2 or more"
-            )
-        return [
-            np.array([self.bos_id, *ids, self.eos_id], dtype=np.int32)
-            for ids in self.encode_batch(texts, max_ids=max_length - 2)
-        ]
 
     def head(self, text: str, max_ids: int) -> str:
         """A beginning of `text` with the same first `max_ids` ids, short where that is sure.
@@ -162,11 +131,7 @@ class TokenizerJson:
         Raises:
           UserError: an id outside [0, size).
         """
-        ids = [int(i) for i in ids]
-        outside = [i for i in ids if not 0 <= i < self.size]
-        if outside:
-            raise UserError(f"token id {outside[0]} is outside the tokenizer [0, {self.size})")
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(self.check_ids(ids), skip_special_tokens=True)
 
     def token_of(self, token_id: int) -> str:
         """The token as the file writes it, e.g. "[CLS]"."""
@@ -238,30 +203,6 @@ def _is_local(content: dict) -> bool:
     )
 
 
-# ---- Forks ---------------------------------------------------------------------------------------
-# The library's threads do not survive a fork. It notices, goes on with one thread in the child and
-# prints a warning there, unless the environment says what is wanted: say so while a fork lasts.
-
-_set_for_fork = False
-
-
-def _before_fork() -> None:
-    global _set_for_fork
-    if PARALLELISM not in os.environ:
-        os.environ[PARALLELISM] = "false"
-        _set_for_fork = True
-
-
-def _after_fork_in_parent() -> None:
-    global _set_for_fork
-    if _set_for_fork:
-        os.environ.pop(PARALLELISM, None)
-        _set_for_fork = False
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
-
-
-def open_vocabulary(path: str | os.PathLike) -> Vocabulary | TokenizerJson:
+def open_vocabulary(path: str | os.PathLike) -> Tokenizer:
     """A SentencePiece model, or a tokenizer.json by its ending. Raises `UserError`."""
     return TokenizerJson.load(path) if Path(path).suffix == ".json" else Vocabulary.load(path)

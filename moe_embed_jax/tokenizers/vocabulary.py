@@ -30,6 +30,7 @@ import numpy as np
 import sentencepiece
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 
 QUERY_PREFIX = "search_query: "
 DOCUMENT_PREFIX = "search_document: "
@@ -79,7 +80,7 @@ def content_id(text: str | bytes) -> np.ndarray:
     return content_ids([text])[0]
 
 
-class Vocabulary:
+class Vocabulary(Tokenizer):
     """A SentencePiece model with the fairseq id layout.
 
     Attributes:
@@ -123,17 +124,9 @@ class Vocabulary:
             )
         return cls(path.read_bytes(), name=str(path))
 
-    def encode(self, text: str | bytes, max_ids: int | None = None) -> list[int]:
-        """The token ids of `text` without <s> and </s>; at most the first `max_ids` of them."""
-        text = clean_text(text)
-        if max_ids is not None:
-            text = self.head(text, max_ids)
-        return _shift(self._processor.encode(text))[:max_ids]
-
     def encode_batch(
         self, texts: Sequence[str | bytes], max_ids: int | None = None
     ) -> list[list[int]]:
-        """`encode` of every text, in order."""
         ids, lengths = self.encode_flat(texts, max_ids)
         ids = ids.tolist()
         ends = np.cumsum(lengths).tolist()
@@ -142,7 +135,6 @@ class Vocabulary:
     def encode_flat(
         self, texts: Sequence[str | bytes], max_ids: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`encode_batch` as arrays: ids of all texts, int32 [sum], and their lengths, int64 [N]."""
         texts = [clean_text(text) for text in texts]
         if max_ids is not None:
             texts = [self.head(text, max_ids) for text in texts]
@@ -150,19 +142,6 @@ class Vocabulary:
         lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
         flat = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, lengths.sum())
         return np.where(flat == 0, np.int32(self.unk_id), flat + 1), lengths
-
-    def encode_text(self, text: str | bytes, max_length: int) -> np.ndarray:
-        """int32 [<= max_length]: <s>, the first `max_length - 2` ids, </s>."""
-        return self.encode_texts([text], max_length)[0]
-
-    def encode_texts(self, texts: Sequence[str | bytes], max_length: int) -> list[np.ndarray]:
-        """`encode_text` of every text, in order."""
-        if max_length < 2:
-            raise UserError(f"max_length {max_length} has no room for <s> and </s>: give 2 or more")
-        return [
-            np.array([self.bos_id, *ids, self.eos_id], dtype=np.int32)
-            for ids in self.encode_batch(texts, max_ids=max_length - 2)
-        ]
 
     def head(self, text: str, max_ids: int) -> str:
         """A beginning of `text` with the same first `max_ids` ids, short where that is possible.
@@ -182,12 +161,8 @@ class Vocabulary:
         Raises:
           UserError: an id outside [0, size).
         """
-        ids = [int(i) for i in ids]
-        outside = [i for i in ids if not 0 <= i < self.size]
-        if outside:
-            raise UserError(f"token id {outside[0]} is outside the vocabulary [0, {self.size})")
         silent = (self.bos_id, self.pad_id, self.eos_id, self.mask_id)
-        pieces = [0 if i == self.unk_id else i - 1 for i in ids if i not in silent]
+        pieces = [0 if i == self.unk_id else i - 1 for i in self.check_ids(ids) if i not in silent]
         return self._processor.decode(pieces)
 
 
@@ -206,11 +181,6 @@ def cut_before_space(text: str, max_ids: int, encode: Callable[[str], Sequence])
         # Long runs of spaces or of unknown characters make few ids.
         cut = 2 * end
     return text
-
-
-def _shift(pieces: list[int]) -> list[int]:
-    """SentencePiece ids to fairseq ids; only <unk> (SentencePiece 0) is out of line."""
-    return [piece + 1 if piece else Vocabulary.unk_id for piece in pieces]
 
 
 def _load_processor(model_bytes: bytes, name: str) -> sentencepiece.SentencePieceProcessor:

@@ -22,8 +22,8 @@ from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.json_file import read_object
-from moe_embed_jax.tokenizers.tokenizer_json import TokenizerJson, open_vocabulary
-from moe_embed_jax.tokenizers.vocabulary import Vocabulary
+from moe_embed_jax.tokenizers.tokenizer import Tokenizer
+from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
 from moe_embed_jax.training.records import CHECKSUMS
 from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
 
@@ -126,9 +126,7 @@ def read_card(workdir: pathlib.Path) -> Run | None:
         ) from error
 
 
-def open_data(
-    workdir: pathlib.Path, config: Run, write: bool
-) -> tuple[TokenStore, Vocabulary | TokenizerJson]:
+def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenStore, Tokenizer]:
     """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
 
     Preparation runs in a process of its own: it needs TensorFlow, which training must not load.
