@@ -1,8 +1,8 @@
 """Text to token ids by a Hugging Face `tokenizer.json`: WordPiece (BERT), BPE or Unigram.
 
 `TokenizerJson` is a `Tokenizer` as `Vocabulary` is, so a model with a published tokenizer embeds
-and trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for the
-same folder with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token
+and trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for
+the same folder with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token
 there, and so it is here, unless tokenizer_config.json says otherwise (see `settings`).
 What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
 
