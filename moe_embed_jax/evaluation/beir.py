@@ -194,7 +194,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
 def read_records(
     path: Path, id_field: str = "_id", with_title: bool = True
 ) -> Iterator[tuple[str, str, str]]:
-    """Yields (file:line, id, text, after its title if asked for) of a JSONL file, line by line.
+    """Yields (`file:line`, id, text, after its title if asked for) of a JSONL file, line by line.
 
     Blank lines are skipped. Raises `UserError`: a bad line, or no line at all.
     """
