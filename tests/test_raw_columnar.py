@@ -1,6 +1,7 @@
 """Parquet, Arrow and Feather files as raw sources: what is read, and what damage does."""
 
 import random
+import sys
 
 import pytest
 import raw_sources
@@ -10,6 +11,7 @@ pytest.importorskip("apache_beam", reason="needs Apache Beam (pip install -e .[b
 
 import pyarrow as pa
 import pyarrow.feather
+import pyarrow.parquet
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam import columnar
@@ -60,6 +62,20 @@ def test_a_damaged_file_cannot_end_the_process(tmp_path, kind):
             row.problem for row in read(tmp_path, format="pairs", path=path, language="en")[1]
         ]
     assert any("the file is damaged here" in problem for problem in problems)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere mapped memory is not counted")
+def test_the_memory_that_a_file_can_take_is_bounded(tmp_path, monkeypatch):
+    """A text that is stored once and stands in 200 rows: a small file, 1.6 GB of rows."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 200), pa.array(["ab" * 4_000_000]))
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"document": text}), path)
+    assert path.stat().st_size < 2_000_000
+    monkeypatch.setattr(columnar, "MOST_MEMORY", 1 << 30)
+    with pytest.raises(
+        columnar.Damaged, match="256 of its rows take more than 1,073,741,824 bytes"
+    ):
+        list(columnar.read_rows(str(path)))
 
 
 def test_a_reader_that_is_killed_is_damage(tmp_path, monkeypatch):

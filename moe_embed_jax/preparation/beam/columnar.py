@@ -8,12 +8,15 @@ Run as a script by `read_rows`: imports nothing of this package.
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 
 ROWS_PER_BATCH = 256
+# A file of a few kilobytes can say that it holds terabytes. Row groups of the hub have up to 1 GB.
+MOST_MEMORY = 8 << 30  # bytes of the child
 _DAMAGED = "damaged"  # what the child prints in place of a row: [_DAMAGED, why]
 
 
@@ -26,11 +29,11 @@ def read_rows(path: str) -> Iterator[str | None]:
 
     BINARY values become texts where they are UTF-8, and objects that say what they are where not.
 
-    Raises `Damaged` where the file cannot be read on, in whatever way.
+    Raises `Damaged` where the file cannot be read on, in whatever way, or not in `MOST_MEMORY`.
     """
     from moe_embed_jax.data.bounded_lines import split_lines
 
-    command = [sys.executable, "-P", os.path.abspath(__file__), path]
+    command = [sys.executable, "-P", os.path.abspath(__file__), path, str(MOST_MEMORY)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said)
         try:
@@ -52,7 +55,9 @@ def read_rows(path: str) -> Iterator[str | None]:
             process.wait()
 
 
-def _print_rows(path: str) -> None:
+def _print_rows(path: str, most_memory: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (most_memory, hard))
     sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     try:
         with open(path, "rb") as file:
@@ -60,6 +65,9 @@ def _print_rows(path: str) -> None:
                 batch.validate(full=True)
                 for row in batch.to_pylist():
                     print(json.dumps(row, default=_as_json, ensure_ascii=False))
+    except MemoryError:  # pyarrow's is one, too
+        why = f"{ROWS_PER_BATCH} of its rows take more than {most_memory:,} bytes of memory"
+        print(json.dumps([_DAMAGED, why]))
     except Exception as error:  # whatever it is, the file is why
         why = " ".join(str(error).split())[:300] or type(error).__name__
         print(json.dumps([_DAMAGED, why]))
@@ -69,6 +77,8 @@ def _batches(file, path: str):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    pa.set_cpu_count(1)  # Beam reads many files at once; the stacks of threads count as memory
+    pa.set_io_thread_count(1)
     head = file.read(6)
     file.seek(0)
     if path.endswith(".parquet"):
@@ -92,4 +102,4 @@ def _as_json(value):
 
 
 if __name__ == "__main__":
-    _print_rows(sys.argv[1])
+    _print_rows(sys.argv[1], int(sys.argv[2]))
