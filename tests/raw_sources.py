@@ -95,3 +95,14 @@ def read(tmp_path, **source):
 
 def texts(good):
     return [(*row.texts[:2], list(row.texts.negatives), row.language) for row in good]
+
+
+ROWS_PER_SHARD = 64
+
+
+def prepare(sources, output, **options) -> dict:
+    """The manifest of a preparation in this process; a `sources` file as of `write_sources`."""
+    from moe_embed_jax.preparation.beam import pipeline
+
+    options = {"rows_per_shard": ROWS_PER_SHARD, **options}
+    return pipeline.prepare(pipeline.Options(str(sources), str(output), **options))

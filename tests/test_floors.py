@@ -77,3 +77,10 @@ def test_imports_run_downwards():
                 upwards.append(f"{path.relative_to(ROOT)} imports {other}")
     assert seen > 100
     assert not upwards
+
+
+def test_no_file_is_longer_than_400_lines():
+    folders = ("moe_embed_jax", "launch", "configs", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 300
+    assert not [str(path) for path in files if len(path.read_text().splitlines()) > 400]

@@ -1,7 +1,6 @@
 import dataclasses
 import gzip
 import json
-import os
 import random
 import signal
 import subprocess
@@ -22,7 +21,6 @@ from moe_embed_jax.preparation.builders import (
     statistics,
     wheels,
 )
-from moe_embed_jax.preparation.builders.parallel import run_in_processes
 from moe_embed_jax.preparation.builders.text_pairs import ParseReport, clean_text, is_prose
 
 
@@ -398,30 +396,3 @@ def test_kill_leaves_nothing_that_looks_complete_and_no_tensorflow_is_imported(t
         assert run.returncode == code, run.stderr
         assert folder.exists() == (mode == "live")
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def _report_for_ever(report):
-    while True:
-        report("wait", 1, 2)
-        time.sleep(0.01)
-
-
-def _fail(report, how: str):
-    if how == "error":
-        raise UserError("this job failed")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("error", "this job failed"), ("kill", "prepares fail was killed .out of memory")],
-)
-def test_a_failed_job_ends_the_others(monkeypatch, how, message):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    jobs = {"wait": (_report_for_ever, ()), "fail": (_fail, (how,))}
-    with pytest.raises(UserError, match=message):
-        run_in_processes(_run_job, jobs, progress=False)
-
-
-def _run_job(report, function, arguments):
-    function(report, *arguments)

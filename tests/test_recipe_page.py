@@ -1,0 +1,79 @@
+"""configs/recipe.py: which steps a page gives, and what is refused before anything runs."""
+
+import pathlib
+
+import pytest
+from conftest import ROOT
+
+from moe_embed_jax import config as config_page
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.recipe import page, steps
+
+
+def load(variant="small", **overrides) -> page.Recipe:
+    overrides = {key.replace("__", "."): value for key, value in overrides.items()}
+    return config_page.load(page.Recipe, f"{ROOT}/configs/recipe.py:{variant}", overrides)
+
+
+def table(recipe, workdir="runs/r") -> dict[str, steps.Step]:
+    made = steps.make_steps(recipe, pathlib.Path(workdir), ROOT / "launch", ROOT)
+    return {step.name: step for step in made}
+
+
+def test_small_is_a_chain_of_all_steps():
+    of_small = table(load())
+    assert list(of_small) == [
+        *("prepare", "stage1", "teacher", "filter"),
+        *("stage2", "mine", "stage3", "evaluate", "export"),
+    ]
+    assert of_small["stage2"].needs == ("stage1", "filter")
+    assert of_small["stage2"].arguments["init"]["source"] == "WORKDIR/stage1"
+    assert of_small["stage2"].arguments["init"]["upcycle"] == "paper"
+    assert of_small["stage3"].arguments["loss"]["dims"] == {"128": 1.0, "32": 1.0}
+    assert of_small["evaluate"].arguments["dim"] == "128,32"
+    # A work directory may be moved: what a step was made with stays the same.
+    assert table(load(), "elsewhere")["stage3"].arguments == of_small["stage3"].arguments
+
+
+def test_the_papers_rules():
+    given = {"prepare__sources": "s.json", "stage1__set__data__texts": "runs/texts"}
+    of_paper = table(load("", **given))
+    assert "teacher" not in of_paper  # from the hub
+    arguments = of_paper["filter"].arguments
+    assert arguments["teacher"] == "hf://intfloat/multilingual-e5-small"
+    assert (arguments["k"], arguments["chunk"], arguments["margin"]) == (2, 1_000_000, 0.0)
+    arguments = of_paper["mine"].arguments
+    assert (arguments["count"], arguments["relative"], arguments["search"]) == (10, 0.95, 10_000)
+    assert of_paper["stage1"].arguments["steps"] == 10_000
+    assert of_paper["stage2"].arguments["batch_size"] == 16_384
+    assert of_paper["stage3"].arguments["loss"]["dims"] == {"768": 1.0, "256": 1.0}
+
+
+def test_fields_of_the_stages_can_be_changed():
+    recipe = load(stage2__set__batch_size="64", stage3__set__loss__dims="{'64': 1.0}")
+    changed = table(recipe)
+    assert changed["stage2"].arguments["batch_size"] == 64
+    assert changed["stage2"].arguments["steps"] == 200  # the page's other changes stay
+    assert changed["stage3"].arguments["loss"]["dims"] == {"64": 1.0}
+    assert changed["evaluate"].arguments["dim"] == "64"
+    assert load(stage2__set__data__rates="None").stage2.set["data"]["rates"] is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("", {}, "give --config.prepare.sources=FILE"),
+        ("", {"prepare__sources": "s"}, "--config.stage1.set.data.texts=... is to be given: a fol"),
+        ("small", {"prepare__sources": "s"}, "prepare.sources and prepare.mixture: both are given"),
+        ("small", {"filter__kk": "3"}, "unknown config key filter.kk; did you mean filter.k"),
+        ("small", {"stage2__set__stepps": "3"}, r"stage2 .*unknown config key stepps; did you mea"),
+        ("small", {"stage2__set__init__source": "x"}, "stage2.set.init.source: the recipe decides"),
+        ("small", {"stage2__page": "configs/no.py"}, "stage2 .*no.py does not exist"),
+        ("small", {"teacher": "nowhere"}, "teacher='nowhere' is no model folder"),
+        ("small", {"teacher": "stage2"}, "teacher='stage2' is no model folder"),
+        ("large", {}, "unknown variant 'large' of configs/recipe.py"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(variant, changes, message):
+    with pytest.raises(UserError, match=message):
+        table(load(variant, **changes))
