@@ -124,10 +124,12 @@ ARMS = {
     "e5-dense": Arm("upcycled", "multilingual-e5-small as it is", {}),
     "e5-top-1-paper": Arm(
         "upcycled",
-        "upcycled as in the paper, top-1; active parameters of e5-dense",
+        "upcycled as in the reference code, top-1; active parameters of e5-dense",
         {"init.upcycle": "paper", "model.experts_per_token": 1},
     ),
-    "e5-top-2-paper": Arm("upcycled", "upcycled as in the paper, top-2", {"init.upcycle": "paper"}),
+    "e5-top-2-paper": Arm(
+        "upcycled", "upcycled as in the reference code, top-2", {"init.upcycle": "paper"}
+    ),
     "e5-top-2-preserving": Arm(
         "upcycled", "upcycled, preserving the function, top-2", {"init.upcycle": "preserving"}
     ),
@@ -201,8 +203,8 @@ FINDINGS = {
             ("device-0.1", "batch-0.1", "statistic"),
             ("device-1", "batch-1", "statistic"),
         ),
-        f"All arms share their batches among {FOUR} devices, so that only the statistic differs; "
-        "batches are of one source and language, as always.",
+        f"All arms share their batches among {FOUR} devices, so that only the statistic differs. "
+        "Each batch has one source and one language, as always.",
     ),
     "d": Finding(
         "moe_layers",
@@ -218,7 +220,7 @@ FINDINGS = {
         "Matryoshka on and off, at full width and at a third",
         ("top-2", "matryoshka"),
         (("matryoshka", "top-2", "the loss"),),
-        "Without Matryoshka the vectors are cut all the same: the first third of the features.",
+        "Without Matryoshka the vectors are also cut to the first third of the features.",
         also="features",
     ),
     "f": Finding(
@@ -226,7 +228,7 @@ FINDINGS = {
         "Packed or padded, in chunks or not: the same losses",
         ("packed", "padded", "chunked"),
         (("padded", "packed", "rows"), ("chunked", "packed", "chunks")),
-        "These runs are judged by their losses alone.",
+        "Only the losses of these runs are compared.",
     ),
 }
 

@@ -3,7 +3,9 @@
 What won is said by the numbers, see findings_numbers.verdict.
 """
 
+import datetime
 import json
+import os
 import pathlib
 
 import findings_pictures
@@ -29,10 +31,10 @@ TOLERANCE = 0.01  # of the loss, in nats: what counts as the same curve
 HOW_TO_READ = (
     "nDCG@10, mean over languages, then over sets, as mean ± 95 % confidence interval over the "
     "seeds (Student's t). Differences are taken seed by seed (a seed decides the first "
-    "parameters and the order of the pairs). No text of these sets was trained on; XQuAD is "
-    "of another domain altogether, and its paragraphs are cut at 64 tokens, as documents are in "
-    "training. Many differences are looked at: of 20 without any effect one has an interval that "
-    "excludes 0."
+    "parameters and the order of the pairs). No text of these sets was trained on. XQuAD is "
+    "from a different domain, and its paragraphs are cut at 64 tokens, as documents are in "
+    "training. Many differences are compared: without any effect, one interval in 20 excludes 0 "
+    "by chance."
 )
 
 
@@ -82,7 +84,8 @@ def write_index(folder: pathlib.Path) -> None:
     lines = [
         "# Findings",
         "",
-        "What `benchmarks/findings.py` found, at a scale of minutes a run.",
+        "What `benchmarks/findings.py` found. Each run takes minutes. "
+        f"Report of {datetime.date.today():%B %Y}, on {os.cpu_count()} CPU cores.",
         "",
     ]
     for key, finding in FINDINGS.items():
@@ -132,8 +135,8 @@ def arms_table(finding: Finding, runs: Runs) -> str:
         minutes = f"{np.mean(seconds) / 60:.1f}" if seconds else "unknown"
         lines.append([arm, ARMS[arm].text, str(len(found)), *(f"{n:,}" for n in numbers), minutes])
     return markdown(lines) + (
-        "\n\nActive: parameters that a token meets, word table included. Minutes: of training and "
-        "its held-out evaluations, with as many runs beside it as there were."
+        "\n\nActive: parameters that one token uses, word table included. Minutes: training and "
+        "held-out evaluations, while other runs used the same machine."
     )
 
 
@@ -189,8 +192,8 @@ def trends(finding: Finding, runs: Runs) -> str:
         (
             "## Where the trend points",
             "Difference of the contrastive training loss (nats; below 0: the first arm is ahead) "
-            "over the quarters of the run. Every batch is new to the model when its loss is taken, "
-            "and the same for both arms.",
+            "over the quarters of the run. Both arms see the same batches, each of them new to the "
+            "model when its loss is taken.",
             markdown(lines),
             "\n".join(said),
         )
@@ -220,10 +223,11 @@ def loads(finding: Finding, runs: Runs) -> str:
     return "\n\n".join(
         (
             "## Load of the experts",
-            "Effective experts: exp of the entropy of the load, 8 at balance; over the last half "
-            "of the steps together, and in the mean batch of one language. Highest load: of an "
-            "expert over all languages, 1 is an equal share; and the mutual information of expert "
-            "and language, both on held-out translations at the end.",
+            "Effective experts: exp of the entropy of the load, 8 at balance, over the last half "
+            "of the steps together and in the mean batch of one language. Highest load: of an "
+            "expert over all languages (1 is an equal share). The last column is the mutual "
+            "information of expert and language. Both are measured on held-out translations at the "
+            "end.",
             markdown(lines),
             *tables,
         )
