@@ -16,6 +16,19 @@ import traceback
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import printable
 
+FREE, FREE_IF_DROPLESS = "free", "free if dropless"
+
+
+def setting(default, resume: str = "", computes: bool = False):
+    """A field of a config dataclass, with what the rest of the package may do with it.
+
+    resume: whether a resumed run may change it. `FREE`: it changes no number by more than rounding.
+      `FREE_IF_DROPLESS`: that holds as long as no expert drops tokens, because the field decides
+      which tokens an expert drops. "": it may not change, as no field without `setting` may.
+    computes: it says how a model is computed, not what the model is.
+    """
+    return dataclasses.field(default=default, metadata={"resume": resume, "computes": computes})
+
 
 def build(cls, values, name: str = ""):
     """An instance of dataclass `cls` from a mapping; nested dataclasses from nested mappings.
@@ -178,6 +191,21 @@ def _value(kind, value, name: str):
             f"{kind.__name__}"
         )
     return value
+
+
+def select(config, resume: str) -> dict:
+    """The values, nested, of the fields of a config dataclass that are of this kind; see `setting`.
+    Sections without one are left out."""
+    selected = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = select(value, resume)
+            if value:
+                selected[field.name] = value
+        elif field.metadata.get("resume", "") == resume:
+            selected[field.name] = value
+    return selected
 
 
 def save_json(path, content: dict) -> None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+from moe_embed_jax.config import FREE_IF_DROPLESS, setting
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; `data=-1` takes all that the other axes leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
+    data: int = setting(-1, FREE_IF_DROPLESS)
+    fsdp: int = setting(1, FREE_IF_DROPLESS)
+    expert: int = setting(1, FREE_IF_DROPLESS)

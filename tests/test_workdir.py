@@ -15,7 +15,7 @@ from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.contrastive import groups_without_negatives
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
 
 
@@ -61,6 +61,8 @@ ALL_TO_ALL = {"model.expert_exchange": "all_to_all", "mesh.expert": 2}
             None,
         ),
         ({}, {"model.dtype": "bfloat16"}, "model.dtype: float32 -> bfloat16"),
+        ({"model.dtype": "bfloat16"}, {}, "model.dtype: bfloat16 -> float32"),
+        ({}, {"health.window": 9, "data.dir": "elsewhere", "keep_checkpoints": 9}, None),
         ({}, {"loss.margin": 0.1}, "loss.margin: None -> 0.1"),
     ],
 )
@@ -73,6 +75,40 @@ def test_a_resumed_run_may_change_what_is_rounding(tmp_path, page, before, after
     with pytest.raises(UserError) as error:
         claim(tmp_path, page(after), write=False)
     assert f"belongs to another config ({refused})" in str(error.value)
+
+
+def leaves(section, prefix=""):
+    """The key of every leaf of a nested dict; an empty dict is one."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+RHYTHM = {"log_every", "eval_every", "eval_languages", "checkpoint_every", "keep_checkpoints"}
+HEALTH = {"health.stop_on_collapse", "health.least_spread", "health.window"}
+PLACES = {"data.dir", "data.wheels_dir", "data.vocabulary.path"}
+EXPERTS = {"model.expert_backend", "model.expert_exchange", "model.capacity_factor"}
+MEMORY = {"model.remat_rows", "data.chunk_rows", "mesh.data", "mesh.fsdp", "mesh.expert"}
+
+
+@pytest.mark.parametrize(
+    ("cls", "own"),
+    [(RunConfig, {"data.pairs"}), (MaskedRunConfig, {"data.texts", "loss.predictions_at_once"})],
+)
+def test_free_fields(cls, own):
+    """Every other field, and every new one, is refused."""
+    config = config_page.build(cls, {"init": {"source": "model"}})
+    free, dropless = (
+        set(leaves(config_page.select(config, kind)))
+        for kind in (config_page.FREE, config_page.FREE_IF_DROPLESS)
+    )
+    assert free == RHYTHM | HEALTH | PLACES | own
+    assert dropless == EXPERTS | MEMORY
+    fixed = set(leaves(workdir.identity(config))) - {"data.vocabulary.path"}
+    assert fixed | free | dropless == set(leaves(dataclasses.asdict(config)))
+    assert {"seed", "model.dtype", "loss.balance", "optimizer.b2", "init.source"} <= fixed
 
 
 class Store:

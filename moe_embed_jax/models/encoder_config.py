@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moe_embed_jax.config import FREE_IF_DROPLESS, setting
 from moe_embed_jax.errors import UserError
 
 # The keys of routing.exchange.BACKENDS and EXCHANGES, whose functions need jax.
@@ -46,14 +47,18 @@ class EncoderConfig:
     token_types: int = 1  # rows of BERT's table of token types; row 0 is added to every token
     norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    dtype: str = "float32"  # of activations and matmuls; parameters stay float32
-    expert_backend: str = "auto"  # grouped on TPU, blocked elsewhere; or one of routing.BACKENDS
-    expert_exchange: str = "ring"  # over a mesh with an expert axis; or all_to_all, which may drop
-    capacity_factor: float = 1.25  # size of the cells of all_to_all and capacity; 1: equal shares
+    # Of activations and matrix products; parameters stay float32.
+    dtype: str = setting("float32", computes=True)
+    # "auto": grouped on TPU, blocked elsewhere; or one of `BACKENDS`. "capacity" may drop tokens.
+    expert_backend: str = setting("auto", FREE_IF_DROPLESS, computes=True)
+    # Over a mesh with an expert axis; or "all_to_all", which may drop tokens.
+    expert_exchange: str = setting("ring", FREE_IF_DROPLESS, computes=True)
+    # Size of the cells of all_to_all and capacity; 1: equal shares.
+    capacity_factor: float = setting(1.25, FREE_IF_DROPLESS, computes=True)
     # Rows whose activations in a group of blocks exist at a time on a device; they are computed
     # again in the backward pass from what is kept: the group's input, and the sum before the last
     # norm of each block. 0: all rows at a time, and all is kept.
-    remat_rows: int = 0
+    remat_rows: int = setting(0, FREE_IF_DROPLESS, computes=True)
 
     def __post_init__(self):
         self._check_sizes()

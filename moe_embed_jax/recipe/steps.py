@@ -100,7 +100,7 @@ class _Maker:
         argv = (*self._launch("train.py", {}), *flags, f"--workdir={folder}")
         if name == "stage3":
             self.dims = sorted(config.loss.dims or {}, key=int, reverse=True)
-        arguments = identity(dataclasses.asdict(config))
+        arguments = identity(config)
         return self._step(name, folder, [(argv, folder / RESULTS_FILE)], needs, arguments)
 
     def teacher(self) -> Step:

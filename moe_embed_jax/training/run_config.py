@@ -3,11 +3,14 @@
 `RunConfig` is a contrastive run (stages 2 and 3); `MaskedRunConfig` is masked language modelling
 (stage 1), which a page asks for by `objective = "masked_lm"`.
 
-No module that this one imports imports jax: a mistake in a config is reported at once.
+No module that this one imports imports jax: a mistake in a config is reported at once. `setting`
+marks the fields that a resumed run may change. The content of a file or folder that a free field
+names is part of the data spec, which a resumed run must match (training/workdir.py).
 """
 
 import dataclasses
 
+from moe_embed_jax.config import FREE, FREE_IF_DROPLESS, setting
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.upcycle_config import MODES as UPCYCLE_MODES
 from moe_embed_jax.losses import MASKED_LM
@@ -24,7 +27,7 @@ class VocabularyConfig:
     model of `size` ids trained on the corpus."""
 
     kind: str = "file"
-    path: str = ""
+    path: str = setting("", FREE)
     size: int = 0
 
     def __post_init__(self):
@@ -42,10 +45,11 @@ class DataConfig:
     mixture: str = "package_texts"
     # A folder of pairs made by launch/prepare.py, or by filtering and mining: trained on in place
     # of `mixture`; its sources are the tasks.
-    pairs: str = ""
+    pairs: str = setting("", FREE)
     negatives: int = 0  # hard negatives of a pair, at most: the first of those it has
-    dir: str = "runs/data"  # prepared data, shared by runs
-    wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
+    dir: str = setting("runs/data", FREE)  # prepared data, shared by runs
+    # Folder with the pinned wheels, where there is no network.
+    wheels_dir: str = setting("", FREE)
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
     query_length: int = 32  # tokens, specials and prefix included
     document_length: int = 256
@@ -56,7 +60,7 @@ class DataConfig:
     texts_per_row: int = 32  # most texts that share a row
     # Rows that a device encodes at a time (GradCache): memory for activations of one chunk only, at
     # the price of a second forward pass; the numbers are the same. 0: all rows at once.
-    chunk_rows: int = 0
+    chunk_rows: int = setting(0, FREE_IF_DROPLESS)
 
     def preparation(self) -> dict:
         """What decides the content of the token store (arguments of data.prepare)."""
@@ -136,7 +140,7 @@ class MaskedLossConfig:
     mask_share: float = 0.8  # of those: replaced by <mask>
     random_share: float = 0.1  # of those: replaced by a random token; the rest stays as it is
     # Predictions of a device that have logits at a time: memory is this times the vocabulary.
-    predictions_at_once: int = 1024
+    predictions_at_once: int = setting(1024, FREE)
     balance: float = 1.0  # coefficient of the load-balancing loss, where the model has experts
 
     def __post_init__(self):
@@ -158,13 +162,13 @@ class MaskedLossConfig:
 class HealthConfig:
     """When a collapsed router stops the run. Numbers that are not finite always do."""
 
-    stop_on_collapse: bool = True
+    stop_on_collapse: bool = setting(True, FREE)
     # Below this spread (0: all tokens to the same experts, 1: all experts equally) a router has
     # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
-    least_spread: float = 0.1
+    least_spread: float = setting(0.1, FREE)
     # Steps after the warm-up over which loads are averaged; until there are so many, none is
     # judged. Random routers may start narrow (0.27 was seen in an upcycled model).
-    window: int = 50
+    window: int = setting(50, FREE)
 
     def __post_init__(self):
         if not 0 <= self.least_spread < 1:
@@ -184,11 +188,11 @@ class Run:
     seed: int = 0
     batch_size: int = 16_384  # pairs (masked language modelling: rows) per step over all devices
     steps: int = 1000
-    log_every: int = 10
-    eval_every: int = 1000  # on held-out data; 0: only at the start and the end
-    eval_languages: int = 8  # of the periodic evaluation (the final one takes all)
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    log_every: int = setting(10, FREE)
+    eval_every: int = setting(1000, FREE)  # on held-out data; 0: only at the start and the end
+    eval_languages: int = setting(8, FREE)  # of the periodic evaluation (the final one takes all)
+    checkpoint_every: int = setting(1000, FREE)
+    keep_checkpoints: int = setting(2, FREE)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     model: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -255,9 +259,10 @@ class MaskedDataConfig:
     documents: str = "package_documents"  # of the default wheels
     # A folder made by launch/prepare.py (format "texts", or pairs: a query and its document are one
     # text): trained on in place of `documents`.
-    texts: str = ""
-    dir: str = "runs/data"  # prepared data, shared by runs
-    wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
+    texts: str = setting("", FREE)
+    dir: str = setting("runs/data", FREE)  # prepared data, shared by runs
+    # Folder with the pinned wheels, where there is no network.
+    wheels_dir: str = setting("", FREE)
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
     language_exponent: float = 0.3  # languages are drawn ~ rows**exponent
     one_language: bool = True  # every batch is of one language; False: each holds all of them
@@ -267,7 +272,7 @@ class MaskedDataConfig:
     across_documents: bool = False
     # Rows that a device encodes at a time: memory for activations of one chunk only, at the price
     # of a second forward pass; the numbers are the same. 0: all rows at once.
-    chunk_rows: int = 0
+    chunk_rows: int = setting(0, FREE_IF_DROPLESS)
 
     def __post_init__(self):
         if self.row_length < 3:

@@ -11,7 +11,7 @@ import sys
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.children import ends_with_parent
-from moe_embed_jax.config import differences, save_json
+from moe_embed_jax.config import FREE_IF_DROPLESS, differences, save_json, select
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
     planned_store_path,
@@ -29,60 +29,34 @@ from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunCo
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 RESULTS_FILE = "results.json"  # appears when the run is finished
-# A run may move to another mesh, folder, chunk size, rhythm of reports, way to compute the same
-# experts, or idea of when to stop; everything else changes its numbers by more than rounding.
-FREE_KEYS = (
-    "mesh",
-    "log_every",
-    "eval_every",
-    "eval_languages",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "health",
-)
-FREE_DATA_KEYS = ("dir", "wheels_dir", "chunk_rows", "pairs", "texts")
-FREE_LOSS_KEYS = ("predictions_at_once",)
-FREE_MODEL_KEYS = ("expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
-# Of these, the ones that decide which tokens an expert drops, where it drops any: it has cells of
-# fixed size for the tokens of a device that are computed at a time.
-CELL_KEYS = {
-    "": ("mesh",),
-    "data": ("chunk_rows",),
-    "model": FREE_MODEL_KEYS,
-}
 
 
-def drops_tokens(card: dict) -> bool:
-    """Whether the experts of a run (a page as a dict) may leave tokens out."""
-    model = card["model"]
-    over_devices = card["mesh"]["expert"] > 1 and model["expert_exchange"] == "all_to_all"
-    return bool(model["moe_every"]) and (model["expert_backend"] == "capacity" or over_devices)
+def drops_tokens(config: Run) -> bool:
+    """Whether the experts of a run may leave tokens out: `capacity` and `all_to_all` have cells of
+    a fixed size for the tokens that a device computes at a time."""
+    model = config.model
+    over_devices = config.mesh.expert > 1 and model.expert_exchange == "all_to_all"
+    return bool(model.moe_every) and (model.expert_backend == "capacity" or over_devices)
 
 
-def depends_on_devices(card: dict) -> bool:
+def depends_on_devices(config: Run) -> bool:
     """Whether the numbers of a run depend, by more than rounding, on how many devices it has."""
-    return drops_tokens(card) or card["loss"].get("balance_over") == "device"
+    return drops_tokens(config) or getattr(config.loss, "balance_over", "batch") == "device"
 
 
-def identity(card: dict) -> dict:
-    """What of a run's page (as a dict) decides its numbers."""
-    kept = {key: value for key, value in card.items() if key not in FREE_KEYS}
-    data = {k: v for k, v in card["data"].items() if k not in FREE_DATA_KEYS}
-    kept["model"] = {k: v for k, v in card["model"].items() if k not in FREE_MODEL_KEYS}
-    kept["loss"] = {k: v for k, v in card["loss"].items() if k not in FREE_LOSS_KEYS}
-    # Where vocabulary and pairs lie is free; their content is part of the data spec.
-    kept["data"] = data | {"vocabulary": data["vocabulary"] | {"path": ""}}
-    return kept
+def identity(config: Run) -> dict:
+    """The fields, nested, that decide the numbers of a run, whether or not it drops tokens."""
+    fixed = select(config, "")
+    # Kept, but empty: records of recipes have it so.
+    fixed["data"]["vocabulary"]["path"] = ""
+    return fixed
 
 
-def changes(saved: dict, card: dict) -> list[str]:
-    """`key: old -> new` for every key that a run (a page as a dict) may not change."""
-    lines = differences(identity(saved), identity(card))
-    if drops_tokens(saved) or drops_tokens(card):
-        for section, keys in CELL_KEYS.items():
-            old, new = (page[section] if section else page for page in (saved, card))
-            prefix = f"{section}." if section else ""
-            lines += differences({k: old[k] for k in keys}, {k: new[k] for k in keys}, prefix)
+def changes(saved: Run, config: Run) -> list[str]:
+    """`key: old -> new` for every field that a resumed run may not change; see `config.setting`."""
+    lines = differences(identity(saved), identity(config))
+    if drops_tokens(saved) or drops_tokens(config):
+        lines += differences(select(saved, FREE_IF_DROPLESS), select(config, FREE_IF_DROPLESS))
     return lines
 
 
@@ -92,19 +66,18 @@ def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
     Raises `UserError` naming every key that differs.
     """
     saved = read_card(workdir)
-    card = dataclasses.asdict(config)
     if saved is not None and saved.objective != config.objective:
         raise UserError(
             f"work directory {workdir} belongs to another run (objective: {saved.objective} -> "
             f"{config.objective}); use a new --workdir"
         )
-    if saved is not None and (lines := changes(dataclasses.asdict(saved), card)):
+    if saved is not None and (lines := changes(saved, config)):
         raise UserError(
             f"work directory {workdir} belongs to another config ({'; '.join(lines)}); "
             "use a new --workdir, or the old values to resume"
         )
     if write:
-        save_json(workdir / MODEL_CARD, card)
+        save_json(workdir / MODEL_CARD, dataclasses.asdict(config))
 
 
 def read_card(workdir: pathlib.Path) -> Run | None:
@@ -256,8 +229,7 @@ def _devices(config: Run) -> dict:
     """How many there are, where the numbers depend on it."""
     import jax  # here: the recipe reads this module, and does not need it
 
-    is_part = depends_on_devices(dataclasses.asdict(config))
-    return {"devices": jax.device_count()} if is_part else {}
+    return {"devices": jax.device_count()} if depends_on_devices(config) else {}
 
 
 def check_data_spec(saved: dict, current: dict) -> None:

@@ -155,9 +155,16 @@ FAULTS = (
     Fault(
         "resume-may-turn-dropping-on",
         "training/workdir.py",
-        "if drops_tokens(saved) or drops_tokens(card):",
+        "if drops_tokens(saved) or drops_tokens(config):",
         "if drops_tokens(saved):",
         "test_workdir.py -k rounding",
+    ),
+    Fault(
+        "resume-may-change-the-precision",
+        "models/encoder_config.py",
+        'setting("float32", computes=True)',
+        'setting("float32", FREE_IF_DROPLESS, computes=True)',
+        "test_workdir.py -k 'rounding or free_fields'",
     ),
     Fault(
         "living-owner-is-succeeded",
