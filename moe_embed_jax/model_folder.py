@@ -205,7 +205,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
 
     def read(mesh, progress, form):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        params = with_shardings(shapes, rules_for(model), mesh)
+        params = with_shardings(shapes, shardings(shapes, rules_for(model), mesh))
 
         def of_step(checkpoints, number):
             expected = _tokenizer_hash(checkpoints.data(number))

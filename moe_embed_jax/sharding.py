@@ -1,16 +1,17 @@
 """One table from parameter path to PartitionSpec.
 
-It serves parameters, optimiser state (whose paths contain the parameter's path), checkpoint restore
-and ahead-of-time compilation. The first rule that matches wins; a parameter without a rule, or a
-rule that no parameter uses, is an error that names it: a silent default is how a renamed layer
-ends up replicated on a pod. Optimiser moments are split over `data` besides (ZeRO stage 1, arXiv
-1910.02054), see `zero`.
+It serves parameters, optimiser state, checkpoint restore and ahead-of-time compilation. The first
+rule that matches wins. A parameter without a rule, or a rule that no parameter uses, is an error
+that names it: a silent default is how a renamed layer ends up replicated on a pod. The moments of
+an optimiser have the sharding of their parameter, and are split over `data` too (ZeRO stage 1,
+arXiv 1910.02054), see `zero`.
 """
 
 import math
 import re
 
 import jax
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,7 +45,6 @@ MLM_HEAD_RULES = (
     (r"mlm_head/(dense|norm)/(kernel|scale|bias)$", P()),  # [D, D], [D]
     (r"mlm_head/bias$", P()),  # [V]
 )
-MOMENTS = r"(^|/)(mu|nu)/"  # of AdamW: what no other device needs
 
 
 def path_of(key_path) -> str:
@@ -73,7 +73,7 @@ def rules_for(model) -> tuple[tuple[str, P], ...]:
 def specs(tree, rules) -> object:
     """PartitionSpecs of the leaves of `tree` (arrays or ShapeDtypeStructs), by path.
 
-    Scalars (step and optimiser counters) are replicated without a rule.
+    Scalars are replicated without a rule.
     """
     used = set()
 
@@ -108,13 +108,13 @@ def zero(path: str, shape: tuple[int, ...], spec: P, mesh) -> P:
     return spec
 
 
-def shardings(tree, rules, mesh) -> object:
-    """NamedShardings of the leaves of `tree` on `mesh` (or an abstract one); checks that the mesh
-    divides every sharded axis."""
+def shardings(params, rules, mesh, moments: bool = False) -> object:
+    """NamedShardings of parameters on `mesh` (or an abstract one); with `moments` those of their
+    moments in an optimiser. Checks that the mesh divides every sharded axis."""
 
     def named(key_path, leaf, spec):
         path = path_of(key_path)
-        if re.search(MOMENTS, path) and leaf.ndim:
+        if moments and leaf.ndim:
             spec = zero(path, leaf.shape, spec, mesh)
         for axis, name in enumerate(spec):
             if isinstance(name, str) and leaf.shape[axis] % mesh.shape[name]:
@@ -124,14 +124,64 @@ def shardings(tree, rules, mesh) -> object:
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(named, tree, specs(tree, rules), is_leaf=is_array)
+    return jax.tree_util.tree_map_with_path(named, params, specs(params, rules), is_leaf=is_array)
+
+
+def optimizer_shardings(optimizer, opt_state, params, rules, mesh) -> object:
+    """NamedShardings of the state of an optax optimiser.
+
+    Trees of moments are those that optax itself knows as copies of the parameters. What an
+    optimiser keeps of a parameter in less space (Adafactor's rows and columns) is replicated, as
+    are its counters.
+
+    Raises:
+      UserError: an array is as large as its parameter but has another shape, or has the shape of a
+        parameter but is in no tree of moments; names it.
+    """
+    replicated = NamedSharding(mesh, P())
+
+    def of_moment(leaf, param, sharding):
+        if isinstance(
+            leaf, optax.MaskedNode
+        ):  # this part of the optimiser leaves the parameter out
+            return leaf
+        if leaf.shape == param.shape:
+            return sharding
+        return replicated if leaf.size < max(param.size, 2) else None
+
+    def of_other(leaf):
+        return None if leaf.ndim and leaf.shape in shapes else replicated
+
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
+    of_params = shardings(params, rules, mesh, moments=True)
+    try:
+        placed = optax.tree_utils.tree_map_params(
+            optimizer,
+            of_moment,
+            opt_state,
+            params,
+            of_params,
+            transform_non_params=of_other,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
+    except (AttributeError, TypeError, ValueError):  # optax finds no tree of moments in this state
+        placed = jax.tree.map(of_other, opt_state)
+
+    def check(key_path, leaf, sharding):
+        if sharding is None:
+            raise UserError(
+                f"optimiser state {path_of(key_path)} {leaf.shape} has no sharding: it is as large "
+                "as a parameter, and optax knows no parameter of its shape behind it"
+            )
+
+    jax.tree_util.tree_map_with_path(check, opt_state, placed)
+    return placed
 
 
 def as_moments(grads, rules) -> object:
     """Gradients in the shardings of their moments: summed over devices once, each its part."""
     mesh = jax.sharding.get_abstract_mesh()
-    placed = shardings({"mu": grads}, rules, mesh)["mu"]
-    return jax.lax.with_sharding_constraint(grads, placed)
+    return jax.lax.with_sharding_constraint(grads, shardings(grads, rules, mesh, moments=True))
 
 
 def gather(tree, tree_specs, axis: str, skip: int = 0) -> object:
@@ -152,10 +202,10 @@ def gather(tree, tree_specs, axis: str, skip: int = 0) -> object:
     return jax.tree.map(whole, tree, tree_specs)
 
 
-def with_shardings(shapes, rules, mesh: jax.sharding.Mesh) -> object:
-    """ShapeDtypeStructs of `shapes` with their shardings: what restore and compilation take."""
+def with_shardings(shapes, placed) -> object:
+    """ShapeDtypeStructs of `shapes` in these shardings: what restore and compilation take."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        shardings(shapes, rules, mesh),
+        placed,
     )

@@ -2,17 +2,26 @@ import types
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
-from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.sharding import rules_for, shardings, specs
-from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.mesh import MeshConfig, make_mesh
+from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.sharding import (
+    optimizer_shardings,
+    path_of,
+    rules_for,
+    shardings,
+    specs,
+    with_shardings,
+)
+from moe_embed_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer
 from moe_embed_jax.training.state import abstract_state
 from moe_embed_jax.training.step import LossConfig, StepConfig
 
+MESH = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "expert"))
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 
 
@@ -29,14 +38,85 @@ TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 def test_the_table_covers_parameters_and_optimiser(moe_every, options):
     config = EncoderConfig(num_layers=2, moe_every=moe_every, **options)
     optimizer = make_optimizer(OptimizerConfig(), 2000)
-    state = abstract_state(StepConfig(config, LossConfig(), 4), optimizer, single_device_mesh())
-    placed = specs(state, rules_for(config))
-    adam = placed.opt_state[1][0]
-    assert jax.tree.leaves(adam.mu) == jax.tree.leaves(placed.params)  # moments lie like parameters
-    assert placed.params["embeddings"]["token"] == P("fsdp", None)
+    state = abstract_state(StepConfig(config, LossConfig(), 4), optimizer, MESH)
+    params, adam = spec_of(state.params), state.opt_state[1][0]
+    assert params["embeddings/token"] == P("fsdp", None)
+    assert spec_of(adam.mu)["embeddings/token"] == P(("fsdp", "data"), None)
+    assert spec_of(adam.mu) == spec_of(adam.nu) and adam.count.sharding.spec == P()
     if moe_every:
-        moe = placed.params["groups"][f"block_{moe_every - 1}"]["moe"]
-        assert moe["w_in"] == P(None, "expert", "fsdp", None)
+        w_in = f"groups/block_{moe_every - 1}/moe/w_in"
+        assert params[w_in] == P(None, "expert", "fsdp", None)
+        assert spec_of(adam.mu)[w_in] == P(None, "expert", ("fsdp", "data"), None)
+
+
+def spec_of(tree) -> dict:
+    """{path: PartitionSpec}, for paths that begin in the encoder."""
+    return {
+        path_of(path).removeprefix("encoder/"): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def matrices(params) -> dict:
+    """What Muon takes: the last two axes; None: Adam takes it."""
+    return jax.tree.map(
+        lambda leaf: optax.contrib.MuonDimensionNumbers(-2, -1) if leaf.ndim > 2 else None, params
+    )
+
+
+OPTIMIZERS = {
+    "adamw": optax.adamw(1e-3, mask=decay_mask),
+    "lion": optax.lion(1e-3),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=16),
+    "muon": optax.contrib.muon(1e-3, muon_weight_dimension_numbers=matrices),
+    "clipped": optax.MultiSteps(optax.chain(optax.clip(1.0), optax.sgd(1e-3, 0.9)), 2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_moments_of_every_optimiser_are_split(name):
+    """As large as a parameter: over `data` too. Smaller (Adafactor's rows): replicated."""
+    config = EncoderConfig(vocab_size=64, num_layers=2, width=16, num_heads=2, ffn_width=32)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    state = jax.eval_shape(OPTIMIZERS[name].init, params)
+    rules = rules_for(config)
+    placed = optimizer_shardings(OPTIMIZERS[name], state, params, rules, MESH)
+    expected = spec_of(with_shardings(params, shardings(params, rules, MESH, moments=True)))
+    shapes = {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    found = dict.fromkeys(expected, 0)
+    for key_path, leaf in jax.tree_util.tree_flatten_with_path(with_shardings(state, placed))[0]:
+        path = next((path for path in expected if path_of(key_path).endswith(path)), None)
+        is_moment = path is not None and leaf.shape == shapes[path]
+        assert leaf.sharding.spec == (expected[path] if is_moment else P()), path_of(key_path)
+        if is_moment:
+            found[path] += 1
+    factored = {path for path in shapes if sum(n >= 16 for n in shapes[path]) > 1}
+    moments = dict.fromkeys(shapes, {"adamw": 2, "clipped": 2}.get(name, 1))
+    if name == "muon":  # Adam, with two moments, takes what is no matrix
+        moments = {path: 1 + (len(shapes[path]) < 3) for path in shapes}
+    elif name == "adafactor":
+        moments = {path: int(path not in factored) for path in shapes}
+        assert len(factored) > 4
+    assert found == moments
+
+
+def test_state_that_optax_does_not_know_is_named():
+    rules = [(r"kernel$", P("fsdp", None))]
+    params = {"a": {"kernel": jnp.zeros((4, 6))}}
+
+    def keeps(make):
+        return optax.GradientTransformation(make, lambda grads, state, _: (grads, state))
+
+    hidden = keeps(lambda params: {"leaves": [jnp.zeros_like(p) for p in jax.tree.leaves(params)]})
+    fixed = keeps(lambda _: {"buffer": jnp.zeros((4, 6)), "other": jnp.zeros((5, 6))})
+    large = keeps(lambda params: jax.tree.map(lambda p: jnp.zeros((p.size, p.size)), params))
+    for optimizer, name in (
+        (hidden, r"leaves/0 \(4, 6\)"),
+        (fixed, r"buffer \(4, 6\)"),
+        (large, r"a/kernel \(24, 24\)"),
+    ):
+        with pytest.raises(UserError, match=rf"optimiser state {name} has no sharding"):
+            optimizer_shardings(optimizer, optimizer.init(params), params, rules, MESH)
 
 
 def test_unmatched_parameter_is_named():

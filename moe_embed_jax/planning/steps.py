@@ -15,7 +15,7 @@ from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.workload import masked_workload, workload
 from moe_embed_jax.search import knn
-from moe_embed_jax.sharding import rules_for, with_shardings
+from moe_embed_jax.sharding import rules_for, shardings, with_shardings
 from moe_embed_jax.training import masked_step
 from moe_embed_jax.training.optimizer import make_optimizer
 from moe_embed_jax.training.overview import head_flops_per_prediction, training_flops_per_token
@@ -131,7 +131,7 @@ def encode_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions)
         max(calls.TOKENS_PER_CALL // row_length, 1) * mesh.size, row_length, mesh.size
     )
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    params = with_shardings(shapes, rules_for(config.model), mesh)
+    params = with_shardings(shapes, shardings(shapes, rules_for(config.model), mesh))
     ids = jax.ShapeDtypeStruct((rows, row_length), jnp.int32, sharding=batch_sharding(mesh))
     slots = rows * row_length
 

@@ -13,7 +13,12 @@ import optax
 
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import init_params
-from moe_embed_jax.sharding import as_moments, with_shardings
+from moe_embed_jax.sharding import (
+    as_moments,
+    optimizer_shardings,
+    shardings,
+    with_shardings,
+)
 
 HEAD = "mlm_head"  # a tree of its own in checkpoints
 LOG_SCALE = "log_scale"  # of use to training alone
@@ -66,7 +71,13 @@ def init_state(config, optimizer, seed: int) -> TrainState:
 def abstract_state(config, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
     shapes = jax.eval_shape(lambda: init_state(config, optimizer, 0))
-    return with_shardings(shapes, config.rules, mesh)
+    params, opt_state = shapes.params, shapes.opt_state
+    placed = TrainState(
+        replicated(mesh),
+        shardings(params, config.rules, mesh),
+        optimizer_shardings(optimizer, opt_state, params, config.rules, mesh),
+    )
+    return with_shardings(shapes, placed)
 
 
 def create_state(config, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:

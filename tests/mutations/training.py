@@ -104,6 +104,20 @@ FAULTS = (
         "test_meshes.py",
     ),
     Fault(
+        "moments-are-not-split",
+        "sharding.py",
+        "of_params = shardings(params, rules, mesh, moments=True)",
+        "of_params = shardings(params, rules, mesh)",
+        "test_sharding.py -k moments",
+    ),
+    Fault(
+        "unknown-state-of-an-optimiser-is-replicated",
+        "sharding.py",
+        "return None if leaf.ndim and leaf.shape in shapes else replicated",
+        "return replicated",
+        "test_sharding.py -k optax_does_not_know",
+    ),
+    Fault(
         "unused-sharding-rule-is-accepted",
         "sharding.py",
         "    if unused:\n",
