@@ -165,21 +165,25 @@ def step_bytes(width: int, batch: int, rows: int, mesh) -> int:
     """Temporaries of the compiled step that encodes `rows` rows at a time."""
     import jax
 
+    from moe_embed_jax.data.batches import PairBatch, abstract_batch
     from moe_embed_jax.models.encoder import EncoderConfig
-    from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
+    from moe_embed_jax.training.optimizer import make_optimizer
+    from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
     from moe_embed_jax.training.state import abstract_state
-    from moe_embed_jax.training.step import LossConfig, StepConfig, abstract_batch, jit_train_step
+    from moe_embed_jax.training.step import jit_train_step
 
     model = EncoderConfig(
         vocab_size=VOCABULARY, width=width, num_heads=width // 64, ffn_width=4 * width
     )
-    config = StepConfig(model, LossConfig(), slots=16)
+    config = Contrastive(model, LossConfig(), texts_per_row=16)
     optimizer = make_optimizer(OptimizerConfig(), steps=10_000)
     chunks = batch * PAIR_TOKENS // ROW_LENGTH // rows
-    shapes = abstract_batch(mesh, batch, chunks, rows, ROW_LENGTH)
+    shapes = batch_shapes((chunks, rows, ROW_LENGTH), batch, documents=1)
+    abstract = abstract_batch(mesh, PairBatch, **shapes)
     step = jit_train_step(config, optimizer, mesh).jitted
     with jax.set_mesh(mesh):
-        compiled = step.lower(abstract_state(config, optimizer, mesh), shapes).compile()
+        compiled = step.lower(abstract_state(config, optimizer, mesh), abstract).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -25,12 +25,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from moe_embed_jax.data.batches import PairBatch
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotation
 from moe_embed_jax.models.encoder import Block, EncoderConfig
-from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.stages.contrastive import Contrastive
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import create_state
-from moe_embed_jax.training.step import Batch, LossConfig, StepConfig, jit_train_step
+from moe_embed_jax.training.step import jit_train_step
 
 VOCABULARY, TEXTS_PER_ROW = 16_384, 4
 
@@ -168,14 +171,14 @@ def texts(rows: int, row_length: int):
 
 def whole_step(model: EncoderConfig, rows: int, row_length: int, mesh):
     """The training step; every second text is a query, the next one its document."""
-    config = StepConfig(model, LossConfig(), TEXTS_PER_ROW)
+    config = Contrastive(model, LossConfig(), TEXTS_PER_ROW)
     optimizer = make_optimizer(OptimizerConfig(), 10_000)
     step = jit_train_step(config, optimizer, mesh)
     rng = np.random.default_rng(0)
     pairs = rows * TEXTS_PER_ROW // 2
     text_index_RL, position_RL = texts(rows, row_length)
     ids = rng.integers(-(2**31), 2**31, (2, pairs, 2)).astype(np.int32)
-    batch = Batch(
+    batch = PairBatch(
         rng.integers(4, VOCABULARY, (1, rows, row_length)).astype(np.int32),
         text_index_RL[None],
         position_RL[None],

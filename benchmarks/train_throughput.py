@@ -54,9 +54,11 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
     from moe_embed_jax.data.token_store import TokenStore
     from moe_embed_jax.mesh import single_device_mesh
     from moe_embed_jax.models.encoder import EncoderConfig
-    from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from moe_embed_jax.stages.contrastive import Contrastive
+    from moe_embed_jax.training.optimizer import make_optimizer
+    from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
     from moe_embed_jax.training.state import create_state
-    from moe_embed_jax.training.step import Batch, LossConfig, StepConfig, jit_train_step
+    from moe_embed_jax.training.step import jit_train_step
 
     store = TokenStore.open(store)
     timed = sizes["steps"] * sizes["rounds"]
@@ -77,18 +79,18 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
         ),
         timed + 1,
     )
-    config = StepConfig(model, LossConfig(temperature=TEMPERATURE), batches.slots)
+    config = Contrastive(model, LossConfig(temperature=TEMPERATURE), batches.texts_per_row)
     step = jit_train_step(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, sizes["seed"])
 
     # Batch 0 gives the loss that is compared; then one batch of every other shape, to compile it.
-    state, metrics = step(state, Batch(**batches.at(0).arrays))
+    state, metrics = step(state, batches.at(0).arrays)
     first_loss = float(metrics["contrastive_loss"])
     seen = {needed_bucket(batches, 0)}
     for index in range(1, timed + 1):
         if (bucket := needed_bucket(batches, index)) not in seen:
             seen.add(bucket)
-            state, metrics = step(state, Batch(**batches.at(index).arrays))
+            state, metrics = step(state, batches.at(index).arrays)
     jax.block_until_ready(state)
 
     batch_of_step = prefetched(batches.at, range(1, timed + 1))
@@ -97,9 +99,9 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
         turns.wait(result)
         tokens, slots = 0, 0
         for batch in itertools.islice(batch_of_step, sizes["steps"]):
-            state, metrics = step(state, Batch(**batch.arrays))
+            state, metrics = step(state, batch.arrays)
             tokens += batch.tokens
-            slots += batch.arrays["token_CRL"].size
+            slots += batch.arrays.token_CRL.size
         jax.block_until_ready(state)
         result = turns.seconds() | {
             "tokens": tokens,
@@ -109,27 +111,29 @@ def ours(turns, store: str, fields: dict, pad_id: int, sizes: dict, padded: bool
 
 
 def needed_bucket(batches, step: int) -> int:
-    needed = max(packing.rows for packing in batches._packings(step)[1])
+    packings = batches._packings(batches.schedule.rows(step))
+    needed = max(packing.rows for packing in packings)
     return next(bucket for bucket in batches.buckets if bucket >= needed)
 
 
 def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
-    from moe_embed_jax.data.batches import Batches, in_chunks
+    from moe_embed_jax.data.batches import PairBatches
+    from moe_embed_jax.data.buckets import in_chunks
     from moe_embed_jax.data.packing import Packing
 
     query_length, row_length = sizes["query_length"], sizes["document_length"]
     per_row = row_length // query_length  # queries side by side
 
-    class PaddedBatches(Batches):
+    class PaddedBatches(PairBatches):
         """Every text in a place of fixed length; one device."""
 
         def __init__(self, *args):
             super().__init__(*args)
-            rows = in_chunks(self._packings(0)[1][0].rows, self.chunk_rows)
+            rows = in_chunks(self._packings(None)[0].rows, self.chunk_rows)
             self.buckets = (math.prod(rows),)
 
-        def _packings(self, step: int):
-            pairs = np.arange(self.pairs_per_device)
+        def _packings(self, rows):
+            pairs = np.arange(self.per_device)
             first = -(-pairs.size // per_row)  # rows of queries
             zeros = np.zeros_like(pairs)
             packing = Packing(
@@ -138,12 +142,14 @@ def make_batches(store, schedule, mesh, pad_id: int, sizes: dict, padded: bool):
                 start=np.concatenate([pairs % per_row * query_length, zeros]),
                 rows=first + pairs.size,
             )
-            return self.schedule.rows(step), [packing]
+            return [packing]
 
     if padded:
         chunk_rows = sizes["padded_chunk_rows"]
         return PaddedBatches(store, schedule, mesh, row_length, per_row, pad_id, chunk_rows)
-    return Batches(store, schedule, mesh, row_length, sizes["slots"], pad_id, sizes["chunk_rows"])
+    return PairBatches(
+        store, schedule, mesh, row_length, sizes["slots"], pad_id, sizes["chunk_rows"]
+    )
 
 
 def prefetched(function, arguments, ahead: int = 2):

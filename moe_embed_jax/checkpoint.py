@@ -138,16 +138,17 @@ class Checkpoints:
             raise self._damaged(step, reason)
 
     def restore_newest(
-        self, check_data: Callable[[dict], None], **abstract
-    ) -> tuple[int, dict, dict] | None:
-        """(step, data spec, trees) of the newest checkpoint that is whole; None: there is none.
+        self, check_data: Callable[[dict], None], read: Callable[[int], T]
+    ) -> tuple[int, dict, T] | None:
+        """(step, data spec, what `read` returns for it) of the newest checkpoint that is whole;
+        None: there is none.
 
         Damaged ones that are newer are set aside, with a line for each. Only the owner of the
         folder may call this; others use `read_newest`.
 
         Args:
           check_data: is called with the checkpoint's data spec before the arrays are read.
-          abstract: as of `restore`.
+          read: restores the trees of a step.
 
         Raises:
           UserError: there are checkpoints, but none is whole; whatever `check_data` raises.
@@ -155,10 +156,10 @@ class Checkpoints:
         target = None
         while (step := self.latest_step()) is not None:
             try:
-                self.check(step, abstract)
+                self.check(step)
                 data = self.data(step)
                 check_data(data)
-                return step, data, self.restore(step, **abstract)
+                return step, data, read(step)
             except DamagedCheckpoint as error:
                 target = self.set_aside(step)
                 if jax.process_index() == 0:
@@ -242,6 +243,11 @@ class Checkpoints:
             metadata = self._manager.item_metadata(step)
             return {name for name in TREES if name in metadata and metadata[name] is not None}
 
+    def shapes(self, step: int, item: str) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of the leaves of a tree that the checkpoint holds."""
+        with self._reading(step):
+            return _shapes(self._manager.item_metadata(step)[item].tree)
+
     def restore(self, step: int, **abstract) -> dict:
         """{name: tree} in the shapes and shardings of the abstract trees (names in `TREES`)."""
         with self._reading(step):
@@ -268,7 +274,7 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, item: str, abstract) -> None:
         """Name what differs before Orbax fails on it with a long trace."""
-        saved = _shapes(self._manager.item_metadata(step)[item].tree)
+        saved = self.shapes(step, item)
         wanted = _shapes(abstract)
         for path in sorted(saved.keys() | wanted.keys()):
             if saved.get(path) != wanted.get(path):

@@ -42,11 +42,6 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
-def rows_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Sharding of packed rows in chunks, [C, R, ...]."""
-    return NamedSharding(mesh, ROWS_SPEC)
-
-
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -40,11 +40,6 @@ EXPERT_RULES = (
 )
 EXPERT_BIAS_RULES = ((r"(groups|tail)/.*/moe/bias_in$", P(None, "expert", None)),)  # [G, E, F]
 LEARNED_POSITION_RULES = ((r"embeddings/position$", P()),)  # [positions, D]
-# Beside the encoder's, where a masked language model is trained.
-MLM_HEAD_RULES = (
-    (r"mlm_head/(dense|norm)/(kernel|scale|bias)$", P()),  # [D, D], [D]
-    (r"mlm_head/bias$", P()),  # [V]
-)
 
 
 def path_of(key_path) -> str:

@@ -15,7 +15,7 @@ import synthetic_data
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax import launching
-from moe_embed_jax.data.batches import Batches
+from moe_embed_jax.data.batches import PairBatches
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh
@@ -62,10 +62,10 @@ def main(folder: pathlib.Path) -> None:
     schedule = Schedule(
         mixture_groups(store.groups, None), config.batch_size, max(STEPS) + 1, config.seed
     )
-    batches = Batches(store, schedule, mesh, 48, 6, vocabulary.pad_id)
+    batches = PairBatches(store, schedule, mesh, 48, 6, vocabulary.pad_id)
     arrays = {}
     for step in STEPS:
-        for name, array in batches.at(step).arrays.items():
+        for name, array in vars(batches.at(step).arrays).items():
             arrays[f"{step}/{name}"] = to_host(array)
     numbers = np.arange(4 * mesh.size)
     record = {

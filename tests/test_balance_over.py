@@ -12,17 +12,13 @@ import pytest
 from conftest import run_python
 from test_meshes import DEVICES, MODEL, PAIRS, SLOTS, make_batch
 
+from moe_embed_jax.data.batches import PairBatch, batch_shardings
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
+from moe_embed_jax.mesh import ROWS_SPEC, MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.routing.router import RoutingStatistics, balance_loss
-from moe_embed_jax.training.step import (
-    Batch,
-    LossConfig,
-    StepConfig,
-    batch_shardings,
-    loss_and_metrics,
-)
+from moe_embed_jax.stages.contrastive import Contrastive
+from moe_embed_jax.training.run_config import LossConfig
 
 
 def test_balance_of_devices_is_the_mean_of_their_balances():
@@ -53,23 +49,23 @@ def test_unknown_values_are_refused():
 
 @functools.cache
 def compiled(over: str, mesh, model):
-    config = StepConfig(model, LossConfig(balance_over=over), SLOTS)
+    config = Contrastive(model, LossConfig(balance_over=over), SLOTS)
 
     def balance(params, batch):
-        loss, metrics = loss_and_metrics(config, params, batch)
+        loss, metrics = config.loss_and_metrics(params, batch)
         return metrics["balance"], (loss - metrics["contrastive_loss"], metrics["expert_load"])
 
     function = jax.value_and_grad(balance, has_aux=True)
     return jax.jit(function)
 
 
-def balance_and_gradient(over: str, mesh, batch: Batch, model=MODEL):
+def balance_and_gradient(over: str, mesh, batch: PairBatch, model=MODEL):
     """The balance loss of `batch` on `mesh`, its gradient and the load, on the host."""
-    params = init_params(model, jax.random.key(0))
+    params = {"encoder": init_params(model, jax.random.key(0))}
     # Routers that are far from even: devices then differ.
-    params["groups"]["block_1"]["moe"]["router"]["kernel"] *= 30
+    params["encoder"]["groups"]["block_1"]["moe"]["router"]["kernel"] *= 30
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, batch_shardings(mesh))
+        batch = jax.device_put(batch, batch_shardings(PairBatch, mesh))
         results = compiled(over, mesh, model)(params, batch)
     (value, (in_loss, load)), gradient = jax.device_get(results)
     np.testing.assert_allclose(in_loss, value, rtol=1e-4)  # what is reported is what is trained on
@@ -118,16 +114,16 @@ def main():
     print(f"equal: {value:.4f} over devices, {over_batch:.4f} over the batch")
 
 
-def part_of(batch: Batch, device: int) -> Batch:
+def part_of(batch: PairBatch, device: int) -> PairBatch:
     rows = batch.token_CRL.shape[1] // DEVICES
     parts = {}
-    for field in dataclasses.fields(Batch):
+    for field in dataclasses.fields(PairBatch):
         array = getattr(batch, field.name)
-        if field.name.endswith("_CRL"):
+        if field.metadata["spec"] == ROWS_SPEC:
             parts[field.name] = array[:, device * rows : (device + 1) * rows]
         else:
             parts[field.name] = array[device * PAIRS : (device + 1) * PAIRS]
-    return Batch(**parts)
+    return PairBatch(**parts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 import math
 
+import jax
 import numpy as np
 import pytest
 import synthetic_data
 
-from moe_embed_jax.data.batches import MAX_BUCKETS, Batches, choose_buckets, in_chunks
+from moe_embed_jax.data.batches import PairBatches
+from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks
 from moe_embed_jax.data.data_spec import planned_store_path
 from moe_embed_jax.data.packing import pack
 from moe_embed_jax.data.schedule import Group, Schedule
@@ -22,7 +24,7 @@ def store(data_dir):
 
 def make_batches(store, steps=60, batch_size=16, row_length=48, chunk_rows=0):
     schedule = Schedule([Group(**group) for group in store.groups], batch_size, steps, seed=0)
-    return Batches(store, schedule, single_device_mesh(), row_length, SLOTS, 1, chunk_rows)
+    return PairBatches(store, schedule, single_device_mesh(), row_length, SLOTS, 1, chunk_rows)
 
 
 @pytest.mark.parametrize("chunk_rows", [0, 4])
@@ -31,7 +33,7 @@ def test_a_batch_holds_exactly_its_pairs(store, chunk_rows):
     for step in (0, 7, 59):
         batch = batches.at(step)
         rows = batches.schedule.rows(step)
-        arrays = {name: np.asarray(array) for name, array in batch.arrays.items()}
+        arrays = {name: np.asarray(array) for name, array in vars(batch.arrays).items()}
         chunks, chunk, length = arrays["token_CRL"].shape
         assert chunk <= chunk_rows or (chunk_rows, chunks) == (0, 1)
         token_RL, text_index_RL, position_RL = (
@@ -59,13 +61,12 @@ def test_batches_are_a_function_of_the_step(store):
     for batch in later:
         again = one.at(batch.step)
         assert again.group == batch.group
-        for name, array in batch.arrays.items():
-            np.testing.assert_array_equal(array, again.arrays[name])
+        jax.tree.map(np.testing.assert_array_equal, batch.arrays, again.arrays)
 
 
 def test_few_shapes(store):
     batches = make_batches(store, steps=200)
-    shapes = {batches.at(step).arrays["token_CRL"].shape for step in range(0, 200, 3)}
+    shapes = {batches.at(step).arrays.token_CRL.shape for step in range(0, 200, 3)}
     assert len(shapes) <= MAX_BUCKETS
     assert {shape[0] * shape[1] for shape in shapes} <= set(batches.buckets)
 

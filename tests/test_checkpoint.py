@@ -1,3 +1,4 @@
+import functools
 import json
 import pathlib
 import shutil
@@ -186,7 +187,8 @@ def test_the_newest_that_is_whole_is_restored_and_damaged_ones_are_set_aside(sav
     flip(array)
     checkpoints = Checkpoints(saved.folder)
     data = []
-    step, found, restored = checkpoints.restore_newest(data.append, params=abstract(PARAMS))
+    restore = functools.partial(checkpoints.restore, params=abstract(PARAMS))
+    step, found, restored = checkpoints.restore_newest(data.append, restore)
     assert step == 5 and data == [found] == [{"spec": {"rows": 5}}]
     jax.tree.map(np.testing.assert_array_equal, restored, {"params": PARAMS})
     aside = saved.folder.with_name("c_set_aside")
@@ -205,13 +207,13 @@ def test_the_newest_that_is_whole_is_restored_and_damaged_ones_are_set_aside(sav
     flip(saved.folder / "7" / "data" / "metadata")
     flip(saved.folder / "5" / "data" / "metadata")
     with pytest.raises(UserError, match=r"c holds no whole checkpoint: .* starts again at step 0"):
-        checkpoints.restore_newest(data.append, params=abstract(PARAMS))
+        checkpoints.restore_newest(data.append, restore)
     assert sorted(path.name for path in aside.iterdir()) == ["5", "7", "7-2", "9"]
     checkpoints.close()
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert Checkpoints(tmp_path / "none").restore_newest(lambda data: None, params={}) is None
+    assert Checkpoints(tmp_path / "none").restore_newest(print, print) is None
 
 
 def read_params(checkpoints, step):

@@ -16,7 +16,7 @@ FLOORS = (
     {"model_folder", "conversion"},
     {"embedder", "preparation"},
     {"evaluation", "curation"},
-    {"training"},
+    {"training", "stages"},
     {"planning", "recipe"},
 )
 PREPARATION_LIBRARIES = {"tensorflow", "tensorflow_datasets", "seqio", "apache_beam"}

@@ -19,9 +19,10 @@ from moe_embed_jax import config as config_module
 from moe_embed_jax import embedder
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation import heldout_retrieval
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.routing.router import effective_experts
-from moe_embed_jax.training import contrastive, loop, report
+from moe_embed_jax.training import loop
 from moe_embed_jax.training.health import Health, HealthConfig, spread
 from moe_embed_jax.training.records import read_records
 from moe_embed_jax.training.run_config import RunConfig
@@ -184,7 +185,7 @@ SMALLEST = dict(num_layers=1, moe_every=1)
 @pytest.fixture
 def page(data_dir, monkeypatch):
     """A run that compiles fast, once, and is not evaluated."""
-    monkeypatch.setattr(report, "load_heldout", lambda *_: {})
+    monkeypatch.setattr(heldout_retrieval, "load_heldout", lambda *_: {})
     scope: dict = {}
     top = dict(steps=STEPS, log_every=2, checkpoint_every=2, keep_checkpoints=3)
     exec(synthetic_data.config_text(data_dir, **top), scope)
@@ -197,7 +198,7 @@ def page(data_dir, monkeypatch):
 
 def spoilt(monkeypatch, change):
     """From now on every step's (state, metrics) go through `change(step, state, metrics)`."""
-    jit_train_step = contrastive.jit_train_step
+    jit_train_step = loop.jit_train_step
 
     def jit_spoilt_step(*arguments):
         train_step = jit_train_step(*arguments)
@@ -208,7 +209,7 @@ def spoilt(monkeypatch, change):
 
         return step
 
-    monkeypatch.setattr(contrastive, "jit_train_step", jit_spoilt_step)
+    monkeypatch.setattr(loop, "jit_train_step", jit_spoilt_step)
 
 
 def multiplied_after(step, factor):
@@ -239,7 +240,7 @@ def clean_run(data_dir, tmp_path_factory):
             4,
         ),
         # ... or the look at what is about to be saved.
-        (2, 4, np.inf, "not finite after step 4: params/embeddings/norm/bias", 2),
+        (2, 4, np.inf, "not finite after step 4: params/encoder/embeddings/norm/bias", 2),
     ],
 )
 def test_a_run_stops_and_goes_on_from_its_last_good_checkpoint(
@@ -285,7 +286,7 @@ def collapse(monkeypatch):
 
     def create_collapsed(*arguments):
         state = create_state(*arguments)
-        block = state.params["groups"]["block_0"]
+        block = state.params["encoder"]["groups"]["block_0"]
         bias, kernel = block["norm_1"]["bias"], block["moe"]["router"]["kernel"]
         block["norm_1"]["bias"] = bias + 3.0
         block["moe"]["router"]["kernel"] = kernel.at[...].set(jnp.array([-1.0, -1.0, 0.9, 1.0]))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import synthetic_data
 
+from moe_embed_jax.data.batches import MaskedBatches
 from moe_embed_jax.data.data_spec import planned_store_path, vocabulary_path
 from moe_embed_jax.data.document_rows import row_table
-from moe_embed_jax.data.masked_batches import MaskedBatches
 from moe_embed_jax.data.masking import make_masking
 from moe_embed_jax.data.schedule import MixedSchedule, Schedule
 from moe_embed_jax.data.token_store import TokenStore
@@ -37,7 +37,7 @@ def make_batches(store, vocabulary, chunk_rows=0, schedule=Schedule, batch_size=
 
 
 def arrays_of(batch) -> dict[str, np.ndarray]:
-    return {name: np.asarray(array) for name, array in batch.arrays.items()}
+    return {name: np.asarray(array) for name, array in vars(batch.arrays).items()}
 
 
 @pytest.mark.parametrize("schedule", [Schedule, MixedSchedule])
@@ -84,11 +84,9 @@ def test_spare_rows_of_chunks_are_padding(store, vocabulary):
 
 def test_the_same_row_is_hidden_otherwise_in_every_step(store, vocabulary):
     batches = make_batches(store, vocabulary)
-    one, two = (
-        batches._device_arrays(np.array([3, 4]), step, first=0)["token_CRL"] for step in (1, 2)
-    )
+    one, two = (batches.masked_rows(np.array([3, 4]), step, first=0).token_CRL for step in (1, 2))
     assert not np.array_equal(one, two)
-    later = batches._device_arrays(np.array([4]), 1, first=1)["token_CRL"]
+    later = batches.masked_rows(np.array([4]), 1, first=1).token_CRL
     np.testing.assert_array_equal(one[0, 1], later[0, 0])
 
 

@@ -15,11 +15,16 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import load_model
 from moe_embed_jax.models.encoder import encode_tokens
 from moe_embed_jax.models.heads import mlm_logits
+from moe_embed_jax.stages.masked_lm import MaskedLM
 from moe_embed_jax.training import init
-from moe_embed_jax.training.masked_step import MaskedLossConfig, MaskedStepConfig
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
-from moe_embed_jax.training.run_config import MaskedDataConfig, MaskedInitConfig, MaskedRunConfig
-from moe_embed_jax.training.state import create_state, encoder_params, state_from_params
+from moe_embed_jax.training.run_config import (
+    MaskedDataConfig,
+    MaskedInitConfig,
+    MaskedLossConfig,
+    MaskedRunConfig,
+)
+from moe_embed_jax.training.state import create_state, state_from_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -71,9 +76,12 @@ def test_the_head_gives_the_logits_of_transformers(xlmr):
     assert (config.model.positions, config.model.vocab_size) == ("rotary", 576)
     params = init.initial_params(config, single_device_mesh())
     ids = np.random.default_rng(0).integers(4, ROWS, (3, 20)).astype(np.int32)
-    x_RLD = states_at_position_0(config.model, encoder_params(params), ids)
+    x_RLD = states_at_position_0(config.model, params["encoder"], ids)
     logits = mlm_logits(
-        config.model, params["mlm_head"], params["embeddings"]["token"], x_RLD.reshape(-1, 24)
+        config.model,
+        params["head"],
+        params["encoder"]["embeddings"]["token"],
+        x_RLD.reshape(-1, 24),
     )
     table = torch_model.roberta.embeddings.position_embeddings.weight
     kept = table.detach().clone()
@@ -84,7 +92,7 @@ def test_the_head_gives_the_logits_of_transformers(xlmr):
     logits = np.asarray(logits).reshape(3, 20, -1)
     np.testing.assert_allclose(logits[..., :ROWS], expected, atol=2e-5)
     # No token has the padded rows: zeros, and a bias that nothing overcomes.
-    assert not np.asarray(params["embeddings"]["token"])[ROWS:].any()
+    assert not np.asarray(params["encoder"]["embeddings"]["token"])[ROWS:].any()
     np.testing.assert_array_equal(logits[..., ROWS:], -100)
 
 
@@ -93,20 +101,20 @@ def test_an_encoder_without_a_head_gets_a_fresh_one(tokenizer, tmp_path):
     config = run_config(folder)
     mesh = single_device_mesh()
     params = init.initial_params(config, mesh)
-    assert "mlm_head" not in params
-    step_config = MaskedStepConfig(config.model, MaskedLossConfig(), 512)
+    assert set(params) == {"encoder"}
+    step_config = MaskedLM(config.model, MaskedLossConfig(), 512)
     optimizer = make_optimizer(OptimizerConfig(warmup_steps=1), 10)
     state = state_from_params(step_config, optimizer, mesh, params, seed=3)
     fresh = create_state(step_config, optimizer, mesh, seed=3)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        state.params["mlm_head"],
-        fresh.params["mlm_head"],
+        state.params["head"],
+        fresh.params["head"],
     )
     np.testing.assert_array_equal(
-        state.params["embeddings"]["token"], params["embeddings"]["token"]
+        state.params["encoder"]["embeddings"]["token"], params["encoder"]["embeddings"]["token"]
     )
-    bias_V = np.asarray(state.params["mlm_head"]["bias"])
+    bias_V = np.asarray(state.params["head"]["bias"])
     assert (bias_V[512:] == -100).all() and not bias_V[:512].any()
 
 
@@ -117,7 +125,7 @@ def test_learned_positions_may_stay_where_rows_are_short_enough(xlmr):
     config = run_config(folder, positions="learned", row_length=68)
     assert (config.model.positions, config.model.max_positions) == ("learned", 68)
     params = init.initial_params(config, single_device_mesh())
-    assert params["embeddings"]["position"].shape == (68, 24) and "mlm_head" in params
+    assert params["encoder"]["embeddings"]["position"].shape == (68, 24) and "head" in params
 
 
 def test_a_run_from_xlm_roberta(xlmr, data_dir, tmp_path):
@@ -142,4 +150,5 @@ def test_a_run_from_xlm_roberta(xlmr, data_dir, tmp_path):
     assert "model.vocab_size: 512 -> 576" in result.stdout
     ours = load_model(workdir, single_device_mesh())
     expected = init.initial_params(run_config(folder), single_device_mesh())
-    jax.tree.map(np.testing.assert_array_equal, ours.params | {"mlm_head": ours.mlm_head}, expected)
+    found = {"encoder": ours.params, "head": ours.mlm_head}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -47,11 +47,11 @@ def test_the_run_tells_what_it_does_and_learns(whole_run):
     out = (whole_run / "stdout.txt").read_text()
     for words in (
         "360 documents in 3 languages",
-        "hidden      30% of the tokens: 80% / 10% / 10% <mask> / random / kept",
+        "masked      30% of the tokens: 80% / 10% / 10% <mask> / random / kept",
         "attention inside documents",
         "8 rows, one language each",
         "geometric mean of 3",
-        "hidden: '",
+        "masked: '",
     ):
         assert words in out
     assert (whole_run / "report.png").read_bytes()[:4] == b"\x89PNG"

@@ -11,31 +11,27 @@ import numpy as np
 import pytest
 from conftest import run_python
 
+from moe_embed_jax.data.batches import MaskedBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.masking import Masking, most_hidden
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.losses.masked_lm import masked_cross_entropy
 from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
-from moe_embed_jax.training.masked_step import (
-    MaskedBatch,
-    MaskedLossConfig,
-    MaskedStepConfig,
-    abstract_batch,
-    batch_shardings,
-    jit_train_step,
-    loss_and_metrics,
-)
-from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.stages.masked_lm import MaskedLM, batch_shapes
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.run_config import MaskedLossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state, create_state, from_items, to_items
+from moe_embed_jax.training.step import jit_train_step
 
 DEVICES, ROWS, ROW_LENGTH, RATE, VOCABULARY = 8, 16, 24, 0.3, 120
 MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, moe_every=0
 )
-CONFIG = MaskedStepConfig(MODEL, MaskedLossConfig(predictions_at_once=32), VOCABULARY)
+CONFIG = MaskedLM(MODEL, MaskedLossConfig(predictions_at_once=32), VOCABULARY)
 MOE = dataclasses.replace(
     CONFIG, model=dataclasses.replace(MODEL, moe_every=2, num_experts=8, experts_per_token=2)
 )
+LOSS = MaskedLM.loss_and_metrics
 MASKING = Masking(RATE, 0.8, 0.1, np.arange(4, VOCABULARY - 1), VOCABULARY - 1)
 # loss, masked_loss, balance, grad_norm of three steps with experts; renew as in test_step.py.
 GOLDEN = [
@@ -78,7 +74,7 @@ def make_params(config, optimizer):
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     # Fresh norms and biases would hide mistakes in them.
     rng = np.random.default_rng(1)
-    head = params["mlm_head"]
+    head = params["head"]
     for part in (head["dense"], head["norm"]):
         for name in ("bias", "scale"):
             if name in part:
@@ -100,9 +96,9 @@ def dense_oracle(config, params, batch: MaskedBatch):
         getattr(batch, f"{n}_CRL").reshape(-1, ROW_LENGTH)
         for n in ("token", "text_index", "position")
     )
-    encoder = {name: tree for name, tree in params.items() if name != "mlm_head"}
+    head, encoder = params["head"], params["encoder"]
     x_RLD, _ = encode_tokens(config.model, encoder, token, text_index, position)
-    head, word = params["mlm_head"], params["embeddings"]["token"]
+    word = encoder["embeddings"]["token"]
     hidden = jax.nn.gelu(x_RLD @ head["dense"]["kernel"] + head["dense"]["bias"], approximate=False)
     mean = hidden.mean(-1, keepdims=True)
     variance = ((hidden - mean) ** 2).mean(-1, keepdims=True)
@@ -139,23 +135,21 @@ def test_the_loss_is_the_dense_one_whatever_the_pieces(optimizer, at_once):
     config = dataclasses.replace(CONFIG, loss=loss)
     params = make_params(config, optimizer)
     batch = make_batch()
-    (actual, metrics), grads = gradients(loss_and_metrics, config, params, batch)
+    (actual, metrics), grads = gradients(LOSS, config, params, batch)
     (expected, count), expected_grads = gradients(dense_oracle, config, params, batch)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     assert metrics["predictions"] == count > 50
     assert_close_gradients(grads, expected_grads)
-    assert np.abs(expected_grads["mlm_head"]["bias"]).max() > 1e-4
+    assert np.abs(expected_grads["head"]["bias"]).max() > 1e-4
 
 
 @pytest.mark.parametrize(("chunks", "changes"), [(2, {}), (8, dict(remat_rows=1))])
 def test_chunks_change_nothing(optimizer, chunks, changes):
     """Loss, gradients, statistics and balance of the whole batch, with experts."""
     params = make_params(MOE, optimizer)
-    (loss, metrics), grads = gradients(loss_and_metrics, MOE, params, make_batch())
+    (loss, metrics), grads = gradients(LOSS, MOE, params, make_batch())
     config = dataclasses.replace(MOE, model=dataclasses.replace(MOE.model, **changes))
-    (other, other_metrics), other_grads = gradients(
-        loss_and_metrics, config, params, make_batch(chunks)
-    )
+    (other, other_metrics), other_grads = gradients(LOSS, config, params, make_batch(chunks))
     np.testing.assert_allclose(other, loss, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other_metrics, metrics
@@ -186,8 +180,8 @@ def test_packed_is_one_document_per_row(optimizer):
             alone.append((*arrays, *places))
     unpacked = MaskedBatch(*(np.stack(part)[None] for part in zip(*alone, strict=True)))
     assert unpacked.token_CRL.shape[1] == 3 * ROWS
-    (expected, _), expected_grads = gradients(loss_and_metrics, CONFIG, params, unpacked)
-    (actual, _), grads = gradients(loss_and_metrics, CONFIG, params, make_batch())
+    (expected, _), expected_grads = gradients(LOSS, CONFIG, params, unpacked)
+    (actual, _), grads = gradients(LOSS, CONFIG, params, make_batch())
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     assert_close_gradients(grads, expected_grads)
 
@@ -198,8 +192,8 @@ def test_padding_does_not_matter(optimizer):
     noise = np.where(batch.text_index_CRL < 0, 77, batch.token_CRL)
     column = np.where(batch.target_CRP < 0, 5, batch.column_CRP)
     other = dataclasses.replace(batch, token_CRL=noise, column_CRP=column)
-    (loss, metrics), grads = gradients(loss_and_metrics, CONFIG, params, batch)
-    (other_loss, other_metrics), other_grads = gradients(loss_and_metrics, CONFIG, params, other)
+    (loss, metrics), grads = gradients(LOSS, CONFIG, params, batch)
+    (other_loss, other_metrics), other_grads = gradients(LOSS, CONFIG, params, other)
     np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
     jax.tree.map(np.testing.assert_allclose, other_metrics, metrics)
     assert_close_gradients(other_grads, grads, 1e-6)
@@ -240,8 +234,8 @@ def test_the_head_is_a_tree_of_its_own_in_checkpoints(optimizer):
 def test_bfloat16_is_close(optimizer):
     params = make_params(CONFIG, optimizer)
     half = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="bfloat16"))
-    (loss, _), grads = gradients(loss_and_metrics, CONFIG, params, make_batch())
-    (other, _), other_grads = gradients(loss_and_metrics, half, params, make_batch(2))
+    (loss, _), grads = gradients(LOSS, CONFIG, params, make_batch())
+    (other, _), other_grads = gradients(LOSS, half, params, make_batch(2))
     np.testing.assert_allclose(other, loss, rtol=0.01)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(other_grads))
     assert_close_gradients(other_grads, grads, 0.1)
@@ -256,8 +250,8 @@ def test_memory_holds_the_logits_of_one_piece_only(optimizer):
     temporaries = {}
     for rows, at_once in ((16, 64), (64, 64), (64, 256)):
         loss = MaskedLossConfig(predictions_at_once=at_once)
-        config = MaskedStepConfig(model, loss, model.vocab_size)
-        batch = abstract_batch(mesh, 1, rows, 128, predictions)
+        config = MaskedLM(model, loss, model.vocab_size)
+        batch = abstract_batch(mesh, MaskedBatch, **batch_shapes((1, rows, 128), predictions))
         state = abstract_state(config, optimizer, mesh)
         step = jit_train_step(config, optimizer, mesh)
         with jax.set_mesh(mesh):
@@ -293,7 +287,7 @@ def train(mesh, config, chunks):
     optimizer = make_optimizer(
         OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1, epsilon=1e-6), 10
     )
-    batch = jax.device_put(make_batch(chunks, mesh.size), batch_shardings(mesh))
+    batch = jax.device_put(make_batch(chunks, mesh.size), batch_shardings(MaskedBatch, mesh))
     state = create_state(config, optimizer, mesh, seed=0)
     step = jit_train_step(config, optimizer, mesh)
     history = []

@@ -11,19 +11,15 @@ import numpy as np
 import pytest
 from conftest import run_python
 
+from moe_embed_jax.data.batches import PairBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state, create_state
-from moe_embed_jax.training.step import (
-    Batch,
-    LossConfig,
-    StepConfig,
-    abstract_batch,
-    batch_shardings,
-    jit_train_step,
-)
+from moe_embed_jax.training.step import jit_train_step
 
 DEVICES, PAIRS, NEGATIVES, ROW_LENGTH, SLOTS, CHUNKS = 8, 4, 2, 24, 4, 2  # pairs per device
 MODEL = EncoderConfig(
@@ -50,7 +46,7 @@ def test_every_mesh_equals_one_device():
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 
 
-def make_batch(devices: int, chunks: int) -> Batch:
+def make_batch(devices: int, chunks: int) -> PairBatch:
     """The same 32 pairs with ragged hard negatives, packed as 8 devices do, for 8 or for one."""
     rng = np.random.default_rng(0)
     width, parts = 2 + NEGATIVES, []
@@ -75,22 +71,23 @@ def make_batch(devices: int, chunks: int) -> Batch:
     ids = rng.integers(-(2**31), 2**31, (B, width, 2)).astype(np.int32)
     there = np.arange(1 + NEGATIVES) <= rng.integers(0, NEGATIVES + 1, B)[:, None]
     rows = map(in_chunks, (token, text_index, position))
-    return Batch(*rows, query_slot, document_slot, ids[:, 0], ids[:, 1:], there)
+    return PairBatch(*rows, query_slot, document_slot, ids[:, 0], ids[:, 1:], there)
 
 
 def train(mesh, model: EncoderConfig, chunks: int):
     """Metrics of two steps and the state after them."""
-    config = StepConfig(model, LOSS, SLOTS)
+    config = Contrastive(model, LOSS, SLOTS)
     optimizer = make_optimizer(
         OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1, epsilon=1e-6), 10
     )
     host = make_batch(mesh.size, chunks)
-    batch = jax.device_put(host, batch_shardings(mesh))
-    shapes = abstract_batch(mesh, DEVICES * PAIRS, *host.token_CRL.shape[:2], ROW_LENGTH, NEGATIVES)
+    batch = jax.device_put(host, batch_shardings(PairBatch, mesh))
+    shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, 1 + NEGATIVES)
+    abstract = abstract_batch(mesh, PairBatch, **shapes)
     state = create_state(config, optimizer, mesh, seed=0)
     with jax.set_mesh(mesh):
         step = jit_train_step(config, optimizer, mesh).jitted
-        lowered = step.lower(abstract_state(config, optimizer, mesh), shapes)
+        lowered = step.lower(abstract_state(config, optimizer, mesh), abstract)
         compiled = lowered.compile()
         history = []
         for _ in range(2):
@@ -104,8 +101,8 @@ def check_placement(shape, state):
     data, fsdp, expert = shape
     adam = state.opt_state[1][0]
     for w_in, splits in (
-        (state.params["groups"]["block_1"]["moe"]["w_in"], (expert, fsdp, 1)),
-        (adam.mu["groups"]["block_1"]["moe"]["w_in"], (expert, fsdp, data)),
+        (state.params["encoder"]["groups"]["block_1"]["moe"]["w_in"], (expert, fsdp, 1)),
+        (adam.mu["encoder"]["groups"]["block_1"]["moe"]["w_in"], (expert, fsdp, data)),
     ):
         held = w_in.addressable_shards[0].data
         assert held.size * math.prod(splits) == w_in.size, (shape, held.shape)

@@ -111,7 +111,7 @@ def test_retrieval_scores_are_those_of_a_training_run(
         return original(self, texts, prompt=prompt, dim=dim, **options)
 
     monkeypatch.setattr(Embedder, "encode", encode)
-    expected = evaluate_heldout(embedder, sets)  # what training.report.Judge calls
+    expected = evaluate_heldout(embedder, sets)  # what evaluation.HeldOutRetrieval calls
     own_calls = calls.copy()
     calls.clear()
     scores = local.evaluate(model, local.retrieval_task(sets), prediction_folder=tmp_path)

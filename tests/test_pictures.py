@@ -4,7 +4,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.stages.contrastive import Contrastive
 from moe_embed_jax.training import pictures
 from moe_embed_jax.training.expert_pictures import _stretches, _trailing_mean
 from moe_embed_jax.training.run_config import InitConfig, RunConfig
@@ -45,7 +47,8 @@ def drawn(monkeypatch, tmp_path):
     def draw(*arguments):
         path = tmp_path / "my_run" / "report.png"
         path.parent.mkdir(exist_ok=True)
-        pictures.draw_report(path, *arguments)
+        metric = HeldOutRetrieval.metric
+        pictures.draw_report(path, *arguments, Contrastive.loss_name, metric)
         assert matplotlib.image.imread(path).std() > 0.05  # not an empty page
         (figure,) = figures
         titled = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}

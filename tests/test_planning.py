@@ -26,9 +26,10 @@ from moe_embed_jax.planning.chips import CHIPS, HOP_SECONDS
 from moe_embed_jax.planning.collectives import Collective
 from moe_embed_jax.planning.cost import Cost, Kernel, Unestimated
 from moe_embed_jax.planning.memory import advice
-from moe_embed_jax.planning.request import PLANNED_PAGES, PlannedRun
+from moe_embed_jax.planning.request import PLANNED_PAGES
 from moe_embed_jax.planning.roofline import VECTOR_OPERATIONS, predict
-from moe_embed_jax.planning.workload import masked_workload, workload
+from moe_embed_jax.stages.contrastive import Contrastive
+from moe_embed_jax.stages.masked_lm import MaskedLM
 from moe_embed_jax.training.overview import training_flops_per_token
 from moe_embed_jax.training.run_config import DataConfig
 
@@ -65,7 +66,7 @@ def plan(command, output):
 
 @pytest.fixture
 def run():
-    return PlannedRun(data=DataConfig(dir="no_data"))
+    return PLANNED_PAGES["contrastive"](data=DataConfig(dir="no_data"))
 
 
 # ---- Without the compiler ------------------------------------------------------------------------
@@ -90,39 +91,41 @@ def test_set_is_config(capsys):
 
 
 def test_a_run_is_planned_without_its_vocabulary():
-    config = config_page.load(PlannedRun, str(ROOT / "configs/pretrain.py"), {})
+    config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/pretrain.py"), {})
     assert config.data.vocabulary.path
 
 
 def test_fine_tuning_is_planned_without_its_model_and_pairs():
-    config = config_page.load(PlannedRun, str(ROOT / "configs/finetune.py"), {"data.dir": "none"})
-    load = workload(config, types.SimpleNamespace(size=8), 12, 90)
+    config = config_page.load(
+        PLANNED_PAGES, str(ROOT / "configs/finetune.py"), {"data.dir": "none"}
+    )
+    load = Contrastive.workload(config, types.SimpleNamespace(size=8), 12, 90)
     assert load.tokens == 256 * (12 + 11 * 90)
     assert (load.chunks, load.rows) == (1, -(-32 * 1002 * 10 // (9 * 512)))
 
 
 def test_rows_follow_from_assumed_lengths(run):
-    load = workload(run, types.SimpleNamespace(size=16), 12, 84)
+    load = Contrastive.workload(run, types.SimpleNamespace(size=16), 12, 84)
     assert load.tokens == 16_384 * 96
     assert (load.chunks, load.rows) == (1, -(-1024 * 96 * 10 // (9 * 256)))
-    assert "assumed" in load.source
+    assert "assumed" in load.note
     chunked = dataclasses.replace(run, data=dataclasses.replace(run.data, chunk_rows=64))
-    load = workload(chunked, types.SimpleNamespace(size=16), 12, 84)
+    load = Contrastive.workload(chunked, types.SimpleNamespace(size=16), 12, 84)
     assert load.chunks * load.rows >= 427 and load.rows <= 64
 
 
 def test_a_batch_that_the_chips_do_not_divide_is_refused(run):
     with pytest.raises(UserError, match="multiple of 24"):
-        workload(run, types.SimpleNamespace(size=24), 12, 84)
+        Contrastive.workload(run, types.SimpleNamespace(size=24), 12, 84)
 
 
 def test_masked_rows_are_those_of_the_page():
     config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/mlm.py"), {})
-    load = masked_workload(config, types.SimpleNamespace(size=64))
+    load = MaskedLM.workload(config, types.SimpleNamespace(size=64), 12, 90)
     assert (load.chunks, load.rows) == (4, 16)
     assert load.tokens == pytest.approx(0.97 * 4096 * 2048)
     with pytest.raises(UserError, match="multiple of 24"):
-        masked_workload(config, types.SimpleNamespace(size=24))
+        MaskedLM.workload(config, types.SimpleNamespace(size=24), 12, 90)
     # Settings of a search are in rows of 256 tokens.
     found = [setting(candidate) for candidate in search.setting_candidates(config)]
     assert found[:3] == [(4, 4), (32, 8), (0, 8)]

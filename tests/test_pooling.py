@@ -15,10 +15,10 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens
 from moe_embed_jax.models.pooling import pool_texts
+from moe_embed_jax.stages.contrastive import encode_batch
 from moe_embed_jax.training import init
 from moe_embed_jax.training.run_config import InitConfig, RunConfig
 from moe_embed_jax.training.state import create_state
-from moe_embed_jax.training.step import encode_batch
 
 THEIRS = {"cls": "cls", "last": "lasttoken"}
 
@@ -50,10 +50,10 @@ def test_a_training_step_pools_the_texts_own_token(pooling):
     with jax.set_mesh(mesh):
         query_BD = jax.jit(encode_batch, static_argnums=0)(config, params, batch)[0]
         rows = [array[0] for array in (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)]
-        x_RLD = jax.jit(encode_tokens, static_argnums=0)(model, params, *rows)[0]
+        x_RLD = jax.jit(encode_tokens, static_argnums=0)(model, params["encoder"], *rows)[0]
     expected = []
     for slot in batch.query_slot_B:
-        row, text = divmod(int(slot), config.slots)
+        row, text = divmod(int(slot), config.texts_per_row)
         own = np.flatnonzero(rows[1][row] == text)
         expected.append(x_RLD[row, own[0 if pooling == "cls" else -1]])
     np.testing.assert_allclose(query_BD, np.array(expected), atol=1e-6)

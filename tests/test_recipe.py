@@ -16,9 +16,9 @@ from rich.console import Console
 
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation.heldout_documents import geometric_mean
 from moe_embed_jax.recipe import records, run, steps
 from moe_embed_jax.recipe.view import View
-from moe_embed_jax.training.masked_report import geometric_mean
 
 # A step: counts its starts, then writes its output, or does what the test wants.
 SCRIPT = """

@@ -9,7 +9,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.training.journal import Board
+from moe_embed_jax.training.metric_writer import Board
 from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,

@@ -17,9 +17,10 @@ from moe_embed_jax.sharding import (
     specs,
     with_shardings,
 )
-from moe_embed_jax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer
+from moe_embed_jax.stages.contrastive import Contrastive
+from moe_embed_jax.training.optimizer import decay_mask, make_optimizer
+from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state
-from moe_embed_jax.training.step import LossConfig, StepConfig
 
 MESH = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "expert"))
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
@@ -38,7 +39,7 @@ TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 def test_the_table_covers_parameters_and_optimiser(moe_every, options):
     config = EncoderConfig(num_layers=2, moe_every=moe_every, **options)
     optimizer = make_optimizer(OptimizerConfig(), 2000)
-    state = abstract_state(StepConfig(config, LossConfig(), 4), optimizer, MESH)
+    state = abstract_state(Contrastive(config, LossConfig(), 4), optimizer, MESH)
     params, adam = spec_of(state.params), state.opt_state[1][0]
     assert params["embeddings/token"] == P("fsdp", None)
     assert spec_of(adam.mu)["embeddings/token"] == P(("fsdp", "data"), None)

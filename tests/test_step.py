@@ -9,32 +9,27 @@ import numpy as np
 import optax
 import pytest
 
+from moe_embed_jax.data.batches import PairBatch, abstract_batch
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
+from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
+from moe_embed_jax.training.optimizer import make_optimizer
+from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import (
-    LOG_SCALE,
     abstract_state,
     create_state,
     from_items,
     to_items,
 )
-from moe_embed_jax.training.step import (
-    Batch,
-    LossConfig,
-    StepConfig,
-    abstract_batch,
-    jit_train_step,
-    loss_and_metrics,
-)
+from moe_embed_jax.training.step import jit_train_step
 
 PAIRS, ROW_LENGTH, SLOTS = 12, 40, 5
 MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
-CONFIG = StepConfig(MODEL, LossConfig(), SLOTS)
-EVALUATE = jax.jit(loss_and_metrics, static_argnums=0)
+CONFIG = Contrastive(MODEL, LossConfig(), SLOTS)
+EVALUATE = jax.jit(Contrastive.loss_and_metrics, static_argnums=0)
 # loss, contrastive_loss, balance, grad_norm of three steps. They change with initialisation, loss,
 # routing or optimiser: if that was meant, print the new ones with `pytest -s` and put them here.
 GOLDEN = [
@@ -46,7 +41,7 @@ GOLDEN = [
 
 def make_batch(
     row_length=ROW_LENGTH, slots=SLOTS, order=None, chunks=1, negatives=0, ragged=True
-) -> Batch:
+) -> PairBatch:
     """PAIRS pairs, each with up to `negatives` hard negatives (ragged: from none to all)."""
     rng = np.random.default_rng(0)
     width = 2 + negatives  # query, document, hard negatives
@@ -64,7 +59,7 @@ def make_batch(
     rows = -(-(packing.rows + 1) // chunks) * chunks
     arrays = fill_rows(packing, flat, rows, row_length, 1)
     slot = packing.slot(slots).reshape(width, PAIRS)
-    return Batch(
+    return PairBatch(
         *(array.reshape(chunks, -1, row_length) for array in arrays),
         slot[0],
         slot[1:].T,
@@ -99,7 +94,7 @@ def test_golden_numbers(optimizer):
 
 def gradients(config, params, batch):
     """(loss, metrics, gradients) on one device."""
-    function = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
+    function = jax.value_and_grad(Contrastive.loss_and_metrics, argnums=1, has_aux=True)
     with jax.set_mesh(single_device_mesh()):
         (loss, metrics), grads = jax.jit(function, static_argnums=0)(config, params, batch)
     return loss, metrics, grads
@@ -122,7 +117,7 @@ def test_order_and_packing_of_the_pairs_do_not_matter(optimizer):
     shuffled = make_batch(order=rng.permutation(PAIRS), negatives=2)
     alone = make_batch(slots=1, negatives=2)
     for batch, slots in ((shuffled, SLOTS), (alone, 1)):
-        other = gradients(dataclasses.replace(config, slots=slots), params, batch)
+        other = gradients(dataclasses.replace(config, texts_per_row=slots), params, batch)
         np.testing.assert_allclose(other[0], loss, rtol=1e-5)
         assert_close_gradients(other[2], grads)
 
@@ -149,14 +144,15 @@ def test_memory_is_flat_in_the_batch_at_a_fixed_chunk(optimizer):
     """Temporaries of the compiled step: what grows with the batch is one vector per text."""
     mesh = single_device_mesh()
     model = dataclasses.replace(MODEL, width=64, ffn_width=256)
-    config = StepConfig(model, LossConfig(), 4)
+    config = Contrastive(model, LossConfig(), 4)
     temporaries = {}
     for chunks in (2, 4, 16):
-        shapes = abstract_batch(mesh, pairs=128 * chunks, chunks=chunks, rows=64, row_length=64)
+        shapes = batch_shapes((chunks, 64, 64), pairs=128 * chunks, documents=1)
         state = abstract_state(config, optimizer, mesh)
         step = jit_train_step(config, optimizer, mesh)
         with jax.set_mesh(mesh):
-            compiled = step.jitted.lower(state, shapes).compile()
+            batch = abstract_batch(mesh, PairBatch, **shapes)
+            compiled = step.jitted.lower(state, batch).compile()
         temporaries[chunks] = compiled.memory_analysis().temp_size_in_bytes
     growth = (temporaries[16] - temporaries[4]) / (12 * 256 * 64 * 4)  # in vectors per text
     assert growth < 16, f"{growth:.1f} vectors of a text, {temporaries}"
@@ -170,16 +166,16 @@ def test_the_learned_temperature_moves_and_stays_in_its_bounds(optimizer):
     mesh = single_device_mesh()
     step = jit_train_step(config, optimizer, mesh)
     state = create_state(config, optimizer, mesh, seed=0)
-    before = float(state.params[LOG_SCALE])
+    before = float(state.params["log_scale"])
     for _ in range(4):
         state, metrics = step(state, make_batch())
-        moved = float(state.params[LOG_SCALE]) - before
+        moved = float(state.params["log_scale"]) - before
         # The bounds are 0.0005 away, and the updates are as large as that.
         assert 1e-6 < abs(moved) <= math.log(0.02 / 0.01999) * 1.001
     assert 0.01999 * 0.99999 <= metrics["temperature"] <= 0.02001 * 1.00001
     assert metrics["temperature"] != pytest.approx(0.02, abs=1e-6)
     items = to_items(state)
-    assert "log_scale" not in items["params"] and "log_scale" in items["optimizer"]
+    assert "log_scale" in items["optimizer"] and "encoder" not in items["params"]
     jax.tree.map(np.testing.assert_array_equal, from_items(items), state)
 
 
@@ -205,7 +201,7 @@ def test_a_bfloat16_step_is_near_the_float32_step_whatever_the_chunks(optimizer)
 
     # Columns of the router that bfloat16 cannot tell apart: there every token would choose 0 and 1.
     state = create_state(config, optimizer, mesh, seed=0)
-    router = state.params["groups"]["block_1"]["moe"]["router"]
+    router = state.params["encoder"]["groups"]["block_1"]["moe"]["router"]
     column_GD1 = router["kernel"][..., :1].astype(jnp.bfloat16).astype(jnp.float32)
     router["kernel"] = column_GD1 * (1 + 2.0**-12 * jnp.arange(4))
     _, metrics = step(state, make_batch(chunks=2))
@@ -230,8 +226,7 @@ def test_balance_coefficient_scales_the_balance_loss_only(optimizer):
         losses = {}
         for coefficient in (0.0, 1.0, 3.0):
             config = dataclasses.replace(CONFIG, loss=LossConfig(balance=coefficient))
-            evaluate = jax.jit(loss_and_metrics, static_argnums=0)
-            losses[coefficient], metrics = evaluate(config, params, make_batch())
+            losses[coefficient], metrics = EVALUATE(config, params, make_batch())
     balance, contrastive = metrics["balance"], metrics["contrastive_loss"]
     assert 1 <= balance < 1.5
     for coefficient, loss in losses.items():
@@ -243,6 +238,6 @@ def test_a_dense_model_has_no_balance(optimizer):
     config = dataclasses.replace(CONFIG, model=model)
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     with jax.set_mesh(single_device_mesh()):
-        loss, metrics = jax.jit(loss_and_metrics, static_argnums=0)(config, params, make_batch())
+        loss, metrics = EVALUATE(config, params, make_batch())
     assert "balance" not in metrics
     np.testing.assert_allclose(loss, metrics["contrastive_loss"])

@@ -22,9 +22,10 @@ from conftest import ROOT, metric, python_environment, run_python
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation import heldout_retrieval
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.ownership import is_owner_file, own
-from moe_embed_jax.training import loop, report
+from moe_embed_jax.training import evaluation, loop
 from moe_embed_jax.training.run_config import RunConfig
 
 STEPS = 24
@@ -197,10 +198,10 @@ def test_resume_after_a_refused_checkpoint_and_kill_9_is_bitwise(config, whole_r
 # or a number: SIGTERM comes in that evaluation of the process.
 SIGNALLED = """
 import os, runpy, signal, sys
-from moe_embed_jax.training import report
+from moe_embed_jax.evaluation import heldout_retrieval
 
 part = sys.argv.pop(1)
-evaluate, calls = report.evaluate_heldout, []
+evaluate, calls = heldout_retrieval.evaluate_heldout, []
 
 def signalled(*arguments):
     calls.append(0)
@@ -208,7 +209,7 @@ def signalled(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
     return evaluate(*arguments)
 
-report.evaluate_heldout = signalled
+heldout_retrieval.evaluate_heldout = signalled
 if part == "preparation":
     sys.executable = sys.argv.pop(1)
 sys.argv[0] = "launch/train.py"
@@ -257,7 +258,7 @@ def test_every_evaluation_is_recorded_once(config, whole_run, tmp_path, monkeypa
     """Killed before the first checkpoint, and twice between saving and evaluating; then the
     finished run is started again."""
     page = config_page.load(RunConfig, str(config), {})
-    evaluate, write, calls = report.evaluate_heldout, report.append_record, []
+    evaluate, write, calls = heldout_retrieval.evaluate_heldout, evaluation.append_record, []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -270,12 +271,12 @@ def test_every_evaluation_is_recorded_once(config, whole_run, tmp_path, monkeypa
         if record["step"] == 0:
             raise Killed
 
-    monkeypatch.setattr(report, "evaluate_heldout", killed)
-    monkeypatch.setattr(report, "append_record", killed_after_writing)
+    monkeypatch.setattr(heldout_retrieval, "evaluate_heldout", killed)
+    monkeypatch.setattr(evaluation, "append_record", killed_after_writing)
     kills = ()
     with pytest.raises(Killed):
         loop.train(page, tmp_path)
-    monkeypatch.setattr(report, "append_record", write)
+    monkeypatch.setattr(evaluation, "append_record", write)
     kills = (2, 4)  # at step 12, at step 24
     for lines in (1, 2):
         with pytest.raises(Killed):

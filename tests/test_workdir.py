@@ -13,8 +13,8 @@ import synthetic_data
 from moe_embed_jax import config as config_page
 from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.errors import Interrupted, UserError
+from moe_embed_jax.stages.contrastive import groups_without_negatives
 from moe_embed_jax.training import workdir
-from moe_embed_jax.training.contrastive import groups_without_negatives
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
 

@@ -2,86 +2,182 @@
 
 import concurrent.futures
 import dataclasses
-import math
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
+from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks
+from moe_embed_jax.data.document_rows import RowTable
+from moe_embed_jax.data.masking import Masking
 from moe_embed_jax.data.packing import fill_rows, pack
-from moe_embed_jax.data.schedule import Group, Schedule
+from moe_embed_jax.data.schedule import Group, MixedSchedule, Schedule
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import batch_sharding, local_device_positions, rows_sharding
+from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, local_device_positions
+from moe_embed_jax.shapes import PADDING
 
-MAX_BUCKETS = 4  # row counts, hence compilations, per run
 SAMPLED_TEXTS = 500_000  # packed once at the start, at least, to choose the buckets from
 SAMPLED_STEPS = 64  # at least
 PREFETCH = 2  # batches prepared ahead of the device
 
+### What a batch holds
+
+# Metadata of a field: the PartitionSpec of its array.
+ROWS, BATCH = {"spec": ROWS_SPEC}, {"spec": BATCH_SPEC}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PairBatch:
+    """A global batch of B pairs, packed per device into rows, and rows in chunks.
+
+    token_CRL, text_index_CRL, position_CRL: packed rows (text index -1: padding). Every device has
+      R / devices rows of each chunk; one chunk is encoded at a time.
+    query_slot_B: where each query was packed (device-local row * S + text index).
+    document_slot_BM: the same of its own document, then its M - 1 hard negatives.
+    query_id_B2, document_id_BM2: 64-bit content ids as two int32.
+    valid_BM: which documents are there (a query may have fewer hard negatives); the first always.
+    """
+
+    token_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    text_index_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    position_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    query_slot_B: jax.Array = dataclasses.field(metadata=BATCH)
+    document_slot_BM: jax.Array = dataclasses.field(metadata=BATCH)
+    query_id_B2: jax.Array = dataclasses.field(metadata=BATCH)
+    document_id_BM2: jax.Array = dataclasses.field(metadata=BATCH)
+    valid_BM: jax.Array = dataclasses.field(metadata=BATCH)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class MaskedBatch:
+    """A global batch of rows, in chunks: every device has R / devices rows of each chunk.
+
+    token_CRL, text_index_CRL, position_CRL: packed rows (text index -1: padding) after masking.
+    column_CRP: where in its row a token is to be predicted.
+    target_CRP: which token it was; -1 where a row has fewer than P.
+    """
+
+    token_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    text_index_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    position_CRL: jax.Array = dataclasses.field(metadata=ROWS)
+    column_CRP: jax.Array = dataclasses.field(metadata=ROWS)
+    target_CRP: jax.Array = dataclasses.field(metadata=ROWS)
+
+
+def batch_specs(kind: type):
+    """A batch of class `kind` that holds the PartitionSpec of every field."""
+    return kind(**{field.name: field.metadata["spec"] for field in dataclasses.fields(kind)})
+
+
+def batch_shardings(kind: type, mesh: jax.sharding.Mesh):
+    """A batch of class `kind` that holds the sharding of every field."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), batch_specs(kind))
+
+
+def abstract_batch(mesh: jax.sharding.Mesh, kind: type, **shapes: tuple[int, ...]):
+    """A batch of ShapeDtypeStructs of the given global shapes; masks are bool, the rest int32."""
+
+    def array(field):
+        dtype = bool if field.name.startswith("valid_") else np.int32
+        sharding = NamedSharding(mesh, field.metadata["spec"])
+        return jax.ShapeDtypeStruct(shapes[field.name], dtype, sharding=sharding)
+
+    return kind(**{field.name: array(field) for field in dataclasses.fields(kind)})
+
+
+### What makes batches
+
 
 @dataclasses.dataclass(frozen=True)
-class BatchArrays:
-    """The fields of `training.step.Batch`, as a dict of global arrays, and where they come from."""
+class BatchOfStep:
+    """arrays: a `PairBatch` or `MaskedBatch` of global arrays. tokens: real ones in the batch."""
 
-    arrays: dict[str, jax.Array]
+    arrays: PairBatch | MaskedBatch
     step: int
     group: Group
-    tokens: int  # real tokens of the global batch
-
-
-def in_chunks(rows: int, chunk_rows: int) -> tuple[int, int]:
-    """(number of chunks, rows of each): the fewest equal chunks of at most `chunk_rows` rows that
-    hold `rows`, so that at most `chunks - 1` rows are added."""
-    chunks = -(-rows // chunk_rows) if chunk_rows else 1
-    return chunks, -(-rows // chunks)
-
-
-def choose_buckets(
-    rows_needed, most_rows: int | None = None, chunk_rows: int = 0
-) -> tuple[int, ...]:
-    """At most `MAX_BUCKETS` row counts that waste least on these steps.
-
-    Args:
-      rows_needed: rows per device of every step of the run, or of a sample of them.
-      most_rows: for a sample, the last bucket (one text per row), so that every step fits one; the
-        one before it gets 3 % of head room for steps that were not sampled.
-      chunk_rows: buckets are whole numbers of equal chunks, see `in_chunks`.
-
-    The exact optimum over thresholds taken from `rows_needed`, by dynamic programming. A threshold
-    more is a compilation more, so it has to save 2 % of all slots.
-    """
-    needed = np.array([math.prod(in_chunks(int(rows), chunk_rows)) for rows in rows_needed])
-    values, counts = np.unique(needed, return_counts=True)
-    best = {(0, 0): (0, ())}  # (values covered, thresholds used) -> (slots wasted, thresholds)
-    for used in range(1, MAX_BUCKETS + (most_rows is None)):
-        for end in range(1, values.size + 1):
-            options = []
-            for begin in range(end):
-                if (begin, used - 1) in best:
-                    waste, chosen = best[begin, used - 1]
-                    spare = (values[end - 1] - values[begin:end]) * counts[begin:end]
-                    options.append((waste + int(spare.sum()), (*chosen, int(values[end - 1]))))
-            if options:
-                best[end, used] = min(options)
-    price = 0.02 * float(needed.sum())
-    _, thresholds = min(
-        (waste + price * used, thresholds)
-        for (end, used), (waste, thresholds) in best.items()
-        if end == values.size
-    )
-    if most_rows is None:
-        return thresholds
-    last = min(math.ceil(1.03 * thresholds[-1]), most_rows)
-    ends = {math.prod(in_chunks(rows, chunk_rows)) for rows in (last, most_rows)}
-    return tuple(sorted({*thresholds[:-1], *ends}))
+    tokens: int
 
 
 class Batches:
-    """`Batches(...).at(step)` is the global batch of that step, the same on any mesh of any hosts.
+    """`at(step)` is the global batch of that step, the same on any mesh of any hosts.
 
-    Pair i of the global batch belongs to mesh position i // (B / devices). Row counts come from a
-    few buckets, chosen from the data spec alone, so every process agrees on the shape of a step
-    without talking to the others.
+    Row i of the schedule's rows belongs to mesh position i // (batch size / devices). What a batch
+    looks like is decided by a subclass.
+    """
+
+    def __init__(
+        self, schedule: Schedule | MixedSchedule, mesh: jax.sharding.Mesh, chunk_rows: int
+    ):
+        """`chunk_rows`: rows that a device encodes at a time, at most; 0: all of them."""
+        if schedule.batch_size % mesh.size:
+            raise UserError(
+                f"batch_size={schedule.batch_size} is not divisible by the {mesh.size} devices of "
+                f"the mesh; choose a multiple of {mesh.size}"
+            )
+        self.schedule = schedule
+        self.mesh = mesh
+        self.chunk_rows = chunk_rows
+        self.per_device = schedule.batch_size // mesh.size
+
+    def at(self, step: int) -> BatchOfStep:
+        """The batch of step `step` (0-based); reads only what this process's devices get."""
+        rows = self.schedule.rows(step)
+        parts = self.device_parts(step, rows, local_device_positions(self.mesh))
+
+        def together(spec, *arrays):
+            sharded_axis = next(axis for axis, names in enumerate(spec) if names)
+            local = np.concatenate(arrays, axis=sharded_axis)
+            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), local)
+
+        arrays = jax.tree.map(together, batch_specs(type(parts[0])), *parts)
+        return BatchOfStep(arrays, step, self.schedule.group(step), self.tokens(rows))
+
+    def iterate(self, start: int, stop: int):
+        """Batches of steps start..stop-1, prepared in a thread while the device computes."""
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            pending = []
+            try:
+                for step in range(start, min(start + PREFETCH, stop)):
+                    pending.append(executor.submit(self.at, step))
+                for step in range(start, stop):
+                    batch = pending.pop(0).result()
+                    if step + PREFETCH < stop:
+                        pending.append(executor.submit(self.at, step + PREFETCH))
+                    yield batch
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def sample_steps(self, most: int) -> list[int]:
+        """At most `most` steps, evenly spaced over the run."""
+        sample = np.linspace(0, self.schedule.steps - 1, min(most, self.schedule.steps))
+        return np.unique(sample.astype(int)).tolist()
+
+    def mean_tokens_of(self, steps: list[int]) -> float:
+        """Real tokens of a global batch, in the mean over these steps."""
+        return float(np.mean([self.tokens(self.schedule.rows(step)) for step in steps]))
+
+    def tokens(self, rows: np.ndarray) -> int:
+        """Real tokens of these rows of the schedule."""
+        raise NotImplementedError
+
+    def device_parts(self, step: int, rows: np.ndarray, positions: list[int]) -> list:
+        """Batches of NumPy arrays: what each of these mesh positions gets of the rows of a step."""
+        raise NotImplementedError
+
+    def own(self, rows: np.ndarray, position: int) -> np.ndarray:
+        """The rows of a mesh position."""
+        return rows[position * self.per_device : (position + 1) * self.per_device]
+
+
+class PairBatches(Batches):
+    """Batches of pairs, whose texts share packed rows.
+
+    Row counts come from a few buckets, chosen from the data spec alone, so every process agrees on
+    the shape of a step without talking to the others.
     """
 
     def __init__(
@@ -90,21 +186,17 @@ class Batches:
         schedule: Schedule,
         mesh: jax.sharding.Mesh,
         row_length: int,
-        slots: int,
+        texts_per_row: int,
         pad_id: int,
         chunk_rows: int = 0,
         negatives: int = 0,
     ):
         """
         Args:
-          chunk_rows: rows that a device encodes at a time, at most; 0: all of them.
+          chunk_rows: as of `Batches`.
           negatives: hard negatives of a pair (N), at most: the first of those it has.
         """
-        if schedule.batch_size % mesh.size:
-            raise UserError(
-                f"batch_size={schedule.batch_size} is not divisible by the {mesh.size} devices of "
-                f"the mesh; choose a multiple of {mesh.size}"
-            )
+        super().__init__(schedule, mesh, chunk_rows)
         self.negatives = negatives
         used = [store.lengths, store.negative_lengths] if negatives else [store.lengths]
         longest = max(int(lengths.max(initial=0)) for lengths in used)
@@ -114,26 +206,19 @@ class Batches:
                 f"({longest} tokens); raise it or prepare with shorter texts"
             )
         self.store = store
-        self.schedule = schedule
-        self.mesh = mesh
         self.row_length = row_length
-        self.slots = slots
+        self.texts_per_row = texts_per_row
         self.pad_id = pad_id
-        self.chunk_rows = chunk_rows
-        self.pairs_per_device = schedule.batch_size // mesh.size
         affordable = SAMPLED_TEXTS // ((2 + negatives) * schedule.batch_size)
-        affordable = max(SAMPLED_STEPS, affordable)
-        sample = np.linspace(0, schedule.steps - 1, min(affordable, schedule.steps))
-        sample = np.unique(sample.astype(int)).tolist()
+        sample = self.sample_steps(max(SAMPLED_STEPS, affordable))
         self.buckets = choose_buckets(
-            [max(packing.rows for packing in self._packings(step)[1]) for step in sample],
-            None if len(sample) == schedule.steps else (2 + negatives) * self.pairs_per_device,
+            [self._rows_needed(self._packings(self.schedule.rows(step))) for step in sample],
+            None if len(sample) == schedule.steps else (2 + negatives) * self.per_device,
             chunk_rows,
         )
         # A shape is a compilation; nobody waits for a fifth one by surprise.
         assert len(self.buckets) <= MAX_BUCKETS
-        # Real tokens per global batch, for estimates.
-        self.mean_tokens = float(np.mean([self._tokens(schedule.rows(s)) for s in sample]))
+        self.mean_tokens = self.mean_tokens_of(sample)  # for estimates
 
     def _hard(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(mask [rows, N], places of the chosen ones in the store's arrays, row by row)."""
@@ -143,57 +228,50 @@ class Batches:
         places_BN = starts[:, None] + np.arange(self.negatives)
         return mask_BN, places_BN[mask_BN]
 
-    def _tokens(self, rows: np.ndarray) -> int:
+    def tokens(self, rows: np.ndarray) -> int:
         """Real tokens of these pairs, their hard negatives included."""
         _, places = self._hard(rows)
         return int(self.store.lengths[rows].sum() + self.store.negative_lengths[places].sum())
 
-    def _packings(self, step: int):
-        """Rows of the store and, for every device of the mesh, the packing of its texts.
+    def _packings(self, rows: np.ndarray) -> list:
+        """For every device of the mesh, the packing of its texts.
 
         A device's texts are its queries, then its documents, then the hard negatives of its first
         pair, of its second, ...
         """
-        rows = self.schedule.rows(step)
         packings = []
-        for own_rows in rows.reshape(self.mesh.size, -1):
+        for position in range(self.mesh.size):
+            own_rows = self.own(rows, position)
             _, places = self._hard(own_rows)
             lengths = [
                 self.store.lengths[own_rows].T.reshape(-1),
                 self.store.negative_lengths[places],
             ]
-            packings.append(pack(np.concatenate(lengths), self.row_length, self.slots))
-        return rows, packings
+            packings.append(pack(np.concatenate(lengths), self.row_length, self.texts_per_row))
+        return packings
 
-    def at(self, step: int) -> BatchArrays:
-        """Arrays of step `step` (0-based); reads only the pairs of this process's devices."""
-        rows, packings = self._packings(step)
-        needed = max(packing.rows for packing in packings)
+    def _rows_needed(self, packings: list) -> int:
+        return max(packing.rows for packing in packings)
+
+    def device_parts(self, step: int, rows: np.ndarray, positions: list[int]) -> list[PairBatch]:
+        packings = self._packings(rows)
+        needed = self._rows_needed(packings)
         bucket = next(bucket for bucket in self.buckets if bucket >= needed)
-        parts = [
-            self._device_arrays(rows, packings, position, bucket)
-            for position in local_device_positions(self.mesh)
+        return [
+            self._device_part(self.own(rows, position), packings[position], bucket)
+            for position in positions
         ]
-        arrays = {}
-        for name in parts[0]:
-            is_rows = name.endswith("_CRL")
-            sharding = rows_sharding(self.mesh) if is_rows else batch_sharding(self.mesh)
-            own = np.concatenate([part[name] for part in parts], axis=int(is_rows))
-            arrays[name] = jax.make_array_from_process_local_data(sharding, own)
-        return BatchArrays(arrays, step, self.schedule.group(step), self._tokens(rows))
 
-    def _device_arrays(self, rows, packings, position: int, bucket: int) -> dict[str, np.ndarray]:
-        pairs = self.pairs_per_device
-        own_rows = rows[position * pairs : (position + 1) * pairs]
+    def _device_part(self, own_rows: np.ndarray, packing, bucket: int) -> PairBatch:
+        pairs = self.per_device
         sequences = self.store.read(own_rows)
         texts = [pair[0] for pair in sequences] + [pair[1] for pair in sequences]
         for pair in sequences:
             texts += pair[2 : 2 + self.negatives]
-        packing = packings[position]
         rows_RL = fill_rows(packing, texts, bucket, self.row_length, self.pad_id)
         shape = (*in_chunks(bucket, self.chunk_rows), self.row_length)
         token_CRL, text_index_CRL, position_CRL = (array.reshape(shape) for array in rows_RL)
-        slot = packing.slot(self.slots)
+        slot = packing.slot(self.texts_per_row)
         content = self.store.content_ids[own_rows]
         mask_BN, places = self._hard(own_rows)
         # Where a pair has fewer, the place is never read: any slot will do.
@@ -203,34 +281,66 @@ class Batches:
         document_id_BM2 = np.zeros((*document_slot_BM.shape, 2), np.int32)
         document_id_BM2[:, 0] = content[:, 1]
         document_id_BM2[:, 1:][mask_BN] = self.store.negative_ids[places]
-        return {
-            "token_CRL": token_CRL,
-            "text_index_CRL": text_index_CRL,
-            "position_CRL": position_CRL,
-            "query_slot_B": slot[:pairs],
-            "document_slot_BM": document_slot_BM,
-            "query_id_B2": content[:, 0],
-            "document_id_BM2": document_id_BM2,
-            "valid_BM": np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
-        }
-
-    def iterate(self, start: int, stop: int):
-        """Batches of steps start..stop-1, prepared in a thread while the device computes."""
-        return prefetched(self.at, start, stop)
+        return PairBatch(
+            token_CRL=token_CRL,
+            text_index_CRL=text_index_CRL,
+            position_CRL=position_CRL,
+            query_slot_B=slot[:pairs],
+            document_slot_BM=document_slot_BM,
+            query_id_B2=content[:, 0],
+            document_id_BM2=document_id_BM2,
+            valid_BM=np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
+        )
 
 
-def prefetched(at, start: int, stop: int):
-    """`at(step)` of steps start..stop-1, called in a thread some steps ahead."""
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        pending = []
-        try:
-            for step in range(start, min(start + PREFETCH, stop)):
-                pending.append(executor.submit(at, step))
-            for step in range(start, stop):
-                batch = pending.pop(0).result()
-                if step + PREFETCH < stop:
-                    pending.append(executor.submit(at, step + PREFETCH))
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
+class MaskedBatches(Batches):
+    """Batches of rows of documents, with tokens masked. All batches have one shape.
+
+    Attributes:
+      chunks, rows: chunks of a batch, and rows of a device in each.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        table: RowTable,
+        schedule: Schedule | MixedSchedule,
+        mesh: jax.sharding.Mesh,
+        masking: Masking,
+        vocabulary,
+        seed: int,
+        chunk_rows: int = 0,
+    ):
+        super().__init__(schedule, mesh, chunk_rows)
+        self.store, self.table = store, table
+        self.masking, self.vocabulary, self.seed = masking, vocabulary, seed
+        self.chunks, self.rows = in_chunks(self.per_device, chunk_rows)
+        self.mean_tokens = self.mean_tokens_of(self.sample_steps(SAMPLED_STEPS))  # for estimates
+
+    def tokens(self, rows: np.ndarray) -> int:
+        return self.table.tokens(rows)
+
+    def device_parts(self, step: int, rows: np.ndarray, positions: list[int]) -> list[MaskedBatch]:
+        return [
+            self.masked_rows(self.own(rows, position), step, position * self.per_device)
+            for position in positions
+        ]
+
+    def masked_rows(self, rows: np.ndarray, step: int, first: int) -> MaskedBatch:
+        """These rows with tokens masked; `rows[i]` is row `first` + i of the global batch."""
+        numbers = np.unique(self.table.document[self.table.pieces(rows)])
+        read = self.store.read(numbers)
+        documents = {n: ids for n, (ids,) in zip(numbers.tolist(), read, strict=True)}
+        filled = []
+        for i, row in enumerate(rows.tolist()):
+            token_L, text_index_L, position_L = self.table.fill(row, documents, self.vocabulary)
+            token_L, column_P, target_P = self.masking.hide(token_L, self.seed, step, first + i)
+            filled.append((token_L, text_index_L, position_L, column_P, target_P))
+        spare = MaskedBatch(self.vocabulary.pad_id, PADDING, 0, 0, PADDING)
+
+        def in_chunks_of(spare, *rows):
+            array = np.full((self.chunks * self.rows, len(rows[0])), spare, np.int32)
+            array[: len(rows)] = rows
+            return array.reshape(self.chunks, self.rows, -1)
+
+        return jax.tree.map(in_chunks_of, spare, *(MaskedBatch(*row) for row in filled))

@@ -1,11 +1,22 @@
 """The held-out retrieval sets of the prepared data: `retrieval/<set>/<language>` BEIR folders."""
 
+import dataclasses
 import pathlib
 
 from moe_embed_jax.data.checksums import verify_checksums
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
 from moe_embed_jax.evaluation.retrieval import evaluate_many
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a run is judged by: its key in evaluations.jsonl, and how a picture presents it."""
+
+    key: str
+    name: str
+    subject: str  # what is measured: "retrieval"
+    is_log: bool  # the axis of the picture
 
 
 def load_heldout(data_dir, is_optional: bool = False) -> dict[str, RetrievalSet]:

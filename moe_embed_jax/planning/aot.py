@@ -17,14 +17,14 @@ from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.roofline import Times
 from moe_embed_jax.planning.steps import Step, make_step
 from moe_embed_jax.training import init
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The prediction for one step. `memory`, `cost`, `times` are None where `exhausted` is not."""
 
-    config: RunConfig
+    config: Run
     topology: str
     chip: Chip
     mesh: str
@@ -74,7 +74,7 @@ class Plan:
 
 
 def compile_plan(
-    config: RunConfig,
+    config: Run,
     topology: str,
     chip: Chip,
     devices: list,

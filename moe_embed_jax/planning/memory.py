@@ -5,8 +5,8 @@ import re
 
 import jax
 
-from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.sharding import path_of
+from moe_embed_jax.stages.registry import STAGES
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)B?"
@@ -133,16 +133,8 @@ def advice(config, step: str, space: str, dominant: str | None) -> list[str]:
     if rows != 1:
         smaller = f"model.remat_rows={rows // 2 or 64}"
         activations.append(f"{smaller}: activations of fewer rows at a time, the same numbers")
-    chunk = f"data.chunk_rows={config.data.chunk_rows // 2 or 4 * (rows // 2 or 64)}"
-    cost = "GradCache, a third forward pass in place of the blocks' inputs"
-    if config.objective == MASKED_LM and not config.model.num_moe_layers:
-        cost = "gradients added up over more chunks"
-    activations.append(f"{chunk}: {cost}")
-    if config.objective == MASKED_LM:
-        at_once = config.loss.predictions_at_once
-        activations.append(
-            f"loss.predictions_at_once={max(at_once // 2, 1)}: fewer logits at a time"
-        )
+    chunk_rows = config.data.chunk_rows // 2 or 4 * (rows // 2 or 64)
+    activations += STAGES[config.objective].memory_advice(config, chunk_rows)
     more = ["more chips, or a smaller batch_size"]
     if dominant in ("parameters", "optimiser state"):
         return sharding + activations + more

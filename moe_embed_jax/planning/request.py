@@ -4,7 +4,7 @@ import dataclasses
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning.topology import parse_topology
-from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
+from moe_embed_jax.training.run_config import PAGES, Run
 
 NOT_NEEDED = "not needed to plan"
 MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
@@ -13,39 +13,32 @@ STEPS = ("train", "encode", "knn")  # the keys of steps.STEPS
 
 class _Planned:
     """A run of which nothing but shapes matters: its vocabulary, its pairs and the model that it
-    starts from need not exist. The architecture is the page's."""
+    starts from need not exist. The architecture is the config's."""
 
     def __post_init__(self):
-        vocabulary = self.data.vocabulary
+        data, vocabulary = self.data, self.data.vocabulary
         if vocabulary.kind == "file" and not vocabulary.path and not self.init.source:
-            vocabulary = dataclasses.replace(vocabulary, path=NOT_NEEDED)
-            self._replace_data(vocabulary=vocabulary)
+            data = dataclasses.replace(
+                data, vocabulary=dataclasses.replace(vocabulary, path=NOT_NEEDED)
+            )
+        if getattr(data, "negatives", 0) > 0 and not data.pairs:  # runs need pairs that have some
+            data = dataclasses.replace(data, pairs=NOT_NEEDED)
+        object.__setattr__(self, "data", data)
         object.__setattr__(self, "init", dataclasses.replace(self.init, required=False))
         super().__post_init__()
 
-    def _replace_data(self, **changes) -> None:
-        object.__setattr__(self, "data", dataclasses.replace(self.data, **changes))
+
+def _planned(page: type[Run]) -> type[Run]:
+    made = type(f"Planned{page.__name__}", (_Planned, page), {})
+    return dataclasses.dataclass(frozen=True)(made)
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRun(_Planned, RunConfig):
-    def __post_init__(self):
-        if self.data.negatives > 0 and not self.data.pairs:
-            self._replace_data(pairs=NOT_NEEDED)
-        super().__post_init__()
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedMaskedRun(_Planned, MaskedRunConfig):
-    pass
-
-
-PLANNED_PAGES = {page.objective: page for page in (PlannedRun, PlannedMaskedRun)}
+PLANNED_PAGES = {objective: _planned(page) for objective, page in PAGES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a config does not say. Token counts are means over texts; see `workload`."""
+    """What a config does not say. Token counts are means over texts."""
 
     query_tokens: float
     document_tokens: float

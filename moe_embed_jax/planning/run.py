@@ -13,10 +13,10 @@ from moe_embed_jax.planning.aot import Plan, compile_plan
 from moe_embed_jax.planning.report import print_plan, to_json, to_markdown
 from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.planning.topology import topology_devices
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import Run
 
 
-def run(config: RunConfig, topologies: list[str], assumed: Assumptions, arguments) -> None:
+def run(config: Run, topologies: list[str], assumed: Assumptions, arguments) -> None:
     """`arguments`: the flags of launch/plan.py, of which `request.check_flags` made the rest."""
     console = Console(width=110, soft_wrap=True, highlight=False)
     plans = []
@@ -32,13 +32,11 @@ def run(config: RunConfig, topologies: list[str], assumed: Assumptions, argument
         save_picture(plans[0], arguments.picture)
 
 
-def _plan(
-    config: RunConfig, topology: str, assumed: Assumptions, arguments, console: Console
-) -> Plan:
+def _plan(config: Run, topology: str, assumed: Assumptions, arguments, console: Console) -> Plan:
     """The plan for one topology, printed; with --search, that of the fastest setting."""
     chip, devices = topology_devices(topology)
 
-    def plan_of(candidate: RunConfig) -> Plan:
+    def plan_of(candidate: Run) -> Plan:
         return compile_plan(candidate, topology, chip, devices, arguments.step, assumed)
 
     plan = None

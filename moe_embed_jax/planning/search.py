@@ -19,7 +19,7 @@ from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.planning.report import to_json
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import Run
 
 # (data.chunk_rows, model.remat_rows), those that need least memory first; 0 is all rows. They are
 # rows of 256 tokens: of longer ones proportionally fewer.
@@ -29,7 +29,7 @@ EXPERT = (1, 2, 4, 8)
 RESULT_KEYS = ("fits", "rows", "predicted_step_seconds")  # of a plan, which a search reads
 
 
-def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
+def mesh_candidates(config: Run, chips: int) -> list[Run]:
     """Meshes that divide the chips and the experts, in the setting of least memory."""
     experts = EXPERT if config.model.num_moe_layers else (1,)
     meshes = [
@@ -41,12 +41,12 @@ def mesh_candidates(config: RunConfig, chips: int) -> list[RunConfig]:
     return [_setting(config, mesh, *SETTINGS[0]) for mesh in meshes]
 
 
-def setting_candidates(config: RunConfig) -> list[RunConfig]:
+def setting_candidates(config: Run) -> list[Run]:
     """All SETTINGS on the mesh of `config`."""
     return [_setting(config, config.mesh, *setting) for setting in SETTINGS]
 
 
-def _setting(config: RunConfig, mesh: MeshConfig, chunk_rows: int, remat_rows: int) -> RunConfig:
+def _setting(config: Run, mesh: MeshConfig, chunk_rows: int, remat_rows: int) -> Run:
     longer = max(config.data.row_length // 256, 1)
     chunk_rows, remat_rows = (-(-rows // longer) for rows in (chunk_rows, remat_rows))
     model = dataclasses.replace(config.model, remat_rows=remat_rows)
@@ -54,7 +54,7 @@ def _setting(config: RunConfig, mesh: MeshConfig, chunk_rows: int, remat_rows: i
     return dataclasses.replace(config, mesh=mesh, model=model, data=data)
 
 
-def search(config: RunConfig, chips: int, plan_of, identity: dict, cache_path, console: Console):
+def search(config: Run, chips: int, plan_of, identity: dict, cache_path, console: Console):
     """(config, plan) of the fastest candidate that fits, after a table of them all; (None, None) if
     none does. The plan is None if the cache had the candidate.
 
@@ -82,17 +82,17 @@ class _Tried:
     def __init__(self, plan_of, cache: "_Cache"):
         self.plan_of = plan_of
         self.cache = cache
-        self.rows: list[tuple[RunConfig, dict]] = []
+        self.rows: list[tuple[Run, dict]] = []
         self.plans = {}
 
-    def run(self, candidates: list[RunConfig], title: str) -> None:
+    def run(self, candidates: list[Run], title: str) -> None:
         known = [candidate for candidate, _ in self.rows]
         for candidate in tqdm([c for c in candidates if c not in known], desc=title, unit=""):
             why = self.why_skip(candidate)
             found = {"fits": False, "why": why} if why else self.find(candidate)
             self.rows.append((candidate, found))
 
-    def why_skip(self, candidate: RunConfig) -> str | None:
+    def why_skip(self, candidate: Run) -> str | None:
         for other, found in self.rows:
             if "why" in found or not _needs_as_much(candidate, other):
                 continue
@@ -102,7 +102,7 @@ class _Tried:
                 return "skipped: the batch has no more rows"
         return None
 
-    def find(self, candidate: RunConfig) -> dict:
+    def find(self, candidate: Run) -> dict:
         found = self.cache.get(candidate)
         if found is None:
             try:
@@ -134,18 +134,18 @@ class _Cache:
         if self.path and self.path.is_file():
             self.known = json_file.read_object(self.path)
 
-    def get(self, config: RunConfig) -> dict | None:
+    def get(self, config: Run) -> dict | None:
         found = self.known.get(self._key(config))
         if found is not None and not _is_result(found):
             raise UserError(f"--cache={self.path}: a result in it is damaged: remove the file")
         return found
 
-    def put(self, config: RunConfig, found: dict) -> None:
+    def put(self, config: Run, found: dict) -> None:
         self.known[self._key(config)] = found
         if self.path:
             save_json(self.path, self.known)
 
-    def _key(self, config: RunConfig) -> str:
+    def _key(self, config: Run) -> str:
         content = json.dumps([self.identity, dataclasses.asdict(config)], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
@@ -155,7 +155,7 @@ def _is_result(found) -> bool:
     return isinstance(found, dict) and all(key in found for key in needs)
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: Run) -> str:
     """The flags that set what a search varies."""
     return (
         f"--set=mesh.fsdp={config.mesh.fsdp} --set=mesh.expert={config.mesh.expert} "
@@ -164,14 +164,14 @@ def describe(config: RunConfig) -> str:
     )
 
 
-def _needs_as_much(candidate: RunConfig, other: RunConfig) -> bool:
+def _needs_as_much(candidate: Run, other: Run) -> bool:
     """Whether `candidate` surely needs as much memory as `other`: the same mesh, and at least as
     many rows at a time."""
     at_least = zip(_limits(candidate), _limits(other), strict=True)
     return candidate.mesh == other.mesh and all(more >= less for more, less in at_least)
 
 
-def _limits(config: RunConfig, rows: float = math.inf) -> tuple[float, ...]:
+def _limits(config: Run, rows: float = math.inf) -> tuple[float, ...]:
     """Rows of a chunk and rows whose activations are kept, of a device that has `rows`.
 
     Keeping all (remat_rows=0) is more than all rows one group of blocks after the other.

@@ -8,20 +8,19 @@ import jax.numpy as jnp
 
 from moe_embed_jax import embedder
 from moe_embed_jax import inference_batches as calls
-from moe_embed_jax.data.masking import most_hidden
+from moe_embed_jax.data.batches import abstract_batch
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, replicated
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.planning.request import Assumptions
-from moe_embed_jax.planning.workload import masked_workload, workload
 from moe_embed_jax.search import knn
 from moe_embed_jax.sharding import rules_for, shardings, with_shardings
-from moe_embed_jax.training import masked_step
+from moe_embed_jax.stages.registry import STAGES
 from moe_embed_jax.training.optimizer import make_optimizer
-from moe_embed_jax.training.overview import head_flops_per_prediction, training_flops_per_token
-from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
+from moe_embed_jax.training.overview import training_flops_per_token
+from moe_embed_jax.training.run_config import Run
 from moe_embed_jax.training.state import abstract_state
-from moe_embed_jax.training.step import StepConfig, abstract_batch, jit_train_step
+from moe_embed_jax.training.step import jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +49,16 @@ class Step:
     notes: tuple[str, ...]
 
 
-def train_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions) -> Step:
-    if config.objective == MaskedRunConfig.objective:
-        return _masked_train_step(config, mesh)
-    load = workload(config, mesh, assumed.query_tokens, assumed.document_tokens)
-    step_config = StepConfig(config.model, config.loss, config.data.texts_per_row)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(step_config, optimizer, mesh)
-    rows = load.rows * mesh.size
-    data = config.data
-    batch = abstract_batch(
-        mesh, config.batch_size, load.chunks, rows, data.row_length, data.negatives
+def train_step(config: Run, mesh, assumed: Assumptions) -> Step:
+    """One update, in the shape that the stage says is typical."""
+    load = STAGES[config.objective].workload(
+        config, mesh, assumed.query_tokens, assumed.document_tokens
     )
-    slots = load.chunks * rows * config.data.row_length
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(load.stage, optimizer, mesh)
+    batch = abstract_batch(mesh, load.stage.Batch, **load.batch_shapes)
     return Step(
-        lower=lambda: jit_train_step(step_config, optimizer, mesh).jitted.lower(state, batch),
+        lower=lambda: jit_train_step(load.stage, optimizer, mesh).jitted.lower(state, batch),
         arguments={
             "parameters": state.params,
             "optimiser state": state.opt_state,
@@ -72,61 +66,20 @@ def train_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions) 
         },
         rows=load.chunks * load.rows,
         chunks=load.chunks,
-        model_flops=training_flops_per_token(config.model) * slots,
-        work="all token slots",
-        real_share=load.tokens / slots,
+        model_flops=load.model_flops,
+        work=load.work,
+        real_share=load.tokens / math.prod(load.batch_shapes["token_CRL"]),
         unit="tokens",
         units=load.tokens,
         repeats=config.steps,
         unknown_trips=1,
-        notes=(
-            f"{config.batch_size} pairs in {load.chunks} chunk(s) of {load.rows} rows of "
-            f"{config.data.row_length} slots per chip; {load.source}",
-        ),
+        notes=(load.note,),
     )
 
 
-def _masked_train_step(config: MaskedRunConfig, mesh) -> Step:
-    load = masked_workload(config, mesh)
-    model, length = config.model, config.data.row_length
-    step_config = masked_step.MaskedStepConfig(model, config.loss, model.vocab_size)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(step_config, optimizer, mesh)
-    rows = load.rows * mesh.size
-    hidden = most_hidden(length, config.loss.mask_rate)
-    batch = masked_step.abstract_batch(mesh, load.chunks, rows, length, hidden)
-    slots = load.chunks * rows * length
-    predictions = load.chunks * rows * hidden
-    jitted = masked_step.jit_train_step(step_config, optimizer, mesh).jitted
-    return Step(
-        lower=lambda: jitted.lower(state, batch),
-        arguments={
-            "parameters": state.params,
-            "optimiser state": state.opt_state,
-            "batch": batch,
-        },
-        rows=load.chunks * load.rows,
-        chunks=load.chunks,
-        model_flops=training_flops_per_token(model) * slots
-        + head_flops_per_prediction(model) * predictions,
-        work="all token slots, and predictions",
-        real_share=load.tokens / slots,
-        unit="tokens",
-        units=load.tokens,
-        repeats=config.steps,
-        unknown_trips=1,
-        notes=(
-            f"{config.batch_size} rows of {length} slots, in {load.chunks} chunk(s) of {load.rows} "
-            f"per chip; {predictions:,} predictions; {load.source}",
-        ),
-    )
-
-
-def encode_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions) -> Step:
+def encode_step(config: Run, mesh, assumed: Assumptions) -> Step:
     """One full call of `Embedder.encode` for documents."""
-    data = config.data
-    is_masked = config.objective == MaskedRunConfig.objective
-    row_length = calls.row_length_of(data.row_length if is_masked else data.document_length)
+    row_length = calls.row_length_of(STAGES[config.objective].longest_document(config))
     (rows,) = calls.call_rows(
         max(calls.TOKENS_PER_CALL // row_length, 1) * mesh.size, row_length, mesh.size
     )
@@ -152,7 +105,7 @@ def encode_step(config: RunConfig | MaskedRunConfig, mesh, assumed: Assumptions)
     )
 
 
-def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
+def knn_step(config: Run, mesh, assumed: Assumptions) -> Step:
     """One block of queries against all documents, which are all on the chips (`search.knn`)."""
     width, count = config.model.width, assumed.documents
     layout = knn.document_layout(count, mesh.size, load=None)
@@ -192,7 +145,7 @@ def knn_step(config: RunConfig, mesh, assumed: Assumptions) -> Step:
 STEPS = {"train": train_step, "encode": encode_step, "knn": knn_step}
 
 
-def make_step(name: str, config: RunConfig, mesh, assumed: Assumptions) -> Step:
+def make_step(name: str, config: Run, mesh, assumed: Assumptions) -> Step:
     """`name`: a key of STEPS."""
     if name not in STEPS:
         raise UserError(f"--step={name}: choose from {', '.join(STEPS)}")

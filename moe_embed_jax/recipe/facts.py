@@ -6,6 +6,8 @@ import pathlib
 import numpy as np
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.evaluation.heldout_documents import HeldOutDocuments, geometric_mean
+from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.json_file import read_object
@@ -14,10 +16,8 @@ from moe_embed_jax.pairs.manifest import read_manifest
 from moe_embed_jax.recipe.page import STAGES
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step
-from moe_embed_jax.training.journal import main_loss
-from moe_embed_jax.training.masked_report import geometric_mean
+from moe_embed_jax.stages.registry import STAGES as STAGE_OF
 from moe_embed_jax.training.records import METRICS_FILE, read_records
-from moe_embed_jax.training.report import METRIC
 from moe_embed_jax.training.workdir import RESULTS_FILE
 
 WHOLE = "all"  # dimensions
@@ -58,7 +58,7 @@ class Facts:
     def ndcg(self, model: str, dim: str, name: str) -> float | None:
         of_model = self.scores.get(model, {})
         found = of_model.get(WHOLE if model == BM25 else dim, {}).get(name)
-        return None if found is None else found[METRIC]
+        return None if found is None else found[HeldOutRetrieval.metric.key]
 
 
 def collect(steps: list[Step], workdir: pathlib.Path) -> Facts:
@@ -89,15 +89,20 @@ def _training(folder: pathlib.Path) -> Training:
     records = read_records(folder / METRICS_FILE)
     results = read_object(folder / RESULTS_FILE)
     columns = sorted(results, key=lambda name: name == TRAINED)  # before and after
-    masked = card["objective"] == "masked_lm"
+    stage = STAGE_OF[card["objective"]]
+    perplexity = {
+        name: geometric_mean(results[name].values())
+        for name in columns
+        if all(HeldOutDocuments.metric.key in metrics for metrics in results[name].values())
+    }
     return Training(
         total,
         active,
         card["batch_size"],
-        "rows" if masked else "pairs",
-        np.array([main_loss(record) for record in records]),
+        stage.unit,
+        np.array([record[stage.loss_name] for record in records]),
         sum(int(record["tokens"]) for record in records),
-        {name: geometric_mean(results[name].values()) for name in columns} if masked else {},
+        perplexity,
     )
 
 

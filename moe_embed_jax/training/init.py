@@ -12,14 +12,12 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.json_file import read_object
-from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.tokenizers.files import find_tokenizer
-from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig, VocabularyConfig
-from moe_embed_jax.training.state import HEAD
+from moe_embed_jax.training.run_config import Run, VocabularyConfig
 
 # What a config says about a model that came from elsewhere: how it is computed, not what it is.
 COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
@@ -69,7 +67,7 @@ def _replaced(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> tup
     return resolved, differences(dataclasses.asdict(config), dataclasses.asdict(resolved))
 
 
-def upcycle_config(config: RunConfig) -> UpcycleConfig:
+def upcycle_config(config: Run) -> UpcycleConfig:
     """The upcycling of `init`, with the experts of the page's `model`."""
     model, init = config.model, config.init
     return UpcycleConfig(
@@ -82,11 +80,12 @@ def upcycle_config(config: RunConfig) -> UpcycleConfig:
     )
 
 
-def initial_params(config: RunConfig | MaskedRunConfig, mesh: jax.sharding.Mesh) -> dict | None:
-    """Parameters of `init.source` in their shardings (upcycled if so said); None: random ones.
+def initial_params(config: Run, mesh: jax.sharding.Mesh) -> dict | None:
+    """Parameters of `init.source` in their shardings, upcycled if the config asks for it; None:
+    random ones.
 
-    With those of its language-model head, if it has one and the run trains it. `config` is
-    resolved. Every process reads the whole source.
+    {"encoder": ...}, and "head" if the source has a language-model head. `config` is resolved.
+    Every process reads the whole source.
     """
     if not config.init.source:
         return None
@@ -98,8 +97,8 @@ def initial_params(config: RunConfig | MaskedRunConfig, mesh: jax.sharding.Mesh)
         loaded = opened.load(single_device_mesh())
         _, params = upcycle(loaded.model, loaded.params, upcycle_config(config))
         params = place(params, config.model, mesh)
-    if config.objective == MASKED_LM and loaded.mlm_head is not None:
-        everywhere = replicated(mesh)
-        head = jax.tree.map(lambda a: to_devices(np.asarray(a), everywhere), loaded.mlm_head)
-        params = params | {HEAD: head}
-    return params
+    if loaded.mlm_head is None:
+        return {"encoder": params}
+    everywhere = replicated(mesh)
+    head = jax.tree.map(lambda a: to_devices(np.asarray(a), everywhere), loaded.mlm_head)
+    return {"encoder": params, "head": head}

@@ -14,12 +14,12 @@ from moe_embed_jax.mesh import make_mesh
 from moe_embed_jax.model_folder import CHECKPOINTS
 from moe_embed_jax.ownership import own
 from moe_embed_jax.processes import process_0_first, true_anywhere
+from moe_embed_jax.stages.registry import STAGES
 from moe_embed_jax.training import init
 from moe_embed_jax.training import workdir as workdir_module
-from moe_embed_jax.training.contrastive import Contrastive
+from moe_embed_jax.training.evaluation import Evaluator
 from moe_embed_jax.training.health import Health
-from moe_embed_jax.training.journal import Journal
-from moe_embed_jax.training.masked_lm import MaskedLM
+from moe_embed_jax.training.metric_writer import MetricWriter
 from moe_embed_jax.training.optimizer import learning_rates, make_optimizer
 from moe_embed_jax.training.records import (
     CHECKSUMS,
@@ -29,19 +29,18 @@ from moe_embed_jax.training.records import (
     continue_records,
     read_records,
 )
-from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
+from moe_embed_jax.training.run_config import Run
 from moe_embed_jax.training.state import (
     abstract_state,
     create_state,
-    from_items,
+    restore_state,
     state_from_params,
     to_items,
 )
+from moe_embed_jax.training.step import jit_train_step
 
-OBJECTIVES = {RunConfig.objective: Contrastive, MaskedRunConfig.objective: MaskedLM}
 
-
-def train(config: RunConfig | MaskedRunConfig, workdir) -> bool:
+def train(config: Run, workdir) -> bool:
     """Trains what the config says, in `workdir`, resuming if there is a checkpoint.
 
     Returns True when all steps are done, False when SIGTERM ended the run early (its state is
@@ -51,7 +50,7 @@ def train(config: RunConfig | MaskedRunConfig, workdir) -> bool:
       Interrupted: Ctrl-C did that.
       UserError: another process trains in `workdir`, among others.
     """
-    with contextlib.ExitStack() as on_exit:  # whatever happens, finish saving and the journal
+    with contextlib.ExitStack() as on_exit:  # whatever happens, finish saving and writing
         return _train(config, pathlib.Path(workdir), on_exit)
 
 
@@ -69,70 +68,72 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         "owner", lambda: on_exit.enter_context(own(workdir, inside=True)) if is_writer else None
     )
     process_0_first("claim", lambda: workdir_module.claim(workdir, config, write=is_writer))
-    objective = OBJECTIVES[config.objective](config, workdir, mesh, is_writer)
-    batches, data_spec, step_config = objective.batches, objective.data_spec, objective.step_config
-    train_step = objective.jit_train_step(optimizer)
+    run = STAGES[config.objective].open(config, workdir, mesh, is_writer)
+    stage = run.stage
+    train_step = jit_train_step(stage, optimizer, mesh)
 
     ### State: the newest checkpoint of this work directory, else fresh
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
     on_exit.callback(checkpoints.close)
-    abstract = to_items(abstract_state(step_config, optimizer, mesh))
-    check_data = functools.partial(workdir_module.check_data_spec, current=data_spec)
-    restored = checkpoints.restore_newest(check_data, **abstract)
+    restore = functools.partial(restore_state, checkpoints, abstract_state(stage, optimizer, mesh))
+    check_data = functools.partial(workdir_module.check_data_spec, current=run.data_spec)
+    restored = checkpoints.restore_newest(check_data, restore)
     if restored is None:
         start, saved = 0, {}
         params = init.initial_params(config, mesh)
         if params is None:
-            state = create_state(step_config, optimizer, mesh, config.seed)
+            state = create_state(stage, optimizer, mesh, config.seed)
         else:
-            state = state_from_params(step_config, optimizer, mesh, params, config.seed)
+            state = state_from_params(stage, optimizer, mesh, params, config.seed)
     else:
-        start, saved, items = restored
-        state = from_items(items)
-
-    def save(step: int) -> None:
-        health.check_state(step, state)
-        if is_writer:
-            owner.check()
-            journal.sync()
-        about = data_spec | {CHECKSUMS: checksums(workdir) if is_writer else {}}  # process 0 writes
-        checkpoints.save(step, about, **to_items(state))
+        start, saved, state = restored
 
     ### Say what will happen
     if is_writer:
-        print(objective.describe(), flush=True)
+        print(run.describe(), flush=True)
         if config.init.source:
             upcycled = f", upcycled ({config.init.upcycle})" if config.init.upcycle else ""
             print(f"init        {config.init.source}{upcycled}; it decides {', '.join(changed)}")
         if start:
             print(f"resuming    {workdir} after step {start}", flush=True)
-    said = process_0_first(
+
+    ### Records: what the process before this one wrote, and who continues it
+    lines = process_0_first(
         "records",
         lambda: continue_records(workdir, start, saved.get(CHECKSUMS, {})) if is_writer else [],
     )
-    print(*said, sep="\n", end="\n" if said else "", flush=True)
+    print(*lines, sep="\n", end="\n" if lines else "", flush=True)
     recorded = read_records(workdir / EVALUATIONS_FILE) if is_writer else []
-    # By the process before this one.
     is_evaluated = true_anywhere(any(record["step"] == start for record in recorded))
-    judge = objective.judge()
-    on_exit.callback(judge.draw)  # also of a run that is stopped: what there is
+    evaluator = Evaluator(workdir, config, run.held_out(), stage.loss_name, is_writer)
+    on_exit.callback(evaluator.draw)  # also of a run that is stopped: what there is
     rates = learning_rates(config.optimizer, config.steps)
-    journal = Journal(workdir, start, rates, is_writer)
-    on_exit.callback(journal.close)
+    metric_writer = MetricWriter(workdir, start, rates, stage.loss_name, is_writer)
+    on_exit.callback(metric_writer.close)
     recent = read_records(workdir / METRICS_FILE) if is_writer else []
     health = Health(config.health, config.model, config.optimizer.warmup_steps, checkpoints, recent)
 
+    def save(step: int) -> None:
+        health.check_state(step, state)
+        if is_writer:
+            owner.check()
+            metric_writer.sync()
+        # Process 0 writes what is beside the arrays.
+        records = {CHECKSUMS: checksums(workdir) if is_writer else {}}
+        checkpoints.save(step, run.data_spec | records, **to_items(state))
+
     def evaluate(step: int, every_language: bool) -> None:
-        model = objective.trained_model(state)
+        model = run.trained_model(state.params)
         if step == start and is_evaluated:
-            judge.use(model)
+            evaluator.use(model)
             return
-        scores = judge.evaluate(model, step, every_language)
+        scores = evaluator.evaluate(model, step, every_language)
         if not scores:
             return
-        journal.scalars(step, scores)
-        journal.say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-        journal.pause()
+        metric_writer.scalars(step, scores)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        metric_writer.say(f"step {step}: {shown}")
+        metric_writer.pause()
 
     def evaluates(step: int) -> bool:
         return bool(config.eval_every) and step % config.eval_every == 0 and step < config.steps
@@ -143,15 +144,15 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     ### Train
     step = start
     preemption.defer_interrupts()
-    for batch in batches.iterate(start, config.steps):
+    for batch in run.batches.iterate(start, config.steps):
         state, metrics = train_step(state, batch.arrays)
         step = batch.step + 1
-        journal.add(step, batch.group.name, batch.tokens, metrics)
+        metric_writer.add(step, batch.group.name, batch.tokens, metrics)
         is_last = step == config.steps
         stop = preemption.requested(step, config.log_every)
         saves = step % config.checkpoint_every == 0 or is_last or stop
         if step % config.log_every == 0 or saves or evaluates(step):
-            health.check(journal.flush())  # before anything is made of a sick state
+            health.check(metric_writer.flush())  # before anything is made of a sick state
             checkpoints.raise_errors()  # of a save that has not ended, on a full disk for example
         if saves:
             save(step)
@@ -164,13 +165,15 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     if step < config.steps:
         if preemption.interrupted:
             raise Interrupted(f"after step {step}: saved; the same command continues there")
-        journal.say(f"stopped by SIGTERM after step {step}: saved; the same command continues here")
+        metric_writer.say(
+            f"stopped by SIGTERM after step {step}: saved; the same command continues here"
+        )
         return False
 
-    ### Judge the result
+    ### Report
     evaluate(step, every_language=True)
-    journal.close()
-    judge.report()
+    metric_writer.close()
+    evaluator.report()
     return True
 
 

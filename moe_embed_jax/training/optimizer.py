@@ -1,5 +1,7 @@
 """AdamW with the paper's decay mask, warm-up and schedules (paper 4.3 and 4.5)."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,8 @@ def decay_mask(params: dict) -> dict:
 
     def decays(key_path, leaf) -> bool:
         path = path_of(key_path)
-        shape = leaf.shape[1:] if path.startswith(("groups/", "tail/")) else leaf.shape
+        is_stacked = re.search(r"(^|/)(groups|tail)/", path)
+        shape = leaf.shape[1:] if is_stacked else leaf.shape
         return "bias" not in path and sum(n > 1 for n in shape) >= 2
 
     return jax.tree_util.tree_map_with_path(decays, params)

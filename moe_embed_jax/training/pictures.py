@@ -8,18 +8,13 @@ import numpy as np
 matplotlib.use("Agg")  # no display on a TPU VM
 import matplotlib.pyplot as plt
 
+from moe_embed_jax.evaluation.heldout import Metric
 from moe_embed_jax.training import expert_pictures
-from moe_embed_jax.training.journal import main_loss
 from moe_embed_jax.training.run_config import Run
 
 WIDTH = 13.0  # inches
 CURVES_HEIGHT = 3.6  # inches of a row of curves
 MANY = 500  # steps: smaller dots
-# Metric of an evaluation -> what it measures, and its name.
-QUALITIES = {
-    "ndcg_at_10": ("retrieval", "nDCG@10"),
-    "perplexity": ("documents", "pseudo-perplexity"),
-}
 
 
 def draw_report(
@@ -28,6 +23,8 @@ def draw_report(
     records: list[dict],
     evaluations: list[dict],
     share_by_language: dict[str, np.ndarray],
+    loss_name: str,
+    metric: Metric,
 ) -> None:
     """Draws a run, finished or not; what it does not have (experts, evaluations) takes no room.
 
@@ -35,12 +32,13 @@ def draw_report(
       records: lines of metrics.jsonl, of one step at least.
       evaluations: lines of evaluations.jsonl.
       share_by_language: language -> share of assignments [M, E] (M MoE layers); may be empty.
+      loss_name: of the stage's own loss in `records`. metric: of the evaluations.
     """
     has_experts = "expert_load" in records[0]
     maps = expert_pictures.maps(config.model, records, share_by_language) if has_experts else []
-    curves = [lambda axes: _draw_loss(axes, records)]
+    curves = [lambda axes: _draw_loss(axes, records, loss_name)]
     if evaluations:
-        curves.append(lambda axes: _draw_quality(axes, evaluations))
+        curves.append(lambda axes: _draw_evaluations(axes, evaluations, metric))
     curves.append(lambda axes: _draw_rates(axes, config, records))
     if has_experts:
         curves.append(lambda axes: expert_pictures.draw_use(axes, config, records))
@@ -62,11 +60,11 @@ def draw_report(
     plt.close(figure)
 
 
-def _draw_loss(axes, records: list[dict]) -> None:
+def _draw_loss(axes, records: list[dict], loss_name: str) -> None:
     by_source: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         source = record["group"].split("/")[0]
-        by_source.setdefault(source, []).append((record["step"], main_loss(record)))
+        by_source.setdefault(source, []).append((record["step"], record[loss_name]))
     for source, points in by_source.items():
         step, loss = np.array(points, float).T
         axes.plot(step, loss, ".", markersize=_marker_size(records), label=source)
@@ -78,10 +76,8 @@ def _draw_loss(axes, records: list[dict]) -> None:
     axes.legend(fontsize=8, loc=place, markerscale=8 / (1 + _marker_size(records)))
 
 
-def _draw_quality(axes, evaluations: list[dict]) -> None:
+def _draw_evaluations(axes, evaluations: list[dict], metric: Metric) -> None:
     """Mean of the metric over the languages that every evaluation contains."""
-    metrics = [metrics for evaluation in evaluations for metrics in evaluation["sets"].values()]
-    metric = next((m for m in QUALITIES if metrics and m in metrics[0]), "ndcg_at_10")
     names = [set(evaluation["sets"]) for evaluation in evaluations]
     common = set.intersection(*names)
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -89,17 +85,17 @@ def _draw_quality(axes, evaluations: list[dict]) -> None:
         for set_name in sorted({name.split("/")[0] for name in evaluation["sets"]}):
             members = [name for name in evaluation["sets"] if name.split("/")[0] == set_name]
             members = [name for name in members if name in common] or members
-            mean = np.mean([evaluation["sets"][name][metric] for name in members])
+            mean = np.mean([evaluation["sets"][name][metric.key] for name in members])
             curves.setdefault(set_name, []).append((evaluation["step"], mean))
     for set_name, points in curves.items():
         step, value = np.array(points).T
         axes.plot(step, value, "o-", markersize=3, label=set_name)
-    subject, name = QUALITIES[metric]
-    axes.set(title=f"Held-out {subject} (languages of every evaluation)", ylabel=name)
-    if metric == "ndcg_at_10":
-        axes.set_ylim(0, 1)
-    else:
+    title = f"Held-out {metric.subject} (languages of every evaluation)"
+    axes.set(title=title, ylabel=metric.name)
+    if metric.is_log:
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1)
     expert_pictures.steps_along(axes)
     axes.legend(fontsize=8)
 

@@ -72,6 +72,11 @@ class DataConfig:
             "rates": None,  # every task is tokenised; a run's own rates need no new store
         }
 
+    def order(self) -> dict:
+        """What decides the batches beside the content of the token store."""
+        negatives = {"negatives": self.negatives} if self.negatives else {}
+        return {"language_exponent": self.language_exponent, "rates": self.rates, **negatives}
+
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
@@ -285,6 +290,11 @@ class MaskedDataConfig:
             "texts": self.texts,
             "vocabulary": self.vocabulary.preparation(),
         }
+
+    def order(self) -> dict:
+        """What decides the batches beside the content of the token store."""
+        keys = ("language_exponent", "one_language", "row_length", "across_documents")
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclasses.dataclass(frozen=True)

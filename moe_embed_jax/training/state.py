@@ -1,9 +1,4 @@
-"""What a checkpoint of a run holds, and how gradients change it, whatever the objective.
-
-`config` is the step's: of step.py (contrastive) or of masked_step.py. It has the encoder's config
-(`model`), the sharding `rules` of all parameters, and `extra_params(key)`: those beside the
-encoder's ("log_scale" of the contrastive loss, "mlm_head").
-"""
+"""What a checkpoint of a run holds, whatever the stage (stages/stage.py)."""
 
 import dataclasses
 
@@ -13,15 +8,7 @@ import optax
 
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import init_params
-from moe_embed_jax.sharding import (
-    as_moments,
-    optimizer_shardings,
-    shardings,
-    with_shardings,
-)
-
-HEAD = "mlm_head"  # a tree of its own in checkpoints
-LOG_SCALE = "log_scale"  # of use to training alone
+from moe_embed_jax.sharding import optimizer_shardings, shardings, with_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +16,8 @@ LOG_SCALE = "log_scale"  # of use to training alone
 class TrainState:
     """Everything a checkpoint holds. `step` counts finished updates.
 
-    `params` are the encoder's and those of the objective (`extra_params`), side by side.
+    params: "encoder", and what the stage adds (`extra_params`): "head", the language-model
+      head; "log_scale", the learned temperature.
     """
 
     step: jax.Array
@@ -37,91 +25,107 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def encoder_params(params: dict) -> dict:
-    """Those of `TrainState.params` that are the encoder's."""
-    return {name: tree for name, tree in params.items() if name not in (HEAD, LOG_SCALE)}
-
-
 def to_items(state: TrainState) -> dict:
-    """The trees of a checkpoint: the encoder alone and the language-model head, which others read,
-    and all that training needs besides."""
+    """The trees of a checkpoint: `params` (the encoder) and `mlm_head`, which model folders have,
+    and `optimizer`, which only training needs."""
     rest = {"step": state.step, "opt_state": state.opt_state}
-    items = {"params": encoder_params(state.params), "optimizer": rest}
-    if LOG_SCALE in state.params:
-        rest[LOG_SCALE] = state.params[LOG_SCALE]
-    if HEAD in state.params:
-        items[HEAD] = state.params[HEAD]
+    items = {"params": state.params["encoder"], "optimizer": rest}
+    if "head" in state.params:
+        items["mlm_head"] = state.params["head"]
+    if "log_scale" in state.params:
+        rest["log_scale"] = state.params["log_scale"]
     return items
 
 
 def from_items(items: dict) -> TrainState:
     """The inverse of `to_items`."""
-    rest = dict(items["optimizer"])
-    step, opt_state = rest.pop("step"), rest.pop("opt_state")
-    head = {HEAD: items[HEAD]} if HEAD in items else {}
-    return TrainState(step, items["params"] | rest | head, opt_state)
+    rest = items["optimizer"]
+    params = {"encoder": items["params"]}
+    if "mlm_head" in items:
+        params["head"] = items["mlm_head"]
+    if "log_scale" in rest:
+        params["log_scale"] = rest["log_scale"]
+    return TrainState(rest["step"], params, rest["opt_state"])
 
 
-def init_state(config, optimizer, seed: int) -> TrainState:
+def restore_state(checkpoints, abstract: TrainState, step: int) -> TrainState:
+    """The state that `checkpoints` (`Checkpoints`) hold of `step`, in the shapes and shardings of
+    `abstract`.
+
+    Checkpoints of the previous layout are converted: there the optimiser's state had the parts of
+    `params` side by side, in one flat dict.
+    """
+    items = to_items(abstract)
+    if any("encoder/" in path for path in checkpoints.shapes(step, "optimizer")):
+        return from_items(checkpoints.restore(step, **items))
+    opt_state = jax.tree.map(_flat, abstract.opt_state, is_leaf=_is_params)
+    flat = items | {"optimizer": items["optimizer"] | {"opt_state": opt_state}}
+    state = from_items(checkpoints.restore(step, **flat))
+    state.opt_state = jax.tree.map(_nested, abstract.opt_state, state.opt_state, is_leaf=_is_params)
+    return state
+
+
+def _is_params(node) -> bool:
+    """Whether a node of an optimiser's state has the structure of `TrainState.params`."""
+    return isinstance(node, dict) and "encoder" in node
+
+
+def _flat(node):
+    """A tree of parameters in the previous layout; other nodes as they are."""
+    if not _is_params(node):
+        return node
+    beside = {"head": "mlm_head", "log_scale": "log_scale"}
+    return node["encoder"] | {beside[name]: node[name] for name in node if name != "encoder"}
+
+
+def _nested(like, node):
+    """The inverse of `_flat`; `like` is the tree that `_flat` was given."""
+    if not _is_params(like):
+        return node
+    rest = dict(node)
+    parts = {"head": rest.pop("mlm_head", None), "log_scale": rest.pop("log_scale", None)}
+    return {"encoder": rest} | {name: parts[name] for name in like if name != "encoder"}
+
+
+def init_state(stage, optimizer, seed: int) -> TrainState:
     key = jax.random.key(seed)
-    params = init_params(config.model, key) | config.extra_params(jax.random.fold_in(key, 1))
+    extra = stage.extra_params(jax.random.fold_in(key, 1))
+    params = {"encoder": init_params(stage.model, key)} | extra
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_state(config, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(stage, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
-    shapes = jax.eval_shape(lambda: init_state(config, optimizer, 0))
+    shapes = jax.eval_shape(lambda: init_state(stage, optimizer, 0))
     params, opt_state = shapes.params, shapes.opt_state
     placed = TrainState(
         replicated(mesh),
-        shardings(params, config.rules, mesh),
-        optimizer_shardings(optimizer, opt_state, params, config.rules, mesh),
+        shardings(params, stage.rules, mesh),
+        optimizer_shardings(optimizer, opt_state, params, stage.rules, mesh),
     )
     return with_shardings(shapes, placed)
 
 
-def create_state(config, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
+def create_state(stage, optimizer, mesh: jax.sharding.Mesh, seed: int) -> TrainState:
     """A fresh state, initialised in its final sharding; the same numbers on any mesh."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, optimizer, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(config, optimizer, seed), out_shardings=placed)()
+        return jax.jit(lambda: init_state(stage, optimizer, seed), out_shardings=placed)()
 
 
 def state_from_params(
-    config, optimizer, mesh: jax.sharding.Mesh, params: dict, seed: int = 0
+    stage, optimizer, mesh: jax.sharding.Mesh, params: dict, seed: int = 0
 ) -> TrainState:
-    """A state at step 0 around given parameters, which are in their shardings: the encoder's, and
-    those of the objective that there are; the others are made from `seed`."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    extra = config.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
+    """A state at step 0 around given parameters, which are in their shardings.
+
+    Parts of the stage that are missing in `params` are made from `seed`; parts that it does
+    not have are left out.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stage, optimizer, mesh))
+    extra = stage.extra_params(jax.random.fold_in(jax.random.key(seed), 1))
     missing = {name: tree for name, tree in extra.items() if name not in params}
-    params = params | jax.device_put(missing, replicated(mesh))
+    given = {name: tree for name, tree in params.items() if name in ("encoder", *extra)}
+    params = given | jax.device_put(missing, replicated(mesh))
     with jax.set_mesh(mesh):
         opt_state = jax.jit(optimizer.init, out_shardings=placed.opt_state)(params)
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), placed.step), params, opt_state)
-
-
-def updated(config, optimizer, state: TrainState, grads: dict) -> tuple[TrainState, jax.Array]:
-    """(the state after one update, global norm of the gradient)."""
-    grads = as_moments(grads, config.rules)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
-
-
-def jit_step(step, config, optimizer, mesh: jax.sharding.Mesh, batch_shardings):
-    """`step(state, batch) -> (state, metrics)` compiled for the mesh; `state` is donated."""
-    state = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, optimizer, mesh))
-    jitted = jax.jit(
-        step,
-        in_shardings=(state, batch_shardings),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
-
-    def run(state: TrainState, batch):
-        with jax.set_mesh(mesh):
-            return jitted(state, batch)
-
-    run.jitted = jitted
-    return run

@@ -25,7 +25,7 @@ from moe_embed_jax.json_file import read_object
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
 from moe_embed_jax.training.records import CHECKSUMS
-from moe_embed_jax.training.run_config import PAGES, MaskedRunConfig, Run, RunConfig
+from moe_embed_jax.training.run_config import PAGES, Run, RunConfig
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 RESULTS_FILE = "results.json"  # appears when the run is finished
@@ -200,27 +200,13 @@ class _Stop:
         raise SystemExit(0)
 
 
-def data_spec(store: TokenStore, config: RunConfig) -> dict:
+def data_spec(store: TokenStore, config: Run) -> dict:
     """What decides the batches: checkpoints hold it, a resumed run must match it."""
     return {
         "store": store.spec,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "language_exponent": config.data.language_exponent,
-        "rates": config.data.rates,
-        **({"negatives": config.data.negatives} if config.data.negatives else {}),
-        **_devices(config),
-    }
-
-
-def documents_spec(store: TokenStore, config: MaskedRunConfig) -> dict:
-    """`data_spec` of masked language modelling."""
-    keys = ("language_exponent", "one_language", "row_length", "across_documents")
-    return {
-        "store": store.spec,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        **{key: getattr(config.data, key) for key in keys},
+        **config.data.order(),
         **_devices(config),
     }
 

@@ -163,7 +163,7 @@ FAULTS = (
     Fault(
         "checkpoints-are-restored-unchecked",
         "checkpoint.py",
-        "                self.check(step, abstract)\n",
+        "                self.check(step)\n",
         "",
         "test_checkpoint.py -k newest_that_is_whole_is_restored",
     ),

@@ -141,14 +141,14 @@ FAULTS = (
     ),
     Fault(
         "hard-negatives-have-no-tokens",
-        "planning/workload.py",
+        "stages/contrastive.py",
         "tokens = pairs * (query_tokens + documents * document_tokens)",
         "tokens = pairs * (query_tokens + document_tokens)",
         "test_planning.py -k fine_tuning_is_planned",
     ),
     Fault(
         "rows-are-taken-as-full",
-        "planning/workload.py",
+        "stages/contrastive.py",
         "tokens / (PACKED_SHARE * data.row_length)",
         "tokens / data.row_length",
         "test_planning.py -k rows_follow",

@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from moe_embed_jax.training.records import METRICS_FILE, as_line
 
-LOSSES = ("contrastive_loss", "masked_loss")  # of the objectives; `loss` has the balance besides
-
 
 def _import_tensorboard(*modules: str) -> list:
     """Modules of tensorboardX without PyTorch, which it would import where it finds it: seconds and
@@ -70,7 +68,7 @@ class Board:
         self._writer.write_event(_event.Event(wall_time=time.time(), **fields))
 
 
-class Journal:
+class MetricWriter:
     """Collects device metrics without waiting for the device; writes them at `flush`."""
 
     def __init__(
@@ -78,15 +76,18 @@ class Journal:
         workdir: pathlib.Path,
         start_step: int,
         learning_rates: np.ndarray,
+        loss_name: str,
         is_writer: bool,
     ):
         """Appends to the file; `records.continue_records` removes what comes after `start_step`.
 
         Args:
           learning_rates: of every step of the run, which the records repeat.
+          loss_name: of the metric that is shown as the loss: the stage's own, without balance.
           is_writer: process 0 writes; the others only keep time.
         """
         self.is_writer = is_writer
+        self._loss_name = loss_name
         self._learning_rates = learning_rates
         self._pending = []
         self._clock = time.perf_counter()
@@ -140,7 +141,7 @@ class Journal:
                 for name, value in record.items()
                 if isinstance(value, (int, float)) and name != "step"
             }
-            scalars[f"loss_by_source/{source}"] = main_loss(record)
+            scalars[f"loss_by_source/{source}"] = record[self._loss_name]
             if "expert_load" in record:
                 load_E = np.mean(record["expert_load"], axis=0)
                 for expert, share in enumerate(load_E):
@@ -155,7 +156,7 @@ class Journal:
             name: np.mean([record[name] for record in records])
             for name in ("accuracy", "utilisation")
         }
-        shown = {"loss": f"{np.mean([main_loss(record) for record in records]):.3f}"}
+        shown = {"loss": f"{np.mean([record[self._loss_name] for record in records]):.3f}"}
         if "balance" in records[-1]:
             shown["balance"] = f"{np.mean([r['balance'] for r in records]):.2f}"
         shown["acc"] = f"{mean['accuracy']:.2f}"
@@ -184,8 +185,3 @@ class Journal:
         if self.is_writer and not self._file.closed:
             with contextlib.closing(self._board), contextlib.closing(self._file):
                 self._bar.close()
-
-
-def main_loss(record: dict) -> float:
-    """The objective's own loss of a step."""
-    return next(record[name] for name in LOSSES if name in record)

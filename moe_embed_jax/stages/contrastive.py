@@ -1,0 +1,376 @@
+"""Contrastive training on pairs of texts (stages 2 and 3), with InfoNCE over the global batch."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_embed_jax.data.batches import PairBatch, PairBatches, batch_specs
+from moe_embed_jax.data.buckets import in_chunks
+from moe_embed_jax.data.data_spec import token_store_path
+from moe_embed_jax.data.schedule import Group, Schedule, group_weights, mixture_groups
+from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.embedder import Embedder
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.losses.contrast import clip_log_scale, describe_negatives, initial_log_scale
+from moe_embed_jax.losses.infonce import infonce
+from moe_embed_jax.mesh import BATCH_SPEC
+from moe_embed_jax.models.encoder import (
+    EncoderConfig,
+    encode_rows,
+    gather_embeddings,
+    in_compute_dtype,
+)
+from moe_embed_jax.models.pooling import pool_texts, take_texts
+from moe_embed_jax.models.remat import in_pieces
+from moe_embed_jax.pairs.manifest import MANIFEST
+from moe_embed_jax.processes import process_0_first
+from moe_embed_jax.routing.router import balance_loss, routing_metrics
+from moe_embed_jax.sharding import rules_for, specs
+from moe_embed_jax.stages.stage import Workload, check_divisible
+from moe_embed_jax.training import workdir as workdir_module
+from moe_embed_jax.training.overview import (
+    describe_mesh_and_model,
+    describe_schedule,
+    step_seconds,
+    training_flops_per_token,
+)
+from moe_embed_jax.training.run_config import LossConfig, RunConfig
+
+PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
+SAME = "a batch is of one source and language, and there all queries or all documents are one text"
+
+### Loss and parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """The `Stage` (stages/stage.py). `texts_per_row` (S): the most texts that share a row."""
+
+    objective = RunConfig.objective
+    unit = "pairs"
+    loss_name = "contrastive_loss"
+    Batch = PairBatch
+
+    model: EncoderConfig
+    loss: LossConfig
+    texts_per_row: int
+
+    @property
+    def rules(self) -> tuple:
+        """Those of the encoder; the temperature is a scalar and needs none."""
+        return rules_for(self.model)
+
+    def extra_params(self, key: jax.Array) -> dict:
+        del key
+        return {"log_scale": initial_log_scale(self.loss)} if self.loss.learn_temperature else {}
+
+    def clip(self, params: dict) -> dict:
+        if not self.loss.learn_temperature:
+            return params
+        return params | {"log_scale": clip_log_scale(self.loss, params["log_scale"])}
+
+    def loss_and_metrics(self, params: dict, batch: PairBatch) -> tuple[jax.Array, dict]:
+        query_BD, document_BMD, device_statistics = encode_batch(self, params, batch)
+        contrast = infonce(
+            self.loss,
+            query_BD,
+            document_BMD,
+            batch.query_id_B2,
+            batch.document_id_BM2,
+            batch.valid_BM,
+            params.get("log_scale"),
+        )
+        valid_CRL = batch.text_index_CRL >= 0
+        metrics = {
+            "contrastive_loss": contrast.loss,
+            "accuracy": contrast.accuracy,
+            "masked_candidates": contrast.masked,
+            "utilisation": jnp.mean(valid_CRL.astype(jnp.float32)),
+            "tokens": jnp.sum(valid_CRL),
+        }
+        if len(contrast.loss_of_width) > 1:
+            metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
+        if self.loss.learn_temperature:
+            metrics["temperature"] = jnp.exp(-clip_log_scale(self.loss, params["log_scale"]))
+        loss = contrast.loss
+        if device_statistics is not None:
+            statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), device_statistics)
+            over_devices = self.loss.balance_over == "device"
+            balance = balance_loss(device_statistics if over_devices else statistics)
+            loss += self.loss.balance * balance
+            metrics |= {"balance": balance} | routing_metrics(statistics)
+        return loss, metrics | {"loss": loss}
+
+    @classmethod
+    def open(cls, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
+        return ContrastiveRun(config, workdir, mesh, is_writer)
+
+    @classmethod
+    def workload(
+        cls, config: RunConfig, mesh, query_tokens: float, document_tokens: float
+    ) -> Workload:
+        check_divisible(config, mesh)
+        data = config.data
+        rows, tokens, source = _typical_rows(config, mesh, query_tokens, document_tokens)
+        chunks, rows = in_chunks(rows, data.chunk_rows)
+        rows_of_all = (chunks, rows * mesh.size, data.row_length)
+        pairs, documents = config.batch_size, 1 + data.negatives
+        return Workload(
+            stage=cls(config.model, config.loss, data.texts_per_row),
+            chunks=chunks,
+            rows=rows,
+            tokens=tokens,
+            batch_shapes=batch_shapes(rows_of_all, pairs, documents),
+            model_flops=training_flops_per_token(config.model) * math.prod(rows_of_all),
+            work="all token slots",
+            note=f"{pairs} pairs in {chunks} chunk(s) of {rows} rows of {data.row_length} slots "
+            f"per chip; {source}",
+        )
+
+    @staticmethod
+    def longest_document(config: RunConfig) -> int:
+        return config.data.document_length
+
+    @staticmethod
+    def memory_advice(config: RunConfig, chunk_rows: int) -> list[str]:
+        cost = "GradCache, a third forward pass in place of the blocks' inputs"
+        return [f"data.chunk_rows={chunk_rows}: {cost}"]
+
+
+def batch_shapes(rows_CRL: tuple[int, int, int], pairs: int, documents: int) -> dict:
+    """Shapes of the fields of a `PairBatch` of `pairs` (B) pairs with M `documents` each."""
+    return {
+        "token_CRL": rows_CRL,
+        "text_index_CRL": rows_CRL,
+        "position_CRL": rows_CRL,
+        "query_slot_B": (pairs,),
+        "document_slot_BM": (pairs, documents),
+        "query_id_B2": (pairs, 2),
+        "document_id_BM2": (pairs, documents, 2),
+        "valid_BM": (pairs, documents),
+    }
+
+
+def encode_batch(stage: Contrastive, params: dict, batch: PairBatch):
+    """(query_BD, document_BMD, routing statistics of every device or None).
+
+    Every device encodes its own rows and takes its own texts from them; devices add up their
+    gradients once, after the last chunk.
+    """
+    model = stage.model
+
+    def local(params, batch: PairBatch):
+        rows = (batch.token_CRL, batch.text_index_CRL, batch.position_CRL)
+        pooled_RSD, statistics = encode_chunks(stage, gather_embeddings(model, params), rows)
+        texts = [take_texts(pooled_RSD, s) for s in (batch.query_slot_B, batch.document_slot_BM)]
+        return *texts, jax.tree.map(lambda leaf: leaf[None], statistics)
+
+    # check_vma is off because the hand-written VJPs return per-device weight gradients; shard_map
+    # itself sums the gradients of parameters over the axes that do not shard them.
+    encoder = params["encoder"]
+    return jax.shard_map(
+        local,
+        in_specs=(specs(encoder, rules_for(model)), batch_specs(PairBatch)),
+        out_specs=BATCH_SPEC,
+        check_vma=False,
+    )(encoder, batch)
+
+
+def encode_chunk(stage: Contrastive, params: dict, rows):
+    """(pooled_RSD, routing statistics) of one device's token_RL, text_index_RL, position_RL."""
+    x_RLD, statistics = encode_rows(stage.model, params, *rows)
+    return pool_texts(stage.model.pooling, x_RLD, rows[1], stage.texts_per_row), statistics
+
+
+def encode_chunks(stage: Contrastive, params: dict, rows_CRL):
+    """(pooled_RSD of the rows of all chunks, statistics); one chunk's activations exist at a time.
+
+    With several chunks this is GradCache (arXiv 2101.06983): the backward pass encodes a chunk
+    again when its gradient is due. Gradients and statistics are those of the whole batch.
+    """
+    chunks = len(rows_CRL[0])
+    rows = [array_CRL.reshape(-1, array_CRL.shape[-1]) for array_CRL in rows_CRL]
+    if chunks == 1:
+        return encode_chunk(stage, params, rows)
+
+    def block(params, _, rows, kept):
+        return *encode_chunk(stage, params, rows), kept
+
+    cast = functools.partial(in_compute_dtype, stage.model)
+    return in_pieces(block, lambda params: params, cast, chunks, params, None, rows)
+
+
+### Data and evaluation of a run
+
+
+class ContrastiveRun:
+    """The `StageRun`: batches of pairs, judged by retrieval."""
+
+    def __init__(self, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
+        self._config, self._mesh = config, mesh
+        store, self._vocabulary = process_0_first(
+            "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
+        )
+        self.stage = Contrastive(config.model, config.loss, config.data.texts_per_row)
+        self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id)
+        self.data_spec = workdir_module.data_spec(store, config)
+        groups = self.batches.schedule.groups
+        self._constant = groups_without_negatives(
+            store, groups, config.batch_size, config.data.negatives
+        )
+        if len(self._constant) == len(groups):
+            alone = "a batch is one pair, and none has hard negatives"
+            raise UserError(
+                f"no pair of {store.folder} has a negative in its batch (batch_size="
+                f"{config.batch_size}, data.negatives={config.data.negatives}): "
+                f"{alone if config.batch_size == 1 else SAME}, so the loss is always 0; use other "
+                "pairs, larger batches or hard negatives"
+            )
+
+    def describe(self) -> str:
+        """Mesh, parameters, data, negatives and an estimate of the time, one line each."""
+        config, batches = self._config, self.batches
+        groups, store = batches.schedule.groups, batches.store
+        shares: dict[str, float] = {}
+        weights = group_weights(groups, config.data.language_exponent)
+        for group, weight in zip(groups, weights, strict=True):
+            shares[group.task] = shares.get(group.task, 0.0) + float(weight)
+        sources = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
+        tokens = batches.mean_tokens
+        at_a_time = f", encoded {batches.chunk_rows} at a time" if batches.chunk_rows else ""
+        flops = training_flops_per_token(config.model) * tokens
+        seconds = step_seconds(config.model, flops, self._mesh)
+        lines = [
+            *describe_mesh_and_model(config.model, self._mesh),
+            f"data        {len(store):,} pairs in {len(groups)} groups of one source and language; "
+            f"batches from {sources}",
+            f"batches     {config.batch_size} pairs, {tokens:,.0f} real tokens on average, in "
+            f"{batches.row_length}-token rows; row counts per device {batches.buckets}{at_a_time}",
+            f"negatives   {describe_negatives(config.loss, config.batch_size, batches.negatives)}",
+        ]
+        if batches.negatives:
+            lines.append(f"hard        {describe_hard_negatives(batches)}")
+        lines.append(describe_schedule(config, self.stage.unit, len(store), seconds))
+        if self._constant:
+            names = ", ".join(group.name for group in self._constant[:5])
+            more = f" and {len(self._constant) - 5} more" if len(self._constant) > 5 else ""
+            lines.append(f"WARNING: the loss of {names}{more} is always 0: {SAME}")
+        return "\n".join(lines)
+
+    def held_out(self):
+        from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval  # not to plan
+
+        config = self._config
+        # A run on a folder of pairs is judged by the sets that lie in its data directory, if any.
+        return HeldOutRetrieval(config.data.dir, bool(config.data.pairs), config.eval_languages)
+
+    def trained_model(self, params: dict) -> Embedder:
+        data = self._config.data
+        lengths = {"query": data.query_length, "document": data.document_length}
+        model, encoder = self._config.model, params["encoder"]
+        return Embedder(model, encoder, self._vocabulary, lengths, self._mesh)
+
+
+def pair_batches(store: TokenStore, config: RunConfig, mesh, pad_id: int) -> PairBatches:
+    data = config.data
+    groups = mixture_groups(store.groups, data.rates)
+    schedule = Schedule(
+        groups, config.batch_size, config.steps, config.seed, data.language_exponent
+    )
+    return PairBatches(
+        store,
+        schedule,
+        mesh,
+        data.row_length,
+        data.texts_per_row,
+        pad_id,
+        data.chunk_rows,
+        data.negatives,
+    )
+
+
+def groups_without_negatives(
+    store: TokenStore, groups: list[Group], batch_size: int, hard_negatives: int
+) -> list[Group]:
+    """The groups whose batches never hold a negative for any pair.
+
+    Args:
+      hard_negatives: of a pair, at most, that the run uses.
+    """
+    without = []
+    for group in groups:
+        first, last = store.negative_starts[[group.start, group.stop]]
+        if hard_negatives and last > first:
+            continue
+        ids_N22 = store.content_ids[group.start : group.stop]
+        # A few rows tell it of nearly every group.
+        if batch_size == 1 or (_same_side(ids_N22[:100]) and _same_side(ids_N22)):
+            without.append(group)
+    return without
+
+
+def _same_side(ids_N22: np.ndarray) -> bool:
+    """Whether all queries, or all documents, are one text."""
+    return bool((ids_N22 == ids_N22[:1]).all(axis=(0, 2)).any())
+
+
+def describe_hard_negatives(batches: PairBatches) -> str:
+    """How many pairs of the run's groups have how many hard negatives."""
+    most = batches.negatives
+    counts = np.diff(batches.store.negative_starts)
+    used = [counts[group.start : group.stop] for group in batches.schedule.groups]
+    pairs_of_count = np.bincount(np.minimum(np.concatenate(used), most), minlength=most + 1)
+    total = pairs_of_count.sum()
+    if not pairs_of_count[1:].any():
+        return (
+            f"WARNING: none of the {total:,} pairs has a hard negative, data.negatives={most} has "
+            "no effect; launch/mine.py finds some"
+        )
+    parts = [
+        f"{pairs:,} ({pairs / total:.1%}) have "
+        + (f"{most} or more" if count == most else str(count or "none"))
+        for count, pairs in reversed(list(enumerate(pairs_of_count.tolist())))
+        if pairs
+    ]
+    return f"of {total:,} pairs " + ", ".join(parts)
+
+
+def _typical_rows(
+    config: RunConfig, mesh, query_tokens: float, document_tokens: float
+) -> tuple[int, float, str]:
+    """(rows of a device, tokens of the global batch, where these numbers come from)."""
+    data = config.data
+    store = _prepared_store(config)
+    if store is not None:
+        batches = pair_batches(store, config, mesh, pad_id=0)
+        needed = batches.mean_tokens / (mesh.size * data.row_length)
+        rows = next(bucket for bucket in batches.buckets if bucket >= needed)
+        source = f"the prepared data in {data.dir} (row counts {batches.buckets})"
+        return rows, batches.mean_tokens, source
+    query_tokens = min(query_tokens, data.query_length)
+    document_tokens = min(document_tokens, data.document_length)
+    pairs = config.batch_size // mesh.size
+    documents = 1 + data.negatives
+    tokens = pairs * (query_tokens + documents * document_tokens)
+    texts = pairs * (1 + documents)
+    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), texts / data.texts_per_row))
+    source = (
+        f"assumed mean lengths of {query_tokens:g} and {document_tokens:g} tokens in rows "
+        f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
+    )
+    return rows, tokens * mesh.size, source
+
+
+def _prepared_store(config: RunConfig) -> TokenStore | None:
+    data = config.data
+    if data.vocabulary.kind == "file" and not pathlib.Path(data.vocabulary.path).is_file():
+        return None  # the store is named by the content of the file
+    if data.pairs and not (pathlib.Path(data.pairs) / MANIFEST).is_file():
+        return None  # and by that of the pairs
+    path = token_store_path(data.preparation(), data.dir)
+    return None if path is None else TokenStore.open(path)
