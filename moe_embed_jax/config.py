@@ -22,10 +22,12 @@ FREE, FREE_IF_DROPLESS = "free", "free if dropless"
 def setting(default, resume: str = "", computes: bool = False):
     """A field of a config dataclass, with what the rest of the package may do with it.
 
-    resume: whether a resumed run may change it. `FREE`: it changes no number by more than rounding.
-      `FREE_IF_DROPLESS`: that holds as long as no expert drops tokens, because the field decides
-      which tokens an expert drops. "": it may not change, as no field without `setting` may.
-    computes: it says how a model is computed, not what the model is.
+    Args:
+      resume: whether a resumed run may change it. `FREE`: it changes no number by more than
+        rounding. `FREE_IF_DROPLESS`: the same, as long as no expert drops tokens, because the field
+        decides which tokens are dropped. "": a resumed run may not change it, like every field
+        without `setting`.
+      computes: it says how a model is computed, not what the model is.
     """
     return dataclasses.field(default=default, metadata={"resume": resume, "computes": computes})
 

@@ -46,9 +46,9 @@ def draw_stages(axes):
     """The pipeline, left to right."""
     label(axes, 0, 61.5, "The pipeline", 11.5, at="left", weight="bold")
     steps = [
-        ("prepare", "raw files to pairs,\nchecked, no copies", TOOL),
+        ("prepare", "raw files to pairs,\nno duplicates", TOOL),
         ("stage 1", "masked language\nmodelling, dense", STAGE),
-        ("filter", "own document near\nits query, or out", TOOL),
+        ("filter", "keeps documents\nnear their query", TOOL),
         ("stage 2", "contrastive;\nexperts upcycled", STAGE),
         ("mine", "hard negatives\nby a teacher", TOOL),
         ("stage 3", "fine-tuning;\nMatryoshka widths", STAGE),
@@ -79,7 +79,7 @@ def draw_texts(axes):
         box(axes, 0, y, 16, 3.6, face="white", edge=TEXTS[i])
         axes.add_patch(Rectangle((0.5, y + 0.5), 0.9, 2.6, color=TEXTS[i]))
         label(axes, 2.2, y + 1.8, text, 8.4, at="left")
-    label(axes, 8, 8.6, "one source and language\nper batch, by step", 8.6, SOFT)
+    label(axes, 8, 8.6, "one source and\nlanguage per batch", 8.6, SOFT)
 
 
 def draw_rows(axes):
@@ -124,12 +124,12 @@ def draw_encoder(axes):
 
 
 def draw_pooling(axes):
-    label(axes, 71.5, 42.6, "one vector a text", 9.5, weight="bold")
+    label(axes, 71.5, 42.6, "one vector per text", 9.5, weight="bold")
     for i, colour in enumerate(TEXTS):
         y = 37 - 4.6 * i
         axes.add_patch(Rectangle((67.2, y), 8.6, 2.4, facecolor=colour, edgecolor="none"))
         axes.add_patch(Rectangle((67.2, y), 3.0, 2.4, facecolor="none", edgecolor=INK, lw=1.1))
-    label(axes, 71.5, 8.6, "mean, unit norm; stage 3:\na part alone works too", 8.6, SOFT)
+    label(axes, 71.5, 8.6, "mean, unit norm; stage 3:\nits first part works alone", 8.6, SOFT)
 
 
 def draw_loss(axes):
@@ -164,7 +164,7 @@ def draw_loss(axes):
         [
             ("#59a14f", "own document"),
             ("#e6edf6", "negative, on any device"),
-            ("#9aa4af", "same content: left out"),
+            ("#9aa4af", "same content: masked"),
         ]
     ):
         y = 16.6 - 2.9 * i
@@ -174,7 +174,7 @@ def draw_loss(axes):
         axes,
         90,
         5.9,
-        "streamed: the scores never\nexist as a whole;\nplus the balance of experts",
+        "streamed: the scores never\nexist as a whole;\nplus the balance loss",
         8.6,
         SOFT,
     )
