@@ -59,7 +59,7 @@ def test_a_training_step_pools_the_texts_own_token(pooling):
     np.testing.assert_allclose(query_BD, np.array(expected), atol=1e-6)
 
     loss, _, packed = test_step.gradients(config, params, batch)
-    alone = dataclasses.replace(config, slots=1)
+    alone = dataclasses.replace(config, texts_per_row=1)
     chunked = test_step.make_batch(slots=1, chunks=2)
     other_loss, _, unpacked = test_step.gradients(alone, params, chunked)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
