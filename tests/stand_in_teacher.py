@@ -22,7 +22,8 @@ class StandInTeacher:
         x_ND = np.zeros((len(texts), WIDTH), np.float32)
         for row, text in zip(x_ND, texts, strict=True):
             for word in text.lower().split():
-                seed = int.from_bytes(hashlib.sha256(word.encode(errors="replace")).digest()[:4], "little")
+                digest = hashlib.sha256(word.encode(errors="replace")).digest()
+                seed = int.from_bytes(digest[:4], "little")
                 row += np.random.default_rng(seed).normal(size=WIDTH)
         return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-6)
 
