@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moe_embed_jax import launching  # noqa: E402
+from moe_embed_jax.curation.consistency_rule import ConsistencyRule  # noqa: E402
+from moe_embed_jax.curation.teacher_config import TeacherConfig  # noqa: E402
 
 COLUMNS = ("pairs", "planted", "dropped", "precision", "recall", "F1", "clean lost")
 
@@ -95,7 +97,7 @@ def table(scores: dict[str, dict]) -> str:
 def run(arguments, work: pathlib.Path) -> dict:
     import numpy as np
 
-    from moe_embed_jax.curation.consistency import Rule, filter_pairs
+    from moe_embed_jax.curation.consistency import filter_pairs
     from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.mesh import MeshConfig, describe, make_mesh
@@ -114,7 +116,7 @@ def run(arguments, work: pathlib.Path) -> dict:
     mesh = make_mesh(MeshConfig())
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
     embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
-    rule = Rule(arguments.k, arguments.chunk, arguments.margin)
+    rule = launching.from_flags(ConsistencyRule, arguments)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=work) as output:
         report, keep = filter_pairs(
@@ -153,12 +155,8 @@ def main():
     flags.add_argument("--count", type=int, default=50_000, help="pairs to draw")
     flags.add_argument("--noise", type=float, default=0.1, help="share of wrong pairs to plant")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--k", type=int, default=2)
-    flags.add_argument("--chunk", type=int, default=1_000_000)
-    flags.add_argument("--margin", type=float, default=0.0)
-    flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
-    flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
-    flags.add_argument("--dtype", default="float32")
+    launching.add_flags(flags, ConsistencyRule)
+    launching.add_flags(flags, TeacherConfig)
     flags.add_argument("--work", help="folder that keeps vectors; default: a temporary one")
     flags.add_argument("--output", help="JSON file to write")
     arguments = flags.parse_args()

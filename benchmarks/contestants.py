@@ -212,7 +212,7 @@ def add_flags(flags) -> None:
 
 
 def data_config(arguments):
-    from moe_embed_jax.training.run_config import DataConfig, VocabularyConfig
+    from moe_embed_jax.data.data_config import DataConfig, VocabularyConfig
 
     if arguments.vocabulary:
         vocabulary = VocabularyConfig("file", path=arguments.vocabulary)

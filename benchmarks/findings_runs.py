@@ -18,7 +18,14 @@ from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import RunConfig
 
-PAGE = "configs/quickstart.py"
+PAGE = ROOT / "configs/quickstart.py"
+
+
+def page(arm: str) -> str:
+    """The config file of an arm's run; upcycled arms start from another model."""
+    return f"{PAGE}:further" if ARMS[arm].setting == "upcycled" else str(PAGE)
+
+
 SCORES = "scores.json"  # the last file of a run: it is finished and judged
 
 
@@ -67,7 +74,7 @@ def overrides(place: Place, arm: str, seed: int) -> dict:
 def load_config(place: Place, arm: str, seed: int = 0) -> RunConfig:
     """The config of the run as the page says it, before a model that it starts from is read."""
     texts = {key: str(value) for key, value in overrides(place, arm, seed).items()}
-    return config_page.load(RunConfig, str(ROOT / PAGE), texts)
+    return config_page.load(RunConfig, page(arm), texts)
 
 
 def prepare(place: Place, setting_name: str) -> None:
@@ -142,7 +149,7 @@ def run_arm(place: Place, arm: str, seed: int, xquad: dict[str, pathlib.Path]) -
             of_training = process | {"env": environment | {"XLA_FLAGS": flags}}
         clock = time.monotonic()
         is_resumed = (folder / "metrics.jsonl").exists()
-        train(folder, PAGE, overrides(place, arm, seed), **of_training)
+        train(folder, page(arm), overrides(place, arm, seed), **of_training)
         seconds = None if is_resumed else time.monotonic() - clock
         scores = {
             "seconds": seconds,

@@ -63,9 +63,10 @@ def shared(tasks: dict) -> None:
     # 240 paragraphs and 1,190 questions, the same in all languages: 36 pairs of languages.
     tasks["XQuAD"] = dict(kind="cross_lingual", path="xquad/{subset}", languages=XQUAD)
 
-    # Retrieval in one language. The names of two end in "train": no model here has seen them.
-    tasks["Cranfield"] = dict(kind="retrieval", path="cranfield", languages="en")
-    tasks["CACM"] = dict(kind="retrieval", path="cacm", languages="en")
+    # Retrieval in one language, which is English where none is named. The names of two sets end in
+    # "train"; no model here has seen them.
+    tasks["Cranfield"] = dict(kind="retrieval", path="cranfield")
+    tasks["CACM"] = dict(kind="retrieval", path="cacm")
     tasks["QuestionParagraph"] = dict(
         kind="retrieval",
         path="qa_retrieval/{subset}",
@@ -151,10 +152,10 @@ def miracl(tasks: dict) -> None:
 
 def beir(tasks: dict) -> None:
     """The 15 public sets of BEIR, each a folder in --data."""
-    tasks["MSMARCO"] = dict(kind="retrieval", path="msmarco", languages="en", split="dev")
+    tasks["MSMARCO"] = dict(kind="retrieval", path="msmarco", split="dev")
     for task, folder in BEIR_FOLDERS.items():
-        tasks[task] = dict(kind="retrieval", path=folder, languages="en")
-    tasks["CQADupstack"] = dict(kind="retrieval", path="cqadupstack/{subset}", languages="en")
+        tasks[task] = dict(kind="retrieval", path=folder)
+    tasks["CQADupstack"] = dict(kind="retrieval", path="cqadupstack/{subset}")
 
 
 def smoke(tasks: dict) -> None:

@@ -2,7 +2,9 @@
 
     python launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Variants: `:smoke` (a few steps of a tiny model on the same data, for tests).
+Variants: `:smoke` (a few steps of a tiny model on the same data, for tests), `:further` (the same
+training, from the model that `init.source` names; it decides architecture and vocabulary). A field
+that is not here has its default (training/run_config.py).
 
 What to expect on 2 CPU cores: see the table in README.md.
 """
@@ -14,28 +16,13 @@ from moe_embed_jax.errors import UserError
 
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0
     config.batch_size = 256  # pairs per step; every query sees the 255 other documents
     config.steps = 130
-    config.log_every = 10
     config.eval_every = 65  # retrieval on some held-out languages
     config.eval_languages = 6
     config.checkpoint_every = 65
 
-    config.model = ConfigDict()
-    config.model.vocab_size = 16_384  # as data.vocabulary.size
-    config.model.num_layers = 4
-    config.model.width = 128
-    config.model.num_heads = 4
-    config.model.ffn_width = 256
-    config.model.num_experts = 8
-    config.model.experts_per_token = 2
-    config.model.moe_every = 2  # layers 1 and 3 (from 0) have experts
-
     config.data = ConfigDict()
-    config.data.mixture = "package_texts"  # the embedded default data
-    config.data.vocabulary = ConfigDict(dict(kind="train", size=16_384))
-    config.data.query_length = 32  # tokens; the paper's figures
     config.data.document_length = 64  # the paper has 256; most of these texts are shorter
     # Share of the batches of each task; by rows, API documentation would be 36 % of them.
     config.data.rates = dict(translations=0.6, descriptions=0.16, aws_api=0.12, google_api=0.12)
@@ -44,13 +31,19 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_learning_rate = 2e-3  # small models like large steps
-    config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 20
 
-    config.loss = ConfigDict()
-    config.loss.temperature = 0.02
-    config.loss.balance = 1.0
-
+    if variant == "further":
+        config.init = ConfigDict(dict(required=True))
+        return config
+    config.data.vocabulary = ConfigDict(dict(kind="train", size=16_384))
+    # Of 4 layers, 1 and 3 (from 0) have experts: 8, of which a token gets 2.
+    config.model = ConfigDict()
+    config.model.vocab_size = 16_384  # as data.vocabulary.size
+    config.model.num_layers = 4
+    config.model.width = 128
+    config.model.num_heads = 4
+    config.model.ffn_width = 256
     if variant == "smoke":
         config.batch_size = 16
         config.steps = 4
@@ -64,5 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.model.ffn_width = 64
         config.optimizer.warmup_steps = 1
     elif variant:
-        raise UserError(f"unknown variant {variant!r} of configs/quickstart.py; there is: smoke")
+        raise UserError(
+            f"unknown variant {variant!r} of configs/quickstart.py; there are: smoke, further"
+        )
     return config

@@ -6,6 +6,10 @@
 prepare -> stage1 (masked language modelling) -> filter -> stage2 (contrastive, experts made of
 stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export -> report. See
 docs/recipe.md. `stageN.page` is a config of launch/train.py, `stageN.set` what is changed of it.
+Stages 2 and 3 start from the model of the stage before, so their configs state no architecture.
+`--config.evaluate.beir` adds BEIR folders to the held-out sets of the default data. All stages are
+evaluated, at the widths of stage 3's `loss.dims`. A field that is not here has its default
+(recipe/page.py, curation/*_rule.py), which is the paper's.
 
 Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the default data on two
 CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
@@ -21,13 +25,6 @@ from moe_embed_jax.errors import UserError
 
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
-    config.data_dir = "runs/data"  # prepared data, shared by runs
-    config.wheels_dir = ""  # folder with the pinned wheels, where there is no network
-
-    config.prepare = ConfigDict()
-    config.prepare.sources = ""  # to be given: names your raw pairs (docs/curation.md)
-    config.prepare.flags = ""  # of Beam, e.g. "--runner=DataflowRunner --project=..."
-
     config.stage1 = ConfigDict()
     config.stage1.page = "configs/mlm.py"
     config.stage1.set = ConfigDict()
@@ -35,47 +32,32 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage1.set.data = ConfigDict(dict(texts=""))  # to be given: CC100, see docs/curation.md
 
     config.teacher = "hf://intfloat/multilingual-e5-small"  # of the filter
-
     config.filter = ConfigDict()
-    config.filter.k = 2  # a pair stays if fewer than 2 other documents are nearer to its query
-    config.filter.chunk = 1_000_000  # pairs of one source and language that compete
-    config.filter.margin = 0.0
     config.filter.query_prompt = "query: "  # the teacher's
     config.filter.document_prompt = "passage: "
-    config.filter.dtype = "float16"
+    config.filter.dtype = "float16"  # half the space, for billions of vectors
 
     config.stage2 = ConfigDict()
     config.stage2.page = "configs/pretrain.py"
     config.stage2.set = ConfigDict()
     config.stage2.set.init = ConfigDict(dict(upcycle="paper"))  # 8 experts, copies of stage 1's
 
-    config.mine = ConfigDict()
     # The paper fine-tunes on other pairs than those of stage 2: MS MARCO, NQ, HotpotQA, FEVER,
-    # MIRACL, SQuAD, StackExchange. Prepare them (launch/prepare.py) and name the folder here; "" is
-    # the filtered pairs.
-    config.mine.pairs = ""
-    # Best of the paper's ablation; most of its sets came mined by BGE-M3.
+    # MIRACL, SQuAD, StackExchange. Prepare them (launch/prepare.py) and name the folder by
+    # --config.mine.pairs; else the filtered pairs are taken.
+    config.mine = ConfigDict()
+    # Best of the paper's ablation; most of its sets came mined by BGE-M3. The paper looks at 10,000
+    # ranks: --config.mine.search=10000 takes longer, and changes only queries that find fewer
+    # negatives than `count` in the first 1,000.
     config.mine.teacher = "sentence-transformers:NovaSearch/stella_en_1.5B_v5"
     config.mine.query_prompt = (
         "Instruct: Given a web search query, retrieve relevant passages that answer the query.\n"
         "Query: "
     )
     config.mine.document_prompt = "none"
-    config.mine.count = 10  # code: mines 20, trains on the first 10
-    config.mine.relative = 0.95  # of the score of the query's own document
-    config.mine.absolute = None
-    config.mine.skip = 0
-    config.mine.search = 10_000  # ranks that are looked at
     config.mine.dtype = "float16"
 
-    config.stage3 = ConfigDict()
-    config.stage3.page = "configs/finetune.py"
-    config.stage3.set = ConfigDict()
-
-    config.evaluate = ConfigDict()
-    # Beside the held-out sets of the default data, if they lie in data_dir: BEIR folders, e.g.
-    # "beir/scifact,beir/nfcorpus". All stages are judged, at the widths of stage 3's loss.dims.
-    config.evaluate.beir = ""
+    config.stage3 = ConfigDict(dict(page="configs/finetune.py", set=ConfigDict()))
 
     if variant in ("small", "smoke"):
         config.prepare = ConfigDict(dict(mixture="package_texts"))  # the embedded default data
@@ -90,15 +72,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.mine.teacher = "stage2"
         config.mine.query_prompt = "query"
         config.mine.document_prompt = "document"
-        config.mine.search = 1_000
     if variant == "small":
         config.stage1.page = "configs/mlm.py:laptop"
         # Half the page's rows and steps: 32 rows take 2.5 s a step on two cores.
         config.stage1.set = ConfigDict(
             dict(batch_size=16, steps=200, eval_every=0, checkpoint_every=50)
         )
-        # Its page with the architecture of stage 1 and 8 experts in every second layer.
-        config.stage2.page = "configs/quickstart.py"
+        config.stage2.page = "configs/quickstart.py:further"
         config.stage2.set.batch_size = 128  # languages have some 150 pairs here
         config.stage2.set.steps = 200
         config.stage2.set.eval_every = 0
@@ -108,19 +88,33 @@ def get_config(variant: str = "") -> ConfigDict:
         config.prepare.count = 400
         config.stage1.page = "configs/mlm.py:smoke"
         config.stage1.set = ConfigDict()
-        for stage in (config.stage1, config.stage2, config.stage3):
-            stage.set.steps = 2
-            stage.set.eval_every = 0
         config.teacher = "stage1"  # no download
-        config.stage2.page = "configs/pretrain.py:smoke"
+        config.stage2.set = _smoke_pretraining()
         config.mine.count = 3
         config.stage3.page = "configs/finetune.py:smoke"
         config.stage3.set.loss = ConfigDict(dict(dims={"32": 1.0, "16": 1.0}))
+        for stage in (config.stage1, config.stage2, config.stage3):
+            stage.set.steps = 2
+            stage.set.eval_every = 0
     elif variant:
         raise UserError(
             f"unknown variant {variant!r} of configs/recipe.py; there are: small, smoke"
         )
     return config
+
+
+def _smoke_pretraining() -> ConfigDict:
+    """configs/pretrain.py:smoke without an architecture: that comes from stage 1."""
+    stage = ConfigDict()
+    stage.init = ConfigDict(dict(upcycle="paper"))
+    stage.batch_size = 32
+    stage.log_every = 1
+    stage.eval_languages = 2
+    stage.checkpoint_every = 2
+    stage.model = ConfigDict(dict(remat_rows=4))
+    stage.data = ConfigDict(dict(document_length=64, row_length=64, chunk_rows=8))
+    stage.optimizer = ConfigDict(dict(warmup_steps=1))
+    return stage
 
 
 def _small_finetuning() -> ConfigDict:

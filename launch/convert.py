@@ -21,6 +21,8 @@ from moe_embed_jax import launching
 
 
 def main():
+    from moe_embed_jax.interop.upcycle_config import UpcycleConfig
+
     flags = launching.parser(__doc__)
     actions = flags.add_subparsers(dest="action", required=True)
     parsers = {
@@ -44,11 +46,7 @@ def main():
     )
     upcycling = parsers["upcycle"]
     upcycling.add_argument("--mode", required=True, choices=("paper", "preserving"))
-    upcycling.add_argument("--num_experts", type=int, default=8)
-    upcycling.add_argument("--experts_per_token", type=int, default=2)
-    upcycling.add_argument("--moe_every", type=int, default=2)
-    upcycling.add_argument("--noise", type=float, default=0.0, help="on the experts, relative")
-    upcycling.add_argument("--seed", type=int, default=0, help="of the routers and the noise")
+    launching.add_flags(upcycling, UpcycleConfig)
     options = vars(flags.parse_args())
     action = options.pop("action")
     check(action, options)

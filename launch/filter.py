@@ -20,14 +20,11 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     launching.add_curation_flags(flags)
-    flags.add_argument("--k", type=int, default=2, help="other documents that may not be nearer")
-    flags.add_argument("--chunk", type=int, default=1_000_000, help="most pairs that compete")
-    flags.add_argument("--margin", type=float, default=0.0, help="by how much they must be nearer")
+    from moe_embed_jax.curation.consistency_rule import ConsistencyRule
+
+    launching.add_flags(flags, ConsistencyRule)
     arguments = flags.parse_args()
-
-    from moe_embed_jax.curation.consistency_rule import Rule
-
-    rule = Rule(arguments.k, arguments.chunk, arguments.margin)
+    rule = launching.from_flags(ConsistencyRule, arguments)
     pairs_folder, output = launching.curation_folders(arguments)
 
     from moe_embed_jax.curation.consistency import filter_pairs

@@ -22,22 +22,11 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     launching.add_curation_flags(flags)
-    flags.add_argument("--count", type=int, default=10, help="negatives of a query")
-    flags.add_argument(
-        "--relative", type=launching.number_or_none, default=0.95, help="of the own score, or none"
-    )
-    flags.add_argument(
-        "--absolute", type=launching.number_or_none, help="below the own score, or none"
-    )
-    flags.add_argument("--skip", type=int, default=0, help="best ranks that are left out")
-    flags.add_argument("--search", type=int, default=1000, help="ranks that are looked at")
+    from moe_embed_jax.curation.negatives_rule import NegativesRule
+
+    launching.add_flags(flags, NegativesRule)
     arguments = flags.parse_args()
-
-    from moe_embed_jax.curation.negatives_rule import Rule
-
-    rule = Rule(
-        arguments.count, arguments.relative, arguments.absolute, arguments.skip, arguments.search
-    )
+    rule = launching.from_flags(NegativesRule, arguments)
     pairs_folder, output = launching.curation_folders(arguments)
 
     from moe_embed_jax.curation.negatives import mine_negatives

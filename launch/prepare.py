@@ -22,14 +22,12 @@ from moe_embed_jax.errors import UserError
 
 
 def main():
+    from moe_embed_jax.preparation.beam.options import Options
+
     flags = launching.parser(__doc__)
     flags.add_argument("--sources", required=True, help="JSON file that names the sources")
     flags.add_argument("--output", required=True, help="folder to make")
-    flags.add_argument("--vocabulary", default="", help="count tokens with this vocabulary")
-    flags.add_argument(
-        "--max_bad_share", type=float, default=0.01, help="of a source's rows; more stop the run"
-    )
-    flags.add_argument("--rows_per_shard", type=int, default=65_536, help="pairs in a shard")
+    launching.add_flags(flags, Options)
     arguments, rest = flags.parse_known_args()
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only moves strings here
@@ -37,7 +35,6 @@ def main():
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("Apache Beam is not installed: pip install -e .[beam]")
-    from moe_embed_jax.preparation.beam.options import Options
     from moe_embed_jax.preparation.beam.sources import read_sources
 
     options = Options(**vars(arguments), beam=tuple(rest))

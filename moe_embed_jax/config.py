@@ -12,24 +12,27 @@ import json
 import pathlib
 import runpy
 import traceback
+from collections.abc import Iterator
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import printable
 
+_STATED = "_stated"  # of an instance that `fill` made
 FREE, FREE_IF_DROPLESS = "free", "free if dropless"
 
 
-def setting(default, resume: str = "", computes: bool = False):
+def setting(default, resume: str = "", computes: bool = False, flag: str = ""):
     """A field of a config dataclass, with what the rest of the package may do with it.
 
     Args:
-      resume: whether a resumed run may change it. `FREE`: it changes no number by more than
-        rounding. `FREE_IF_DROPLESS`: the same, as long as no expert drops tokens, because the field
-        decides which tokens are dropped. "": a resumed run may not change it, like every field
-        without `setting`.
+      resume: whether a resumed run may change it. `FREE`: yes, because it changes no number by more
+        than rounding. `FREE_IF_DROPLESS`: yes, as long as no expert drops tokens, because the field
+        decides which tokens. "": no, as for a field without `setting`.
       computes: it says how a model is computed, not what the model is.
+      flag: the help text of the launchers' flag for it (`launching.add_flags`).
     """
-    return dataclasses.field(default=default, metadata={"resume": resume, "computes": computes})
+    metadata = {"resume": resume, "computes": computes, "flag": flag}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def build(cls, values, name: str = ""):
@@ -102,6 +105,7 @@ def fill(cls, page: dict, overrides: dict[str, str]):
     """`load` of a page that was read."""
     values = defaults(cls)
     _merge(values, page, "")
+    given = set(_keys(page))
     for key, text in overrides.items():
         try:
             value = ast.literal_eval(text)
@@ -112,7 +116,29 @@ def fill(cls, page: dict, overrides: dict[str, str]):
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value, "")
-    return build(cls, values)
+        given |= set(_keys(value))
+    config = build(cls, values)
+    object.__setattr__(config, _STATED, given)
+    return config
+
+
+def _keys(section, prefix: str = "") -> Iterator[str]:
+    """ "model.width" of every leaf of nested mappings."""
+    for key, value in dict(section).items():
+        if hasattr(value, "items"):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def stated(config) -> set[str]:
+    """The keys, "model.width", that the config file or the command line gave a config; of one that
+    was built in code, those that differ from the defaults."""
+    given = getattr(config, _STATED, None)
+    if given is None:
+        lines = differences(defaults(type(config)), dataclasses.asdict(config))
+        given = {line.partition(":")[0] for line in lines}
+    return given
 
 
 def read_page(classes, spec: str) -> tuple[type, dict]:

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import dataclasses
 import glob
 import io
 import json
@@ -15,6 +16,8 @@ import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.curation.teacher_config import PROMPT_HELP as PROMPT_HELP
+from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
 from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
@@ -62,7 +65,20 @@ def parse_with_config(flags: argparse.ArgumentParser, config_classes, argv=None)
     return namespace, config_page.load(config_classes, namespace.config, overrides)
 
 
-PROMPT_HELP = 'a name that the model knows (query, document), none, or a prefix like "query: "'
+def add_flags(flags: argparse.ArgumentParser, cls) -> None:
+    """A flag with its default for every field of a dataclass that has a `config.setting` with the
+    text of one."""
+    types = {float | None: number_or_none}
+    for field in dataclasses.fields(cls):
+        if text := field.metadata.get("flag"):
+            kind = types.get(field.type, field.type)
+            flags.add_argument(f"--{field.name}", type=kind, default=field.default, help=text)
+
+
+def from_flags(cls, arguments: argparse.Namespace):
+    """The dataclass of `add_flags` with the values of the flags."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(arguments, name) for name in names})
 
 
 def prompt(flag: str) -> str | None:
@@ -77,9 +93,7 @@ def add_curation_flags(flags: argparse.ArgumentParser) -> None:
         "--teacher", required=True, help="model folder or sentence-transformers:NAME"
     )
     flags.add_argument("--output", required=True, help="prepared folder to write")
-    flags.add_argument("--query_prompt", default="query", help=PROMPT_HELP)
-    flags.add_argument("--document_prompt", default="document", help=PROMPT_HELP)
-    add_dtype_flag(flags, "of stored vectors: bfloat16, float16")
+    add_flags(flags, TeacherConfig)
 
 
 def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
@@ -91,6 +105,7 @@ def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
 
     An --output that is a prepared folder may be the result of the same command.
     """
+    from_flags(TeacherConfig, arguments)  # finds a wrong dtype
     pairs, output = pathlib.Path(arguments.pairs), pathlib.Path(arguments.output)
     read_manifest(pairs)
     if not (output / MANIFEST).is_file():

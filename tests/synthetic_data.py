@@ -205,7 +205,8 @@ ONE_ROW_COUNT = dict(row_length=48, texts_per_row=2)
 def config_text(data_dir: pathlib.Path, **top) -> str:
     """A config file for a tiny model on this data.
 
-    `top` replaces top-level values, and of `data` what it names.
+    `top` replaces top-level values, and of `data` what it names. With `init` it states no model
+    and no vocabulary: the source decides both.
     """
     values = dict(
         # A token whose second and third expert tie to rounding may go either way on another mesh;
@@ -240,7 +241,13 @@ def config_text(data_dir: pathlib.Path, **top) -> str:
         optimizer=dict(peak_learning_rate=3e-3, warmup_steps=2, epsilon=1e-6),
     )
     top["data"] = values["data"] | top.get("data", {})
-    return f"def get_config(variant=''):\n    return {values | top!r}\n"
+    return _config_text(values | top)
+
+
+def _config_text(values: dict) -> str:
+    if "init" in values:
+        del values["model"], values["data"]["vocabulary"]
+    return f"def get_config(variant=''):\n    return {values!r}\n"
 
 
 def masked_config_text(data_dir: pathlib.Path, **top) -> str:
@@ -260,4 +267,4 @@ def masked_config_text(data_dir: pathlib.Path, **top) -> str:
         optimizer=dict(peak_learning_rate=3e-3, warmup_steps=2, epsilon=1e-6),
         loss=dict(predictions_at_once=64),
     )
-    return f"def get_config(variant=''):\n    return {values | top!r}\n"
+    return _config_text(values | top)

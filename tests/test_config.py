@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import pathlib
 
@@ -9,6 +10,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import upcycle, upcycle_config
 from moe_embed_jax.models import encoder_config
 from moe_embed_jax.planning import request, steps
+from moe_embed_jax.recipe.page import Recipe
 from moe_embed_jax.routing import exchange
 from moe_embed_jax.training.run_config import PAGES, RunConfig
 
@@ -54,6 +56,80 @@ def test_every_config_has_a_smoke_variant_and_says_how_to_run_it(path):
     assert f"launch/train.py --config=configs/{path.name}" in path.read_text()
     with pytest.raises(UserError, match="unknown variant 'nonsense'"):
         config_page.load(PAGES, f"{path}:nonsense", given)
+
+
+def variants(path: pathlib.Path) -> list[str]:
+    """Of a page: those that its code compares `variant` with, and ""."""
+    return sorted(
+        {
+            node.value
+            for compare in ast.walk(ast.parse(path.read_text()))
+            if isinstance(compare, ast.Compare) and getattr(compare.left, "id", "") == "variant"
+            for node in ast.walk(compare)
+            if isinstance(node, ast.Constant)
+        }
+        | {""}
+    )
+
+
+def leaves(section, prefix: str = ""):
+    """(key, value) of every leaf of a page; a table such as `loss.dims` is one."""
+    for key, value in dict(section).items():
+        is_section = hasattr(value, "items") and key not in ("rates", "dims", "set")
+        yield from leaves(value, f"{prefix}{key}.") if is_section else [(prefix + key, value)]
+
+
+PAGES_OF_ALL = [*CONFIGS, CONFIGS[0].parent / "recipe.py"]
+
+
+@pytest.mark.parametrize("path", PAGES_OF_ALL, ids=lambda path: path.stem)
+def test_a_page_states_what_differs_from_the_defaults(path):
+    """In one of its variants at least: the variants change each other's values."""
+    differs = {}
+    for variant in variants(path):
+        classes = Recipe if path.stem == "recipe" else PAGES
+        cls, page = config_page.read_page(classes, f"{path}:{variant}")
+        default = dict(leaves(config_page.defaults(cls)))
+        for key, value in leaves(page):
+            differs[key] = differs.get(key, False) or value != default[key]
+    differs.pop("objective", None)  # by which its class is chosen
+    assert [key for key in differs if not differs[key]] == []
+
+
+COMPUTES = {
+    f"model.{field.name}"
+    for field in dataclasses.fields(encoder_config.EncoderConfig)
+    if field.metadata.get("computes")
+}
+OF_EXPERTS = (
+    *("model.num_experts", "model.experts_per_token", "model.normalize_gates", "loss.balance"),
+    *("model.expert_backend", "model.expert_exchange", "model.capacity_factor"),
+)
+# (when training ignores a key, which)
+IGNORED = (
+    (
+        lambda config: config.init.source,
+        lambda key: key.startswith("model.") and key not in COMPUTES,
+    ),
+    (lambda config: config.init.source, lambda key: key.startswith("data.vocabulary")),
+    (lambda config: getattr(config.data, "pairs", ""), lambda key: key == "data.mixture"),
+    (lambda config: not config.model.moe_every, lambda key: key in OF_EXPERTS),
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_page_states_nothing_that_training_ignores(path):
+    for variant in variants(path):
+        cls, page = config_page.read_page(PAGES, f"{path}:{variant}")
+        given = {}
+        if page.get("init", {}).get("required"):
+            given = {"init.source": "m", "data.pairs": "p"}
+        elif "vocabulary" not in page.get("data", {}):
+            given = {"data.vocabulary.path": "x"}
+        config = config_page.fill(cls, page, given)
+        for is_so, ignored in IGNORED:
+            wrong = [key for key, _ in leaves(page) if is_so(config) and ignored(key)]
+            assert wrong == [], f"{path.name}:{variant}"
 
 
 def test_mlm_has_the_papers_figures():

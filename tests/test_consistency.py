@@ -17,7 +17,12 @@ from stand_in_teacher import StandInTeacher
 
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
-from moe_embed_jax.curation.consistency import Rule, chunks, filter_pairs, find_neighbours
+from moe_embed_jax.curation.consistency import (
+    ConsistencyRule,
+    chunks,
+    filter_pairs,
+    find_neighbours,
+)
 from moe_embed_jax.curation.pair_texts import Embedding, distinct, pair_scores
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.folder import PairFolder
@@ -132,7 +137,7 @@ def test_filters_a_folder(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
     teacher = StandInTeacher()
     report, keep = filter_pairs(
-        pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), Rule()
+        pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), ConsistencyRule()
     )
     rows = pairs.read(range(len(pairs)))
     assert [row for row, kept in zip(rows, keep, strict=True) if not kept] == [
@@ -156,7 +161,7 @@ def test_filters_a_folder(tmp_path):
     # Another rule costs no embedding.
     before = teacher.texts
     _, keep = filter_pairs(
-        pairs, tmp_path / "all", tmp_path / "work", Embedding(teacher), Rule(margin=2.1)
+        pairs, tmp_path / "all", tmp_path / "work", Embedding(teacher), ConsistencyRule(margin=2.1)
     )
     assert keep.all() and teacher.texts == before
 
@@ -169,23 +174,27 @@ def test_another_k_in_one_work_folder_is_as_in_a_fresh_one(tmp_path):
         output = tmp_path / f"{work}{rule.k}"
         return filter_pairs(pairs, output, tmp_path / work, Embedding(embedded_by), rule)[1]
 
-    assert keep("work", teacher, Rule(k=2)).sum() == 46
+    assert keep("work", teacher, ConsistencyRule(k=2)).sum() == 46
     texts = teacher.texts
-    again = keep("work", teacher, Rule(k=5))
+    again = keep("work", teacher, ConsistencyRule(k=5))
     assert teacher.texts == texts  # nothing was embedded again
-    np.testing.assert_array_equal(again, keep("fresh", StandInTeacher(), Rule(k=5)))
+    np.testing.assert_array_equal(again, keep("fresh", StandInTeacher(), ConsistencyRule(k=5)))
     assert again.sum() > 46
 
 
 def test_a_group_may_vanish_and_chunks_do_not_see_each_other(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
     _, keep = filter_pairs(
-        pairs, tmp_path / "o", tmp_path / "w", Embedding(StandInTeacher()), Rule(chunk=1)
+        pairs, tmp_path / "o", tmp_path / "w", Embedding(StandInTeacher()), ConsistencyRule(chunk=1)
     )
     assert keep.all()  # nothing competes with the only document of a chunk
     with pytest.raises(UserError, match="nothing is left"):
         filter_pairs(
-            pairs, tmp_path / "p", tmp_path / "v", Embedding(StandInTeacher()), Rule(1, 99, -3.0)
+            pairs,
+            tmp_path / "p",
+            tmp_path / "v",
+            Embedding(StandInTeacher()),
+            ConsistencyRule(1, 99, -3.0),
         )
     assert not (tmp_path / "p").exists()
 
@@ -193,7 +202,7 @@ def test_a_group_may_vanish_and_chunks_do_not_see_each_other(tmp_path):
 def test_another_teacher_is_an_error(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
     run = lambda out, embedding: filter_pairs(  # noqa: E731
-        pairs, tmp_path / out, tmp_path / "work", embedding, Rule()
+        pairs, tmp_path / out, tmp_path / "work", embedding, ConsistencyRule()
     )
     run("a", Embedding(StandInTeacher()))
     with pytest.raises(UserError, match=r"encoder\.hash: stand-in -> other"):
@@ -219,10 +228,12 @@ def test_kill_9_and_resume(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in work.glob("*/*/neighbours.npz")}
     assert before and len(before) < 5
     teacher = StandInTeacher()
-    filter_pairs(pairs, tmp_path / "out", work, Embedding(teacher), Rule(chunk=20))
+    filter_pairs(pairs, tmp_path / "out", work, Embedding(teacher), ConsistencyRule(chunk=20))
     assert 0 < teacher.texts < 100
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    filter_pairs(pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), Rule(chunk=20))
+    filter_pairs(
+        pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), ConsistencyRule(chunk=20)
+    )
     hashes = [PairFolder(tmp_path / name).content_hash for name in ("out", "b")]
     assert hashes[0] == hashes[1]
 
@@ -265,4 +276,6 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
 if __name__ == "__main__":
     tmp = Path(sys.argv[1])
     slow = Embedding(StandInTeacher(slowness=float(sys.argv[2])))
-    filter_pairs(PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, Rule(chunk=20))
+    filter_pairs(
+        PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, ConsistencyRule(chunk=20)
+    )

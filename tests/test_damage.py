@@ -13,9 +13,9 @@ import pytest
 from stand_in_teacher import StandInTeacher
 
 from moe_embed_jax.curation.consistency import filter_pairs
-from moe_embed_jax.curation.consistency_rule import Rule
+from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.negatives import mine_negatives
-from moe_embed_jax.curation.negatives_rule import Rule as MiningRule
+from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
 from moe_embed_jax.data.checksums import write_checksums
@@ -93,12 +93,12 @@ def curated(command, folder, rule):
 
 def filtered(folder):
     """The bytes that filtering gives, continued with the work folder that is there."""
-    output = curated(filter_pairs, folder, Rule())
+    output = curated(filter_pairs, folder, ConsistencyRule())
     return {path.name: path.read_bytes() for path in output.iterdir() if "report" not in path.name}
 
 
 def mined(folder):
-    output = curated(mine_negatives, folder, MiningRule(count=2, search=10))
+    output = curated(mine_negatives, folder, NegativesRule(count=2, search=10))
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 

@@ -9,6 +9,7 @@ import synthetic_data
 from conftest import run_python
 from test_bert import SIZES, randomised
 
+from moe_embed_jax.data.data_config import MaskedDataConfig
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import single_device_mesh
@@ -19,7 +20,6 @@ from moe_embed_jax.stages.masked_lm import MaskedLM
 from moe_embed_jax.training import init
 from moe_embed_jax.training.optimizer import OptimizerConfig, make_optimizer
 from moe_embed_jax.training.run_config import (
-    MaskedDataConfig,
     MaskedInitConfig,
     MaskedLossConfig,
     MaskedRunConfig,
@@ -147,7 +147,7 @@ def test_a_run_from_xlm_roberta(xlmr, data_dir, tmp_path):
     rate = "--config.optimizer.peak_learning_rate=0.0"
     result = run_python([*command, rate, "--config.optimizer.warmup_steps=0"])
     assert result.returncode == 0, result.stderr
-    assert "model.vocab_size: 512 -> 576" in result.stdout
+    assert "model.vocab_size: 250048 -> 576" in result.stdout
     ours = load_model(workdir, single_device_mesh())
     expected = init.initial_params(run_config(folder), single_device_mesh())
     found = {"encoder": ours.params, "head": ours.mlm_head}

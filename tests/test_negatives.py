@@ -17,7 +17,12 @@ from test_consistency import launch
 
 from moe_embed_jax.curation import negatives
 from moe_embed_jax.curation import teacher as teacher_module
-from moe_embed_jax.curation.negatives import Rule, mine_group, mine_negatives
+from moe_embed_jax.curation.negatives import (
+    NegativesRule,
+    mine_group,
+    mine_negatives,
+    score_limit,
+)
 from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.folder import PairFolder
@@ -74,7 +79,7 @@ def test_equals_oracle(tmp_path_factory, data):
     text = st.sampled_from(TEXTS)
     pairs = data.draw(st.lists(st.tuples(text, text), min_size=1, max_size=14))
     skip = data.draw(st.integers(0, 3))
-    rule = Rule(
+    rule = NegativesRule(
         count=data.draw(st.integers(1, 4)),
         relative=data.draw(st.sampled_from([None, 0.5, 0.95, 1.0])),
         absolute=data.draw(st.sampled_from([None, 0.0, 1.0, 2.5])),
@@ -102,9 +107,10 @@ def test_equals_oracle(tmp_path_factory, data):
 
 
 def test_a_negative_positive_asks_for_a_lower_score():
-    limits = Rule(relative=0.95).limit(np.array([0.8, -0.8, 0.0], np.float32))
+    limits = score_limit(NegativesRule(relative=0.95), np.array([0.8, -0.8, 0.0], np.float32))
     np.testing.assert_allclose(limits, [0.76, -0.84, 0.0], rtol=1e-6)
-    both = Rule(relative=0.5, absolute=0.1).limit(np.array([0.8, 0.1], np.float32))
+    rule = NegativesRule(relative=0.5, absolute=0.1)
+    both = score_limit(rule, np.array([0.8, 0.1], np.float32))
     np.testing.assert_allclose(both, [0.4, 0.0], atol=1e-7)
 
 
@@ -126,7 +132,7 @@ def write_pairs(folder):
 
 def test_mines_a_folder(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
-    rule = Rule(count=4, relative=0.95)
+    rule = NegativesRule(count=4, relative=0.95)
     report = mine_negatives(
         pairs, tmp_path / "out", tmp_path / "work", Embedding(StandInTeacher()), rule
     )
@@ -164,15 +170,19 @@ def test_parts_and_another_rule(tmp_path, monkeypatch):
         pairs, tmp_path / name, tmp_path / "work", Embedding(StandInTeacher()), rule
     )
     monkeypatch.setattr(negatives, "QUERIES_AT_ONCE", 5)
-    run("parts", Rule(count=3))
+    run("parts", NegativesRule(count=3))
     assert len(list((tmp_path / "work").glob("00000-*/negatives-*.npz"))) == 3
     monkeypatch.undo()
     mine_negatives(
-        pairs, tmp_path / "whole", tmp_path / "w", Embedding(StandInTeacher()), Rule(count=3)
+        pairs,
+        tmp_path / "whole",
+        tmp_path / "w",
+        Embedding(StandInTeacher()),
+        NegativesRule(count=3),
     )
     read = lambda name: PairFolder(tmp_path / name).content_hash  # noqa: E731
     assert read("parts") == read("whole")
-    run("other", Rule(count=1, skip=1))  # with the parts of the first rule beside it
+    run("other", NegativesRule(count=1, skip=1))  # with the parts of the first rule beside it
     rows = PairFolder(tmp_path / "whole").read([3]), PairFolder(tmp_path / "other").read([3])
     assert rows[1][0].negatives == rows[0][0].negatives[1:2]
 
@@ -190,9 +200,9 @@ def test_kill_9_and_resume(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     teacher = StandInTeacher()
-    mine_negatives(pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), Rule())
+    mine_negatives(pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), NegativesRule())
     assert teacher.texts <= 4  # the first group's texts were kept
-    mine_negatives(pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), Rule())
+    mine_negatives(pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), NegativesRule())
     hashes = [PairFolder(tmp_path / name).content_hash for name in ("out", "b")]
     assert hashes[0] == hashes[1]
 
@@ -225,4 +235,4 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
 if __name__ == "__main__":
     tmp = Path(sys.argv[1])
     slow = Embedding(StandInTeacher(slowness=float(sys.argv[2])))
-    mine_negatives(PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, Rule())
+    mine_negatives(PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, NegativesRule())

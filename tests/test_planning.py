@@ -18,6 +18,7 @@ from conftest import ROOT, run_python
 from rich.console import Console
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.data.data_config import DataConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig
 from moe_embed_jax.models.encoder import EncoderConfig
@@ -31,7 +32,6 @@ from moe_embed_jax.planning.roofline import VECTOR_OPERATIONS, predict
 from moe_embed_jax.stages.contrastive import Contrastive
 from moe_embed_jax.stages.masked_lm import MaskedLM
 from moe_embed_jax.training.overview import training_flops_per_token
-from moe_embed_jax.training.run_config import DataConfig
 
 tpu_aot = [
     pytest.mark.tpu_aot,
@@ -353,7 +353,7 @@ class TestCompiled:
     def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(
         self, topology, shape, tmp_path
     ):
-        changes = shape | dict(ffn_width=256, remat_rows=2)
+        changes = shape | dict(vocab_size=16_384, ffn_width=256, remat_rows=2)
         text, found = plan(
             (
                 *("launch/plan.py", "--config=configs/finetune.py:smoke", f"--topology={topology}"),
@@ -365,7 +365,7 @@ class TestCompiled:
         assert found["fits"] and not found["kernels_without_estimate"]
         assert "rows of 512 slots" in text
         # A pair has 12 texts: what is computed are their rows, not those of two.
-        config = EncoderConfig(vocab_size=16_384, **changes)
+        config = EncoderConfig(**changes)
         rows = -(-4 * (12 + 11 * 90) * 10 // (9 * 512))
         assert found["model_flops_per_chip"] == pytest.approx(
             training_flops_per_token(config) * rows * 512

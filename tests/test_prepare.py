@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from moe_embed_jax.data import data_spec
-from moe_embed_jax.data.data_spec import planned_store_path, token_store_path, vocabulary_path
+from moe_embed_jax.data.data_config import DataConfig, VocabularyConfig
+from moe_embed_jax.data.data_spec import (
+    complete_config,
+    planned_store_path,
+    token_store_path,
+    vocabulary_path,
+)
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation import tokenize as prepare
@@ -216,7 +222,7 @@ def test_lengths_without_room_for_text(builders, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"query_len": 3}, "unknown key 'query_len'; known: mixture, vocabulary"),
+        ({"query_len": 3}, "unknown key 'query_len'; known: vocabulary, mixture"),
         ({"query_length": 0}, "query_length=0 must be an integer"),
         ({"document_length": "long"}, "document_length='long' must be an integer"),
         ({"query_length": True}, "query_length=True must be an integer"),
@@ -226,6 +232,7 @@ def test_lengths_without_room_for_text(builders, tmp_path):
         ({"vocabulary": {"kind": "file", "path": "no.model"}}, "no.model does not exist"),
         ({"rates": [1, 2]}, "rates="),
         ({"rates": {"aws_api": "much"}}, "rates="),
+        ({}, "vocabulary=None must be"),
         ({"mixture": "mc4"}, "unknown mixture 'mc4'"),
         ({"rates": {"mc4": 1}}, "unknown task 'mc4'"),
     ],
@@ -236,14 +243,19 @@ def test_bad_configuration(builders, tmp_path, config, message):
 
 
 def test_store_path_follows_the_configuration(tmp_path, monkeypatch):
-    path = planned_store_path({}, tmp_path)
-    assert path == planned_store_path({"query_length": 32, "rates": None}, tmp_path)
-    assert token_store_path({}, tmp_path) is None
-    assert path != planned_store_path({"query_length": 33}, tmp_path)
-    assert path != planned_store_path({"rates": {"aws_api": 1}}, tmp_path)
+    config = {"vocabulary": {"kind": "train", "size": 16_384}}
+    path = planned_store_path(config, tmp_path)
+    defaults = {"query_length": 32, "document_length": 256, "rates": None}
+    assert path == planned_store_path(config | defaults, tmp_path)
+    assert token_store_path(config, tmp_path) is None
+    assert path != planned_store_path(config | {"query_length": 33}, tmp_path)
+    assert path != planned_store_path(config | {"rates": {"aws_api": 1}}, tmp_path)
     assert prepare.package_texts.VERSION == data_spec.BUILDER_VERSION
     monkeypatch.setattr(data_spec, "source_checksums", lambda: {"other.whl": "0" * 64})
-    assert path != planned_store_path({}, tmp_path)
+    assert path != planned_store_path(config, tmp_path)
+    # That of a run is the same: its defaults are these.
+    run = DataConfig(vocabulary=VocabularyConfig("train", size=16_384))
+    assert complete_config(run.preparation()) == complete_config(config)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_the_papers_rules():
     assert arguments["teacher"] == "hf://intfloat/multilingual-e5-small"
     assert (arguments["k"], arguments["chunk"], arguments["margin"]) == (2, 1_000_000, 0.0)
     arguments = of_paper["mine"].arguments
-    assert (arguments["count"], arguments["relative"], arguments["search"]) == (10, 0.95, 10_000)
+    assert (arguments["count"], arguments["relative"], arguments["search"]) == (10, 0.95, 1_000)
     assert of_paper["stage1"].arguments["steps"] == 10_000
     assert of_paper["stage2"].arguments["batch_size"] == 16_384
     assert of_paper["stage3"].arguments["loss"]["dims"] == {"768": 1.0, "256": 1.0}

@@ -18,7 +18,7 @@ from moe_embed_jax.evaluation import published
 from moe_embed_jax.evaluation.language_tags import language_tag
 from moe_embed_jax.evaluation.picture import scores_by_language
 from moe_embed_jax.evaluation.subsets import SubsetScores
-from moe_embed_jax.evaluation.suite import TaskResult, load_suite, run_tasks
+from moe_embed_jax.evaluation.suite import KINDS, TaskResult, load_suite, run_tasks
 
 PAGE = """
 def get_config(variant=""):
@@ -232,6 +232,14 @@ def test_the_pages_of_the_project():
     _, values = config_page.read_page(dict, f"{ROOT / 'configs/evaluation.py'}:beir")
     assert load_suite("read.py before", values).keys() == published.BEIR.keys()  # not read again
     assert load_suite(f"{ROOT / 'configs/evaluation.py'}:beir").keys() == published.BEIR.keys()
+
+
+@pytest.mark.parametrize("variant", ["", "some", "miracl", "beir", "smoke"])
+def test_the_page_states_no_default(variant):
+    _, page = config_page.read_page(dict, f"{ROOT / 'configs/evaluation.py'}:{variant}")
+    for name, task in page["tasks"].items():
+        defaults = config_page.defaults(KINDS[task["kind"]]) | {"kind": None}
+        assert [key for key, value in task.items() if value == defaults[key]] == [], name
 
 
 def retrieval_result(name, scores, documents):

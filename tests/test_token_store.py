@@ -317,7 +317,8 @@ def test_reading_never_imports_tensorflow(tmp_path):
         "import sys; from moe_embed_jax.data import data_spec, token_store;"
         "from moe_embed_jax.tokenizers import vocabulary;"
         f"store = token_store.TokenStore.open({str(tmp_path / 't')!r}); store.read([4, 0]);"
-        "data_spec.token_store_path({}, '.');"
+        "vocabulary = {'kind': 'train', 'size': 9};"
+        "data_spec.token_store_path({'vocabulary': vocabulary}, '.');"
         "bad = {'tensorflow', 'seqio', 'tensorflow_text'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

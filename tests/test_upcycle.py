@@ -147,7 +147,8 @@ def source(data_dir, tmp_path_factory):
 def page(data_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.py"
     data = synthetic_data.ONE_ROW_COUNT
-    path.write_text(synthetic_data.config_text(data_dir, steps=4, eval_every=4, data=data))
+    text = synthetic_data.config_text(data_dir, steps=4, eval_every=4, data=data, init={})
+    path.write_text(text)
     return path
 
 
@@ -177,10 +178,11 @@ def test_training_starts_from_an_upcycled_model(source, prepared, train, tmp_pat
     """One flag (or line) more; the source decides architecture and vocabulary."""
     sparse, dense = tmp_path / "sparse", tmp_path / "dense"
     flags = [f"--config.init.source={source}", "--config.init.upcycle=preserving"]
-    result = train(sparse, *flags, "--config.model.width=48")
+    result = train(sparse, *flags)
     assert result.returncode == 0, result.stderr
     assert re.search(
-        r"init +.*dense, upcycled \(preserving\); it decides .*model.width: 48 -> 32", result.stdout
+        r"init +.*dense, upcycled \(preserving\); it decides .*model.width: 768 -> 32",
+        result.stdout,
     )
     card = json.loads((sparse / "config.json").read_text())
     assert card["model"]["width"] == 32 and card["model"]["normalize_gates"]

@@ -2,7 +2,7 @@
 
 Nomic Embed v2 (arXiv 2502.07972), and E5 before it: within a chunk of pairs of one
 source and language, a teacher ranks all documents for each query; a pair is kept if its own
-document is among the top k (2). The docstring of `Rule` says exactly what the rule is.
+document is among the top k (2). The docstring of `ConsistencyRule` says exactly what the rule is.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_embed_jax.curation.consistency_rule import Rule
+from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
@@ -50,7 +50,7 @@ class Neighbours:
     other_row_Pk: np.ndarray
 
     def kept(self, margin: float) -> np.ndarray:
-        """bool [P]; see `Rule`."""
+        """bool [P]; see `ConsistencyRule`."""
         return self.other_Pk[:, -1] <= self.own_P + np.float32(margin)
 
 
@@ -96,7 +96,7 @@ def filter_pairs(
     output: Path,
     work: Path,
     embedding: Embedding,
-    rule: Rule,
+    rule: ConsistencyRule,
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[FilterReport, np.ndarray]:
     """Writes the consistent pairs of a prepared folder as another one, with report.md, report.json.
@@ -146,7 +146,7 @@ def chunk_neighbours(
     folder: Path,
     texts: PairTexts,
     embedding: Embedding,
-    rule: Rule,
+    rule: ConsistencyRule,
     mesh,
     seconds: dict[str, float],
 ) -> Neighbours:

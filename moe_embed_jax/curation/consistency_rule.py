@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class ConsistencyRule:
     """A pair is kept unless `k` other documents score more than `margin` above its own.
 
     k: 2 in the paper. margin: of the score; 0 is the paper's rule (a document that scores the same
@@ -15,13 +16,13 @@ class Rule:
     to lead. chunk: most pairs whose documents compete; a group is cut into as few equal chunks as
     that allows, so that no small remainder is judged against a handful of documents, or lost.
 
-    Duplicates of a document (`data.normal_form`) are one document: a copy of the own document
+    Duplicates of a document (`pairs.normal_form`) are one document: a copy of the own document
     is the own document, and copies of another take one place.
     """
 
-    k: int = 2
-    chunk: int = 1_000_000
-    margin: float = 0.0
+    k: int = setting(2, flag="other documents that may not be nearer")
+    chunk: int = setting(1_000_000, flag="most pairs that compete")
+    margin: float = setting(0.0, flag="by how much they must be nearer")
 
     def __post_init__(self):
         if self.k < 1 or self.chunk < 1:

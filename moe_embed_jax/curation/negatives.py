@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from moe_embed_jax.curation.negatives_rule import Rule
+from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
@@ -41,12 +41,23 @@ QUERIES_AT_ONCE = 16_384  # distinct queries that are searched for and stored to
 EXAMPLES = 5  # queries of each group that a report shows
 
 
+def score_limit(rule: NegativesRule, positive_B: np.ndarray) -> np.ndarray:
+    """float64 [B]: negatives score below it. Float32 scores are compared exactly."""
+    positive_B = positive_B.astype(np.float64)
+    limit_B = np.full(len(positive_B), np.inf)
+    if rule.relative is not None:
+        limit_B = positive_B - (1 - rule.relative) * np.abs(positive_B)
+    if rule.absolute is not None:
+        limit_B = np.minimum(limit_B, positive_B - rule.absolute)
+    return limit_B
+
+
 def choose(
     score_Bm: np.ndarray,
     index_Bm: np.ndarray,
     positive_B: np.ndarray,
     excluded: tuple[np.ndarray, np.ndarray],
-    rule: Rule,
+    rule: NegativesRule,
 ) -> np.ndarray:
     """The negatives of B queries: int32 [B, count], best first, -1 behind the last.
 
@@ -61,7 +72,7 @@ def choose(
     candidate_Bm = ~np.isin(key_Bm, excluded[0].astype(np.int64) * most + excluded[1])
     rank_Bm = candidate_Bm.cumsum(axis=1) - 1
     in_range_Bm = (rank_Bm >= rule.skip) & (rank_Bm < rule.search)
-    taken_Bm = candidate_Bm & in_range_Bm & (score_Bm < rule.limit(positive_B)[:, None])
+    taken_Bm = candidate_Bm & in_range_Bm & (score_Bm < score_limit(rule, positive_B)[:, None])
     place_Bm = taken_Bm.cumsum(axis=1) - 1
     taken_Bm &= place_Bm < rule.count
     chosen = np.full((len(index_Bm), rule.count), -1, np.int32)
@@ -96,7 +107,7 @@ def mine_group(
     folder: Path,
     texts: PairTexts,
     embedding: Embedding,
-    rule: Rule,
+    rule: NegativesRule,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Mined:
     """Negatives of every distinct query of a group; what `folder` has already is kept."""
@@ -133,7 +144,7 @@ def mine_group(
     )
 
 
-def _mine(query_ND, documents, positive_Q, excluded, rule: Rule, mesh) -> Mined:
+def _mine(query_ND, documents, positive_Q, excluded, rule: NegativesRule, mesh) -> Mined:
     # As many more as any query of this part may lose; in steps, for few compilations.
     lost = int(np.bincount(excluded[0], minlength=1).max())
     k = rule.search + -(-lost // 16) * 16
@@ -157,7 +168,7 @@ def mine_negatives(
     output: Path,
     work: Path,
     embedding: Embedding,
-    rule: Rule,
+    rule: NegativesRule,
     mesh: jax.sharding.Mesh | None = None,
 ) -> MiningReport:
     """Writes a prepared folder with mined negatives, and report.md and report.json.

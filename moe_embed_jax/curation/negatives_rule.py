@@ -1,14 +1,14 @@
 """Which documents launch/mine.py takes for hard negatives. Imports no jax."""
 
 import dataclasses
+import math
 
-import numpy as np
-
+from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class NegativesRule:
     """Which candidates become negatives.
 
     A query's candidates are ranked by score; its own documents (of all pairs with this query), and
@@ -20,14 +20,14 @@ class Rule:
     * `s - absolute`.
 
     relative=1 and absolute=0 ask for a lower score than the positive; None leaves that limit out.
-    Texts with the same `data.normal_form` are one query and one document.
+    Texts with the same `pairs.normal_form` are one query and one document.
     """
 
-    count: int = 10
-    relative: float | None = 0.95
-    absolute: float | None = None
-    skip: int = 0
-    search: int = 1000
+    count: int = setting(10, flag="negatives of a query")
+    relative: float | None = setting(0.95, flag="of the own score, or none")
+    absolute: float | None = setting(None, flag="below the own score, or none")
+    skip: int = setting(0, flag="best ranks that are left out")
+    search: int = setting(1000, flag="ranks that are looked at")
 
     def __post_init__(self):
         if self.count < 1 or not 0 <= self.skip < self.search:
@@ -37,15 +37,5 @@ class Rule:
             )
         for name in ("relative", "absolute"):
             value = getattr(self, name)
-            if value is not None and not np.isfinite(value):
+            if value is not None and not math.isfinite(value):
                 raise UserError(f"{name}={value} must be a number or none")
-
-    def limit(self, positive_B: np.ndarray) -> np.ndarray:
-        """float64 [B]: negatives score below it. Float32 scores are compared exactly."""
-        positive_B = positive_B.astype(np.float64)
-        limit_B = np.full(len(positive_B), np.inf)
-        if self.relative is not None:
-            limit_B = positive_B - (1 - self.relative) * np.abs(positive_B)
-        if self.absolute is not None:
-            limit_B = np.minimum(limit_B, positive_B - self.absolute)
-        return limit_B

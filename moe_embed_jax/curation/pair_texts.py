@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
+from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
@@ -71,9 +72,9 @@ class Embedding:
     """How texts are embedded: by whom, with which prompts, stored in which dtype."""
 
     teacher: Teacher
-    query_prompt: str | None = "query"
-    document_prompt: str | None = "document"
-    dtype: str = "float32"
+    query_prompt: str | None = TeacherConfig.query_prompt
+    document_prompt: str | None = TeacherConfig.document_prompt
+    dtype: str = TeacherConfig.dtype
 
     def identity(self) -> dict:
         return {

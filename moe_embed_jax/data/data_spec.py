@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_embed_jax.data.data_config import DataConfig, MaskedDataConfig
 from moe_embed_jax.data.pinned_wheels import WHEELS
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import canonical_hash
@@ -37,19 +38,9 @@ DOCUMENTS: dict[str, dict[str, str]] = {
         "google_reference": "google_reference",
     }
 }
-DEFAULTS = {
-    "mixture": "package_texts",
-    "vocabulary": {"kind": "train", "size": 16384},
-    "query_length": 32,
-    "document_length": 128,
-    "rates": None,
-    "pairs": "",
-}
-DOCUMENT_DEFAULTS = {
-    "documents": "package_documents",
-    "texts": "",
-    "vocabulary": {"kind": "train", "size": 16384},
-}
+# What decides a token store, of the data of a run. A vocabulary is always given.
+PAIR_KEYS = ("mixture", "query_length", "document_length", "rates", "pairs")
+DOCUMENT_KEYS = ("documents", "texts")
 _VOCABULARY_KEYS = {"train": "size", "file": "path"}
 
 
@@ -59,29 +50,28 @@ def source_checksums() -> dict[str, str]:
 
 
 def complete_config(config: Mapping) -> dict:
-    """`config` with defaults filled in.
+    """`config` with the defaults of `DataConfig`; with the key `documents`, which stands for masked
+    language modelling, with those of `MaskedDataConfig`.
 
-    Keys: `mixture` (name), `vocabulary` (`{"kind": "train", "size": ids}` or
-    `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json), `query_length` and
-    `document_length` (maximum tokens, prefix and specials included), `rates` (task -> weight, or
-    None: by rows), `pairs` (a prepared folder, see `PairFolder`; its sources are then the tasks
-    and `mixture` is not used).
-
-    With the key `documents` it is a configuration for masked language modelling instead, and the
-    keys are `documents` (name), `texts` (a prepared folder, whose texts are taken in place of
-    those) and `vocabulary`.
+    The keys are `PAIR_KEYS` or `DOCUMENT_KEYS`, and `vocabulary`: `{"kind": "train", "size": ids}`
+    or `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json.
 
     Raises:
       UserError: unknown key or a value of the wrong kind; names it.
     """
-    known = DOCUMENT_DEFAULTS if "documents" in config else DEFAULTS
+    cls, keys = (DataConfig, PAIR_KEYS)
+    if "documents" in config:
+        cls, keys = (MaskedDataConfig, DOCUMENT_KEYS)
     for key in config:
-        if key not in known:
-            raise UserError(f"data config: unknown key {key!r}; known: {', '.join(known)}")
-    complete = {key: config.get(key, default) for key, default in known.items()}
-    complete["vocabulary"] = _checked_vocabulary(complete["vocabulary"])
-    if "documents" in complete:
-        return _checked_documents(complete)
+        if key not in (*keys, "vocabulary"):
+            known = ", ".join(("vocabulary", *keys))
+            raise UserError(f"data config: unknown key {key!r}; known: {known}")
+    complete = {key: config.get(key, getattr(cls, key)) for key in keys}
+    complete = _checked_documents(complete) if "documents" in complete else _checked_pairs(complete)
+    return complete | {"vocabulary": _checked_vocabulary(config.get("vocabulary"))}
+
+
+def _checked_pairs(complete: dict) -> dict:
     for key in ("query_length", "document_length"):
         _check_positive(key, complete[key])
     if (rates := complete["rates"]) is not None:

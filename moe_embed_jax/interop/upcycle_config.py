@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.models.encoder_config import EncoderConfig
 
 MODES = ("paper", "preserving")  # what they do: upcycle.py
 
@@ -10,11 +12,12 @@ MODES = ("paper", "preserving")  # what they do: upcycle.py
 @dataclasses.dataclass(frozen=True)
 class UpcycleConfig:
     mode: str = "paper"  # or "preserving"
-    num_experts: int = 8
-    experts_per_token: int = 2
-    moe_every: int = 2
-    noise: float = 0.0  # standard deviation added to each expert's matrices, in units of their own
-    seed: int = 0  # of the routers and the noise
+    num_experts: int = setting(EncoderConfig.num_experts, flag="of a layer")
+    experts_per_token: int = setting(EncoderConfig.experts_per_token, flag="that work on a token")
+    moe_every: int = setting(EncoderConfig.moe_every, flag="every so many layers one has experts")
+    # Standard deviation added to each expert's matrices, in units of their own.
+    noise: float = setting(0.0, flag="on the experts, relative")
+    seed: int = setting(0, flag="of the routers and the noise")
 
     def __post_init__(self):
         if self.mode not in MODES:

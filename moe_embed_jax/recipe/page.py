@@ -5,6 +5,9 @@ import dataclasses
 import pathlib
 
 from moe_embed_jax import config as config_page
+from moe_embed_jax.curation.consistency_rule import ConsistencyRule
+from moe_embed_jax.curation.negatives_rule import NegativesRule
+from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import PAGES, Run
 
@@ -54,31 +57,24 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Filter:
-    """The rule of launch/filter.py."""
+class Filter(TeacherConfig, ConsistencyRule):
+    """The flags of launch/filter.py."""
 
-    k: int = 2
-    chunk: int = 1_000_000
-    margin: float = 0.0
-    query_prompt: str = "query: "
-    document_prompt: str = "passage: "
-    dtype: str = "float16"
+    def __post_init__(self):
+        TeacherConfig.__post_init__(self)
+        ConsistencyRule.__post_init__(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mine:
-    """The rule of launch/mine.py."""
+class Mine(TeacherConfig, NegativesRule):
+    """The flags of launch/mine.py, and its teacher."""
 
     pairs: str = ""  # a prepared folder to fine-tune on; "": the filtered pairs of stage 2
     teacher: str = "stage2"
-    count: int = 10
-    relative: float | None = 0.95
-    absolute: float | None = None
-    skip: int = 0
-    search: int = 1000
-    query_prompt: str = "query"
-    document_prompt: str = "document"
-    dtype: str = "float16"
+
+    def __post_init__(self):
+        TeacherConfig.__post_init__(self)
+        NegativesRule.__post_init__(self)
 
 
 @dataclasses.dataclass(frozen=True)

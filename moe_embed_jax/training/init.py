@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_embed_jax import config as config_page
 from moe_embed_jax.config import differences
+from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import MODEL_CARD
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
@@ -17,21 +18,25 @@ from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.tokenizers.files import find_tokenizer
-from moe_embed_jax.training.run_config import Run, VocabularyConfig
+from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
+from moe_embed_jax.training.run_config import Run
 
-# What a config says about a model that came from elsewhere: how it is computed, not what it is.
-COMPUTE_FIELDS = ("dtype", "expert_backend", "expert_exchange", "capacity_factor", "remat_rows")
+# How a model is computed is up to the config; what it is, to the source.
+COMPUTE_FIELDS = tuple(
+    field.name for field in dataclasses.fields(EncoderConfig) if field.metadata.get("computes")
+)
 
 
 def resolve(config, workdir: pathlib.Path) -> tuple:
     """(the config with the architecture and vocabulary of `init.source`, what that changed).
 
-    With `init.source` the source decides the architecture and the vocabulary, whatever `model` and
-    `data.vocabulary` say (a page with one more line can start from any model); of `model` remain
-    `COMPUTE_FIELDS` and, for upcycling, the experts. A resumed run takes both from its work
-    directory: the source may be gone by then.
+    With `init.source` the source decides the architecture and the vocabulary, so a config leaves
+    them out; of `model` it may state `COMPUTE_FIELDS` and, for upcycling, the number of experts
+    and where they are. A resumed run takes both from its work directory: the source may be gone by
+    then.
 
-    Raises `UserError` for a source without a tokenizer.
+    Raises `UserError` for a source without a tokenizer, and for a config that states another
+    architecture or vocabulary; names both values.
     """
     init = config.init
     if not init.source:
@@ -61,10 +66,43 @@ def resolve(config, workdir: pathlib.Path) -> tuple:
 
 
 def _replaced(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> tuple:
+    _check_stated(config, model, vocabulary)
     model = dataclasses.replace(model, **{k: getattr(config.model, k) for k in COMPUTE_FIELDS})
     data = dataclasses.replace(config.data, vocabulary=vocabulary)
     resolved = dataclasses.replace(config, model=model, data=data)
     return resolved, differences(dataclasses.asdict(config), dataclasses.asdict(resolved))
+
+
+def _check_stated(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> None:
+    """Raises `UserError` where the config states another model than its source is."""
+    stated = config_page.stated(config)
+    wrong = [
+        f"{key}={getattr(config.model, name)!r} (the source has {getattr(model, name)!r})"
+        for name in (field.name for field in dataclasses.fields(EncoderConfig))
+        if (key := f"model.{name}") in stated
+        and name not in COMPUTE_FIELDS
+        and getattr(config.model, name) != getattr(model, name)
+    ]
+    wrong += _other_vocabulary(config, vocabulary, stated)
+    if wrong:
+        raise UserError(
+            f"init.source={config.init.source} decides the architecture and the vocabulary, and "
+            f"this config states others: {', '.join(wrong)}; leave them out"
+        )
+
+
+def _other_vocabulary(config, vocabulary: VocabularyConfig, stated: set[str]) -> list[str]:
+    """What a config states of its vocabulary that the source's is not: a size, or a file."""
+    own, path = config.data.vocabulary, pathlib.Path(vocabulary.path)
+    if not any(key.startswith("data.vocabulary.") for key in stated) or not path.is_file():
+        return []
+    if own.kind == "train":
+        size = open_vocabulary(path).size
+        same = own.size == size
+        return [] if same else [f"data.vocabulary.size={own.size} (the source has {size})"]
+    own_path = pathlib.Path(own.path)
+    same = not own.path or (own_path.is_file() and own_path.read_bytes() == path.read_bytes())
+    return [] if same else [f"data.vocabulary.path={own.path} (the source has {path})"]
 
 
 def upcycle_config(config: Run) -> UpcycleConfig:

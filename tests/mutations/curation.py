@@ -44,15 +44,15 @@ FAULTS = (
     Fault(
         "negatives-at-the-limit-are-taken",
         "curation/negatives.py",
-        "(score_Bm < rule.limit",
-        "(score_Bm <= rule.limit",
+        "(score_Bm < score_limit",
+        "(score_Bm <= score_limit",
         MINED,
     ),
     Fault(
         "relative-limit-of-a-negative-score-lies-above-it",
-        "curation/negatives_rule.py",
-        "positive_B - (1 - self.relative) * np.abs(positive_B)",
-        "positive_B * self.relative",
+        "curation/negatives.py",
+        "positive_B - (1 - rule.relative) * np.abs(positive_B)",
+        "positive_B * rule.relative",
         "test_negatives.py -k negative_positive",
     ),
     Fault(

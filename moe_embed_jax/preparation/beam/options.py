@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
 
 
@@ -13,9 +14,9 @@ class Options:
 
     sources: str
     output: str
-    vocabulary: str = ""
-    max_bad_share: float = 0.01
-    rows_per_shard: int = 65_536
+    vocabulary: str = setting("", flag="count tokens with this vocabulary")
+    max_bad_share: float = setting(0.01, flag="of a source's rows; more stop the run")
+    rows_per_shard: int = setting(65_536, flag="pairs in a shard")
     beam: tuple[str, ...] = ()
 
     def __post_init__(self):
