@@ -24,17 +24,15 @@ def main():
     flags.add_argument("--table", help="write a row per topology (a,b,c) as Markdown")
     flags.add_argument("--search", action="store_true", help="find the fastest setting that fits")
     flags.add_argument("--cache", help="JSON file of finished candidates; resumes a search")
-    flags.add_argument("--mean_query_tokens", type=float, help="where no data are prepared")
-    flags.add_argument("--mean_document_tokens", type=float, help="where no data are prepared")
-    flags.add_argument("--documents", type=int, default=1_000_000, help="of the kNN step")
-    flags.add_argument("--neighbours", type=int, default=100, help="of the kNN step")
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
-    from moe_embed_jax.planning.request import PLANNED_PAGES, check_flags
+    from moe_embed_jax.planning.request import PLANNED_PAGES, Assumptions, topologies_of
 
+    launching.add_flags(flags, Assumptions)
     argv = launching_arguments(sys.argv[1:])
     arguments, config = launching.parse_with_config(flags, PLANNED_PAGES, argv)
-    topologies, assumed = check_flags(arguments)
+    topologies = topologies_of(arguments)
+    assumed = launching.from_flags(Assumptions, arguments)
     from moe_embed_jax.planning.run import run
 
     run(config, topologies, assumed, arguments)

@@ -2,12 +2,12 @@
 
 import dataclasses
 
+from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning.topology import parse_topology
 from moe_embed_jax.training.run_config import PAGES, Run
 
 NOT_NEEDED = "not needed to plan"
-MEAN_QUERY_TOKENS, MEAN_DOCUMENT_TOKENS = 12, 90  # of web-like text pairs, specials included
 STEPS = ("train", "encode", "knn")  # the keys of steps.STEPS
 
 
@@ -38,38 +38,22 @@ PLANNED_PAGES = {objective: _planned(page) for objective, page in PAGES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What a config does not say. Token counts are means over texts."""
+    """What a config does not say. Tokens are means over web-like texts, specials included."""
 
-    query_tokens: float
-    document_tokens: float
-    documents: int  # searched by the kNN step, over all chips
-    neighbours: int
+    mean_query_tokens: float = setting(12.0, flag="where no data are prepared")
+    mean_document_tokens: float = setting(90.0, flag="where no data are prepared")
+    documents: int = setting(1_000_000, flag="that the kNN step searches, over all chips")
+    neighbours: int = setting(100, flag="of the kNN step")
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value <= 0:
+                raise UserError(f"{name}={value} must be above 0")
 
 
-def check_flags(arguments) -> tuple[list[str], Assumptions]:
-    """(topologies, assumptions) from the flags of launch/plan.py. Raises `UserError`."""
+def topologies_of(arguments) -> list[str]:
+    """From the flags of launch/plan.py; raises `UserError` for flags that do not go together."""
     topologies = arguments.topology.split(",")
-    assumed = _assumptions(arguments)
-    _check(arguments, topologies)
-    return topologies, assumed
-
-
-def _assumptions(arguments) -> Assumptions:
-    assumed = Assumptions(
-        MEAN_QUERY_TOKENS if arguments.mean_query_tokens is None else arguments.mean_query_tokens,
-        MEAN_DOCUMENT_TOKENS
-        if arguments.mean_document_tokens is None
-        else arguments.mean_document_tokens,
-        arguments.documents,
-        arguments.neighbours,
-    )
-    for name, value in dataclasses.asdict(assumed).items():
-        if value <= 0:
-            raise UserError(f"{name}={value} must be above 0")
-    return assumed
-
-
-def _check(arguments, topologies: list[str]) -> None:
     for topology in topologies:
         parse_topology(topology)
     if arguments.step not in STEPS:
@@ -80,3 +64,4 @@ def _check(arguments, topologies: list[str]) -> None:
         raise UserError(f"--search varies the training step; leave out --step={arguments.step}")
     if len(topologies) > 1 and (arguments.output or arguments.picture):
         raise UserError("--output and --picture take one --topology; --table takes several")
+    return topologies

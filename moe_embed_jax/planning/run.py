@@ -17,7 +17,7 @@ from moe_embed_jax.training.run_config import Run
 
 
 def run(config: Run, topologies: list[str], assumed: Assumptions, arguments) -> None:
-    """`arguments`: the flags of launch/plan.py, of which `request.check_flags` made the rest."""
+    """`arguments`: the flags of launch/plan.py; `request` made the rest of them."""
     console = Console(width=110, soft_wrap=True, highlight=False)
     plans = []
     for topology in topologies:

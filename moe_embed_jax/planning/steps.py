@@ -52,7 +52,7 @@ class Step:
 def train_step(config: Run, mesh, assumed: Assumptions) -> Step:
     """One update, in the shape that the stage says is typical."""
     load = STAGES[config.objective].workload(
-        config, mesh, assumed.query_tokens, assumed.document_tokens
+        config, mesh, assumed.mean_query_tokens, assumed.mean_document_tokens
     )
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(load.stage, optimizer, mesh)

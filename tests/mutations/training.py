@@ -174,6 +174,20 @@ FAULTS = (
         "test_workdir.py -k rounding",
     ),
     Fault(
+        "contradiction-of-the-source-passes",
+        "training/init.py",
+        "and getattr(config.model, name) != getattr(model, name)",
+        "and False",
+        "test_init.py",
+    ),
+    Fault(
+        "keys-of-the-command-line-are-not-stated",
+        "config.py",
+        "        given |= set(_keys(value))\n",
+        "",
+        "test_init.py",
+    ),
+    Fault(
         "resume-may-change-the-precision",
         "models/encoder_config.py",
         'setting("float32", computes=True)',
