@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from findings_arms import ARMS, SETTINGS, Setting, home
 from seeded_runs import ROOT, held_out_scores, launch, link, link_sets, train
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.training.run_config import RunConfig
@@ -74,7 +74,7 @@ def overrides(place: Place, arm: str, seed: int) -> dict:
 def load_config(place: Place, arm: str, seed: int = 0) -> RunConfig:
     """The config of the run as the page says it, before a model that it starts from is read."""
     texts = {key: str(value) for key, value in overrides(place, arm, seed).items()}
-    return config_page.load(RunConfig, page(arm), texts)
+    return config_files.load(RunConfig, page(arm), texts)
 
 
 def prepare(place: Place, setting_name: str) -> None:
@@ -93,7 +93,7 @@ def prepare(place: Place, setting_name: str) -> None:
     arm = next(name for name, arm in ARMS.items() if arm.setting == setting_name)
     config = load_config(place, arm)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(prepared)))
-    config, _ = init.resolve(config, place.work / "nowhere")
+    config, _ = init.apply_source(config, place.work / "nowhere")
     workdir.prepare(config)
     folder = link_sets(place.data_dir, place.work / setting_name, SETTINGS[setting_name].sets)
     link_each(prepared, folder)
@@ -253,7 +253,7 @@ def read_run(place: Place, arm: str, seed: int) -> dict | None:
             "another --work, or the same numbers of steps"
         )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    model = config_page.build(EncoderConfig, card["model"], "model")
+    model = config_files.build(EncoderConfig, card["model"], "model")
     total, active = count_params(model)
     run = json.loads((folder / SCORES).read_text()) | {
         "seed": seed,

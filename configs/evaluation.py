@@ -6,7 +6,7 @@
 `--data` is the folder that all paths below are in. Variants: none (sets of the project's shared
 data: XQuAD, STS, Tatoeba, SIB-200 and others), `:some` (the same sets, but fewer of their many
 languages), `:miracl` and `:beir` (downloads in the layouts of their makers), `:smoke` (a few
-minutes of the first on 2 CPU cores). Write your own page as you like it; docs/evaluation.md says
+minutes of the first on 2 CPU cores). Write your own config as you like it; docs/evaluation.md says
 what each kind of task reads.
 
 What to expect: the first variant embeds 503,541 texts, 15 million tokens of multilingual-e5's:

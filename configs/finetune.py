@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 400
 
     config.loss = ConfigDict()
-    config.loss.dims = {"768": 1.0, "256": 1.0}  # code: off in this page; weights from its others
+    config.loss.dims = {"768": 1.0, "256": 1.0}  # code: off in this config; weights from its others
     # A query sees its own hard negatives and the others' documents (equation 3). Code: the others'
     # hard negatives too, 2,816 documents in all.
     config.loss.share_hard_negatives = False

@@ -9,7 +9,7 @@ docs/recipe.md. `stageN.page` is a config of launch/train.py, `stageN.set` what 
 Stages 2 and 3 start from the model of the stage before, so their configs state no architecture.
 `--config.evaluate.beir` adds BEIR folders to the held-out sets of the default data. All stages are
 evaluated, at the widths of stage 3's `loss.dims`. A field that is not here has its default
-(recipe/page.py, curation/*_rule.py), which is the paper's.
+(recipe/config.py, curation/*_rule.py), which is the paper's.
 
 Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the default data on two
 CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
@@ -74,7 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.mine.document_prompt = "document"
     if variant == "small":
         config.stage1.page = "configs/mlm.py:laptop"
-        # Half the page's rows and steps: 32 rows take 2.5 s a step on two cores.
+        # Half the config's rows and steps: 32 rows take 2.5 s a step on two cores.
         config.stage1.set = ConfigDict(
             dict(batch_size=16, steps=200, eval_every=0, checkpoint_every=50)
         )

@@ -1,10 +1,11 @@
 """Scores a model: on a suite of tasks, or on retrieval sets in BEIR's layout.
 
-    python launch/evaluate.py --model=MODEL --suite=PAGE[:VARIANT] --data=FOLDER --output=FOLDER \\
-        [--cache=FOLDER] [--dim=N[,N]] [--dtype=bfloat16] [--name=ORGANISATION/MODEL] \\
-        [--query_prompt=...] [--document_prompt=...] [--symmetric_prompt=...]
+    python launch/evaluate.py --model=MODEL --suite=CONFIG[:VARIANT] --data=FOLDER \\
+        --output=FOLDER [--cache=FOLDER] [--dim=N[,N]] [--dtype=bfloat16] \\
+        [--name=ORGANISATION/MODEL] [--query_prompt=...] [--document_prompt=...] \\
+        [--symmetric_prompt=...]
 
-A suite is a page like configs/evaluation.py: retrieval (BEIR, MIRACL, across languages), semantic
+A suite is a config like configs/evaluation.py: retrieval (BEIR, MIRACL, across languages), semantic
 similarity, bitext mining and topic classification; its paths are in --data. In --output: results/
 (JSON files as MTEB writes them), table.md and languages.png. Every text is embedded once and kept
 in --cache (default: OUTPUT/vectors); a run that was interrupted continues. MODEL is a folder, or
@@ -32,7 +33,7 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--model", required=True, help="folder of the model, or bm25")
-    flags.add_argument("--suite", help="page of a suite, with an optional :variant")
+    flags.add_argument("--suite", help="config of a suite, with an optional :variant")
     flags.add_argument("--data", help="of a suite: the folder of its paths")
     flags.add_argument("--cache", help="of a suite: folder of vectors; default OUTPUT/vectors")
     flags.add_argument("--name", help="of a suite: what the results call the model, ORG/MODEL")
@@ -57,7 +58,7 @@ def main():
 
 
 def score_suite(arguments) -> None:
-    from moe_embed_jax.config import read_page
+    from moe_embed_jax.config import read_config_file
     from moe_embed_jax.errors import UserError
 
     if arguments.dataset or arguments.heldout:
@@ -69,7 +70,8 @@ def score_suite(arguments) -> None:
     output = pathlib.Path(arguments.output)
     if output.is_file():
         raise UserError(f"--output={output} is a file, expected a folder")
-    _, page = read_page(dict, arguments.suite)  # a mistake in it is reported before jax is imported
+    # A mistake in it is reported before jax is imported.
+    _, values = read_config_file(dict, arguments.suite)
     data = pathlib.Path(arguments.data)
     if not data.is_dir():
         raise UserError(f"--data={data}: no such folder")
@@ -81,7 +83,7 @@ def score_suite(arguments) -> None:
     from moe_embed_jax.evaluation.suite_model import model_card, model_vectors
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    tasks = load_suite(arguments.suite, page)
+    tasks = load_suite(arguments.suite, values)
     check_files(tasks, data)
     mesh = make_mesh(MeshConfig())
     encoder = load_teacher(arguments.model, mesh)

@@ -26,11 +26,11 @@ def main():
     flags.add_argument("--cache", help="JSON file of finished candidates; resumes a search")
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
-    from moe_embed_jax.planning.request import PLANNED_PAGES, Assumptions, topologies_of
+    from moe_embed_jax.planning.request import PLANNED_CONFIGS, Assumptions, topologies_of
 
     launching.add_flags(flags, Assumptions)
     argv = launching_arguments(sys.argv[1:])
-    arguments, config = launching.parse_with_config(flags, PLANNED_PAGES, argv)
+    arguments, config = launching.parse_with_config(flags, PLANNED_CONFIGS, argv)
     topologies = topologies_of(arguments)
     assumed = launching.from_flags(Assumptions, arguments)
     from moe_embed_jax.planning.run import run

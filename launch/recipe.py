@@ -19,7 +19,7 @@ LAUNCHERS = pathlib.Path(__file__).resolve().parent
 def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--workdir", required=True, help="where all steps leave their output")
-    from moe_embed_jax.recipe.page import Recipe
+    from moe_embed_jax.recipe.config import Recipe
 
     arguments, recipe = launching.parse_with_config(flags, Recipe)
     from moe_embed_jax.recipe.run import Stopped, run_steps

@@ -15,9 +15,9 @@ from moe_embed_jax import launching
 def main():
     flags = launching.parser(__doc__)
     flags.add_argument("--workdir", required=True, help="where checkpoints, metrics, pictures go")
-    from moe_embed_jax.training.run_config import PAGES
+    from moe_embed_jax.training.run_config import RUN_CONFIGS
 
-    arguments, config = launching.parse_with_config(flags, PAGES)
+    arguments, config = launching.parse_with_config(flags, RUN_CONFIGS)
     launching.start_distributed()
     from moe_embed_jax.training.loop import train
 

@@ -1,4 +1,4 @@
-"""From a config page (ml_collections) to the frozen dataclasses that the code reads.
+"""From a config file (ml_collections) to the frozen dataclasses that the code reads.
 
 Every section of a config is a dataclass, in a module that does not import jax, so that a mistake is
 reported at once. A key that the dataclass does not know is an error that names it and the nearest
@@ -90,7 +90,7 @@ def load(classes, spec: str, overrides: dict[str, str]):
     """An instance of a config class from a config file and command-line overrides.
 
     Args:
-      classes: the class, or {objective: class}: the page's key `objective` chooses, the first one
+      classes: the class, or {objective: class}: the file's key `objective` chooses, the first one
         where it has none.
       spec: `path/to/config.py` or `path/to/config.py:variant`; the file defines
         `get_config(variant)`, which returns a `ConfigDict` or dict.
@@ -98,14 +98,14 @@ def load(classes, spec: str, overrides: dict[str, str]):
 
     Raises `UserError` in one line, naming file or key.
     """
-    return fill(*read_page(classes, spec), overrides)
+    return fill(*read_config_file(classes, spec), overrides)
 
 
-def fill(cls, page: dict, overrides: dict[str, str]):
-    """`load` of a page that was read."""
+def fill(cls, stated_values: dict, overrides: dict[str, str]):
+    """`load` of a config file that `read_config_file` read."""
     values = defaults(cls)
-    _merge(values, page, "")
-    given = set(_keys(page))
+    _merge(values, stated_values, "")
+    given = set(_keys(stated_values))
     for key, text in overrides.items():
         try:
             value = ast.literal_eval(text)
@@ -141,7 +141,7 @@ def stated(config) -> set[str]:
     return given
 
 
-def read_page(classes, spec: str) -> tuple[type, dict]:
+def read_config_file(classes, spec: str) -> tuple[type, dict]:
     """(the class, the values) of a config file; arguments and errors as in `load`."""
     path, _, variant = spec.partition(":")
     if not pathlib.Path(path).is_file():
@@ -170,15 +170,15 @@ def _failure(path: str, error: Exception) -> str:
     return f"config file {path}, line {line}: {type(error).__name__}: {what}"
 
 
-def _chosen(classes: dict, page: dict, path: str) -> type:
-    objective = page.get("objective", next(iter(classes)))
+def _chosen(classes: dict, values: dict, path: str) -> type:
+    objective = values.get("objective", next(iter(classes)))
     if not isinstance(objective, str) or objective not in classes:
         raise UserError(f"{path}: objective={objective!r}: choose one of {', '.join(classes)}")
     return classes[objective]
 
 
-def _merge(values: dict, page, name: str) -> None:
-    for key, value in dict(page).items():
+def _merge(values: dict, section, name: str) -> None:
+    for key, value in dict(section).items():
         if not isinstance(key, str):
             raise UserError(f"config key {name}{key!r:.40} must be a string")
         if isinstance(values, _AnyKeys):

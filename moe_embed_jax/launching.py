@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.curation.teacher_config import PROMPT_HELP as PROMPT_HELP
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
@@ -62,7 +62,7 @@ def parse_with_config(flags: argparse.ArgumentParser, config_classes, argv=None)
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
             value = rest.pop(0)
         overrides[key.removeprefix("--config.")] = value
-    return namespace, config_page.load(config_classes, namespace.config, overrides)
+    return namespace, config_files.load(config_classes, namespace.config, overrides)
 
 
 def add_flags(flags: argparse.ArgumentParser, cls) -> None:

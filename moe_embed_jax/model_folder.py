@@ -12,13 +12,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
-from moe_embed_jax.interop.source import CONFIG_FILE, MODEL_CARD, local_folder
+from moe_embed_jax.interop.source import CONFIG_FILE, RUN_CONFIG, local_folder
 from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
@@ -193,7 +193,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
     card = read_config(folder)
     where = folder / CONFIG_FILE
     try:
-        model = config_page.build(EncoderConfig, card["model"], "model")
+        model = config_files.build(EncoderConfig, card["model"], "model")
     except UserError as error:  # which knows no file
         raise UserError(f"{where}: {error}") from None
     prompts, lengths = _card_settings(card, where)
@@ -355,7 +355,7 @@ def save_model(
         checkpoints.save(0, {"origin": origin, **(own or {})}, **trees)
         checkpoints.close()
         save_json(
-            partial / MODEL_CARD,
+            partial / RUN_CONFIG,
             {
                 "model": dataclasses.asdict(loaded.model),
                 "data": {f"{side}_length": n for side, n in loaded.max_lengths.items()},

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import synthetic_data
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax import launching
 from moe_embed_jax.data.batches import PairBatches
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
@@ -41,7 +41,7 @@ def main(folder: pathlib.Path) -> None:
     page = folder / "config.py"
     if process == 0:
         page.write_text(synthetic_data.config_text(data_dir))
-    config = process_0_first("page", lambda: config_page.load(RunConfig, str(page), {}))
+    config = process_0_first("page", lambda: config_files.load(RunConfig, str(page), {}))
     store, vocabulary = process_0_first(
         "data", lambda: workdir_module.open_data(folder, config, write=process == 0)
     )

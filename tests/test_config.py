@@ -4,15 +4,15 @@ import pathlib
 
 import pytest
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import upcycle, upcycle_config
 from moe_embed_jax.models import encoder_config
 from moe_embed_jax.planning import request, steps
-from moe_embed_jax.recipe.page import Recipe
+from moe_embed_jax.recipe.config import Recipe
 from moe_embed_jax.routing import exchange
-from moe_embed_jax.training.run_config import PAGES, RunConfig
+from moe_embed_jax.training.run_config import RUN_CONFIGS, RunConfig
 
 NO_RUNS = ("recipe", "evaluation")  # test_recipe.py, test_suite.py
 PAGES_OF_RUNS = (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
@@ -27,7 +27,7 @@ def write(tmp_path, text) -> str:
 
 def load(tmp_path, values: dict, **overrides) -> RunConfig:
     path = write(tmp_path, f"def get_config(variant=''):\n    return {values!r}\n")
-    return config_page.load(RunConfig, path, overrides)
+    return config_files.load(RunConfig, path, overrides)
 
 
 # What a page asks its user for.
@@ -50,12 +50,12 @@ def test_names_in_configs_are_those_of_the_functions():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_has_a_smoke_variant_and_says_how_to_run_it(path):
     given = GIVEN.get(path.stem, {})
-    full = config_page.load(PAGES, str(path), given)
-    smoke = config_page.load(PAGES, f"{path}:smoke", given)
+    full = config_files.load(RUN_CONFIGS, str(path), given)
+    smoke = config_files.load(RUN_CONFIGS, f"{path}:smoke", given)
     assert smoke.steps <= 10 < full.steps
     assert f"launch/train.py --config=configs/{path.name}" in path.read_text()
     with pytest.raises(UserError, match="unknown variant 'nonsense'"):
-        config_page.load(PAGES, f"{path}:nonsense", given)
+        config_files.load(RUN_CONFIGS, f"{path}:nonsense", given)
 
 
 def variants(path: pathlib.Path) -> list[str]:
@@ -87,9 +87,9 @@ def test_a_page_states_what_differs_from_the_defaults(path):
     """In one of its variants at least: the variants change each other's values."""
     differs = {}
     for variant in variants(path):
-        classes = Recipe if path.stem == "recipe" else PAGES
-        cls, page = config_page.read_page(classes, f"{path}:{variant}")
-        default = dict(leaves(config_page.defaults(cls)))
+        classes = Recipe if path.stem == "recipe" else RUN_CONFIGS
+        cls, page = config_files.read_config_file(classes, f"{path}:{variant}")
+        default = dict(leaves(config_files.defaults(cls)))
         for key, value in leaves(page):
             differs[key] = differs.get(key, False) or value != default[key]
     differs.pop("objective", None)  # by which its class is chosen
@@ -120,13 +120,13 @@ IGNORED = (
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_page_states_nothing_that_training_ignores(path):
     for variant in variants(path):
-        cls, page = config_page.read_page(PAGES, f"{path}:{variant}")
+        cls, page = config_files.read_config_file(RUN_CONFIGS, f"{path}:{variant}")
         given = {}
         if page.get("init", {}).get("required"):
             given = {"init.source": "m", "data.pairs": "p"}
         elif "vocabulary" not in page.get("data", {}):
             given = {"data.vocabulary.path": "x"}
-        config = config_page.fill(cls, page, given)
+        config = config_files.fill(cls, page, given)
         for is_so, ignored in IGNORED:
             wrong = [key for key, _ in leaves(page) if is_so(config) and ignored(key)]
             assert wrong == [], f"{path.name}:{variant}"
@@ -135,7 +135,7 @@ def test_a_page_states_nothing_that_training_ignores(path):
 def test_mlm_has_the_papers_figures():
     """paper_facts (b): stage 1; Adam as the code's mmlm.yaml, of which the paper says nothing."""
     path = CONFIGS[0].parent / "mlm.py"
-    config = config_page.load(PAGES, str(path), GIVEN["mlm"])
+    config = config_files.load(RUN_CONFIGS, str(path), GIVEN["mlm"])
     assert (config.batch_size, config.data.row_length, config.steps) == (4096, 2048, 10_000)
     optimizer = config.optimizer
     assert optimizer.peak_learning_rate == 4e-4
@@ -152,17 +152,17 @@ def test_mlm_has_the_papers_figures():
 def test_a_page_chooses_its_keys_by_its_objective(tmp_path):
     path = write(tmp_path, "def get_config(variant=''):\n    return {'objective': 'masked'}\n")
     with pytest.raises(UserError, match="objective='masked': choose one of contrastive, masked_lm"):
-        config_page.load(PAGES, path, {})
+        config_files.load(RUN_CONFIGS, path, {})
     pairs_key = {"objective": "masked_lm", "data": {"query_length": 3}}
     path = write(tmp_path, f"def get_config(variant=''):\n    return {pairs_key!r}\n")
     with pytest.raises(UserError, match=r"unknown config key data\.query_length"):
-        config_page.load(PAGES, path, {})
+        config_files.load(RUN_CONFIGS, path, {})
 
 
 def test_pretrain_has_the_papers_figures():
     """paper_facts (c): stage 2 hyper-parameters; (a): architecture."""
     path = CONFIGS[0].parent / "pretrain.py"
-    config = config_page.load(RunConfig, str(path), {"data.vocabulary.path": "x"})
+    config = config_files.load(RunConfig, str(path), {"data.vocabulary.path": "x"})
     assert config.batch_size == 16_384
     assert (config.data.query_length, config.data.document_length) == (32, 256)
     optimizer = config.optimizer
@@ -211,17 +211,17 @@ def test_types_are_checked_and_integers_become_floats(tmp_path):
 
 def test_files_that_are_no_configs(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.py does not exist"):
-        config_page.load(RunConfig, str(tmp_path / "nothing.py"), {})
+        config_files.load(RunConfig, str(tmp_path / "nothing.py"), {})
     with pytest.raises(UserError, match=r"does not define get_config"):
-        config_page.load(RunConfig, write(tmp_path, "x = 1\n"), {})
+        config_files.load(RunConfig, write(tmp_path, "x = 1\n"), {})
     with pytest.raises(UserError, match=r"get_config must return a dict, not 3"):
-        config_page.load(RunConfig, write(tmp_path, "def get_config(v): return 3\n"), {})
+        config_files.load(RunConfig, write(tmp_path, "def get_config(v): return 3\n"), {})
     with pytest.raises(UserError, match=r"config key 3 must be a string"):
-        config_page.load(RunConfig, write(tmp_path, "def get_config(v): return {3: 4}\n"), {})
+        config_files.load(RunConfig, write(tmp_path, "def get_config(v): return {3: 4}\n"), {})
     with pytest.raises(UserError, match=r"line 2: ZeroDivisionError: division by zero"):
-        config_page.load(RunConfig, write(tmp_path, "def get_config(v):\n  return 1 / 0\n"), {})
+        config_files.load(RunConfig, write(tmp_path, "def get_config(v):\n  return 1 / 0\n"), {})
     with pytest.raises(UserError, match=r"line 1: SyntaxError: ") as refused:
-        config_page.load(RunConfig, write(tmp_path, "def get_config(v:\n"), {})
+        config_files.load(RunConfig, write(tmp_path, "def get_config(v:\n"), {})
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -258,8 +258,8 @@ def test_command_line(tmp_path):
 
 def test_differences_and_atomic_json(tmp_path):
     old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
-    assert config_page.differences(old, new) == ["b.c: 2 -> 4", "e: (absent) -> 5"]
-    config_page.save_json(tmp_path / "x" / "y.json", new)
+    assert config_files.differences(old, new) == ["b.c: 2 -> 4", "e: (absent) -> 5"]
+    config_files.save_json(tmp_path / "x" / "y.json", new)
     assert (tmp_path / "x" / "y.json").read_text().startswith("{")
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["y.json"]
 
@@ -274,11 +274,11 @@ class Open:
 
 def test_a_section_of_any_keys_is_merged(tmp_path):
     path = write(tmp_path, "def get_config(v=''): return {'set': {'a': {'b': 1, 'c': {'x': 1}}}}\n")
-    assert config_page.load(Open, path, {}).set == {"a": {"b": 1, "c": {"x": 1}}}
-    merged = config_page.load(Open, path, {"set.a.b": "2", "set.new.key": "text"})
+    assert config_files.load(Open, path, {}).set == {"a": {"b": 1, "c": {"x": 1}}}
+    merged = config_files.load(Open, path, {"set.a.b": "2", "set.new.key": "text"})
     assert merged.set == {"a": {"b": 2, "c": {"x": 1}}, "new": {"key": "text"}}
-    whole = config_page.load(Open, path, {"set.a.c": "{'y': 2}", "set.a.b": "{'z': 3}"})
+    whole = config_files.load(Open, path, {"set.a.c": "{'y': 2}", "set.a.b": "{'z': 3}"})
     assert whole.set == {"a": {"b": {"z": 3}, "c": {"y": 2}}}  # literals replace
-    assert config_page.load(Open, path, {"set.a": "None"}).set == {"a": None}
+    assert config_files.load(Open, path, {"set.a": "None"}).set == {"a": None}
     with pytest.raises(UserError, match="unknown config key sise; did you mean size"):
-        config_page.load(Open, path, {"sise": "2"})
+        config_files.load(Open, path, {"sise": "2"})

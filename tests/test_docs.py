@@ -19,11 +19,11 @@ import yaml
 from conftest import ROOT, load_benchmark
 
 import moe_embed_jax
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax import launching
 from moe_embed_jax.evaluation.heldout import load_heldout
-from moe_embed_jax.recipe.page import Recipe
-from moe_embed_jax.training.run_config import PAGES
+from moe_embed_jax.recipe.config import Recipe
+from moe_embed_jax.training.run_config import RUN_CONFIGS
 
 PAGES_OF_TEXT = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("benchmarks", "configs", "docs", "launch", "moe_embed_jax", "tests")
@@ -216,7 +216,7 @@ def keys_of(section, prefix: str = ""):
 @pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=name)
 def test_named_keys_exist(page):
     """`data.chunk_rows`, `--config.filter.k=5` and the like, wherever they are named."""
-    pages = [config_page.defaults(cls) for cls in (*PAGES.values(), Recipe)]
+    pages = [config_files.defaults(cls) for cls in (*RUN_CONFIGS.values(), Recipe)]
     known = set(itertools.chain.from_iterable(map(keys_of, pages)))
     sections = "init|model|data|optimizer|loss|mesh|health"
     text = page.read_text()

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import synthetic_data
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.errors import UserError
@@ -24,7 +24,7 @@ def vocabulary(data_dir) -> str:
 
 def resolved(vocabulary: str, page: dict, overrides: dict) -> RunConfig:
     page = {"init": {"source": "runs/a"}} | page
-    config = config_page.fill(RunConfig, page, overrides)
+    config = config_files.fill(RunConfig, page, overrides)
     return init._replaced(config, SOURCE, VocabularyConfig("file", vocabulary))[0]
 
 
@@ -84,7 +84,7 @@ def test_a_copy_of_the_vocabulary_is_the_same(vocabulary, tmp_path):
 
 def test_what_a_config_states():
     page = {"steps": 9, "model": {"width": 96}}
-    config = config_page.fill(RunConfig, {"init": {"source": "m"}} | page, {"loss.margin": "0.1"})
-    assert config_page.stated(config) == {"steps", "model.width", "init.source", "loss.margin"}
+    config = config_files.fill(RunConfig, {"init": {"source": "m"}} | page, {"loss.margin": "0.1"})
+    assert config_files.stated(config) == {"steps", "model.width", "init.source", "loss.margin"}
     built = RunConfig(steps=9, init=config.init)
-    assert config_page.stated(built) == {"steps", "init.source"}
+    assert config_files.stated(built) == {"steps", "init.source"}

@@ -117,7 +117,7 @@ def test_every_launcher_has_a_mistake():
 
 
 def test_configs_are_classes_of_plain_python(loaded, tmp_path):
-    modules = "training.run_config", "planning.request", "recipe.page", "launching"
+    modules = "training.run_config", "planning.request", "recipe.config", "launching"
     lines = ["import moe_embed_jax", *(f"import moe_embed_jax.{name}" for name in modules)]
     (tmp_path / "imports.py").write_text("\n".join(lines))
     result, libraries = loaded(tmp_path / "imports.py")

@@ -60,7 +60,7 @@ def run_config(source, positions="rotary", row_length=2048) -> MaskedRunConfig:
         init=MaskedInitConfig(source=str(source), positions=positions),
         data=MaskedDataConfig(row_length=row_length),
     )
-    return init.resolve(config, pathlib.Path("no work directory"))[0]
+    return init.apply_source(config, pathlib.Path("no work directory"))[0]
 
 
 def states_at_position_0(model, params, ids):

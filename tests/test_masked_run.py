@@ -180,7 +180,7 @@ def test_a_run_goes_on_from_another_with_its_head(data_dir, config, whole_run, t
     ("flags", "message"),
     [
         (["--config.data.query_length=16"], "unknown config key data.query_length"),
-        (["--config.objective=contrastive"], "this page is 'masked_lm'"),
+        (["--config.objective=contrastive"], "this config is 'masked_lm'"),
         (["--config.loss.mask_rate=1.5"], "loss.mask_rate=1.5 must be between 0 and 1"),
         (["--config.loss.random_share=0.4"], "add up to at most 1"),
         (["--config.batch_size=9"], "batch_size=9 is not divisible by the 8 devices"),

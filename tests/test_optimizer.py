@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.sharding import path_of
@@ -83,7 +83,7 @@ def test_a_run_that_cannot_warm_up_claims_nothing(tmp_path):
     """The error comes before the data are made and before the work directory is this run's."""
     page = str(ROOT / "configs/quickstart.py")
     keys = {"steps": "20", "data.dir": str(tmp_path / "data")}
-    config = config_page.load(RunConfig, page, keys)
+    config = config_files.load(RunConfig, page, keys)
     with pytest.raises(UserError, match="warmup_steps=20 must be below steps=20"):
         loop.train(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

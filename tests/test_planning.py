@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, run_python
 from rich.console import Console
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.data.data_config import DataConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig
@@ -27,7 +27,7 @@ from moe_embed_jax.planning.chips import CHIPS, HOP_SECONDS
 from moe_embed_jax.planning.collectives import Collective
 from moe_embed_jax.planning.cost import Cost, Kernel, Unestimated
 from moe_embed_jax.planning.memory import advice
-from moe_embed_jax.planning.request import PLANNED_PAGES
+from moe_embed_jax.planning.request import PLANNED_CONFIGS
 from moe_embed_jax.planning.roofline import VECTOR_OPERATIONS, predict
 from moe_embed_jax.stages.contrastive import Contrastive
 from moe_embed_jax.stages.masked_lm import MaskedLM
@@ -66,7 +66,7 @@ def plan(command, output):
 
 @pytest.fixture
 def run():
-    return PLANNED_PAGES["contrastive"](data=DataConfig(dir="no_data"))
+    return PLANNED_CONFIGS["contrastive"](data=DataConfig(dir="no_data"))
 
 
 # ---- Without the compiler ------------------------------------------------------------------------
@@ -91,13 +91,13 @@ def test_set_is_config(capsys):
 
 
 def test_a_run_is_planned_without_its_vocabulary():
-    config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/pretrain.py"), {})
+    config = config_files.load(PLANNED_CONFIGS, str(ROOT / "configs/pretrain.py"), {})
     assert config.data.vocabulary.path
 
 
 def test_fine_tuning_is_planned_without_its_model_and_pairs():
-    config = config_page.load(
-        PLANNED_PAGES, str(ROOT / "configs/finetune.py"), {"data.dir": "none"}
+    config = config_files.load(
+        PLANNED_CONFIGS, str(ROOT / "configs/finetune.py"), {"data.dir": "none"}
     )
     load = Contrastive.workload(config, types.SimpleNamespace(size=8), 12, 90)
     assert load.tokens == 256 * (12 + 11 * 90)
@@ -120,7 +120,7 @@ def test_a_batch_that_the_chips_do_not_divide_is_refused(run):
 
 
 def test_masked_rows_are_those_of_the_page():
-    config = config_page.load(PLANNED_PAGES, str(ROOT / "configs/mlm.py"), {})
+    config = config_files.load(PLANNED_CONFIGS, str(ROOT / "configs/mlm.py"), {})
     load = MaskedLM.workload(config, types.SimpleNamespace(size=64), 12, 90)
     assert (load.chunks, load.rows) == (4, 16)
     assert load.tokens == pytest.approx(0.97 * 4096 * 2048)

@@ -115,7 +115,7 @@ def test_import_training_and_export_keep_the_pooling(saved, tmp_path):
     np.testing.assert_allclose(
         Embedder.load(imported).encode(st_folders.TEXTS, None), expected, atol=1e-6
     )
-    config, changed = init.resolve(RunConfig(init=InitConfig(source=str(imported))), tmp_path)
+    config, changed = init.apply_source(RunConfig(init=InitConfig(source=str(imported))), tmp_path)
     assert config.model.pooling == pooling
     assert f"model.pooling: mean -> {pooling}" in changed
     export_model(imported, exported)

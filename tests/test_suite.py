@@ -10,7 +10,7 @@ from conftest import ROOT, run_python
 from evaluation_data import table, text_vectors, write, write_beir, write_miracl
 from stand_in_teacher import StandInTeacher
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.errors import UserError
@@ -229,16 +229,16 @@ def test_the_pages_of_the_project():
         assert len(load_suite(f"{ROOT / 'configs/evaluation.py'}:{variant}")) == kinds
     with pytest.raises(UserError, match="unknown variant 'x'"):
         load_suite(f"{ROOT / 'configs/evaluation.py'}:x")
-    _, values = config_page.read_page(dict, f"{ROOT / 'configs/evaluation.py'}:beir")
+    _, values = config_files.read_config_file(dict, f"{ROOT / 'configs/evaluation.py'}:beir")
     assert load_suite("read.py before", values).keys() == published.BEIR.keys()  # not read again
     assert load_suite(f"{ROOT / 'configs/evaluation.py'}:beir").keys() == published.BEIR.keys()
 
 
 @pytest.mark.parametrize("variant", ["", "some", "miracl", "beir", "smoke"])
 def test_the_page_states_no_default(variant):
-    _, page = config_page.read_page(dict, f"{ROOT / 'configs/evaluation.py'}:{variant}")
+    _, page = config_files.read_config_file(dict, f"{ROOT / 'configs/evaluation.py'}:{variant}")
     for name, task in page["tasks"].items():
-        defaults = config_page.defaults(KINDS[task["kind"]]) | {"kind": None}
+        defaults = config_files.defaults(KINDS[task["kind"]]) | {"kind": None}
         assert [key for key, value in task.items() if value == defaults[key]] == [], name
 
 

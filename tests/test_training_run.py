@@ -20,7 +20,7 @@ import pytest
 import synthetic_data
 from conftest import ROOT, metric, python_environment, run_python
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation import heldout_retrieval
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
@@ -257,7 +257,7 @@ class Killed(BaseException):
 def test_every_evaluation_is_recorded_once(config, whole_run, tmp_path, monkeypatch, capfd):
     """Killed before the first checkpoint, and twice between saving and evaluating; then the
     finished run is started again."""
-    page = config_page.load(RunConfig, str(config), {})
+    page = config_files.load(RunConfig, str(config), {})
     evaluate, write, calls = heldout_retrieval.evaluate_heldout, evaluation.append_record, []
 
     def killed(*arguments):

@@ -11,7 +11,7 @@ from conftest import run_python
 from published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
 from moe_embed_jax import Embedder
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.conversion import export_model
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.errors import UserError
@@ -234,7 +234,7 @@ def test_a_tokenizer_json_can_be_trained_on(source, data_dir, tmp_path):
     preparation = synthetic_data.PREPARATION | {"vocabulary": {"kind": "file", "path": str(path)}}
     synthetic_data.write_tokens(data_dir, preparation)
     page = {"init": {"source": str(folder)}, "data": {"dir": str(data_dir), **LENGTHS}}
-    config, changed = init.resolve(config_page.build(RunConfig, page), tmp_path / "run")
+    config, changed = init.apply_source(config_files.build(RunConfig, page), tmp_path / "run")
     assert "data.vocabulary.path" in " ".join(changed)
     (tmp_path / "run").mkdir()
     _, vocabulary = workdir.open_data(tmp_path / "run", config, write=True)

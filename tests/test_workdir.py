@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import synthetic_data
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.stages.contrastive import groups_without_negatives
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
-from moe_embed_jax.training.workdir import check_data_spec, claim, data_spec, read_card
+from moe_embed_jax.training.workdir import (
+    check_data_spec,
+    check_or_create,
+    data_spec,
+    read_run_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def page(tmp_path_factory):
 
     def load(overrides: dict) -> RunConfig:
         texts = {key: str(value) for key, value in overrides.items()}
-        return config_page.load(RunConfig, str(path), texts)
+        return config_files.load(RunConfig, str(path), texts)
 
     return load
 
@@ -67,13 +72,13 @@ ALL_TO_ALL = {"model.expert_exchange": "all_to_all", "mesh.expert": 2}
     ],
 )
 def test_a_resumed_run_may_change_what_is_rounding(tmp_path, page, before, after, refused):
-    claim(tmp_path, page(before), write=True)
-    claim(tmp_path, page(before), write=False)
+    check_or_create(tmp_path, page(before), write=True)
+    check_or_create(tmp_path, page(before), write=False)
     if refused is None:
-        claim(tmp_path, page(after), write=False)
+        check_or_create(tmp_path, page(after), write=False)
         return
     with pytest.raises(UserError) as error:
-        claim(tmp_path, page(after), write=False)
+        check_or_create(tmp_path, page(after), write=False)
     assert f"belongs to another config ({refused})" in str(error.value)
 
 
@@ -99,10 +104,10 @@ MEMORY = {"model.remat_rows", "data.chunk_rows", "mesh.data", "mesh.fsdp", "mesh
 )
 def test_free_fields(cls, own):
     """Every other field, and every new one, is refused."""
-    config = config_page.build(cls, {"init": {"source": "model"}})
+    config = config_files.build(cls, {"init": {"source": "model"}})
     free, dropless = (
-        set(leaves(config_page.select(config, kind)))
-        for kind in (config_page.FREE, config_page.FREE_IF_DROPLESS)
+        set(leaves(config_files.select(config, kind)))
+        for kind in (config_files.FREE, config_files.FREE_IF_DROPLESS)
     )
     assert free == RHYTHM | HEALTH | PLACES | own
     assert dropless == EXPERTS | MEMORY
@@ -145,14 +150,14 @@ def damaged(text: str):
 
 
 def test_a_damaged_config_is_named(tmp_path, page):
-    assert read_card(tmp_path) is None
-    claim(tmp_path, page({}), write=True)
-    assert dataclasses.asdict(read_card(tmp_path)) == dataclasses.asdict(page({}))
+    assert read_run_config(tmp_path) is None
+    check_or_create(tmp_path, page({}), write=True)
+    assert dataclasses.asdict(read_run_config(tmp_path)) == dataclasses.asdict(page({}))
     path = tmp_path / "config.json"
     for message, content in damaged(path.read_text()):
         path.write_text(content)
         with pytest.raises(UserError) as error:
-            claim(tmp_path, page({}), write=False)
+            check_or_create(tmp_path, page({}), write=False)
         line = str(error.value)
         assert line.startswith(f"{path} is damaged (") and message in line, line
         assert "\n" not in line and "put the right file back" in line

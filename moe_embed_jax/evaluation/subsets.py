@@ -35,7 +35,7 @@ class SubsetScores:
 
 
 class Task(Protocol):
-    """What a page of a suite lists: a dataclass of the family's module."""
+    """What the config of a suite lists: a dataclass of the family's module."""
 
     main_score: str  # key of the scores that counts
     split: str

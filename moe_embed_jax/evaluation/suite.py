@@ -1,4 +1,4 @@
-"""A suite of evaluation tasks: the page that lists them, and the run over all of them."""
+"""A suite of evaluation tasks: the config that lists them, and the run over all of them."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.bitext import Bitext
 from moe_embed_jax.evaluation.cross_lingual import CrossLingual
@@ -32,8 +32,8 @@ READ_AT_ONCE = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
-    """What `get_config` of a suite's page gives: name -> {"kind": ..., keys of the kind}."""
+class SuiteConfig:
+    """What `get_config` of a suite's config file gives: name -> {"kind": ..., keys of the kind}."""
 
     tasks: dict = dataclasses.field(default_factory=dict)
 
@@ -62,21 +62,21 @@ class TaskResult:
 
 
 def load_suite(spec: str, values: dict | None = None) -> dict[str, Task]:
-    """The tasks of a page, in its order.
+    """The tasks of a config, in its order.
 
     Args:
-      spec: `path/to/page.py` or `path/to/page.py:variant`, see configs/evaluation.py.
-      values: what `config.read_page` gave for it; None: it is read now.
+      spec: `path/to/suite.py` or `path/to/suite.py:variant`, see configs/evaluation.py.
+      values: what `config.read_config_file` gave for it; None: it is read now.
 
     Raises `UserError` that names the task and the key.
     """
     if values is None:
-        _, values = config_page.read_page(Page, spec)
-    page = config_page.fill(Page, values, {})
-    if not page.tasks:
+        _, values = config_files.read_config_file(SuiteConfig, spec)
+    config = config_files.fill(SuiteConfig, values, {})
+    if not config.tasks:
         raise UserError(f"{spec} lists no tasks")
     tasks = {}
-    for name, entry in page.tasks.items():
+    for name, entry in config.tasks.items():
         where = f"tasks.{name}"
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"{spec}: {where}: the name is that of a file; use letters and digits")
@@ -87,7 +87,7 @@ def load_suite(spec: str, values: dict | None = None) -> dict[str, Task]:
         if kind not in KINDS:
             raise UserError(f"{spec}: {where}.kind={kind!r}: choose one of {', '.join(KINDS)}")
         try:
-            tasks[name] = config_page.build(KINDS[kind], values, where)
+            tasks[name] = config_files.build(KINDS[kind], values, where)
         except UserError as error:
             text = str(error)
             raise UserError(f"{spec}: {text if where in text else f'{where}: {text}'}") from None

@@ -5,7 +5,7 @@ import dataclasses
 from moe_embed_jax.config import setting
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning.topology import parse_topology
-from moe_embed_jax.training.run_config import PAGES, Run
+from moe_embed_jax.training.run_config import RUN_CONFIGS, Run
 
 NOT_NEEDED = "not needed to plan"
 STEPS = ("train", "encode", "knn")  # the keys of steps.STEPS
@@ -28,12 +28,12 @@ class _Planned:
         super().__post_init__()
 
 
-def _planned(page: type[Run]) -> type[Run]:
-    made = type(f"Planned{page.__name__}", (_Planned, page), {})
+def _planned(cls: type[Run]) -> type[Run]:
+    made = type(f"Planned{cls.__name__}", (_Planned, cls), {})
     return dataclasses.dataclass(frozen=True)(made)
 
 
-PLANNED_PAGES = {objective: _planned(page) for objective, page in PAGES.items()}
+PLANNED_CONFIGS = {objective: _planned(cls) for objective, cls in RUN_CONFIGS.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.evaluation.heldout_documents import HeldOutDocuments, geometric_mean
 from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.evaluation.model_scores import BM25
@@ -13,7 +13,7 @@ from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 from moe_embed_jax.pairs.manifest import read_manifest
-from moe_embed_jax.recipe.page import STAGES
+from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.stages.registry import STAGES as STAGE_OF
@@ -85,7 +85,7 @@ def _curation_report(folder: pathlib.Path) -> dict:
 
 def _training(folder: pathlib.Path) -> Training:
     card = read_object(folder / "config.json")
-    total, active = count_params(config_page.build(EncoderConfig, card["model"], "model"))
+    total, active = count_params(config_files.build(EncoderConfig, card["model"], "model"))
     records = read_records(folder / METRICS_FILE)
     results = read_object(folder / RESULTS_FILE)
     columns = sorted(results, key=lambda name: name == TRAINED)  # before and after

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from moe_embed_jax.evaluation.model_scores import BM25
+from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.facts import Facts
-from moe_embed_jax.recipe.page import STAGES
 
 COLOURS = {BM25: "0.7", "stage1": "C7", "stage2": "C0", "stage3": "C2"}
 MASKED_TITLE = "masked language modelling"

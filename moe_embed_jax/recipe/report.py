@@ -5,8 +5,8 @@ import pathlib
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.recipe import picture
+from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.facts import TRAINED, Facts, Training, collect
-from moe_embed_jax.recipe.page import STAGES
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.recipe.view import duration
 

@@ -7,9 +7,9 @@ import shlex
 import sys
 
 from moe_embed_jax.evaluation.model_scores import BM25
-from moe_embed_jax.interop.source import MODEL_CARD
+from moe_embed_jax.interop.source import RUN_CONFIG
 from moe_embed_jax.pairs.manifest import MANIFEST
-from moe_embed_jax.recipe.page import STAGES, WHEEL_TEACHER, Recipe, training_run
+from moe_embed_jax.recipe.config import STAGES, WHEEL_TEACHER, Recipe, training_run
 from moe_embed_jax.training.workdir import RESULTS_FILE, identity
 
 WORKDIR = pathlib.Path("WORKDIR")  # in records, so that a work directory may be moved
@@ -46,9 +46,9 @@ def make_steps(
 
     Args:
       launchers: the folder launch/.
-      root: where the pages of the stages lie.
+      root: where the config files of the stages lie.
 
-    Raises `UserError` for a stage's page that cannot be used, before anything is run.
+    Raises `UserError` for a stage's config that cannot be used, before anything is run.
     """
     make = _Maker(recipe, workdir, launchers, root)
     steps = [make.prepare(), make.train("stage1", {}, ())]
@@ -74,18 +74,18 @@ class _Maker:
         self.dims: list[str] = []  # Matryoshka, of stage 3
 
     def prepare(self) -> Step:
-        page, output = self.recipe.prepare, self.workdir / "pairs"
-        if page.sources:
-            flags = {"sources": page.sources, "output": output}
-            argv = (*self._launch("prepare.py", flags), *shlex.split(page.flags))
+        config, output = self.recipe.prepare, self.workdir / "pairs"
+        if config.sources:
+            flags = {"sources": config.sources, "output": output}
+            argv = (*self._launch("prepare.py", flags), *shlex.split(config.flags))
             # Beam's flags say where the work is done, not what.
             return self._step("prepare", output, [(argv, output / MANIFEST)], (), flags)
         flags = {
             "data_dir": self.recipe.data_dir,
             "output": output,
-            "count": page.count,
-            "rates": json.dumps(page.rates and dict(page.rates)),
-            "seed": page.seed,
+            "count": config.count,
+            "rates": json.dumps(config.rates and dict(config.rates)),
+            "seed": config.seed,
         }
         module = [sys.executable, "-m", "moe_embed_jax.preparation.export_pairs"]
         argv = (*module, *_flags(flags), *self._wheels())
@@ -109,7 +109,7 @@ class _Maker:
         cache = pathlib.Path(self.recipe.data_dir) / "wheels"
         argv = (*module, *_flags({"output": folder, "cache": cache}), *self._wheels())
         arguments = {"model": WHEEL_TEACHER}
-        return self._step("teacher", folder, [(argv, folder / MODEL_CARD)], (), arguments)
+        return self._step("teacher", folder, [(argv, folder / RUN_CONFIG)], (), arguments)
 
     def filter(self) -> Step:
         teacher, needs = self._teacher(self.recipe.teacher)
@@ -155,7 +155,7 @@ class _Maker:
         flags = {"source": self.workdir / "stage3", "target": target}
         script = str(self.launchers / "convert.py")
         argv = (sys.executable, script, "export", *_flags(flags))
-        return self._step("export", target, [(argv, target / MODEL_CARD)], ("stage3",), flags)
+        return self._step("export", target, [(argv, target / RUN_CONFIG)], ("stage3",), flags)
 
     def _teacher(self, name: str) -> tuple[str, tuple[str, ...]]:
         """(what launch/filter.py calls it, the step that makes it if any)."""

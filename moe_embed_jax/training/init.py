@@ -6,11 +6,11 @@ import pathlib
 import jax
 import numpy as np
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.config import differences
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.source import MODEL_CARD
+from moe_embed_jax.interop.source import RUN_CONFIG
 from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.mesh import replicated, single_device_mesh
@@ -27,7 +27,7 @@ COMPUTE_FIELDS = tuple(
 )
 
 
-def resolve(config, workdir: pathlib.Path) -> tuple:
+def apply_source(config, workdir: pathlib.Path) -> tuple:
     """(the config with the architecture and vocabulary of `init.source`, what that changed).
 
     With `init.source` the source decides the architecture and the vocabulary, so a config leaves
@@ -41,13 +41,13 @@ def resolve(config, workdir: pathlib.Path) -> tuple:
     init = config.init
     if not init.source:
         return config, []
-    card_path = workdir / MODEL_CARD
-    if card_path.is_file():
-        card = read_object(card_path)
-        # Built, so that a key that is newer than the card has its default there.
-        if config_page.build(type(init), card.get("init", {}), "init") == init:
-            model = config_page.build(EncoderConfig, card["model"], "model")
-            vocabulary = config_page.build(VocabularyConfig, card["data"]["vocabulary"])
+    saved_path = workdir / RUN_CONFIG
+    if saved_path.is_file():
+        saved = read_object(saved_path)
+        # Built, so that a key that is newer than the file has its default.
+        if config_files.build(type(init), saved.get("init", {}), "init") == init:
+            model = config_files.build(EncoderConfig, saved["model"], "model")
+            vocabulary = config_files.build(VocabularyConfig, saved["data"]["vocabulary"])
             own_copy = find_tokenizer(workdir)
             if own_copy is not None and not pathlib.Path(vocabulary.path).is_file():
                 vocabulary = dataclasses.replace(vocabulary, path=str(own_copy))
@@ -75,7 +75,7 @@ def _replaced(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> tup
 
 def _check_stated(config, model: EncoderConfig, vocabulary: VocabularyConfig) -> None:
     """Raises `UserError` where the config states another model than its source is."""
-    stated = config_page.stated(config)
+    stated = config_files.stated(config)
     wrong = [
         f"{key}={getattr(config.model, name)!r} (the source has {getattr(model, name)!r})"
         for name in (field.name for field in dataclasses.fields(EncoderConfig))
@@ -106,7 +106,7 @@ def _other_vocabulary(config, vocabulary: VocabularyConfig, stated: set[str]) ->
 
 
 def upcycle_config(config: Run) -> UpcycleConfig:
-    """The upcycling of `init`, with the experts of the page's `model`."""
+    """The upcycling of `init`, with the experts of the config's `model`."""
     model, init = config.model, config.init
     return UpcycleConfig(
         init.upcycle,

@@ -61,13 +61,15 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
 
     ### Mesh, optimiser, work directory, data, step
     mesh = make_mesh(config.mesh)
-    workdir_module.read_card(workdir)  # a damaged one is named
-    config, changed = init.resolve(config, workdir)
+    workdir_module.read_run_config(workdir)  # a damaged one is named
+    config, changed = init.apply_source(config, workdir)
     optimizer = make_optimizer(config.optimizer, config.steps)  # may refuse: before data are made
     owner = process_0_first(
         "owner", lambda: on_exit.enter_context(own(workdir, inside=True)) if is_writer else None
     )
-    process_0_first("claim", lambda: workdir_module.claim(workdir, config, write=is_writer))
+    process_0_first(
+        "claim", lambda: workdir_module.check_or_create(workdir, config, write=is_writer)
+    )
     run = STAGES[config.objective].open(config, workdir, mesh, is_writer)
     stage = run.stage
     train_step = jit_train_step(stage, optimizer, mesh)

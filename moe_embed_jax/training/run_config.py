@@ -1,7 +1,8 @@
-"""The page of a training run: every config file in configs/ builds one of these.
+"""The config of a training run. Every file in configs/ builds one of these dataclasses.
 
-`RunConfig` is a contrastive run (stages 2 and 3); `MaskedRunConfig` is masked language modelling
-(stage 1), which a page asks for by `objective = "masked_lm"`.
+`RunConfig` is a contrastive run (stages 2 and 3). `MaskedRunConfig` is masked language modelling
+(stage 1), which a config file asks for by `objective = "masked_lm"`. Every default stands here, or
+in the dataclass of its section, and nowhere else: a config file states what differs.
 
 No module that this one imports imports jax: a mistake in a config is reported at once. `setting`
 marks the fields that a resumed run may change. The content of a file or folder that a free field
@@ -132,7 +133,7 @@ class HealthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all runs have. `objective` says which page it is; other keys depend on it."""
+    """What all runs have. `objective` says which of the classes it is; other keys depend on it."""
 
     objective: str = ""
     seed: int = 0
@@ -153,7 +154,7 @@ class Run:
         own = type(self).objective
         if self.objective != own:
             raise UserError(
-                f"objective={self.objective!r}: this page is {own!r}; take a config file of the "
+                f"objective={self.objective!r}: this config is {own!r}; take a config file of the "
                 "other objective"
             )
         if self.data.chunk_rows < 0:
@@ -228,4 +229,4 @@ class MaskedRunConfig(Run):
             )
 
 
-PAGES = {page.objective: page for page in (RunConfig, MaskedRunConfig)}
+RUN_CONFIGS = {cls.objective: cls for cls in (RunConfig, MaskedRunConfig)}

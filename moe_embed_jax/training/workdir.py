@@ -1,4 +1,4 @@
-"""The work directory of a run: whose it is, its model card, its data."""
+"""The work directory of a run: the run config that it keeps, and the run's data."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.children import ends_with_parent
 from moe_embed_jax.config import FREE_IF_DROPLESS, differences, save_json, select
 from moe_embed_jax.data.data_spec import (
@@ -20,12 +20,12 @@ from moe_embed_jax.data.data_spec import (
 )
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import Interrupted, UserError
-from moe_embed_jax.interop.source import MODEL_CARD
+from moe_embed_jax.interop.source import RUN_CONFIG
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
 from moe_embed_jax.training.records import CHECKSUMS
-from moe_embed_jax.training.run_config import PAGES, Run, RunConfig
+from moe_embed_jax.training.run_config import RUN_CONFIGS, Run, RunConfig
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 RESULTS_FILE = "results.json"  # appears when the run is finished
@@ -47,8 +47,7 @@ def depends_on_devices(config: Run) -> bool:
 def identity(config: Run) -> dict:
     """The fields, nested, that decide the numbers of a run, whether or not it drops tokens."""
     fixed = select(config, "")
-    # Kept, but empty: records of recipes have it so.
-    fixed["data"]["vocabulary"]["path"] = ""
+    fixed["data"]["vocabulary"]["path"] = ""  # as the records of recipes have it
     return fixed
 
 
@@ -60,12 +59,12 @@ def changes(saved: Run, config: Run) -> list[str]:
     return lines
 
 
-def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
-    """Makes `workdir` this run's, or refuses if another config trained there.
+def check_or_create(workdir: pathlib.Path, config: Run, write: bool) -> None:
+    """Keeps the run config in `workdir`, or checks it against the one that is there.
 
-    Raises `UserError` naming every key that differs.
+    Raises `UserError` that names every key that differs, with both values.
     """
-    saved = read_card(workdir)
+    saved = read_run_config(workdir)
     if saved is not None and saved.objective != config.objective:
         raise UserError(
             f"work directory {workdir} belongs to another run (objective: {saved.objective} -> "
@@ -77,21 +76,21 @@ def claim(workdir: pathlib.Path, config: Run, write: bool) -> None:
             "use a new --workdir, or the old values to resume"
         )
     if write:
-        save_json(workdir / MODEL_CARD, dataclasses.asdict(config))
+        save_json(workdir / RUN_CONFIG, dataclasses.asdict(config))
 
 
-def read_card(workdir: pathlib.Path) -> Run | None:
-    """The page that a work directory keeps; keys that are newer than it have their defaults. None:
-    there is none yet. Raises `UserError` for a damaged one."""
-    path = workdir / MODEL_CARD
+def read_run_config(workdir: pathlib.Path) -> Run | None:
+    """The run config that a work directory keeps; None: it keeps none yet. Keys that are newer than
+    the file have their defaults. Raises `UserError` for a damaged file."""
+    path = workdir / RUN_CONFIG
     if not path.exists():
         return None
     try:
-        card = read_object(path)
-        objective = card.get("objective", RunConfig.objective)
-        if objective not in list(PAGES):
-            raise UserError(f"objective={objective!r} is none of {', '.join(PAGES)}")
-        return config_page.build(PAGES[objective], card)
+        values = read_object(path)
+        objective = values.get("objective", RunConfig.objective)
+        if objective not in list(RUN_CONFIGS):
+            raise UserError(f"objective={objective!r} is none of {', '.join(RUN_CONFIGS)}")
+        return config_files.build(RUN_CONFIGS[objective], values)
     except UserError as error:
         raise UserError(
             f"{path} is damaged ({error}): put the right file back; or remove it, and the command "

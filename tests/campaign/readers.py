@@ -16,7 +16,7 @@ import synthetic_data
 from campaign import damage, outcome
 from campaign.world import World
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.data.data_spec import held_out_path
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
@@ -24,7 +24,7 @@ from moe_embed_jax.evaluation.heldout import load_heldout
 from moe_embed_jax.evaluation.pseudo_perplexity import load_documents
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.training import workdir
-from moe_embed_jax.training.run_config import PAGES
+from moe_embed_jax.training.run_config import RUN_CONFIGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def data_folder(path):
     ):
         page = path.with_name("page.py")
         page.write_text(text)
-        config = config_page.load(PAGES, str(page), {})
+        config = config_files.load(RUN_CONFIGS, str(page), {})
         page.unlink()
         store, vocabulary = workdir.open_data(path.parent, config, write=False)
         rows = store.read(np.arange(len(store)))
@@ -256,7 +256,7 @@ def config(path):
         raise UserError(f"{path} gives no values") from None  # and so is no test of a page
     page = path.with_name("page.py")
     page.write_text(f"nan = inf = 0\n\n\ndef get_config(variant=''):\n    return {text}\n")
-    loaded = config_page.load(PAGES, str(page), {})
+    loaded = config_files.load(RUN_CONFIGS, str(page), {})
     page.unlink()
     return dataclasses.asdict(loaded)
 

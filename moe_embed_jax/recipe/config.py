@@ -1,15 +1,15 @@
-"""The page of a recipe: configs/recipe.py builds one of these."""
+"""The config of a recipe; configs/recipe.py builds one."""
 
 import ast
 import dataclasses
 import pathlib
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.training.run_config import PAGES, Run
+from moe_embed_jax.training.run_config import RUN_CONFIGS, Run
 
 WHEEL_TEACHER = "wheel://multilingual-e5-small"
 STAGES = ("stage1", "stage2", "stage3")
@@ -126,22 +126,22 @@ def _check_teacher(key: str, name: str, stages: tuple[str, ...]) -> None:
 
 
 def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tuple[list[str], Run]:
-    """(flags of launch/train.py, the page that they mean) of a stage.
+    """(flags of launch/train.py, the config that they mean) of a stage.
 
     Args:
       given: what the recipe decides, "data.pairs" -> value; see `GIVEN`.
-      root: page files that are not absolute lie below it.
+      root: config files that are not absolute lie below it.
 
     Raises:
-      UserError: a key that the page does not know, that is the recipe's, or that is left to be
-        given; names it as --config.STAGE.set.KEY.
+      UserError: a key that the config does not know, that the recipe decides, or that the user
+        has to give; names it as --config.STAGE.set.KEY.
     """
     path, colon, variant = stage.page.partition(":")
     file = pathlib.Path(path)
-    page = f"{file if file.is_absolute() else root / file}{colon}{variant}"
+    spec = f"{file if file.is_absolute() else root / file}{colon}{variant}"
     where = f"--config.{name}.set."
     try:
-        known = config_page.defaults(config_page.read_page(PAGES, page)[0])
+        known = config_files.defaults(config_files.read_config_file(RUN_CONFIGS, spec)[0])
         changed = dict(_leaves(stage.set, known))
         for key, value in changed.items():
             if key in GIVEN[name]:
@@ -150,11 +150,11 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
                 what = WANTED.get(key, "a value")
                 raise UserError(f"{where}{key}=... is to be given: {what}")
         overrides = _texts(changed | given)
-        config = config_page.load(PAGES, page, overrides)
+        config = config_files.load(RUN_CONFIGS, spec, overrides)
     except UserError as error:
         raise UserError(f"{name} ({stage.page}): {error}") from None
     flags = [f"--config.{key}={text}" for key, text in overrides.items()]
-    return [f"--config={page}", *flags], config
+    return [f"--config={spec}", *flags], config
 
 
 def _leaves(section, known, prefix: str = ""):

@@ -1,18 +1,18 @@
-"""configs/recipe.py: which steps a page gives, and what is refused before anything runs."""
+"""configs/recipe.py: which steps a config gives, and what is refused before anything runs."""
 
 import pathlib
 
 import pytest
 from conftest import ROOT
 
-from moe_embed_jax import config as config_page
+from moe_embed_jax import config as config_files
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.recipe import page, steps
+from moe_embed_jax.recipe import config, steps
 
 
-def load(variant="small", **overrides) -> page.Recipe:
+def load(variant="small", **overrides) -> config.Recipe:
     overrides = {key.replace("__", "."): value for key, value in overrides.items()}
-    return config_page.load(page.Recipe, f"{ROOT}/configs/recipe.py:{variant}", overrides)
+    return config_files.load(config.Recipe, f"{ROOT}/configs/recipe.py:{variant}", overrides)
 
 
 def table(recipe, workdir="runs/r") -> dict[str, steps.Step]:
