@@ -24,7 +24,6 @@ from conftest import ROOT, python_environment, run_python
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
 
-
 VARIABLES = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
