@@ -105,9 +105,9 @@ def _sizes(message: str) -> tuple[int | None, int | None]:
         rf"size {_SIZE} and limit {_SIZE}",
     )
     for pattern in patterns:
-        found = re.search(pattern, message)
-        if found:
-            number, unit, limit, limit_unit = found.groups()
+        match = re.search(pattern, message)
+        if match:
+            number, unit, limit, limit_unit = match.groups()
             return int(float(number) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
     return None, None
 

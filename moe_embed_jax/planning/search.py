@@ -61,7 +61,7 @@ def search(config: Run, chips: int, plan_of, identity: dict, cache_path, console
     Args:
       plan_of: config -> `Plan`.
       identity: what else the plans depend on (topology, versions), for the cache.
-      cache_path: JSON file of finished candidates (or None): an interrupted search goes on there.
+      cache_path: JSON file of finished candidates (or None): an interrupted search continues there.
     """
     tried = _Tried(plan_of, _Cache(cache_path, identity))
     tried.run(mesh_candidates(config, chips), "meshes")
@@ -89,37 +89,37 @@ class _Tried:
         known = [candidate for candidate, _ in self.rows]
         for candidate in tqdm([c for c in candidates if c not in known], desc=title, unit=""):
             why = self.why_skip(candidate)
-            found = {"fits": False, "why": why} if why else self.find(candidate)
-            self.rows.append((candidate, found))
+            result = {"fits": False, "why": why} if why else self.find(candidate)
+            self.rows.append((candidate, result))
 
     def why_skip(self, candidate: Run) -> str | None:
-        for other, found in self.rows:
-            if "why" in found or not _needs_as_much(candidate, other):
+        for other, result in self.rows:
+            if "why" in result or not _needs_as_much(candidate, other):
                 continue
-            if not found["fits"]:
+            if not result["fits"]:
                 return "skipped: a smaller one does not fit"
-            if _limits(candidate, found["rows"]) == _limits(other, found["rows"]):
+            if _limits(candidate, result["rows"]) == _limits(other, result["rows"]):
                 return "skipped: the batch has no more rows"
         return None
 
     def find(self, candidate: Run) -> dict:
-        found = self.cache.get(candidate)
-        if found is None:
+        result = self.cache.get(candidate)
+        if result is None:
             try:
                 plan = self.plan_of(candidate)
             except UserError as error:  # a parameter that cannot be divided by this mesh
-                found = {"fits": False, "why": str(error)}
+                result = {"fits": False, "why": str(error)}
             else:
                 self.plans[len(self.rows)] = plan
-                found = to_json(plan)
-            self.cache.put(candidate, found)
-        return found
+                result = to_json(plan)
+            self.cache.put(candidate, result)
+        return result
 
     def fastest(self) -> int | None:
         fitting = [
-            (found["predicted_step_seconds"], row)
-            for row, (_, found) in enumerate(self.rows)
-            if found["fits"]
+            (result["predicted_step_seconds"], row)
+            for row, (_, result) in enumerate(self.rows)
+            if result["fits"]
         ]
         return min(fitting)[1] if fitting else None
 
@@ -135,13 +135,13 @@ class _Cache:
             self.known = json_file.read_object(self.path)
 
     def get(self, config: Run) -> dict | None:
-        found = self.known.get(self._key(config))
-        if found is not None and not _is_result(found):
+        result = self.known.get(self._key(config))
+        if result is not None and not _is_result(result):
             raise UserError(f"--cache={self.path}: a result in it is damaged: remove the file")
-        return found
+        return result
 
-    def put(self, config: Run, found: dict) -> None:
-        self.known[self._key(config)] = found
+    def put(self, config: Run, result: dict) -> None:
+        self.known[self._key(config)] = result
         if self.path:
             save_json(self.path, self.known)
 
@@ -150,9 +150,9 @@ class _Cache:
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _is_result(found) -> bool:
-    needs = ("fits",) if isinstance(found, dict) and "why" in found else RESULT_KEYS
-    return isinstance(found, dict) and all(key in found for key in needs)
+def _is_result(result) -> bool:
+    needs = ("fits",) if isinstance(result, dict) and "why" in result else RESULT_KEYS
+    return isinstance(result, dict) and all(key in result for key in needs)
 
 
 def describe(config: Run) -> str:
@@ -184,22 +184,22 @@ def _table(rows) -> Table:
     table = Table(title="Candidates (predicted)", title_justify="left")
     for column in ("fsdp", "expert", "chunk rows", "remat rows", "GiB", "step ms", "MFU", ""):
         table.add_column(column, justify="left" if column == "" else "right")
-    for candidate, found in rows:
+    for candidate, result in rows:
         setting = (
             str(candidate.mesh.fsdp),
             str(candidate.mesh.expert),
             str(candidate.data.chunk_rows),
             str(candidate.model.remat_rows),
         )
-        if "why" in found:
-            table.add_row(*setting, "", "", "", found["why"])
+        if "why" in result:
+            table.add_row(*setting, "", "", "", result["why"])
         else:
-            size = found["hbm_bytes_per_chip"]
+            size = result["hbm_bytes_per_chip"]
             table.add_row(
                 *setting,
                 f"{size / 2**30:.2f}" if size else "",
-                f"{found['predicted_step_seconds'] * 1e3:.1f}" if found["fits"] else "",
-                f"{found['predicted_mfu']:.1%}" if found["fits"] else "",
-                "fits" if found["fits"] else "does not fit",
+                f"{result['predicted_step_seconds'] * 1e3:.1f}" if result["fits"] else "",
+                f"{result['predicted_mfu']:.1%}" if result["fits"] else "",
+                "fits" if result["fits"] else "does not fit",
             )
     return table

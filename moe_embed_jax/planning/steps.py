@@ -28,7 +28,7 @@ class Step:
     """A step to compile.
 
     lower: traces it. arguments: what it is given, by kind, for the memory table. rows: of a device,
-    encoded in so many chunks.
+    in all its chunks.
     model_flops: of one step over all chips, for `work`. real_share: tokens among slots.
     unit, units: what a step works through ("tokens", "documents"), without padding.
     repeats: how often a whole run does it; None if the config does not say.

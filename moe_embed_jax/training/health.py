@@ -2,7 +2,7 @@
 
 A router has collapsed when it sends nearly all tokens to the same K experts, whatever the text: the
 others get no gradients, and the model is a dense one at the price of a sparse one. Batches are of
-one source and language, and a router may well send each language to experts of its own, so the
+one source and language, and a router may well send each language to other experts, so the
 measure is the load of an expert in the mean over many steps. From it comes the effective number of
 experts, exp(entropy of the load) (Hill's number of order 1; the "perplexity" of a codebook's use):
 between K, all tokens to the same ones, and E, the same load everywhere. The *spread* of a router is

@@ -190,8 +190,8 @@ class _Preemption:
         signal.signal(signal.SIGTERM, self._set)
 
     def defer_interrupts(self) -> None:
-        """From now on Ctrl-C waits for the end of the step. A process that ignores it goes on to do
-        so."""
+        """From now on Ctrl-C waits for the end of the step. A process that ignores it still
+        does."""
         if self._raises is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._set)
 

@@ -101,7 +101,7 @@ def _draw_evaluations(axes, evaluations: list[dict], metric: Metric) -> None:
 
 
 def _draw_rates(axes, config: Run, records: list[dict]) -> None:
-    """Learning rate, and the norm of the gradient on an axis of its own."""
+    """Learning rate, and the norm of the gradient on a second axis."""
     step = [record["step"] for record in records]
     norm = np.array([record["grad_norm"] for record in records], float)
     drawn = np.isfinite(norm) & (norm > 0)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and evaluations.jsonl: one JSON record a line, by which a run is judged.
+"""metrics.jsonl and evaluations.jsonl: one JSON record a line, which a run leaves behind.
 
 Both files of an interrupted and resumed run are those of an uninterrupted one, byte for byte. A
 checkpoint holds checksums of what they were when it was saved. A line that a kill cut short is
@@ -61,7 +61,7 @@ def continue_records(workdir: pathlib.Path, step: int, saved: dict) -> list[str]
 
     Returns lines to say to the user. Raises `UserError` for a changed, added or missing line.
     """
-    said = []
+    messages = []
     for name in (METRICS_FILE, EVALUATIONS_FILE):
         path = workdir / name
         lines = _lines(path)
@@ -78,22 +78,24 @@ def continue_records(workdir: pathlib.Path, step: int, saved: dict) -> list[str]
         if kept:
             _check(path, kept, expected)
         elif expected["lines"]:
-            said.append(f"{path} has no records of the steps up to {step}: it was moved or emptied")
+            messages.append(
+                f"{path} has no records of the steps up to {step}: it was moved or emptied"
+            )
         content = b"".join(kept)
         if path.exists() and path.read_bytes() != content:
             temporary = path.with_name(path.name + ".tmp")
             temporary.write_bytes(content)
             temporary.replace(path)
-    return said
+    return messages
 
 
 def _check(path: pathlib.Path, lines: list[bytes], expected: dict) -> None:
     count = expected["lines"]
-    found = _checksums(lines[:count])
-    for i, (crc, wanted) in enumerate(zip(found, expected["crc32"], strict=False)):
+    actual = _checksums(lines[:count])
+    for i, (crc, saved) in enumerate(zip(actual, expected["crc32"], strict=False)):
         first = i * LINES_PER_CHECKSUM + 1
         last = min(first + LINES_PER_CHECKSUM - 1, count)
-        if crc != wanted and last <= len(lines):
+        if crc != saved and last <= len(lines):
             raise UserError(
                 f"{path}, one of the lines {first} to {last}: it was changed after the checkpoint "
                 f"was saved: {REMEDY}"

@@ -162,7 +162,7 @@ FAULTS = (
     Fault(
         "changed-records-pass",
         "training/records.py",
-        "if crc != wanted and last <= len(lines):",
+        "if crc != saved and last <= len(lines):",
         "if False:",
         "test_records.py -k damage_before",
     ),
