@@ -29,11 +29,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.moe import GELU_MLP
 from moe_embed_jax.planning.cost import module_cost
 from moe_embed_jax.planning.hlo import parse_module
 from moe_embed_jax.planning.topology import topology_devices
-from moe_embed_jax.routing.blocked import blocked
-from moe_embed_jax.routing.grouped import grouped
+from moe_embed_jax.routing.exchange import Experts
 
 
 def main():
@@ -84,9 +84,12 @@ def make_case(options, tokens: int, dtype):
     return draw(tokens, D), expert_TK, gate_TK, draw(E, D, F), draw(E, F, D)
 
 
-def expert_gradients(backend):
+def expert_gradients(backend: str):
+    layer = Experts(backend, "ring", 1.0).layer(GELU_MLP)
+
     def loss(x_TD, expert_TK, gate_TK, w_in_EDF, w_out_EFD):
-        y_TD, _ = backend(x_TD, expert_TK, gate_TK, w_in_EDF, None, w_out_EFD, gelu)
+        weights = {"w_in": w_in_EDF, "bias_in": None, "w_out": w_out_EFD}
+        y_TD, _ = layer(x_TD, expert_TK, gate_TK, weights)
         return jnp.sum(jnp.square(y_TD.astype(jnp.float32)))
 
     return jax.jit(jax.grad(loss, argnums=(0, 2, 3, 4)))
@@ -103,7 +106,7 @@ def dense_gradients(x_TD, w_in_EDF, w_out_EFD):
 def measure(options, tokens: int) -> tuple[float, float, float]:
     """Median seconds of the layer and of its peer, and median ratio of the rounds."""
     x, expert, gate, w_in, w_out = make_case(options, tokens, jnp.float32)
-    layer = functools.partial(expert_gradients(blocked), x, expert, gate, w_in, w_out)
+    layer = functools.partial(expert_gradients("blocked"), x, expert, gate, w_in, w_out)
     dense = functools.partial(dense_gradients, x, w_in[:2], w_out[:2])
     rounds = []
     jax.block_until_ready((layer(), dense()))
@@ -126,7 +129,7 @@ def flops_ratio(options, topology: str, tokens: int) -> float:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes
     )
     with jax.set_mesh(mesh):
-        compiled = expert_gradients(grouped).lower(*shapes).compile()
+        compiled = expert_gradients("grouped").lower(*shapes).compile()
     cost = module_cost(parse_module(compiled.as_text()), mesh)
     ideal = 3 * 2 * (2 * tokens * 2 * options.width * options.ffn_width)
     return cost.flops / ideal

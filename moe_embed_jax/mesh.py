@@ -58,8 +58,8 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def fast_memory_bytes() -> int:
-    """What a kernel may use of the on-chip memory (VMEM) of the TPUs of the mesh in context."""
+def vmem_limit_bytes() -> int:
+    """The VMEM (on-chip memory) that a kernel may use on the TPUs of the mesh in context."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     small = device is not None and device.device_kind in ("TPU v2", "TPU v3", "TPU v4")
     return (12 if small else 48) * 2**20  # of 16; of 64 (v5p) or 128 (v5e, v6e)

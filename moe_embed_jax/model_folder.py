@@ -79,7 +79,7 @@ class ModelFolder:
     max_lengths: dict[str, int]
     unused: list[str]
     notes: list[str]
-    _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, (path, array) -> leaf
+    _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, one of WEIGHTS
 
     def load(
         self, mesh: jax.sharding.Mesh, progress=iter, weights: str = WEIGHTS[0]
@@ -102,7 +102,7 @@ class ModelFolder:
                 f"weights='int8' is for one CPU device; this mesh has {mesh.size} of platform "
                 f"{device.platform}: use weights='float32'"
             )
-        params, mlm_head = self._read(mesh, progress, quantized if weights == "int8" else _as_is)
+        params, mlm_head = self._read(mesh, progress, weights)
         return LoadedModel(
             self.model, params, mlm_head, self.vocabulary, self.prompts, self.max_lengths
         )
@@ -159,11 +159,6 @@ def load_model(
     return open_model(folder, step).load(mesh, weights=weights)
 
 
-def _as_is(path: str, array):
-    del path
-    return array
-
-
 def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     settings = read_settings(folder)
     published = open_published(settings.weights, positions)
@@ -172,7 +167,8 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     default = PROMPTS if published.model_type == "nomic_bert" else NO_PROMPTS
     lengths = {side: max_length(model, said) for side, said in settings.max_lengths.items()}
 
-    def read(mesh, progress, form):
+    def read(mesh, progress, weights):
+        form = quantized if weights == "int8" else lambda path, array: array
         params, mlm_head = published.read(progress, form)
         return place(params, model, mesh), mlm_head
 
@@ -203,7 +199,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
 
     check_step(folder / CHECKPOINTS, step)
 
-    def read(mesh, progress, form):
+    def read(mesh, progress, weights):
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
         params = with_shardings(shapes, shardings(shapes, rules_for(model), mesh))
 
@@ -214,14 +210,14 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
                     f"the tokenizer in {folder} was changed: its SHA-256 is {tokenizer[:12]}, the "
                     f"model was trained with {expected[:12]}; bring that file back"
                 )
-            if form is not _as_is:
+            if weights == "int8":
                 arrays = progress(checkpoints.restore_each(number, "params", params))
 
-                def checked_form(path, array):
-                    return form(path, _checked(path, array, folder))
+                def checked(path, array):
+                    return quantized(path, _checked(path, array, folder))
 
                 # Not by a loop, whose variable would keep each array while the next one is read.
-                leaves = list(itertools.starmap(checked_form, arrays))
+                leaves = list(itertools.starmap(checked, arrays))
                 return place(jax.tree.structure(params).unflatten(leaves), model, mesh), None
             abstract = {"params": params}
             if "mlm_head" in checkpoints.items(number):
@@ -235,7 +231,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
 
         # A run may still write here, and remove the checkpoint that was the newest a moment ago.
         restored = read_newest(folder / CHECKPOINTS, step, ("params", "mlm_head"), of_step)
-        if form is _as_is:
+        if weights == "float32":
             refuse_not_finite({"params": restored[0], "mlm_head": restored[1] or {}}, folder)
         return restored
 

@@ -144,5 +144,5 @@ def test_what_the_kernel_takes():
     assert not takes(1024, 128, 2)  # left to the kernel of blocks
     assert not takes(256, 96, 2) and not takes(256, 480, 10)
     # The compiler wants 18.4 MB for the backward pass of the released model's rows of 512.
-    with mock.patch.object(fused_module, "fast_memory_bytes", lambda: 18 * 2**20):
+    with mock.patch.object(fused_module, "vmem_limit_bytes", lambda: 18 * 2**20):
         assert takes(256, 768, 12) and not takes(512, 768, 12)

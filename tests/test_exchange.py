@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from conftest import run_python
 from jax.sharding import PartitionSpec as P
+from swiglu_expert import SWIGLU_MLP, swiglu_weights
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.models.moe import GELU_MLP
 from moe_embed_jax.routing.exchange import EXCHANGES, Experts, apply_experts
 from moe_embed_jax.routing.reference import reference
 
@@ -43,53 +44,55 @@ def make_case(choose=None, bias=False):
         normal(ROWS, LENGTH, WIDTH),
         jnp.asarray(expert, jnp.int32),
         jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32),
-        normal(EXPERTS, WIDTH, FFN),
-        normal(EXPERTS, FFN) if bias else None,
-        normal(EXPERTS, FFN, WIDTH),
+        {
+            "w_in": normal(EXPERTS, WIDTH, FFN),
+            "bias_in": normal(EXPERTS, FFN) if bias else None,
+            "w_out": normal(EXPERTS, FFN, WIDTH),
+        },
     )
 
 
 def gradients(layer, case):
     """y, drops and gradients of a layer on the global arrays of `case`."""
-    x, expert, gate, *weights = case
-    weight = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
+    x, expert, gate, weights = case
+    target = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
 
-    def scalar(x, gate, *weights):
-        y, dropped = layer(x, expert, gate, *weights)
-        return jnp.sum(y * weight), (y, dropped)
+    def scalar(x, gate, weights):
+        y, dropped = layer(x, expert, gate, weights)
+        return jnp.sum(y * target), (y, dropped)
 
-    grad = jax.grad(scalar, argnums=(0, 1, 2, 3, 4), has_aux=True)
-    grads, (y, dropped) = jax.jit(grad)(x, gate, *weights)
-    return [y, *(g for g in grads if g is not None)], float(dropped)
+    grad = jax.grad(scalar, argnums=(0, 1, 2), has_aux=True)
+    grads, (y, dropped) = jax.jit(grad)(x, gate, weights)
+    return [y, *jax.tree.leaves(grads)], float(dropped)
 
 
-def on_one_device(case):
-    def layer(x, expert, gate, *weights):
+def on_one_device(case, mlp=GELU_MLP):
+    def layer(x, expert, gate, weights):
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, expert, gate)]
-        y, dropped = reference(*flat, *weights, gelu)
+        y, dropped = reference(mlp.function, *flat, weights)
         return y.reshape(x.shape), dropped
 
     return gradients(layer, case)
 
 
-def across(how: Experts):
+def across(how: Experts, mlp=GELU_MLP):
     """The layer on global arrays: (y, drops of every device)."""
 
     def local(*arguments):
-        y, dropped = apply_experts(*arguments, gelu, how)
+        y, dropped = apply_experts(mlp, *arguments, how)
         return y, dropped[None]
 
     return jax.shard_map(
         local,
-        in_specs=(BATCH_SPEC,) * 3 + (P("expert"),) * 3,
+        in_specs=(BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, P("expert")),
         out_specs=BATCH_SPEC,
         check_vma=False,
     )
 
 
-def on_mesh(mesh, how: Experts, case):
+def on_mesh(mesh, how: Experts, case, mlp=GELU_MLP):
     def layer(*arguments):
-        y, dropped = across(how)(*arguments)
+        y, dropped = across(how, mlp)(*arguments)
         return y, dropped.sum()
 
     with jax.set_mesh(mesh):
@@ -106,7 +109,7 @@ MESHES = [(1, 1, 8), (2, 2, 2), (4, 1, 2), (2, 1, 4)]
 
 def check_exchanges():
     """Dropless where cells hold everything; with every back end inside."""
-    backends = ("blocked", "grouped", "reference", "capacity")
+    backends = ("blocked", "grouped", "blocked", "capacity")
     for name, options in CASES.items():
         case = make_case(**options)
         expected, _ = on_one_device(case)
@@ -121,6 +124,20 @@ def check_exchanges():
                 for a, b in zip(actual, expected, strict=True):
                     message = f"{name} {shape} {exchange} {backend}"
                     np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=message)
+
+
+def check_another_expert_mlp():
+    """SwiGLU through both exchanges, with every back end that takes a function."""
+    case = (*make_case()[:3], swiglu_weights(EXPERTS, WIDTH, FFN))
+    expected, _ = on_one_device(case, SWIGLU_MLP)
+    mesh = make_mesh(MeshConfig(2, 1, 4))
+    for backend in ("blocked", "capacity"):
+        for exchange in EXCHANGES:
+            how = Experts(backend, exchange, capacity_factor=float(EXPERTS))
+            actual, dropped = on_mesh(mesh, how, case, SWIGLU_MLP)
+            assert dropped == 0
+            for a, b in zip(actual, expected, strict=True):
+                np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=f"{how}")
 
 
 def check_drops_are_counted_and_nothing_else_is_lost():
@@ -151,15 +168,12 @@ def check_experts_stay_on_their_shard():
         def loss(*arguments, how=how):
             return jnp.sum(across(how)(*arguments)[0])
 
-        shardings = [
-            None if a is None else jax.NamedSharding(mesh, BATCH_SPEC if i < 3 else P("expert"))
-            for i, a in enumerate(case)
-        ]
+        rows, experts = (jax.NamedSharding(mesh, spec) for spec in (BATCH_SPEC, P("expert")))
         with jax.set_mesh(mesh):
             grad = jax.jit(
-                jax.grad(loss, argnums=(0, 2, 3, 5)),
-                in_shardings=shardings,
-                out_shardings=(shardings[0], shardings[2], shardings[3], shardings[5]),
+                jax.grad(loss, argnums=(0, 2, 3)),
+                in_shardings=(rows, rows, rows, experts),
+                out_shardings=(rows, rows, experts),
             )
             text = grad.lower(*case).compile().as_text()
         whole = f"f32[{EXPERTS},{WIDTH},{FFN}]"
@@ -186,6 +200,7 @@ def test_unknown_names_are_refused():
 if __name__ == "__main__":
     assert math.prod(MESHES[0]) == jax.device_count()
     check_exchanges()
+    check_another_expert_mlp()
     check_drops_are_counted_and_nothing_else_is_lost()
     check_experts_stay_on_their_shard()
     check_one_device_mesh_needs_no_exchange()

@@ -102,7 +102,7 @@ def test_matrices_alone_become_int8(embedder):
     assert Int8Weight in kinds and len(kinds) == 2
 
 
-@pytest.mark.parametrize("backend", ["blocked", "reference", "capacity"])
+@pytest.mark.parametrize("backend", ["blocked", "capacity"])
 def test_the_layers_compute_with_what_the_weights_stand_for(embedder, backend):
     """The same embeddings as of a float32 model that has the rounded weights."""
     model = dataclasses.replace(MODEL, expert_backend=backend)

@@ -267,16 +267,16 @@ def test_the_config_survives_json():
 
 def test_negatives_in_words():
     plain = describe_negatives(ContrastConfig(), 16_384, 0)
-    assert plain.startswith("each query against the 16,383 other pairs' documents of the global")
+    assert plain.startswith("Each query is compared with the 16,383 other documents of the global")
     shared = describe_negatives(ContrastConfig(), 256, 10)
-    assert "up to 2,560 hard negatives, 10 of its own and all other queries'" in shared
+    assert "up to 2,560 hard negatives, 10 of its own and the rest of other queries." in shared
     config = ContrastConfig(
         terms="q->d q->q d->q", partition="separate", share_hard_negatives=False, margin=0.1
     )
     own = describe_negatives(config, 256, 10)
-    assert "up to 10 hard negatives of its own, each distinct one once" in own
-    assert "all that score over 0.1 above its own document" in own
-    assert "also q->q, d->q under the same rules" in own
+    assert "up to 10 hard negatives of its own. Duplicates count once." in own
+    assert "Documents that score more than 0.1 above its own document are masked." in own
+    assert "The terms q->q, d->q (q query, d its document) follow the same rules" in own
 
 
 def statistics(probability, expert, valid):

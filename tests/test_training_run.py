@@ -76,7 +76,7 @@ def test_the_run_tells_what_it_does(whole_run):
     out = (whole_run / "stdout.txt").read_text()
     assert "mesh        data=1 x fsdp=1 x expert=1 on 1 cpu device(s), 1 process(es)" in out
     assert re.search(r"model +[\d,]+ parameters, [\d,]+ active per token", out)
-    assert "negatives   each query against the 15 other pairs' documents" in out
+    assert "negatives   Each query is compared with the 15 other documents" in out
     assert f"schedule    {STEPS} steps" in out
     for word in ("BM25", "untrained", "trained", "translations", "descriptions", "query:"):
         assert word in out

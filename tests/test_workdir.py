@@ -46,7 +46,7 @@ ALL_TO_ALL = {"model.expert_exchange": "all_to_all", "mesh.expert": 2}
     [
         # Dropless ways to compute the same experts, on other meshes, in other pieces.
         ({}, {"model.expert_backend": "grouped"}, None),
-        ({"model.expert_backend": "reference"}, {"model.expert_backend": "blocked"}, None),
+        ({"model.expert_backend": "grouped"}, {"model.expert_backend": "blocked"}, None),
         ({}, {"mesh.expert": 2, "data.chunk_rows": 4, "model.remat_rows": 2}, None),
         ({}, {"model.capacity_factor": 2.0}, None),
         ({}, {"model.expert_exchange": "all_to_all"}, None),  # one shard: nothing is exchanged

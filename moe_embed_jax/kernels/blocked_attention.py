@@ -1,15 +1,15 @@
 """Attention over long packed rows in one TPU kernel: rotary positions, scores, softmax, context.
 
 A program has one block of queries, and the keys and values of its row, for one group of heads
-(head_lanes.py) in fast memory; scores [block, block] never reach HBM. q, k, v are read where the
-projection left them, without transposes. It goes through the blocks of keys with a running softmax
-(Milakov and Gimelshein 2018; Dao et al. 2022), from the first to the last that has a token of a
-text of its queries: packed rows of short texts have few. The backward pass computes the scores
-again from the logarithm of the softmax's denominators, the only thing that is saved beside
-arguments and result.
+(head_lanes.py) in VMEM. Scores [block, block] never reach HBM. q, k, v are read where the
+projection left them, without transposes. A program visits the blocks of keys with a running softmax
+(Milakov and Gimelshein 2018; Dao et al. 2022), from the first to the last block that has a token of
+a text of its queries: packed rows of short texts have few. The backward pass computes the scores
+again from the logarithms of the softmax's denominators, which are saved beside arguments and
+result.
 
-Scores are transposed, keys down and queries across: what there is one of per query (maximum,
-denominator) then lies along lanes, costs no lanes of its own in HBM, and no sum crosses lanes.
+Scores are transposed, keys down and queries across. Values per query (maximum, denominator) then
+lie along lanes, take no lanes in HBM, and no sum crosses lanes.
 """
 
 import functools
@@ -21,30 +21,30 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.head_lanes import (
     LANES,
-    NEVER,
+    MASK_VALUE,
+    apply_mask,
     head_masks,
-    only,
     rotate,
     rotate_back,
     rotation_lanes,
     supports_heads,
 )
 from moe_embed_jax.kernels.mxu import dot
-from moe_embed_jax.mesh import fast_memory_bytes
+from moe_embed_jax.mesh import vmem_limit_bytes
 
-BLOCK = 256  # queries of a program, and keys that it meets at a time
-SPARE_BYTES = 2**20  # of fast memory, for what does not grow with the row
+BLOCK = 256  # queries of a program, and keys that it visits at a time
+SPARE_BYTES = 2**20  # of VMEM, for what does not grow with the row
 
 
 def supports(row_length: int, width: int, heads: int, dtype) -> bool:
     """Whether the kernel takes rows of this length and heads of this size on the TPUs of the mesh
-    in context: what a row needs of their fast memory decides."""
+    in context: a row has to fit their VMEM."""
     if not supports_heads(width, heads) or width // heads % 16 or row_length % BLOCK:
         return False
     lanes, item = max(width // heads, LANES), jnp.dtype(dtype).itemsize
     arriving = 2 * 2 * lanes * (item + 4)  # k, v, cos and sin of this row and of the next
     kept = 2 * lanes * (item + 4) + LANES * 4  # keys twice, dk, dv; which text
-    return row_length * (arriving + kept) + SPARE_BYTES <= fast_memory_bytes()
+    return row_length * (arriving + kept) + SPARE_BYTES <= vmem_limit_bytes()
 
 
 def blocked_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
@@ -64,25 +64,25 @@ def blocked_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpre
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
     arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
-    return _Call(*arguments, heads, interpret).forward()[0]
+    return _AttentionGrid(*arguments, heads, interpret).forward()[0]
 
 
 def _attention_fwd(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
     arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
-    results = _Call(*arguments, heads, interpret).forward()
+    results = _AttentionGrid(*arguments, heads, interpret).forward()
     return results[0], (arguments, results)
 
 
 def _attention_bwd(heads, interpret, saved, dcontext_RLD):
     arguments, results = saved
-    dqkv_RLM = _Call(*arguments, heads, interpret).backward(*results, dcontext_RLD)
+    dqkv_RLM = _AttentionGrid(*arguments, heads, interpret).backward(*results, dcontext_RLD)
     return dqkv_RLM, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-class _Call:
+class _AttentionGrid:
     """The kernels over a grid of rows R, groups of heads G, and blocks of queries N."""
 
     def __init__(self, qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads: int, interpret: bool):
@@ -91,7 +91,7 @@ class _Call:
         self.blocks, self.groups = self.length // BLOCK, self.width // self.lanes
         self.heads, self.dtype, self.interpret = heads, qkv_RLM.dtype, interpret
         self.heads_of_group = heads // self.groups
-        self.met = _blocks_to_meet(index_R1L[:, 0])
+        self.visited = _blocks_to_visit(index_R1L[:, 0])
         self.inputs = [
             (qkv_RLM, self._queries()),
             *((qkv_RLM, self._row_of_group(part)) for part in (1, 2)),
@@ -194,7 +194,7 @@ class _Call:
                 scratch_shapes=scratch,
             ),
             out_shape=out_shape,
-            # As if every block met every other one, zeroed lanes included.
+            # As if every block visited every other one, zeroed lanes included.
             cost_estimate=pl.CostEstimate(
                 flops=products * 2 * scores * self.lanes,
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays[2:], *out_shape)),
@@ -202,21 +202,21 @@ class _Call:
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=fast_memory_bytes(),
+                vmem_limit_bytes=vmem_limit_bytes(),
             ),
             interpret=self.interpret,
             name=name,
-        )(*self.met, *arrays)
+        )(*self.visited, *arrays)
 
 
-def _blocks_to_meet(index_RL):
+def _blocks_to_visit(index_RL):
     """(first, behind the last) block that may share a text with each block, [R N] int32."""
     index_RNB = index_RL.reshape(len(index_RL), -1, BLOCK)
     low_RN, high_RN = index_RNB.min(axis=-1), index_RNB.max(axis=-1)
-    meet_RNN = (low_RN[:, :, None] <= high_RN[:, None]) & (low_RN[:, None] <= high_RN[:, :, None])
-    blocks = meet_RNN.shape[-1]
-    first_RN = jnp.argmax(meet_RNN, axis=-1)
-    stop_RN = blocks - jnp.argmax(meet_RNN[:, :, ::-1], axis=-1)
+    shares_RNN = (low_RN[:, :, None] <= high_RN[:, None]) & (low_RN[:, None] <= high_RN[:, :, None])
+    blocks = shares_RNN.shape[-1]
+    first_RN = jnp.argmax(shares_RNN, axis=-1)
+    stop_RN = blocks - jnp.argmax(shares_RNN[:, :, ::-1], axis=-1)
     return first_RN.reshape(-1).astype(jnp.int32), stop_RN.reshape(-1).astype(jnp.int32)
 
 
@@ -248,16 +248,16 @@ def _forward_kernel(
         _for_each(blocks, prepare)
 
     q_QP = _queries(q_ref, cos_ref, sin_ref, block, head)
-    q_hQP = [only(own_QP, q_QP) for own_QP in head_masks(q_QP.shape, head)]
+    q_hQP = [apply_mask(mask_QP, q_QP) for mask_QP in head_masks(q_QP.shape, head)]
     index_1Q = index_ref[0, :, _slots(block)]
 
-    def meet(n, states):
+    def add_block(n, states):
         same_KQ = key_index_ref[n][:, :1] == index_1Q
         results = []
         for h, (q_QP, (max_1Q, sum_1Q, total_CQ)) in enumerate(zip(q_hQP, states, strict=True)):
-            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QP, 1, 1), NEVER)
+            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QP, 1, 1), MASK_VALUE)
             before_1Q, max_1Q = max_1Q, jnp.maximum(max_1Q, score_KQ.max(axis=0, keepdims=True))
-            # Where no key was met so far, what was added up goes to zero with the first that is.
+            # What masked keys add before the query's first own key, that key shrinks to zero.
             shrink_1Q, weight_KQ = jnp.exp(before_1Q - max_1Q), jnp.exp(score_KQ - max_1Q)
             sum_1Q = sum_1Q * shrink_1Q + weight_KQ.sum(axis=0, keepdims=True)
             value_CK = value_PK_ref[n, h * head : (h + 1) * head]
@@ -266,12 +266,12 @@ def _forward_kernel(
         return tuple(results)
 
     start = (
-        jnp.full((1, BLOCK), NEVER, jnp.float32),
+        jnp.full((1, BLOCK), MASK_VALUE, jnp.float32),
         jnp.zeros((1, BLOCK), jnp.float32),
         jnp.zeros((head, BLOCK), jnp.float32),
     )
     here = row * blocks + block
-    states = jax.lax.fori_loop(first_ref[here], stop_ref[here], meet, (start,) * len(q_hQP))
+    states = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, (start,) * len(q_hQP))
     context_PQ = jnp.concatenate([total_CQ / sum_1Q for _, sum_1Q, total_CQ in states])
     context_ref[0] = context_PQ.T.astype(context_ref.dtype)
     for h, (max_1Q, sum_1Q, _) in enumerate(states):
@@ -318,21 +318,21 @@ def _backward_kernel(
         index_1Q = index_ref[0, :, _slots(step)]
         dot_PQ = (context_ref[0].astype(jnp.float32) * dcontext_QP.astype(jnp.float32)).T
 
-        def meet(n, dq_hCQ):
+        def add_block(n, dq_hCQ):
             same_KQ = key_index_ref[n][:, :1] == index_1Q
             value_KP = v_ref[0, _slots(n)]
             dkey_KP = dvalue_KP = jnp.zeros(value_KP.shape, jnp.float32)
             results = []
-            for h, own_QP in enumerate(head_masks(q_QP.shape, head)):
+            for h, mask_QP in enumerate(head_masks(q_QP.shape, head)):
                 lanes = slice(h * head, (h + 1) * head)
-                own_q_QP, dhead_QP = only(own_QP, q_QP), only(own_QP, dcontext_QP)
-                score_KQ = jnp.where(same_KQ, dot(key_ref[n], own_q_QP, 1, 1), NEVER)
+                head_q_QP, dhead_QP = apply_mask(mask_QP, q_QP), apply_mask(mask_QP, dcontext_QP)
+                score_KQ = jnp.where(same_KQ, dot(key_ref[n], head_q_QP, 1, 1), MASK_VALUE)
                 weight_KQ = jnp.exp(score_KQ - log_sum_ref[0, 0, h : h + 1])
                 dweight_KQ = dot(value_KP, dhead_QP, 1, 1)
                 mean_1Q = dot_PQ[lanes].sum(axis=0, keepdims=True)
                 dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QP.dtype)
                 dvalue_KP += dot(weight_KQ.astype(q_QP.dtype), dhead_QP, 1, 0)
-                dkey_KP += dot(dscore_KQ, own_q_QP, 1, 0)
+                dkey_KP += dot(dscore_KQ, head_q_QP, 1, 0)
                 results.append(dq_hCQ[h] + dot(key_PK_ref[n, lanes], dscore_KQ, 1, 0))
             dkey_ref[n] += dkey_KP
             dvalue_ref[n] += dvalue_KP
@@ -340,7 +340,7 @@ def _backward_kernel(
 
         here = row * blocks + step
         start = (jnp.zeros((head, BLOCK), jnp.float32),) * (q_QP.shape[1] // head)
-        dq_hCQ = jax.lax.fori_loop(first_ref[here], stop_ref[here], meet, start)
+        dq_hCQ = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, start)
         dq_QP = jnp.concatenate(dq_hCQ).T * head**-0.5
         rotation = cos_ref[0, _slots(step)], sin_ref[0, _slots(step)]
         dqkv_ref[0] = rotate_back(dq_QP, *rotation, head).astype(dqkv_ref.dtype)
@@ -362,11 +362,11 @@ def _slots(block):
 
 
 def _for_each(blocks, body):
-    def visit(n, nothing):
+    def step(n, carry):
         body(n)
-        return nothing
+        return carry
 
-    jax.lax.fori_loop(0, blocks, visit, 0)
+    jax.lax.fori_loop(0, blocks, step, 0)
 
 
 def _queries(q_ref, cos_ref, sin_ref, block, head: int):

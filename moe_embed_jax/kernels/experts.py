@@ -1,16 +1,17 @@
-"""The experts' two matrix products and what lies between them, as TPU kernels.
+"""The experts' two matrix products and the activation between them, as TPU kernels.
 
-Rows are sorted by expert, and every expert's rows start at a new tile (routing/grouped.py): a tile
-belongs to one expert, whose matrices stay in fast memory until the last of its tiles is done. The
-hidden layer is activated, and its gradient taken, in fast memory too; as passes of their own over
+Rows are sorted by expert, and each expert's rows start at a new tile (routing/grouped.py). A tile
+therefore belongs to one expert. The expert's matrices stay in VMEM until the last of its tiles is
+done. The hidden layer is activated, and its gradient taken, in VMEM too: as separate passes over
 [S, F] these cost as much as a matrix product.
 
-A program has one tile of M rows; F is cut only where an expert's matrices do not fit. Tiles behind
-the last one in use do nothing, and their results are whatever was in memory.
+A program has one tile of M rows. F is cut only if an expert's matrices do not fit. Tiles behind the
+last one in use do nothing, and their results are undefined.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.mxu import dot
-from moe_embed_jax.mesh import fast_memory_bytes
+from moe_embed_jax.mesh import vmem_limit_bytes
 
 COLUMNS = 512  # of F at a time inside a program
 
@@ -43,13 +44,52 @@ class Tiles:
         return len(self.expert_t)
 
 
+@dataclasses.dataclass(frozen=True)
+class ActivationMLP:
+    """y = activation(x w_in + bias_in) w_out as a kernel of `routing.grouped`.
+
+    Another expert MLP has a class of its own with these two methods. Weights are
+    {"w_in": [E, D, F], "bias_in": [E, F] or None, "w_out": [E, F, D]}.
+    """
+
+    activation: Callable
+
+    def forward(self, x_SD, weights, tiles: Tiles, interpret: bool):
+        """y_SD of rows that are sorted by expert."""
+        arrays = weights["w_in"], weights["bias_in"], weights["w_out"]
+        return forward(x_SD, *arrays, tiles, self.activation, interpret)
+
+    def backward(self, x_SD, dy_SD, gate_S1, weights, tiles: Tiles, interpret: bool):
+        """(dx_SD, dgate_S1 float32, dweights) of gate * y, given dy.
+
+        The gradients of an expert without rows are undefined.
+        """
+        arrays = w_in_EDF, bias_in_EF, _ = weights["w_in"], weights["bias_in"], weights["w_out"]
+        experts = len(w_in_EDF)
+        dx_SD, dpre_SF, hidden_SF, dgate_S1 = backward(
+            x_SD, dy_SD, gate_S1, *arrays, tiles, self.activation, interpret
+        )
+        dbias_in_EF = None
+        if bias_in_EF is not None:
+            dbias_in_EF = _bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
+        return (
+            dx_SD,
+            dgate_S1,
+            {
+                "w_in": weight_gradient(x_SD, dpre_SF, experts, tiles, interpret),
+                "bias_in": dbias_in_EF,
+                "w_out": weight_gradient(hidden_SF, dy_SD, experts, tiles, interpret),
+            },
+        )
+
+
 def forward(x_SD, w_in_EDF, bias_in_EF, w_out_EFD, tiles: Tiles, activation, interpret):
     """y_SD = activation(x w_in + bias) w_out."""
     (_, width), ffn, dtype = x_SD.shape, w_in_EDF.shape[2], x_SD.dtype
-    call = _Call(tiles, width, ffn, dtype, interpret)
-    inputs = [*call.weights(w_in_EDF, bias_in_EF, w_out_EFD), (x_SD, call.rows(width))]
+    grid = _ExpertGrid(tiles, width, ffn, dtype, interpret)
+    inputs = [*grid.weights(w_in_EDF, bias_in_EF, w_out_EFD), (x_SD, grid.rows(width))]
     kernel = functools.partial(_forward_kernel, activation=activation)
-    (y_SD,) = call(kernel, inputs, [(width, dtype, call.rows(width))], 2, "expert_forward")
+    (y_SD,) = grid(kernel, inputs, [(width, dtype, grid.rows(width))], 2, "expert_forward")
     return y_SD
 
 
@@ -64,8 +104,8 @@ def _forward_kernel(
             pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
             return y_MD + dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
 
-        nothing_MD = jnp.zeros(y_ref.shape, jnp.float32)
-        y_MD = _over_columns(w_in_ref.shape[2], add_columns, nothing_MD)
+        zeros_MD = jnp.zeros(y_ref.shape, jnp.float32)
+        y_MD = _over_columns(w_in_ref.shape[2], add_columns, zeros_MD)
         _add_up(total_ref, y_ref, y_MD, part, parts)
 
 
@@ -78,17 +118,17 @@ def backward(
     with dy is the gradient of w_out), and dgate_S1 float32.
     """
     (_, width), ffn, dtype = dy_SD.shape, w_in_EDF.shape[2], dy_SD.dtype
-    call = _Call(tiles, width, ffn, dtype, interpret)
-    inputs = call.weights(w_in_EDF, bias_in_EF, w_out_EFD)
-    inputs += [(array, call.rows(array.shape[1])) for array in (x_SD, dy_SD, gate_S1)]
+    grid = _ExpertGrid(tiles, width, ffn, dtype, interpret)
+    inputs = grid.weights(w_in_EDF, bias_in_EF, w_out_EFD)
+    inputs += [(array, grid.rows(array.shape[1])) for array in (x_SD, dy_SD, gate_S1)]
     results = [
-        (width, dtype, call.rows(width)),
-        (ffn, dtype, call.hidden),
-        (ffn, dtype, call.hidden),
-        (1, jnp.float32, call.rows(1)),
+        (width, dtype, grid.rows(width)),
+        (ffn, dtype, grid.hidden),
+        (ffn, dtype, grid.hidden),
+        (1, jnp.float32, grid.rows(1)),
     ]
     kernel = functools.partial(_backward_kernel, activation=activation)
-    return call(kernel, inputs, results, 3, "expert_backward")
+    return grid(kernel, inputs, results, 3, "expert_backward")
 
 
 def _backward_kernel(
@@ -140,7 +180,7 @@ def weight_gradient(x_SK, dy_SN, experts: int, tiles: Tiles, interpret):
     """Sum over each expert's rows of the outer products x dy, [E, K, N]; undefined for an expert
     without rows."""
     k, n = x_SK.shape[1], dy_SN.shape[1]
-    # The sums of one part of an expert's matrix stay in fast memory over all of its tiles.
+    # The sums of one part of an expert's matrix stay in VMEM over all of its tiles.
     k_part, n_part = (_divisor(size, limit) for size, limit in ((k, 1024), (n, 1024)))
     moved = x_SK.size * (n // n_part) * x_SK.dtype.itemsize
     moved += dy_SN.size * (k // k_part) * dy_SN.dtype.itemsize
@@ -167,7 +207,7 @@ def weight_gradient(x_SK, dy_SN, experts: int, tiles: Tiles, interpret):
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=fast_memory_bytes(),
+            vmem_limit_bytes=vmem_limit_bytes(),
         ),
         interpret=interpret,
         name="expert_weight_gradient",
@@ -188,14 +228,22 @@ def _weight_gradient_kernel(expert_ref, last_ref, is_last_ref, x_ref, dy_ref, dw
             dw_ref[0] = total_ref[...].astype(dw_ref.dtype)
 
 
-class _Call:
-    """Block shapes and cost of a kernel over tiles of rows and parts of F."""
+def _bias_gradient(dpre_SF, tiles: Tiles, experts: int):
+    """Sum over each expert's rows, [E, F] float32."""
+    in_use_t = jnp.arange(len(tiles)) <= tiles.last_1
+    dpre_tMF = dpre_SF.reshape(len(tiles), tiles.rows, -1).astype(jnp.float32)
+    of_tile_tF = jnp.where(in_use_t[:, None, None], dpre_tMF, 0).sum(axis=1)
+    return jax.ops.segment_sum(of_tile_tF, tiles.expert_t, experts)
+
+
+class _ExpertGrid:
+    """A kernel over tiles of rows and parts of F: block shapes, cost, call."""
 
     def __init__(self, tiles: Tiles, width: int, ffn: int, dtype, interpret: bool):
         self.tiles, self.width, self.ffn, self.interpret = tiles, width, ffn, interpret
         # Both matrices of an expert, twice: the next expert's arrive while this one's multiply.
         bytes_of_column = 4 * width * jnp.dtype(dtype).itemsize
-        self.part = _divisor(ffn, max(fast_memory_bytes() // 2 // bytes_of_column, 1))
+        self.part = _divisor(ffn, max(vmem_limit_bytes() // 2 // bytes_of_column, 1))
         self.hidden = pl.BlockSpec(
             (tiles.rows, self.part), lambda i, f, e, last: (jnp.minimum(i, last[0]), f)
         )
@@ -245,7 +293,7 @@ class _Call:
             ),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary", "arbitrary"),
-                vmem_limit_bytes=fast_memory_bytes(),
+                vmem_limit_bytes=vmem_limit_bytes(),
             ),
             interpret=self.interpret,
             name=name,

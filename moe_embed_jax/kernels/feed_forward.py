@@ -1,6 +1,6 @@
 """The dense feed-forward layer by the experts' kernels: one expert, whose tiles are all tokens.
 
-Its hidden layer, with the activation and its gradient, never is a pass of its own over HBM.
+The hidden layer, its activation and its gradient are never a separate pass over HBM.
 """
 
 import functools
@@ -16,7 +16,7 @@ TILE_TOKENS = 256
 
 
 def supports(tokens: int, width: int, ffn_width: int) -> bool:
-    """Whether the kernels take so many tokens, and matrices of this size."""
+    """Whether the kernels take this number of tokens, and matrices of this size."""
     return tokens % TILE_TOKENS == 0 and width % 128 == 0 and ffn_width % 128 == 0
 
 

@@ -1,9 +1,9 @@
 """Attention over packed rows in one TPU kernel: rotary positions, scores, softmax, context.
 
-A program of the kernel has one row of L slots in fast memory: the scores of a row never reach HBM,
-forward or backward, and q, k, v are read where the projection left them, without transposes. The
-backward pass computes the scores again; nothing is saved but its arguments. Heads of C features
-are taken together in groups of P = 128 lanes (head_lanes.py). Longer rows: blocked_attention.py.
+A program of the kernel has one row of L slots in VMEM. The scores of a row never reach HBM, forward
+or backward, and q, k, v are read where the projection left them, without transposes. The backward
+pass computes the scores again; only its arguments are saved. Heads of C features are taken together
+in groups of P = 128 lanes (head_lanes.py). Longer rows: blocked_attention.py.
 """
 
 import functools
@@ -15,30 +15,30 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.head_lanes import (
     LANES,
-    NEVER,
+    MASK_VALUE,
+    apply_mask,
     head_masks,
-    only,
     rotate,
     rotate_back,
     rotation_lanes,
     supports_heads,
 )
 from moe_embed_jax.kernels.mxu import dot
-from moe_embed_jax.mesh import fast_memory_bytes
+from moe_embed_jax.mesh import vmem_limit_bytes
 
 LONGEST_ROW = 512  # longer ones are left to the kernel of blocks
-SCORES = 7  # [L, L] float32 in fast memory at a time, in the backward pass; by the compiler: 6.9
+SCORES = 7  # [L, L] float32 in VMEM at a time, in the backward pass; by the compiler: 6.9
 
 
 def supports(row_length: int, width: int, heads: int, dtype) -> bool:
     """Whether the kernel takes rows of this length and heads of this size on the TPUs of the mesh
-    in context: what the backward pass of a row needs of their fast memory decides."""
+    in context: the backward pass of a row has to fit their VMEM."""
     if row_length % LANES or row_length > LONGEST_ROW or not supports_heads(width, heads):
         return False
     lanes, item = max(width // heads, LANES), jnp.dtype(dtype).itemsize
     row = 7 * width * item + 2 * lanes * 4  # q, k, v and gradients, one of the context; cos and sin
     needed = row_length * (2 * row + SCORES * row_length * 4)  # of this row and of the next
-    return needed <= fast_memory_bytes()
+    return needed <= vmem_limit_bytes()
 
 
 def fused_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
@@ -94,7 +94,7 @@ def _call(kernel, qkv_RLM, text_index_R1L, cos_RLP, sin_RLP, further, heads, int
             transcendentals=rows * heads * length * length,
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=fast_memory_bytes()
+            dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit_bytes()
         ),
         interpret=interpret,
         name="attention_backward" if further else "attention",
@@ -105,9 +105,11 @@ def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, *, heads)
     same_LL = _same_text(index_ref)
     for group in _groups(qkv_ref, cos_ref, sin_ref, heads):
         context_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
-        for own_LP in group.heads():
-            weight_LL = _softmax(group, own_LP, same_LL)
-            context_LP += dot(weight_LL.astype(group.v_LP.dtype), only(own_LP, group.v_LP), 1, 0)
+        for mask_LP in group.heads():
+            weight_LL = _softmax(group, mask_LP, same_LL)
+            context_LP += dot(
+                weight_LL.astype(group.v_LP.dtype), apply_mask(mask_LP, group.v_LP), 1, 0
+            )
         context_ref[0, :, group.lanes] = context_LP.astype(context_ref.dtype)
 
 
@@ -118,15 +120,15 @@ def _backward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, dcontext_ref, dqkv_re
         dtype = group.v_LP.dtype
         dcontext_LP = dcontext_ref[0, :, group.lanes]
         dq_LP = dk_LP = dv_LP = jnp.zeros(group.v_LP.shape, jnp.float32)
-        for own_LP in group.heads():
-            weight_LL = _softmax(group, own_LP, same_LL)
-            dhead_LP = only(own_LP, dcontext_LP)
+        for mask_LP in group.heads():
+            weight_LL = _softmax(group, mask_LP, same_LL)
+            dhead_LP = apply_mask(mask_LP, dcontext_LP)
             dv_LP += dot(weight_LL.astype(dtype), dhead_LP, 0, 0)
             dweight_LL = dot(dhead_LP, group.v_LP, 1, 1)
             mean_L1 = jnp.sum(weight_LL * dweight_LL, axis=-1, keepdims=True)
             dscore_LL = (weight_LL * (dweight_LL - mean_L1)).astype(dtype)
-            dq_LP += dot(dscore_LL, only(own_LP, group.k_LP), 1, 0)
-            dk_LP += dot(dscore_LL, only(own_LP, group.q_LP), 0, 0)
+            dq_LP += dot(dscore_LL, apply_mask(mask_LP, group.k_LP), 1, 0)
+            dk_LP += dot(dscore_LL, apply_mask(mask_LP, group.q_LP), 0, 0)
         dq_LP = group.rotate_back(dq_LP * group.scale)
         for part, gradient_LP in enumerate((dq_LP, group.rotate_back(dk_LP), dv_LP)):
             start = part * width + group.lanes.start
@@ -169,8 +171,8 @@ def _same_text(index_ref):
     return row_LL == row_LL.T
 
 
-def _softmax(group: _Group, own_LP, same_LL):
-    score_LL = dot(only(own_LP, group.q_LP), group.k_LP, 1, 1)
-    score_LL = jnp.where(same_LL, score_LL, NEVER)
+def _softmax(group: _Group, mask_LP, same_LL):
+    score_LL = dot(apply_mask(mask_LP, group.q_LP), group.k_LP, 1, 1)
+    score_LL = jnp.where(same_LL, score_LL, MASK_VALUE)
     weight_LL = jnp.exp(score_LL - jnp.max(score_LL, axis=-1, keepdims=True))
     return weight_LL / jnp.sum(weight_LL, axis=-1, keepdims=True)

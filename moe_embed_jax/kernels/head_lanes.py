@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a token of another text
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a token of another text
 
 
 def supports_heads(width: int, heads: int) -> bool:
@@ -19,8 +19,10 @@ def supports_heads(width: int, heads: int) -> bool:
 
 
 def rotation_lanes(rotation_RLC, text_index_RL, head: int):
-    """(cos, signed sin) of `attention.rotation` for each lane of a group, float32 [R, L, P]; None:
-    a rotation by nothing."""
+    """(cos, signed sin) of `attention.rotation` for each lane of a group, float32 [R, L, P].
+
+    `rotation_RLC` None: a rotation by angle 0.
+    """
     if rotation_RLC is None:
         shape = (*text_index_RL.shape, max(head, LANES))
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
@@ -53,6 +55,6 @@ def head_masks(shape: tuple[int, int], head: int):
         yield (lane_LP >= first) & (lane_LP < first + head)
 
 
-def only(own_LP, x_LP):
-    """`x_LP` with zeros outside of the mask."""
-    return jnp.where(own_LP, x_LP, jnp.zeros_like(x_LP))
+def apply_mask(mask_LP, x_LP):
+    """`x_LP` with zeros outside the mask of a head."""
+    return jnp.where(mask_LP, x_LP, jnp.zeros_like(x_LP))

@@ -1,5 +1,7 @@
-"""Attention over rows that are too long for the kernel of blocked_attention.py: JAX's flash
-attention for TPUs, which holds no more than a block of keys in fast memory."""
+"""Attention over rows that are too long for the kernel of blocked_attention.py.
+
+It is JAX's flash attention for TPUs, which holds one block of keys at a time in VMEM.
+"""
 
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.flash_attention import (

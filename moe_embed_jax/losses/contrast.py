@@ -96,25 +96,31 @@ def summarize(config: ContrastConfig, valid_BM, widths, parts) -> ContrastResult
 
 def describe_negatives(config: ContrastConfig, batch_size: int, negatives: int) -> str:
     """In words what a query is compared with; `negatives` is the most hard negatives of a pair."""
-    documents = f"the {batch_size - 1:,} other pairs' documents of the global batch"
+    compared = f"the {batch_size - 1:,} other documents of the global batch"
     if negatives and config.share_hard_negatives:
-        documents += (
+        compared += (
             f" and up to {batch_size * negatives:,} hard negatives, {negatives:,} of its own and "
-            "all other queries'"
+            "the rest of other queries"
         )
     elif negatives:
-        documents += f" and up to {negatives:,} hard negatives of its own"
-    left_out = "those with the content of its own document or query, and documents of equal queries"
+        compared += f" and up to {negatives:,} hard negatives of its own"
+    masked = "Copies of its own document, copies of the query, and documents of identical queries"
+    sentences = [
+        f"Each query is compared with {compared}. Duplicates count once.",
+        f"{masked} are masked.",
+    ]
     if config.margin is not None:
-        left_out += f", and all that score over {config.margin:g} above its own document"
-    sentence = f"each query against {documents}, each distinct one once, less {left_out}"
+        sentences.append(
+            f"Documents that score more than {config.margin:g} above its own document are masked."
+        )
     extra = [term for term in config.terms.split() if term != "q->d"]
     if extra:
-        sentence += (
-            f"; also {', '.join(extra)} under the same rules (q query, d its document), "
-            + {
-                "joint": "in one denominator",
-                "separate": "with one denominator for the query and one for its document",
-            }[config.partition]
+        denominators = {
+            "joint": "one denominator",
+            "separate": "one denominator for the query and one for its document",
+        }
+        sentences.append(
+            f"The terms {', '.join(extra)} (q query, d its document) follow the same rules, with "
+            f"{denominators[config.partition]}."
         )
-    return sentence
+    return " ".join(sentences)

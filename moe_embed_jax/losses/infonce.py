@@ -110,14 +110,14 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
     if config.has("d->d"):
         by_document.append(against_documents(d_BD)[0])
 
-    def surprise(summands):
+    def negative_log_likelihood(summands):
         """-log(o / (o + all summands)), taken relative to o: exactly 0 without any negative, and
         never NaN."""
         relative_BK = jnp.concatenate(summands, axis=1) - own_B[:, None]
         return jax.nn.logsumexp(jnp.pad(relative_BK, ((0, 0), (1, 0))), axis=1)
 
     if config.partition == "joint" or not by_document:
-        loss_B = surprise(by_query + by_document)
+        loss_B = negative_log_likelihood(by_query + by_document)
     else:
-        loss_B = (surprise(by_query) + surprise(by_document)) / 2
+        loss_B = (negative_log_likelihood(by_query) + negative_log_likelihood(by_document)) / 2
     return loss_B, own_B, top_B, count_B

@@ -1,7 +1,7 @@
-"""The masked language-model loss: cross entropy of the tokens that were hidden (arXiv 1810.04805).
+"""The masked language-model loss: cross entropy of the masked tokens (arXiv 1810.04805).
 
-Only hidden tokens have logits, and only some of those at a time (models/heads.py). What comes out
-are sums, which may be added up over pieces, chunks and devices before `means`.
+Only masked tokens have logits, and only some of them at a time (models/heads.py). The results are
+sums, which may be added over slices, chunks and devices before `means`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moe_embed_jax.shapes import PADDING
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class MaskedSums:
-    """Sums over predictions, float32 scalars: `loss` in nats, how many are `correct`, `count`."""
+    """Sums over predictions, float32 scalars: `loss` in nats, number of `correct` ones, `count`."""
 
     loss: jax.Array
     correct: jax.Array
@@ -31,9 +31,9 @@ def masked_cross_entropy(logits_TV, target_T) -> MaskedSums:
     """
     Args:
       logits_TV: float32.
-      target_T: int32, the token that was hidden; -1 (padding): nothing is predicted there.
+      target_T: int32, the token that was masked; -1 (padding): nothing is predicted there.
 
-    A prediction is correct if no token has a higher logit than the hidden one.
+    A prediction is correct if no token has a higher logit than the masked one.
     """
     is_target_TV = jnp.arange(logits_TV.shape[-1]) == target_T[:, None]
     # A sum, where a gather's gradient would be a scatter into another [T, V].

@@ -102,16 +102,18 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BC, queries
         "d->q": logits(d_BD, q_BD, queries_BB),
     }
 
-    def surprise(*terms):
+    def negative_log_likelihood(*terms):
         chosen_BC = jnp.concatenate([logits_of[term] for term in terms if config.has(term)], axis=1)
         relative_BC = jnp.pad(chosen_BC - own_B[:, None], ((0, 0), (1, 0)))  # 0: the own document
         return jax.nn.logsumexp(relative_BC, axis=1)
 
     if config.partition == "joint":
-        loss_B = surprise("q->d", "q->q", "d->d", "d->q")
+        loss_B = negative_log_likelihood("q->d", "q->q", "d->d", "d->q")
     elif config.has("d->q") or config.has("d->d"):
-        loss_B = (surprise("q->d", "q->q") + surprise("d->q", "d->d")) / 2
+        loss_B = (
+            negative_log_likelihood("q->d", "q->q") + negative_log_likelihood("d->q", "d->d")
+        ) / 2
     else:
-        loss_B = surprise("q->d", "q->q")
+        loss_B = negative_log_likelihood("q->d", "q->q")
     found_BC = logits_of["q->d"]
     return loss_B, own_B, jnp.max(found_BC, axis=1), jnp.sum(found_BC > -jnp.inf, axis=1)

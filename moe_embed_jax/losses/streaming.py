@@ -1,10 +1,11 @@
-"""Log-sum-exp of the scores of anchors against travelling candidates; no B x C array ever exists.
+"""Log-sum-exp of the scores of anchors with rotating candidates; no B x C array ever exists.
 
-Every device keeps its anchors. The candidates of all devices travel round a ring over the flattened
-mesh, and each device meets them in tiles, keeping a running maximum and sum per anchor (online
-softmax, as in FlashAttention, arXiv 2205.14135, and Inf-CL, arXiv 2410.17243). The backward pass
-sends them round again, scores them again, and their gradients travel with them until both are home.
-Memory per device is a few copies of its own vectors, and one tile of scores.
+Each device keeps its anchors. The candidates of all devices rotate round a ring over the flattened
+mesh. A device scores them in tiles, and keeps a running maximum and sum per anchor (online softmax,
+as in FlashAttention, arXiv 2205.14135, and Inf-CL, arXiv 2410.17243). The backward pass rotates the
+candidates a second time and scores them again. Their gradients rotate with them until both are back
+on the candidates' device. Memory per device is a few copies of its own vectors, and one tile of
+scores.
 """
 
 import functools
@@ -46,9 +47,9 @@ def streamed_log_sum_exp(
 def _forward(tile, *arguments):
     def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
-        travellers = _cut(tile, _flat((candidate_bMD, candidates)))
+        rotating = _cut(tile, _flat((candidate_bMD, candidates)))
 
-        def meet(stats, travellers):
+        def add_tiles(stats, rotating):
             def one_anchor_tile(_, tiles):
                 anchor, stats = tiles
 
@@ -56,18 +57,18 @@ def _forward(tile, *arguments):
                     logits_ac = _logits(anchor, candidate, partner_P)
                     return _accumulate(stats, logits_ac), None
 
-                return None, jax.lax.scan(one_candidate_tile, stats, travellers)[0]
+                return None, jax.lax.scan(one_candidate_tile, stats, rotating)[0]
 
             return jax.lax.scan(one_anchor_tile, None, (anchors, stats))[1]
 
-        def step(carry, _):
-            stats, travellers = carry
+        def ring_step(carry, _):
+            stats, rotating = carry
             # Sent before it is used, so that the transfer can hide behind the matmuls.
-            return (meet(stats, travellers), _pass_on(travellers)), None
+            return (add_tiles(stats, rotating), _rotate(rotating)), None
 
         empty = jnp.zeros_like(anchors[2])
         stats = (jnp.full_like(empty, -jnp.inf), empty, empty)
-        carry, _ = jax.lax.scan(step, (stats, travellers), length=jax.lax.axis_size(AXES))
+        carry, _ = jax.lax.scan(ring_step, (stats, rotating), length=jax.lax.axis_size(AXES))
         top_b, total_b, count_b = (x.reshape(-1)[: len(anchor_bD)] for x in carry[0])
         return top_b + jnp.log(total_b), top_b, count_b
 
@@ -80,11 +81,11 @@ def _backward(tile, residuals, cotangents):
 
     def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P, lse_b, dlse_b):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
-        travellers = _cut(tile, _flat((candidate_bMD, candidates)))
+        rotating = _cut(tile, _flat((candidate_bMD, candidates)))
         # An anchor without negatives has lse -inf and logits that are all -inf: 0 keeps exp at 0.
         lse, dlse = _cut(tile, (jnp.where(lse_b == -jnp.inf, 0.0, lse_b), dlse_b))
 
-        def meet(danchors, travellers, dtravellers):
+        def add_gradients(danchors, rotating, drotating):
             def one_candidate_tile(danchors, tiles):
                 candidate, dcandidate_cD = tiles
 
@@ -101,19 +102,19 @@ def _backward(tile, residuals, cotangents):
                 )
                 return danchors, dcandidate_cD
 
-            return jax.lax.scan(one_candidate_tile, danchors, (travellers, dtravellers))
+            return jax.lax.scan(one_candidate_tile, danchors, (rotating, drotating))
 
-        def step(carry, _):
-            danchors, travellers, dtravellers = carry
-            danchors, dtravellers = meet(danchors, travellers, dtravellers)
-            return (danchors, *_pass_on((travellers, dtravellers))), None
+        def ring_step(carry, _):
+            danchors, rotating, drotating = carry
+            danchors, drotating = add_gradients(danchors, rotating, drotating)
+            return (danchors, *_rotate((rotating, drotating))), None
 
-        carry = (jnp.zeros_like(anchors[0]), travellers, jnp.zeros_like(travellers[0]))
-        # As many steps as devices bring everything home.
-        (danchors, _, dtravellers), _ = jax.lax.scan(step, carry, length=jax.lax.axis_size(AXES))
+        carry = (jnp.zeros_like(anchors[0]), rotating, jnp.zeros_like(rotating[0]))
+        # After as many steps as devices, each candidate is on its own device.
+        (danchors, _, drotating), _ = jax.lax.scan(ring_step, carry, length=jax.lax.axis_size(AXES))
         M, D = candidate_bMD.shape[1:]
         danchor_bD = danchors.reshape(-1, D)[: len(anchor_bD)]
-        return danchor_bD, dtravellers.reshape(-1, D)[: len(anchor_bD) * M].reshape(-1, M, D)
+        return danchor_bD, drotating.reshape(-1, D)[: len(anchor_bD) * M].reshape(-1, M, D)
 
     danchor_BD, dcandidate_BMD = jax.shard_map(
         local, in_specs=SPECS + (BATCH_SPEC,) * 2, out_specs=(BATCH_SPEC, BATCH_SPEC)
@@ -169,13 +170,13 @@ def _accumulate(stats, logits_ac):
     return new_top_a, total_a, count_a + jnp.sum(logits_ac > -jnp.inf, axis=1)
 
 
-def _pass_on(travellers):
-    """To the next device of the ring."""
+def _rotate(rotating):
+    """`rotating` of the previous device of the ring."""
     devices = jax.lax.axis_size(AXES)
     if devices == 1:
-        return travellers
+        return rotating
     ring = [(device, (device + 1) % devices) for device in range(devices)]
-    return jax.lax.ppermute(travellers, AXES, ring)
+    return jax.lax.ppermute(rotating, AXES, ring)
 
 
 def _flat(tree):

@@ -27,7 +27,7 @@ def rotation(position_RL, head: int, base: float):
 
 
 def rotate(x_RLHC, rotation_RLC):
-    """In float32."""
+    """`x_RLHC` turned by the tables of `rotation`; computed in float32, in the dtype of x."""
     cos_RL1C, sin_RL1C = (table[:, :, None] for table in rotation_RLC)
     first, second = jnp.split(x_RLHC.astype(jnp.float32), 2, axis=-1)
     exchanged = jnp.concatenate([second, first], axis=-1)
@@ -36,9 +36,11 @@ def rotate(x_RLHC, rotation_RLC):
 
 
 def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
-    """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`. Plain XLA, for
-    devices other than TPUs and shapes that the kernels do not take; with `long_attention` on a TPU
-    for rows that are too long for them."""
+    """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`.
+
+    Plain XLA, for devices other than TPUs and for shapes that the kernels do not take. On a TPU,
+    rows that are too long for the kernels use `long_attention`.
+    """
     rows, length, features = qkv_RLM.shape
     qkv = qkv_RLM.reshape(rows, length, 3, heads, -1)
     q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
@@ -61,9 +63,12 @@ def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention_by_rows(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
-    """`attention` for CPUs: without gradients a few rows at a time, whose scores stay in the cache;
-    half the time for 16 rows of 512 tokens. With gradients all rows at once, as the scores must be
-    kept anyhow."""
+    """`attention` for CPUs.
+
+    Without gradients it computes a few rows at a time, whose scores stay in the cache: half the
+    time for 16 rows of 512 tokens. With gradients it computes all rows at once, because the scores
+    must be saved in any case.
+    """
     rows, length, _ = qkv_RLM.shape
     most = max(SCORES_AT_A_TIME // (heads * length**2), 1)
     piece = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)

@@ -20,7 +20,7 @@ from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
-from moe_embed_jax.models.remat import in_pieces, instead
+from moe_embed_jax.models.remat import rematerialised_map, use_saved
 from moe_embed_jax.routing.router import RoutingStatistics
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
@@ -64,9 +64,12 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept_RLD, keep_choices=False):
-        """(x_RLD, statistics or None, the sum before the last norm). `kept_RLD`: that sum from an
-        earlier pass, or None; with it the feed-forward layer need not be computed again."""
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, saved_sum_RLD, keep_choices=False):
+        """(x_RLD, statistics or None, the sum before the last norm).
+
+        `saved_sum_RLD`: that sum of an earlier pass, or None. With it the result of the
+        feed-forward layer is not computed again.
+        """
         dtype = x_RLD.dtype
         attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
@@ -75,7 +78,7 @@ class Block(nnx.Module):
             y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0, keep_choices)
         else:
             y_RLD = self.feed_forward(x_RLD)
-        sum_RLD = instead(y_RLD + x_RLD, kept_RLD)
+        sum_RLD = use_saved(y_RLD + x_RLD, saved_sum_RLD)
         return self.norm_2(sum_RLD).astype(dtype), statistics, sum_RLD
 
 
@@ -87,16 +90,21 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, kept, keep_choices=False):
-        """(x_RLD, statistics or None, what each block keeps); `kept` of an earlier pass or None."""
-        statistics, kept = None, [None] * self.size if kept is None else list(kept)
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, saved_sums, keep_choices=False):
+        """(x_RLD, statistics or None, the sum before the last norm of each block).
+
+        `saved_sums`: those of an earlier pass, or None.
+        """
+        statistics, sums = None, []
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, of_block, kept[i] = block(
-                x_RLD, text_index_RL, rotation_RLC, kept[i], keep_choices
+            saved_sum_RLD = None if saved_sums is None else saved_sums[i]
+            x_RLD, block_statistics, sum_RLD = block(
+                x_RLD, text_index_RL, rotation_RLC, saved_sum_RLD, keep_choices
             )
-            statistics = statistics if of_block is None else of_block
-        return x_RLD, statistics, kept
+            sums.append(sum_RLD)
+            statistics = statistics if block_statistics is None else block_statistics
+        return x_RLD, statistics, sums
 
 
 def _pure(module: nnx.Module) -> dict:
@@ -126,8 +134,8 @@ def _module(make, params: dict) -> nnx.Module:
 def gather_embeddings(config: EncoderConfig, params: dict) -> dict:
     """Inside shard_map: `params` with whole embedding tables, which `encode_rows` expects. Blocks
     are gathered when their turn comes, tables once for all chunks."""
-    of_embeddings = specs(params, rules_for(config))["embeddings"]
-    return params | {"embeddings": gather(params["embeddings"], of_embeddings, "fsdp")}
+    placed = specs(params, rules_for(config))["embeddings"]
+    return params | {"embeddings": gather(params["embeddings"], placed, "fsdp")}
 
 
 def in_compute_dtype(config: EncoderConfig, params: dict) -> dict:
@@ -148,10 +156,10 @@ def encode_rows(
     """`encode_tokens` of one device's rows, inside shard_map: `params` is this device's part, with
     whole embedding tables, and the statistics are those of its own tokens.
 
-    `keep_choices`: with `expert_RLK` among them; not where rows come in pieces (`remat_rows`)."""
+    `keep_choices`: the statistics have `expert_RLK`; not together with `remat_rows`."""
     rows = token_RL.shape[0]
-    pieces = -(-rows // config.remat_rows) if config.remat_rows else 1
-    padding = ((0, -rows % pieces), (0, 0))
+    slices = -(-rows // config.remat_rows) if config.remat_rows else 1
+    padding = ((0, -rows % slices), (0, 0))
     token_RL, position_RL = (jnp.pad(array, padding) for array in (token_RL, position_RL))
     text_index_RL = jnp.pad(text_index_RL, padding, constant_values=PADDING)
 
@@ -167,27 +175,35 @@ def encode_rows(
     for name, (_, size) in config.parts.items():
         whole = functools.partial(gather, tree_specs=placed[name], axis="fsdp", skip=1)
         one_group = functools.partial(
-            _one_group, config, size, whole, pieces, keep_choices, context
+            _one_group, config, size, whole, slices, keep_choices, context
         )
-        x_RLD, of_part = jax.lax.scan(one_group, x_RLD, params[name])
-        if of_part is not None:
-            statistics.append(of_part)
+        x_RLD, part_statistics = jax.lax.scan(one_group, x_RLD, params[name])
+        if part_statistics is not None:
+            statistics.append(part_statistics)
     x_RLD = x_RLD[:rows]
     if not statistics:
         return x_RLD, None
     return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
 
 
-def _one_group(config, size: int, whole, pieces: int, keep_choices: bool, context, x_RLD, params):
+def _one_group(config, size: int, whole, slices: int, keep_choices: bool, context, x_RLD, params):
     """(x_RLD, statistics) of one group; `params` are this device's shards."""
 
-    def block(weights, x_RLD, context, kept):
+    def block(weights, x_RLD, context, saved_sums):
         group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
-        return group(x_RLD, *context, kept, keep_choices)
+        return group(x_RLD, *context, saved_sums, keep_choices)
 
     cast = functools.partial(in_compute_dtype, config)
     if config.remat_rows:
-        return in_pieces(block, whole, cast, pieces, params, x_RLD, context)
+        return rematerialised_map(
+            block,
+            gather=whole,
+            cast=cast,
+            slices=slices,
+            params=params,
+            x_RLD=x_RLD,
+            context=context,
+        )
     return block(whole(cast(params)), x_RLD, context, None)[:2]
 
 
@@ -216,13 +232,13 @@ def encode_tokens(
         out_specs=BATCH_SPEC,
         check_vma=False,
     )(params, token_RL, text_index_RL, position_RL)
-    return x_RLD, jax.tree.map(lambda of_device: of_device.sum(axis=0), statistics)
+    return x_RLD, jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
 
 
 def expert_choices(config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL):
     """The experts that the routers choose: int32 expert_MRLK, M layers with experts, the one with
     the largest gate first; E for padding. Arguments and mesh as for `encode_tokens`."""
-    # Statistics of pieces are added up; and without a backward pass there is little to save.
+    # Statistics of slices are summed, and without a backward pass there is little to save.
     config = dataclasses.replace(config, remat_rows=0)
 
     def local(params, *rows):

@@ -6,8 +6,8 @@ import math
 from moe_embed_jax.config import FREE_IF_DROPLESS, setting
 from moe_embed_jax.errors import UserError
 
-# The keys of routing.exchange.BACKENDS and EXCHANGES, whose functions need jax.
-BACKENDS = ("reference", "blocked", "grouped", "capacity")
+# Names in routing/exchange.py, whose functions need jax.
+BACKENDS = ("blocked", "grouped", "capacity")
 EXCHANGES = ("ring", "all_to_all")
 POOLINGS = ("mean", "cls", "last")
 # The largest sizes that are believed: a config that says more is damaged, and building that model

@@ -10,7 +10,7 @@ from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.layer_norm import layer_norm
 from moe_embed_jax.models.linear import add_bias
-from moe_embed_jax.models.remat import loss_in_pieces
+from moe_embed_jax.models.remat import accumulated_loss
 from moe_embed_jax.shapes import PADDING
 
 UNREACHABLE_BIAS = -100.0  # of the outputs for rows of the word table that no token has
@@ -54,18 +54,18 @@ def mlm_logits(config: EncoderConfig, head: dict, word_VD, x_TD):
 def predict_tokens(
     config: EncoderConfig, at_once: int, params: dict, head: dict, x_RLD, column_RP, target_RP
 ) -> MaskedSums:
-    """Loss of the hidden tokens of one device's rows, inside shard_map.
+    """Loss of the masked tokens of one device's rows, inside shard_map.
 
     Args:
       at_once: predictions that have logits at a time, float32 [at_once, V].
       params: the encoder's, with whole embedding tables.
-      x_RLD: token states. column_RP: where in its row a token was hidden. target_RP: which one;
+      x_RLD: token states. column_RP: where in its row a token was masked. target_RP: which one;
         -1 where a row has fewer than P.
     """
     x_RPD = jnp.take_along_axis(x_RLD, column_RP[..., None], axis=1)
     x_TD, target_T = x_RPD.reshape(-1, x_RPD.shape[-1]), target_RP.reshape(-1)
-    pieces = -(-len(target_T) // at_once)
-    spare = -len(target_T) % pieces
+    slices = -(-len(target_T) // at_once)
+    spare = -len(target_T) % slices
     x_TD = jnp.pad(x_TD, ((0, spare), (0, 0)))
     target_T = jnp.pad(target_T, (0, spare), constant_values=PADDING)
 
@@ -74,9 +74,11 @@ def predict_tokens(
         sums = masked_cross_entropy(logits_TV, target_T)
         return sums.loss, sums
 
-    def cast(weights):  # the large one, once for all pieces
+    def cast(weights):  # the large one, once for all slices
         return weights | {"word": weights["word"].astype(x_TD.dtype)}
 
     weights = {"word": params["embeddings"]["token"], "head": head}
-    loss, sums = loss_in_pieces(block, cast, pieces, weights, x_TD, target_T)
+    loss, sums = accumulated_loss(
+        block, cast=cast, slices=slices, params=weights, x_RLD=x_TD, context=target_T
+    )
     return dataclasses.replace(sums, loss=loss)

@@ -16,11 +16,12 @@ class Linear(nnx.Linear):
 
 @jax.custom_vjp
 def add_bias(y_RLN, bias_N):
-    return y_RLN + bias_N
+    """`y_RLN + bias_N` in the dtype of y. The gradient of the bias is in the bias's dtype."""
+    return y_RLN + bias_N.astype(y_RLN.dtype)
 
 
-def _add_bias_bwd(_, dy_RLN):
-    return dy_RLN, sum_tokens(dy_RLN).astype(dy_RLN.dtype)
+def _add_bias_bwd(bias_N, dy_RLN):
+    return dy_RLN, sum_tokens(dy_RLN).astype(bias_N.dtype)
 
 
-add_bias.defvjp(lambda y_RLN, bias_N: (add_bias(y_RLN, bias_N), None), _add_bias_bwd)
+add_bias.defvjp(lambda y_RLN, bias_N: (add_bias(y_RLN, bias_N), bias_N), _add_bias_bwd)

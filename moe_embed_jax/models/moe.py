@@ -6,10 +6,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_embed_jax.kernels.experts import ActivationMLP
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.routing.exchange import Experts, apply_experts
+from moe_embed_jax.routing.expert_mlp import ExpertMLP, matmul
 from moe_embed_jax.routing.router import RoutingStatistics, route
+
+
+def gelu_mlp(x_TD, weights: dict):
+    """gelu(x w_in + bias_in) w_out of one expert, in the dtype of x.
+
+    The output bias is the layer's.
+    """
+    pre_TF = matmul(x_TD, weights["w_in"])
+    if weights["bias_in"] is not None:
+        pre_TF = add_bias(pre_TF, weights["bias_in"])
+    return matmul(gelu(pre_TF), weights["w_out"])
+
+
+GELU_MLP = ExpertMLP(gelu_mlp, ActivationMLP(gelu))
 
 
 class MoE(nnx.Module):
@@ -41,9 +57,11 @@ class MoE(nnx.Module):
         expert_RLK, gate_RLK, statistics = route(
             logits_RLE, valid_RL, self.experts_per_token, self.normalize_gates
         )
-        weights = (self.w_in, self.bias_in, self.w_out)
-        weights = [None if w is None else w[...].astype(x_RLD.dtype) for w in weights]
-        y_RLD, dropped = apply_experts(x_RLD, expert_RLK, gate_RLK, *weights, gelu, self.experts)
+        weights = {"w_in": self.w_in, "bias_in": self.bias_in, "w_out": self.w_out}
+        weights = {
+            name: None if w is None else w[...].astype(x_RLD.dtype) for name, w in weights.items()
+        }
+        y_RLD, dropped = apply_experts(GELU_MLP, x_RLD, expert_RLK, gate_RLK, weights, self.experts)
         kept_RLK = expert_RLK if keep_choices else None
         statistics = dataclasses.replace(statistics, dropped=dropped, expert_RLK=kept_RLK)
         return add_bias(y_RLD, self.bias[...].astype(x_RLD.dtype)), statistics

@@ -1,12 +1,20 @@
-"""A block that works on a few rows at a time, so that the activations of one piece exist at a time.
+"""Rematerialisation over slices of rows: the activations of one slice exist at a time.
 
-`in_pieces` computes them again for the backward pass; `loss_in_pieces` need not.
+Rows are independent of each other, so a block of layers can work on a few of them at a time:
 
-Rows are independent of each other, so `in_pieces` keeps only the input of the block, and what it
-asks for. The block may be a group of layers (models/encoder.py), or the whole encoder (GradCache,
-training/step.py): that keeps no more than token ids, and where groups work in pieces inside, costs
-a forward pass more. Where the block ends in a sum of losses, its gradient is known up to a factor
-before the rest of the batch is: `loss_in_pieces` adds it up piece by piece.
+    forward     weights = gather(cast(params))
+                for each slice of rows:  y, statistics, residuals = block(weights, x)
+                saved: params, x, context, residuals
+
+    backward    weights = gather(cast(params))                                   once more
+                for each slice of rows:  block(weights, x, residuals)            once more
+                                         dweights, dx = its vjp(dy)
+                sum dweights over slices in float32, then scatter the sum once
+
+The block may be a group of layers (models/encoder.py) or the whole encoder (GradCache, in the
+training step). GradCache saves token ids alone. It costs one forward pass more if groups work in
+slices too. If the block ends in a sum of losses, its gradient is known up to a factor before the
+rest of the batch is: `accumulated_loss` needs no second forward pass.
 """
 
 import functools
@@ -15,105 +23,128 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def in_pieces(block, gather, cast, pieces: int, params, x_RLD, context):
-    """(y_RLD, statistics summed over pieces) of `block(weights, x_rLD, context, None)`.
+def rematerialised_map(block, *, gather, cast, slices: int, params, x_RLD, context):
+    """(y_RLD, statistics summed over slices) of `block` on all rows.
 
     Args:
-      block: (weights, rows of x, rows of context, kept) -> (rows of y, statistics, kept). What it
-        gives as `kept` is saved, and given back to it in the backward pass, to be used by `instead`
-        in place of computing it again; None in the forward pass.
-      gather: params as they are sharded -> whole ones (linear).
+      block: (weights, rows of x, rows of context, residuals) -> (rows of y, statistics, residuals).
+        Its residuals are None in the forward pass. In the backward pass they are what it returned;
+        it uses them with `use_saved` and need not compute them again.
+      gather: sharded params -> whole ones (linear).
       cast: params -> the same in the dtypes that `block` computes in.
-      pieces: how many; must divide R.
-      x_RLD: or None, for a block that makes its own.
+      slices: how many; must divide R.
+      x_RLD: None for a block that makes its own.
       context: pytree of arrays with leading R that takes no gradient.
 
-    Gradients of params are summed over pieces in float32, whatever `block` computes in.
+    Gradients of params are summed over slices in float32, whatever `block` computes in.
     """
-    return _fwd(block, gather, cast, pieces, params, x_RLD, context)[0]
+    return _map(block, gather, cast, slices, params, x_RLD, context)
 
 
-def _fwd(block, gather, cast, pieces, params, x_RLD, context):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _map(block, gather, cast, slices, params, x_RLD, context):
+    return _map_fwd(block, gather, cast, slices, params, x_RLD, context)[0]
+
+
+def _map_fwd(block, gather, cast, slices, params, x_RLD, context):
     weights = gather(cast(params))
-    rows = _split((x_RLD, context), pieces)
-    y, statistics, kept = jax.lax.map(lambda piece: block(weights, *piece, None), rows)
-    return (_join(y), _sum(statistics)), (params, x_RLD, context, kept)
+    rows = _split((x_RLD, context), slices)
+    y, statistics, residuals = jax.lax.map(lambda rows: block(weights, *rows, None), rows)
+    return (_join(y), _sum(statistics)), (params, x_RLD, context, residuals)
 
 
-def _bwd(block, gather, cast, pieces, saved, gradients):
-    params, x_RLD, context, kept = saved
+def _map_bwd(block, gather, cast, slices, saved, gradients):
+    params, x_RLD, context, residuals = saved
     dy_RLD, dstatistics = gradients
     weights = gather(cast(params))
 
-    def add_piece(total, piece):
-        (x_rLD, context, dy_rLD), kept = piece
-        _, vjp = jax.vjp(lambda w, x: block(w, x, context, kept)[:2], weights, x_rLD)
+    def add_slice(total, rows):
+        (x_rLD, context, dy_rLD), residuals = rows
+        _, vjp = jax.vjp(lambda w, x: block(w, x, context, residuals)[:2], weights, x_rLD)
         dweights, dx_rLD = vjp((dy_rLD, dstatistics))
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dweights), dx_rLD
+        return _add(total, dweights), dx_rLD
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
-    rows = _split((x_RLD, context, dy_RLD), pieces)
-    total, dx = jax.lax.scan(add_piece, zeros, (rows, kept))
+    rows = _split((x_RLD, context, dy_RLD), slices)
+    total, dx = jax.lax.scan(add_slice, _zeros(weights), (rows, residuals))
     _, gather_vjp = jax.vjp(gather, params)
-    total = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
-    (dparams,) = gather_vjp(total)
+    (dparams,) = gather_vjp(_in_dtypes(total, params))
     return dparams, _join(dx), None
 
 
-in_pieces.defvjp(_fwd, _bwd)
+_map.defvjp(_map_fwd, _map_bwd)
+
+
+@jax.custom_vjp
+def use_saved(computed, saved):
+    """`saved`, with the gradient of `computed`, whose value is then dead code.
+
+    `saved` None: `computed`.
+    """
+    return computed if saved is None else saved
+
+
+use_saved.defvjp(
+    lambda computed, saved: (use_saved(computed, saved), saved),
+    lambda saved, gradient: (gradient, jax.tree.map(jnp.zeros_like, saved)),
+)
+
+
+def accumulated_loss(block, *, cast, slices: int, params, x_RLD, context):
+    """(loss, others), both summed over slices, of `block(weights, x_rLD, context)`.
+
+    Args: as of `rematerialised_map`; `block` returns (loss, others), of which only the scalar loss
+      has a gradient.
+
+    The gradient is computed together with the value, and multiplied by the cotangent later. The
+    cotangent must be the same on all devices whose losses depend on each other's shards of params.
+    """
+    return _loss(block, cast, slices, params, x_RLD, context)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def loss_in_pieces(block, cast, pieces: int, params, x_RLD, context):
-    """(loss, others), both summed over pieces, of `block(weights, x_rLD, context)`.
-
-    Args: as those of `in_pieces`; `block` gives (loss, others), of which only the scalar loss has a
-    gradient. It is computed together with the value, and multiplied by the cotangent later; that
-    must be the same on all devices whose losses depend on each other's shards of params.
-    """
+def _loss(block, cast, slices, params, x_RLD, context):
     weights = cast(params)
-    rows = _split((x_RLD, context), pieces)
-    return _sum(jax.lax.map(lambda piece: block(weights, *piece), rows))
+    rows = _split((x_RLD, context), slices)
+    return _sum(jax.lax.map(lambda rows: block(weights, *rows), rows))
 
 
-def _loss_fwd(block, cast, pieces, params, x_RLD, context):
+def _loss_fwd(block, cast, slices, params, x_RLD, context):
     weights = cast(params)
     value_and_gradients = jax.value_and_grad(block, argnums=(0, 1), has_aux=True)
 
-    def add_piece(total, piece):
-        value, (dweights, dx_rLD) = value_and_gradients(weights, *piece)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, dweights), (value, dx_rLD)
+    def add_slice(total, rows):
+        value, (dweights, dx_rLD) = value_and_gradients(weights, *rows)
+        return _add(total, dweights), (value, dx_rLD)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
-    total, (values, dx) = jax.lax.scan(add_piece, zeros, _split((x_RLD, context), pieces))
-    dparams = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
-    return _sum(values), (dparams, _join(dx))
+    rows = _split((x_RLD, context), slices)
+    total, (values, dx) = jax.lax.scan(add_slice, _zeros(weights), rows)
+    return _sum(values), (_in_dtypes(total, params), _join(dx))
 
 
-def _loss_bwd(block, cast, pieces, gradients, cotangents):
+def _loss_bwd(block, cast, slices, gradients, cotangents):
     factor, _ = cotangents
     dparams, dx_RLD = jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), gradients)
     return dparams, dx_RLD, None
 
 
-loss_in_pieces.defvjp(_loss_fwd, _loss_bwd)
+_loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-@jax.custom_vjp
-def instead(computed, kept):
-    """`kept`, with the gradient of `computed`: what only leads to its value is not computed."""
-    return computed if kept is None else kept
+def _zeros(weights):
+    """What gradients are summed in: float32."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights)
 
 
-instead.defvjp(
-    lambda computed, kept: (instead(computed, kept), kept),
-    lambda kept, gradient: (gradient, jax.tree.map(jnp.zeros_like, kept)),
-)
+def _add(total, gradients):
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, gradients)
 
 
-def _split(tree, pieces: int):
-    return jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), tree)
+def _in_dtypes(total, params):
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, params)
+
+
+def _split(tree, slices: int):
+    return jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
 
 
 def _join(tree):

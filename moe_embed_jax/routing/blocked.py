@@ -12,7 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.routing.rows import sum_choices, take
+from moe_embed_jax.routing.expert_mlp import PRODUCT
+from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices, take
+from moe_embed_jax.sharding import is_array
 
 
 def block_rows(assignments: int, experts: int) -> int:
@@ -46,121 +48,129 @@ def _layout(expert_TK, experts: int, block: int):
     return assignment_S, slot_A, first_block_E, blocks_E
 
 
-def _rows(array_AX, index, per_row: int = 1):
-    """Rows of `array` at `index // per_row`, zero where the index is past the end."""
-    return take(array_AX, index // per_row)
-
-
-def _forward(
-    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block, keep_hidden
-):
-    experts, _, ffn = w_in_EDF.shape
-    top_k = expert_TK.shape[1]
-    block = block or block_rows(expert_TK.size, experts)
-    layout = _layout(expert_TK, experts, block)
-    assignment_S, slot_A, first_block_E, blocks_E = layout
-    slots = assignment_S.shape[0]
-
-    def one_expert(buffers, expert):
-        w_in_DF, bias_in_F, w_out_FD, first, count = expert
-        # Weights that are kept as int8 become arrays here: once, not for every block.
-        w_in_DF, w_out_FD = jnp.asarray(w_in_DF), jnp.asarray(w_out_FD)
-
-        def one_block(i, buffers):
-            y_SD, pre_SF = buffers
-            start = (first + i) * block
-            assignment = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
-            pre = _rows(x_TD, assignment, top_k) @ w_in_DF
-            if bias_in_F is not None:
-                pre += bias_in_F
-            y = activation(pre) @ w_out_FD
-            y_SD = jax.lax.dynamic_update_slice_in_dim(y_SD, y, start, 0)
-            if keep_hidden:
-                pre_SF = jax.lax.dynamic_update_slice_in_dim(pre_SF, pre, start, 0)
-            return y_SD, pre_SF
-
-        return jax.lax.fori_loop(0, count, one_block, buffers), None
-
-    buffers = (
-        jnp.zeros((slots, x_TD.shape[1]), x_TD.dtype),
-        jnp.zeros((slots if keep_hidden else 0, ffn), x_TD.dtype),
-    )
-    (y_SD, pre_SF), _ = jax.lax.scan(
-        one_expert, buffers, (w_in_EDF, bias_in_EF, w_out_EFD, first_block_E, blocks_E)
-    )
-    y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
-    return y_TD, (pre_SF, layout)
-
-
 def blocked(
-    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block=None
+    expert_mlp, x_TD, expert_TK, gate_TK, weights, block=None
 ) -> tuple[jax.Array, jax.Array]:
     """The signature and result of `reference.reference`; `block` rows are computed at a time
     (None: `block_rows`)."""
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return _blocked(*args, activation, block), jnp.zeros((), jnp.float32)
+    block = block or block_rows(expert_TK.size, count_experts(weights))
+    y_TD = _blocked(expert_mlp, block, x_TD, expert_TK, gate_TK, weights)
+    return y_TD, jnp.zeros((), jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _blocked(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block):
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return _forward(*args, activation, block, keep_hidden=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(expert_mlp, block, x_TD, expert_TK, gate_TK, weights):
+    def compute(x_MD, weights):
+        return expert_mlp(x_MD, weights), []
+
+    return _forward(compute, block, x_TD, expert_TK, gate_TK, weights)[0]
 
 
-def _blocked_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, block):
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    y_TD, saved = _forward(*args, activation, block, keep_hidden=True)
-    return y_TD, (args, saved)
+def _blocked_fwd(expert_mlp, block, x_TD, expert_TK, gate_TK, weights):
+    def compute(x_MD, weights):
+        y_MD, vjp = _vjp(expert_mlp, x_MD, weights)
+        return y_MD, [leaf for leaf in jax.tree.leaves(vjp) if _is_saved(leaf, x_MD, weights)]
+
+    y_TD, saved = _forward(compute, block, x_TD, expert_TK, gate_TK, weights)
+    return y_TD, (x_TD, expert_TK, gate_TK, weights, saved)
 
 
-def _blocked_bwd(activation, block, residuals, dy_TD):
-    (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD), (pre_SF, layout) = residuals
-    assignment_S, slot_A, first_block_E, blocks_E = layout
-    top_k = expert_TK.shape[1]
-    slots = assignment_S.shape[0]
-    block = block or block_rows(expert_TK.size, len(w_in_EDF))
-    gate_A = gate_TK.reshape(-1).astype(x_TD.dtype)
-    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+def _vjp(expert_mlp, x_MD, weights):
+    """`jax.vjp` whose residuals are arguments and the results of `expert_mlp.matmul`."""
+    policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return jax.vjp(jax.checkpoint(expert_mlp, policy=policy, prevent_cse=False), x_MD, weights)
+
+
+def _is_saved(residual, x_MD, weights) -> bool:
+    """Whether the forward pass keeps a residual of a block of M rows.
+
+    It keeps what has a value per row and is no argument: the backward pass has those anyway.
+    """
+    is_argument = any(residual is argument for argument in (x_MD, *jax.tree.leaves(weights)))
+    return residual.shape[:1] == x_MD.shape[:1] and not is_argument
+
+
+def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
+    """(y_TD, (y_SD, residuals, layout)) by `compute` of a block: (y_MD, residuals)."""
+    top_k, experts = expert_TK.shape[1], count_experts(weights)
+    layout = assignment_S, slot_A, first_block_E, blocks_E = _layout(expert_TK, experts, block)
 
     def one_expert(buffers, expert):
-        w_in_DF, bias_in_F, w_out_FD, first, count = expert
+        weights, first, count = expert
+        # Weights that are kept as int8 become arrays here: once, not for every block.
+        weights = jax.tree.map(jnp.asarray, weights, is_leaf=is_array)
+
+        def one_block(i, buffers):
+            start = (first + i) * block
+            assignment_M = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
+            results = compute(take(x_TD, assignment_M // top_k), weights)
+            return _put(buffers, results, start)
+
+        return jax.lax.fori_loop(0, count, one_block, buffers), None
+
+    # Buffers for the results of all blocks.
+    x_MD = jax.ShapeDtypeStruct((block, x_TD.shape[1]), x_TD.dtype)
+    expert = jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights, is_leaf=is_array
+    )
+    buffers = jax.tree.map(
+        lambda leaf: jnp.zeros((len(assignment_S), *leaf.shape[1:]), leaf.dtype),
+        jax.eval_shape(compute, x_MD, expert),
+    )
+    (y_SD, residuals), _ = jax.lax.scan(one_expert, buffers, (weights, first_block_E, blocks_E))
+    y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
+    return y_TD, (y_SD, residuals, layout)
+
+
+def _put(buffers, rows, start):
+    """`buffers` with `rows` from `start` on."""
+    return jax.tree.map(
+        lambda buffer, part: jax.lax.dynamic_update_slice_in_dim(buffer, part, start, 0),
+        buffers,
+        rows,
+    )
+
+
+def _blocked_bwd(expert_mlp, block, saved, dy_TD):
+    x_TD, expert_TK, gate_TK, weights, (y_SD, residuals, layout) = saved
+    assignment_S, slot_A, first_block_E, blocks_E = layout
+    top_k = expert_TK.shape[1]
+    gate_A1 = gate_TK.reshape(-1, 1).astype(x_TD.dtype)
+
+    def one_expert(buffers, expert):
+        weights, first, count = expert
 
         def one_block(i, carry):
-            dx_SD, dgate_S, dw_in_DF, dbias_in_F, dw_out_FD = carry
+            buffers, dweights = carry
             start = (first + i) * block
-            assignment = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
-            pre = jax.lax.dynamic_slice_in_dim(pre_SF, start, block)
-            x = _rows(x_TD, assignment, top_k)
-            dy = _rows(dy_TD, assignment, top_k)
-            gate = _rows(gate_A, assignment)
-            hidden, activation_vjp = jax.vjp(activation, pre)
-            dhidden = dy @ w_out_FD.T  # of the unweighted expert output
-            dgate = jnp.sum(hidden * dhidden, axis=-1)
-            (dpre,) = activation_vjp(gate[:, None] * dhidden)
-            dw_out_FD += product(hidden.T, gate[:, None] * dy)
-            dw_in_DF += product(x.T, dpre)
-            if dbias_in_F is not None:
-                dbias_in_F += dpre.sum(axis=0, dtype=jnp.float32)
-            dx_SD = jax.lax.dynamic_update_slice_in_dim(dx_SD, dpre @ w_in_DF.T, start, 0)
-            dgate_S = jax.lax.dynamic_update_slice_in_dim(dgate_S, dgate, start, 0)
-            return dx_SD, dgate_S, dw_in_DF, dbias_in_F, dw_out_FD
+            assignment_M, y_MD, *kept = (
+                jax.lax.dynamic_slice_in_dim(array, start, block)
+                for array in (assignment_S, y_SD, *residuals)
+            )
+            token_M = assignment_M // top_k
+            x_MD, dy_MD = take(x_TD, token_M), take(dy_TD, token_M)
+            _, vjp = _vjp(expert_mlp, x_MD, weights)
+            # What the forward pass kept takes the place of what would be computed again.
+            computed, structure = jax.tree.flatten(vjp)
+            kept = iter(kept)
+            merged = [next(kept) if _is_saved(c, x_MD, weights) else c for c in computed]
+            vjp = jax.tree.unflatten(structure, merged)
+            dx_MD, dweights_of_block = vjp(take(gate_A1, assignment_M) * dy_MD)
+            dgate_M = jnp.sum(y_MD.astype(jnp.float32) * dy_MD, axis=-1)
+            dweights = jax.tree.map(jnp.add, dweights, dweights_of_block)
+            return _put(buffers, (dx_MD, dgate_M), start), dweights
 
-        # Summed over blocks in float32: in bfloat16 every block would add a rounding error.
-        weights = w_in_DF, bias_in_F, w_out_FD
-        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-        *buffers, dw_in_DF, dbias_in_F, dw_out_FD = jax.lax.fori_loop(
-            0, count, one_block, (*buffers, *zeros)
-        )
-        dweights = dw_in_DF, dbias_in_F, dw_out_FD
-        return tuple(buffers), jax.tree.map(lambda dw, w: dw.astype(w.dtype), dweights, weights)
+        zeros = jax.tree.map(jnp.zeros_like, weights)
+        return jax.lax.fori_loop(0, count, one_block, (buffers, zeros))
 
-    buffers = (jnp.zeros((slots, x_TD.shape[1]), x_TD.dtype), jnp.zeros(slots, x_TD.dtype))
-    (dx_SD, dgate_S), dweights = jax.lax.scan(
-        one_expert, buffers, (w_in_EDF, bias_in_EF, w_out_EFD, first_block_E, blocks_E)
-    )
-    dx_TD = _rows(dx_SD, slot_A).reshape(*expert_TK.shape, -1).sum(axis=1)
-    dgate_TK = _rows(dgate_S, slot_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
-    return dx_TD, None, dgate_TK, *dweights
+    buffers = jnp.zeros_like(y_SD), jnp.zeros(len(y_SD), jnp.float32)
+    # Summed over blocks in float32: in bfloat16 every block would add a rounding error.
+    experts = in_float32(weights), first_block_E, blocks_E
+    (dx_SD, dgate_S), dweights = jax.lax.scan(one_expert, buffers, experts)
+    dweights = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dweights, weights)
+    dx_TD = take(dx_SD, slot_A).reshape(*expert_TK.shape, -1).sum(axis=1)
+    dgate_TK = take(dgate_S, slot_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
+    return dx_TD, None, dgate_TK, dweights
 
 
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)

@@ -1,4 +1,4 @@
-"""Cells of fixed size: what makes routing static, and drops what does not fit.
+"""Cells of fixed size: shapes are static, and what overflows a cell is dropped.
 
 The `capacity` expert layer gives every expert one cell of C assignments (Switch Transformer, arXiv
 2101.03961); `exchange.all_to_all` gives every shard of experts one.
@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.routing.rows import add_bias, sum_choices, take
+from moe_embed_jax.routing.rows import count_experts, sum_choices, take
 
 
 def cell_size(assignments: int, destinations: int, capacity_factor: float) -> int:
@@ -51,25 +51,15 @@ def into_cells(x_TD, slot_TK, slots: int):
 
 
 def capacity(
-    x_TD,
-    expert_TK,
-    gate_TK,
-    w_in_EDF,
-    bias_in_EF,
-    w_out_EFD,
-    activation,
-    capacity_factor: float = 1.25,
+    expert_mlp, x_TD, expert_TK, gate_TK, weights, capacity_factor: float = 1.25
 ) -> tuple[jax.Array, jax.Array]:
     """The signature of `reference.reference`, and `capacity_factor`; drops what overflows a cell.
 
-    Equals the reference on the assignments that were kept.
+    The result equals the reference on the assignments that were kept.
     """
-    experts, width, _ = w_in_EDF.shape
+    experts, width = count_experts(weights), x_TD.shape[1]
     cell = cell_size(expert_TK.size, experts, capacity_factor)
     slot_TK, dropped = fill_cells(expert_TK, experts, cell)
     x_ECD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)
-    hidden_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, w_in_EDF)
-    if bias_in_EF is not None:
-        hidden_ECF = add_bias(hidden_ECF, bias_in_EF[:, None])
-    y_ECD = jnp.einsum("ECF,EFD->ECD", activation(hidden_ECF), w_out_EFD)
+    y_ECD = jax.vmap(expert_mlp)(x_ECD, weights)
     return sum_choices(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped

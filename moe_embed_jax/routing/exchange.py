@@ -15,10 +15,12 @@ All of this runs inside the encoder's `shard_map`: sorting by expert never leave
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import platform
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import (
@@ -27,24 +29,16 @@ from moe_embed_jax.routing.capacity import (
     fill_cells,
     into_cells,
 )
+from moe_embed_jax.routing.expert_mlp import ExpertMLP
 from moe_embed_jax.routing.grouped import grouped
-from moe_embed_jax.routing.reference import reference
-from moe_embed_jax.routing.rows import sum_choices
-
-# All behind the signature of `reference`: (y_TD, dropped assignments).
-BACKENDS = {
-    "reference": reference,
-    "blocked": blocked,
-    "grouped": grouped,
-    "capacity": capacity,
-}
+from moe_embed_jax.routing.rows import count_experts, sum_choices
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """How expert layers are computed.
 
-    backend: one of `BACKENDS`; "auto" is `grouped` on TPU and `blocked` elsewhere.
+    backend: one of `encoder_config.BACKENDS`; "auto" is `grouped` on TPU and `blocked` elsewhere.
     exchange: one of `EXCHANGES`, used where the mesh has an `expert` axis.
     capacity_factor: of the cells of `capacity` and `all_to_all`; 1 is an equal share.
     """
@@ -53,63 +47,64 @@ class Experts:
     exchange: str
     capacity_factor: float
 
-    def resolve(self):
-        """The back end for the mesh in context."""
+    def layer(self, mlp: ExpertMLP) -> Callable:
+        """(x_TD, expert_TK, gate_TK, weights) -> (y_TD, dropped), for the mesh in context."""
         name = self.backend
         if name == "auto":
-            name = "grouped" if platform() == "tpu" else "blocked"
+            name = "grouped" if platform() == "tpu" and mlp.kernel else "blocked"
+        if name == "grouped":
+            if mlp.kernel is None:
+                raise UserError(
+                    "model.expert_backend='grouped': this expert MLP has no kernel; choose "
+                    "'blocked' or 'capacity'"
+                )
+            return functools.partial(grouped, mlp.kernel)
         if name == "capacity":
-            return functools.partial(capacity, capacity_factor=self.capacity_factor)
-        return BACKENDS[name]
+            return functools.partial(capacity, mlp.function, capacity_factor=self.capacity_factor)
+        return functools.partial(blocked, mlp.function)
 
 
 def apply_experts(
-    x_RLD, expert_RLK, gate_RLK, w_in_eDF, bias_in_eF, w_out_eFD, activation, how: Experts
+    mlp: ExpertMLP, x_RLD, expert_RLK, gate_RLK, weights, how: Experts
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted expert outputs y_RLD and the number of dropped assignments (float32 scalar).
 
     Inside shard_map: everything is this device's own, the weights those of its e = E / shards
     experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
     """
-    backend = how.resolve()
+    layer = how.layer(mlp)
     if jax.lax.axis_size("expert") > 1:
-        backend = functools.partial(EXCHANGES[how.exchange], backend, how.capacity_factor)
+        layer = functools.partial(EXCHANGES[how.exchange], layer, how.capacity_factor)
     flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
-    y_TD, dropped = backend(*flat, w_in_eDF, bias_in_eF, w_out_eFD, activation)
+    y_TD, dropped = layer(*flat, weights)
     return y_TD.reshape(x_RLD.shape), dropped
 
 
-def ring(
-    backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
-):
+def ring(layer, capacity_factor, x_TD, expert_TK, gate_TK, weights):
     """Tokens go to the experts, one shard after the other."""
     del capacity_factor
-    shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
+    shards, own = jax.lax.axis_size("expert"), count_experts(weights)
     first = jax.lax.axis_index("expert") * own
-    onwards = [(shard, (shard + 1) % shards) for shard in range(shards)]
+    next_shard = [(shard, (shard + 1) % shards) for shard in range(shards)]
 
-    def visit(carry, _):
+    def ring_step(carry, _):
         (x_TD, expert_TK, gate_TK, y_TD), dropped = carry
         here_TK = jnp.where(expert_TK >= first, expert_TK - first, own)
         here_TK = jnp.minimum(here_TK, own)  # `own`: not here
-        added_TD, dropped_here = backend(
-            x_TD, here_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
-        )
-        travellers = (x_TD, expert_TK, gate_TK, y_TD + added_TD)
-        travellers = jax.lax.ppermute(travellers, "expert", onwards)
-        return (travellers, dropped + dropped_here), None
+        added_TD, dropped_here = layer(x_TD, here_TK, gate_TK, weights)
+        rotating = (x_TD, expert_TK, gate_TK, y_TD + added_TD)
+        rotating = jax.lax.ppermute(rotating, "expert", next_shard)
+        return (rotating, dropped + dropped_here), None
 
-    # Rematerialised: the backward pass too has the activations of one visit at a time.
+    # Rematerialised: the backward pass too has the activations of one step at a time.
     start = ((x_TD, expert_TK, gate_TK, jnp.zeros_like(x_TD)), jnp.zeros((), jnp.float32))
-    ((*_, y_TD), dropped), _ = jax.lax.scan(jax.checkpoint(visit), start, length=shards)
+    ((*_, y_TD), dropped), _ = jax.lax.scan(jax.checkpoint(ring_step), start, length=shards)
     return y_TD, dropped
 
 
-def all_to_all(
-    backend, capacity_factor, x_TD, expert_TK, gate_TK, w_in_eDF, bias_in_eF, w_out_eFD, activation
-):
+def all_to_all(layer, capacity_factor, x_TD, expert_TK, gate_TK, weights):
     """Every assignment goes to its shard, and back."""
-    shards, own = jax.lax.axis_size("expert"), len(w_in_eDF)
+    shards, own = jax.lax.axis_size("expert"), count_experts(weights)
     cell = cell_size(expert_TK.size, shards, capacity_factor)
     slots = shards * cell
     slot_TK, dropped = fill_cells(expert_TK // own, shards, cell)  # padding, E, has no shard
@@ -121,9 +116,7 @@ def all_to_all(
 
     x_SD, expert_S = exchange(into_cells(x_TD, slot_TK, slots)), exchange(expert_S)
     one_S1 = jnp.ones((slots, 1), gate_TK.dtype)
-    y_SD, dropped_here = backend(
-        x_SD, expert_S[:, None], one_S1, w_in_eDF, bias_in_eF, w_out_eFD, activation
-    )
+    y_SD, dropped_here = layer(x_SD, expert_S[:, None], one_S1, weights)
     return sum_choices(exchange(y_SD), slot_TK, gate_TK), dropped + dropped_here
 
 

@@ -12,10 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.kernels import experts as kernels
 from moe_embed_jax.kernels.experts import Tiles
 from moe_embed_jax.mesh import platform
-from moe_embed_jax.routing.rows import sum_choices, take
+from moe_embed_jax.routing.rows import count_experts, sum_choices, take
 
 # Of sorted assignments. Matrix units load weights while 128 or 256 rows stream through.
 TILE_ROWS = 256
@@ -23,13 +22,17 @@ SMALL_TILE_ROWS = 128
 LARGE = 131_072  # assignments
 
 
-def grouped(
-    x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation
-) -> tuple[jax.Array, jax.Array]:
-    """The signature and result of `reference.reference`. Off TPU the kernels are interpreted:
-    right, and slow."""
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return _grouped(*args, activation, platform() != "tpu"), jnp.zeros((), jnp.float32)
+def grouped(kernel, x_TD, expert_TK, gate_TK, weights) -> tuple[jax.Array, jax.Array]:
+    """The signature and result of `reference.reference`, with a kernel in place of the MLP.
+
+    Off TPU kernels are interpreted: right, and slow.
+
+    Args:
+      kernel: the expert MLP on tiles of sorted rows, hashable; `kernels.experts.ActivationMLP` says
+        what it must have.
+    """
+    y_TD = _grouped(kernel, platform() != "tpu", x_TD, expert_TK, gate_TK, weights)
+    return y_TD, jnp.zeros((), jnp.float32)
 
 
 def _tile_rows(assignments: int) -> int:
@@ -83,54 +86,33 @@ def _in_order(array_AX, index_S):
     return array_AX.at[index_S].get(mode="clip")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _grouped(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    args = (x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD)
-    return _grouped_fwd(*args, activation, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped(kernel, interpret, x_TD, expert_TK, gate_TK, weights):
+    return _grouped_fwd(kernel, interpret, x_TD, expert_TK, gate_TK, weights)[0]
 
 
-def _grouped_fwd(x_TD, expert_TK, gate_TK, w_in_EDF, bias_in_EF, w_out_EFD, activation, interpret):
-    order = assignment_S, row_A, tiles = _order(expert_TK, len(w_in_EDF))
+def _grouped_fwd(kernel, interpret, x_TD, expert_TK, gate_TK, weights):
+    order = assignment_S, row_A, tiles = _order(expert_TK, count_experts(weights))
     x_SD = _in_order(x_TD, assignment_S // expert_TK.shape[1])
-    weights = w_in_EDF, bias_in_EF, w_out_EFD
-    y_SD = kernels.forward(x_SD, *weights, tiles, activation, interpret)
+    y_SD = kernel.forward(x_SD, weights, tiles, interpret)
     y_TD = sum_choices(y_SD, row_A.reshape(gate_TK.shape), gate_TK)
     return y_TD, (x_TD, expert_TK, gate_TK, weights, order)
 
 
-def _grouped_bwd(activation, interpret, saved, dy_TD):
+def _grouped_bwd(kernel, interpret, saved, dy_TD):
     x_TD, expert_TK, gate_TK, weights, (assignment_S, row_A, tiles) = saved
-    w_in_EDF, bias_in_EF, _ = weights
-    experts = len(w_in_EDF)
     token_S = assignment_S // expert_TK.shape[1]
     x_SD, dy_SD = _in_order(x_TD, token_S), _in_order(dy_TD, token_S)
     gate_S1 = take(gate_TK.reshape(-1), assignment_S)[:, None].astype(jnp.float32)
-    dx_SD, dpre_SF, hidden_SF, dgate_S1 = kernels.backward(
-        x_SD, dy_SD, gate_S1, *weights, tiles, activation, interpret
+    dx_SD, dgate_S1, dweights = kernel.backward(x_SD, dy_SD, gate_S1, weights, tiles, interpret)
+    experts = jnp.arange(count_experts(weights))
+    is_used_E = jnp.any(expert_TK.reshape(-1) == experts[:, None], axis=1)
+    dweights = jax.tree.map(
+        lambda dw: jnp.where(is_used_E.reshape(-1, *[1] * (dw.ndim - 1)), dw, 0), dweights
     )
-    is_used_E = jnp.any(expert_TK.reshape(-1) == jnp.arange(experts)[:, None], axis=1)
-    dw_in_EDF, dw_out_EFD = (
-        jnp.where(
-            is_used_E[:, None, None],
-            kernels.weight_gradient(a_SK, b_SN, experts, tiles, interpret),
-            0,
-        )
-        for a_SK, b_SN in ((x_SD, dpre_SF), (hidden_SF, dy_SD))
-    )
-    dbias_in_EF = None
-    if bias_in_EF is not None:
-        dbias_in_EF = _bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
     dx_TD = sum_choices(dx_SD, row_A.reshape(gate_TK.shape), jnp.ones_like(gate_TK))
     dgate_TK = take(dgate_S1[:, 0], row_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
-    return dx_TD, None, dgate_TK, dw_in_EDF, dbias_in_EF, dw_out_EFD
-
-
-def _bias_gradient(dpre_SF, tiles: Tiles, experts: int):
-    """Sum over each expert's rows, [E, F] float32."""
-    in_use_t = jnp.arange(len(tiles)) <= tiles.last_1
-    dpre_tMF = dpre_SF.reshape(len(tiles), tiles.rows, -1).astype(jnp.float32)
-    of_tile_tF = jnp.where(in_use_t[:, None, None], dpre_tMF, 0).sum(axis=1)
-    return jax.ops.segment_sum(of_tile_tF, tiles.expert_t, experts)
+    return dx_TD, None, dgate_TK, dweights
 
 
 _grouped.defvjp(_grouped_fwd, _grouped_bwd)

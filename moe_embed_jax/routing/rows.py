@@ -1,5 +1,6 @@
-"""Reading rows by index, and the sum over a token's experts: what all static layouts share."""
+"""What the back ends share: rows by index, the sum over a token's experts, weights."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -11,7 +12,7 @@ def take(array_AX, index):
 def sum_choices(y_SD, slot_TK, gate_TK):
     """y_TD: gated sum of the K rows of every token; a slot past the end adds zero.
 
-    One choice after the other: a TPU would pad an axis of K to a whole tile.
+    One choice after the other, because a TPU would pad an axis of K to a whole tile.
     """
     return sum(
         gate_TK[:, k, None].astype(y_SD.dtype) * take(y_SD, slot_TK[:, k])
@@ -19,7 +20,11 @@ def sum_choices(y_SD, slot_TK, gate_TK):
     )
 
 
-def add_bias(hidden, bias):
-    """`hidden + bias` in the dtype of `hidden`; the gradient of the bias, a sum over tokens, is
-    computed in float32. `bias` is broadcast."""
-    return (hidden.astype(jnp.float32) + bias.astype(jnp.float32)).astype(hidden.dtype)
+def count_experts(weights) -> int:
+    """The leading axis of the experts' weights."""
+    return jax.tree.leaves(weights)[0].shape[0]
+
+
+def in_float32(weights):
+    """The weights in float32, which their gradients are then summed in."""
+    return jax.tree.map(lambda w: w.astype(jnp.float32), weights)

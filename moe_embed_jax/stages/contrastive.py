@@ -26,7 +26,7 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
 )
 from moe_embed_jax.models.pooling import pool_texts, take_texts
-from moe_embed_jax.models.remat import in_pieces
+from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.processes import process_0_first
 from moe_embed_jax.routing.router import balance_loss, routing_metrics
@@ -198,11 +198,18 @@ def encode_chunks(stage: Contrastive, params: dict, rows_CRL):
     if chunks == 1:
         return encode_chunk(stage, params, rows)
 
-    def block(params, _, rows, kept):
-        return *encode_chunk(stage, params, rows), kept
+    def block(params, _, rows, residuals):
+        return *encode_chunk(stage, params, rows), residuals
 
-    cast = functools.partial(in_compute_dtype, stage.model)
-    return in_pieces(block, lambda params: params, cast, chunks, params, None, rows)
+    return rematerialised_map(
+        block,
+        gather=lambda params: params,
+        cast=functools.partial(in_compute_dtype, stage.model),
+        slices=chunks,
+        params=params,
+        x_RLD=None,
+        context=rows,
+    )
 
 
 ### Data and evaluation of a run

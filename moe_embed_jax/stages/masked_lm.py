@@ -26,7 +26,7 @@ from moe_embed_jax.models.encoder import (
     in_compute_dtype,
 )
 from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
-from moe_embed_jax.models.remat import in_pieces, loss_in_pieces
+from moe_embed_jax.models.remat import accumulated_loss, rematerialised_map
 from moe_embed_jax.processes import process_0_first
 from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
@@ -174,15 +174,22 @@ def predict_batch(stage: MaskedLM, params: dict, batch: MaskedBatch):
             sums, _ = block(weights, rows)
             return sums.loss, sums
 
-        def block_twice(weights, _, rows, kept):
-            return None, block(weights, rows), kept
+        def block_twice(weights, _, rows, residuals):
+            return None, block(weights, rows), residuals
 
+        chunked = {
+            "cast": cast,
+            "slices": chunks,
+            "params": weights,
+            "x_RLD": None,
+            "context": rows,
+        }
         if chunks == 1:
             sums = block(weights, rows)
         elif model.num_moe_layers:
-            _, sums = in_pieces(block_twice, lambda whole: whole, cast, chunks, weights, None, rows)
+            _, sums = rematerialised_map(block_twice, gather=lambda whole: whole, **chunked)
         else:
-            loss, others = loss_in_pieces(loss_of_block, cast, chunks, weights, None, rows)
+            loss, others = accumulated_loss(loss_of_block, **chunked)
             sums = dataclasses.replace(others, loss=loss), None
         return jax.tree.map(lambda leaf: leaf[None], sums)
 

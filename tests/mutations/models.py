@@ -76,7 +76,7 @@ FAULTS = (
         "test_encoder.py test_step.py test_masked_step.py -k bfloat16",
     ),
     Fault(
-        "rows-that-fill-up-pieces-are-tokens",
+        "rows-that-fill-up-slices-are-tokens",
         "models/encoder.py",
         "jnp.pad(text_index_RL, padding, constant_values=PADDING)",
         "jnp.pad(text_index_RL, padding)",
@@ -97,10 +97,10 @@ FAULTS = (
         "test_step.py -k 'chunks_change_nothing and 2'",
     ),
     Fault(
-        "kept-sum-has-no-gradient",
+        "saved-sum-has-no-gradient",
         "models/remat.py",
-        "lambda kept, gradient: (gradient, jax.tree.map(jnp.zeros_like, kept)),",
-        "lambda kept, gradient: (jnp.zeros_like(gradient), jax.tree.map(jnp.zeros_like, kept)),",
+        "lambda saved, gradient: (gradient, jax.tree.map(jnp.zeros_like, saved)),",
+        "lambda saved, gradient: (jnp.zeros_like(gradient), jax.tree.map(jnp.zeros_like, saved)),",
         "test_step.py -k golden",
     ),
     Fault(
