@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # (code: they shift the labels of all pairs behind them).
     config.data.negatives = 10
     config.data.query_length = 512  # code: 32, its loader's default
-    config.data.document_length = 512  # code: 256, the same
+    config.data.document_length = 512  # code: 256, its loader's default
     config.data.row_length = 512
 
     config.optimizer = ConfigDict()

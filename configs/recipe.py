@@ -1,4 +1,4 @@
-"""The whole recipe of the paper as one chain of steps, each of them a launcher of its own.
+"""The whole recipe of the paper as one chain of steps; each step is one of the launchers.
 
     python launch/recipe.py --config=configs/recipe.py --workdir=runs/recipe \\
         --config.prepare.sources=sources.json --config.stage1.set.data.texts=runs/texts
@@ -15,7 +15,7 @@ Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the d
 CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
 each, for tests.
 
-Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; those of training stand in the pages.
+Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; the configs of the stages have those of training.
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.stage2.set = ConfigDict()
     config.stage2.set.init = ConfigDict(dict(upcycle="paper"))  # 8 experts, copies of stage 1's
 
-    # The paper fine-tunes on other pairs than those of stage 2: MS MARCO, NQ, HotpotQA, FEVER,
+    # The paper fine-tunes on other pairs than stage 2: MS MARCO, NQ, HotpotQA, FEVER,
     # MIRACL, SQuAD, StackExchange. Prepare them (launch/prepare.py) and name the folder by
     # --config.mine.pairs; else the filtered pairs are taken.
     config.mine = ConfigDict()

@@ -81,7 +81,7 @@ class MaskedDataConfig:
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
     language_exponent: float = 0.3  # languages are drawn ~ rows**exponent
     one_language: bool = True  # every batch is of one language; False: each holds all of them
-    row_length: int = 2048  # token slots per row; longer documents go on in another row
+    row_length: int = 2048  # token slots per row; longer documents continue in another row
     # True, as the reference: documents with <s> and </s> one after the other, cut into full rows;
     # attention crosses them. False: each document has its own attention and positions.
     across_documents: bool = False

@@ -21,8 +21,8 @@ class ContrastConfig:
 
     * "joint": `-log(o / (o + the sum of all terms))` (GTE, arXiv 2308.03281);
     * "separate": the mean of `-log(o / (o + Z[q->d] + Z[q->q]))` and
-      `-log(o / (o + Z[d->q] + Z[d->d]))`, less the terms that are not listed, and less the second
-      part if it has none; "q->d d->q" is the symmetric loss of CLIP.
+      `-log(o / (o + Z[d->q] + Z[d->d]))`. Terms that are not listed are left out, and so is the
+      second part if none of its terms is listed. "q->d d->q" is the symmetric loss of CLIP.
 
     temperature: of the softmax; with `learn_temperature` the value at the start.
     learn_temperature: the caller's parameter `log_scale` (= -log temperature) is used instead,

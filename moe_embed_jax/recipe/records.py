@@ -105,7 +105,7 @@ def lock(workdir: pathlib.Path, say=print, longest_wait: float = LONGEST_WAIT):
     workdir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(workdir / ".recipe.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        start, said = time.monotonic(), False
+        start, has_reported = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,9 +115,9 @@ def lock(workdir: pathlib.Path, say=print, longest_wait: float = LONGEST_WAIT):
                     raise UserError(
                         f"another process works in {workdir}: wait for it, or end it"
                     ) from None
-            if not said:
+            if not has_reported:
                 say(f"waiting for another process that works in {workdir}")
-                said = True
+                has_reported = True
             time.sleep(0.2)
         yield descriptor
     finally:

@@ -32,7 +32,7 @@ def markdown(facts: Facts, workdir: pathlib.Path) -> str:
         _table(["step", "time", "what came out"], _step_rows(facts), "lrl"),
         "## Models",
         _model_table(facts),
-        "Loss: mean over the last tenth of the steps; those of different stages measure different "
+        "Loss: mean over the last tenth of the steps. Losses of different stages measure different "
         "things.",
     ]
     if facts.filtered:

@@ -1,4 +1,4 @@
-"""Runs what is left of a recipe, one step after the other, each as a process of its own."""
+"""Runs what is left of a recipe, one step after the other, each in its own process."""
 
 import contextlib
 import os

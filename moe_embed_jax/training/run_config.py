@@ -35,7 +35,7 @@ class InitConfig:
     positions: str = "learned"
     upcycle: str = ""  # "paper" or "preserving": make `model`'s experts of a dense source
     noise: float = UpcycleConfig.noise  # added to the experts, relative to their weights
-    required: bool = False  # a stage that goes on from another: no run without a source
+    required: bool = False  # no run without a source: this stage continues another
 
     def __post_init__(self):
         if self.positions not in ("learned", "rotary"):
@@ -85,7 +85,7 @@ class LossConfig(ContrastConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLossConfig:
-    """What is hidden, and how the loss is computed."""
+    """Which tokens are masked, and how the loss is computed."""
 
     mask_rate: float = 0.3  # share of the tokens of a row that are predicted
     mask_share: float = 0.8  # of those: replaced by <mask>
@@ -117,8 +117,8 @@ class HealthConfig:
     # Below this spread (0: all tokens to the same experts, 1: all experts equally) a router has
     # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
     least_spread: float = setting(0.1, FREE)
-    # Steps after the warm-up over which loads are averaged; until there are so many, none is
-    # judged. Random routers may start narrow (0.27 was seen in an upcycled model).
+    # Steps after the warm-up over which loads are averaged. No router is judged before that many
+    # steps. Random routers may start narrow (0.27 was seen in an upcycled model).
     window: int = setting(50, FREE)
 
     def __post_init__(self):
@@ -205,7 +205,7 @@ class RunConfig(Run):
 
 @dataclasses.dataclass(frozen=True)
 class MaskedInitConfig(InitConfig):
-    """The same with the paper's start: XLM-RoBERTa without its positions, with its head."""
+    """`InitConfig` with the paper's start: XLM-RoBERTa without its position table."""
 
     positions: str = "rotary"
 

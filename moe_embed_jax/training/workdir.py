@@ -101,7 +101,7 @@ def read_run_config(workdir: pathlib.Path) -> Run | None:
 def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenStore, Tokenizer]:
     """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
 
-    Preparation runs in a process of its own: it needs TensorFlow, which training must not load.
+    Preparation runs in its own process: it needs TensorFlow, which training must not load.
     """
     preparation = config.data.preparation()
     path = planned_store_path(preparation, config.data.dir)
@@ -149,7 +149,7 @@ def prepare(config: Run) -> None:
     if config.data.wheels_dir:
         command.append(f"--wheels_dir={config.data.wheels_dir}")
     with _Stop() as stop:
-        # In a process group of its own: Ctrl-C in a terminal reaches this process alone.
+        # In its own process group: Ctrl-C in a terminal reaches this process alone.
         process = subprocess.Popen(ends_with_parent(command), process_group=0)
         try:
             stop.raise_from_now_on()
