@@ -23,8 +23,10 @@ PREFETCH = 2  # batches prepared ahead of the device
 
 ### What a batch holds
 
-# Metadata of a field: the PartitionSpec of its array.
-ROWS, BATCH = {"spec": ROWS_SPEC}, {"spec": BATCH_SPEC}
+# Metadata of a field: the PartitionSpec and the type of its array.
+ROWS = {"spec": ROWS_SPEC, "dtype": np.int32}
+BATCH = {"spec": BATCH_SPEC, "dtype": np.int32}
+MASK = {"spec": BATCH_SPEC, "dtype": bool}
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +49,7 @@ class PairBatch:
     document_slot_BM: jax.Array = dataclasses.field(metadata=BATCH)
     query_id_B2: jax.Array = dataclasses.field(metadata=BATCH)
     document_id_BM2: jax.Array = dataclasses.field(metadata=BATCH)
-    valid_BM: jax.Array = dataclasses.field(metadata=BATCH)
+    valid_BM: jax.Array = dataclasses.field(metadata=MASK)
 
 
 @jax.tree_util.register_dataclass
@@ -78,11 +80,11 @@ def batch_shardings(kind: type, mesh: jax.sharding.Mesh):
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, kind: type, **shapes: tuple[int, ...]):
-    """A batch of ShapeDtypeStructs of the given global shapes; masks are bool, the rest int32."""
+    """A batch of class `kind` of ShapeDtypeStructs with these global shapes."""
 
     def array(field):
-        dtype = bool if field.name.startswith("valid_") else np.int32
         sharding = NamedSharding(mesh, field.metadata["spec"])
+        dtype = field.metadata["dtype"]
         return jax.ShapeDtypeStruct(shapes[field.name], dtype, sharding=sharding)
 
     return kind(**{field.name: array(field) for field in dataclasses.fields(kind)})
