@@ -21,7 +21,7 @@ from moe_embed_jax import launching
 
 
 def main():
-    from moe_embed_jax.interop.upcycle_config import UpcycleConfig
+    from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
     flags = launching.parser(__doc__)
     actions = flags.add_subparsers(dest="action", required=True)
@@ -68,8 +68,8 @@ def main():
 def check(action: str, options: dict) -> None:
     """Finds the mistakes that can be found without importing jax, which takes seconds."""
     from moe_embed_jax.interop.source import check_source
-    from moe_embed_jax.interop.upcycle_config import UpcycleConfig
     from moe_embed_jax.made_by import done_before
+    from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
     if action == "upcycle":
         UpcycleConfig(**{f.name: options[f.name] for f in dataclasses.fields(UpcycleConfig)})

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import printable
 
+# In the folder of a run, and of a model that we wrote.
+RUN_CONFIG = "config.json"  # its "model" section tells such a folder from others
+CHECKPOINTS = "checkpoints"
 _STATED = "_stated"  # of an instance that `fill` made
 FREE, FREE_IF_DROPLESS = "free", "free if dropless"
 

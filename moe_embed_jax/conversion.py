@@ -8,7 +8,6 @@ from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.published import has_mlm_head
 from moe_embed_jax.interop.source import local_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
-from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import (
@@ -20,6 +19,7 @@ from moe_embed_jax.model_folder import (
     weights_folder,
 )
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
+from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
 
 def import_model(

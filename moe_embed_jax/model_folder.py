@@ -13,12 +13,12 @@ import jax
 import numpy as np
 
 from moe_embed_jax import config as config_files
-from moe_embed_jax.config import save_json
+from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
-from moe_embed_jax.interop.source import CONFIG_FILE, RUN_CONFIG, local_folder
+from moe_embed_jax.interop.source import CONFIG_FILE, local_folder
 from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
@@ -38,7 +38,6 @@ from moe_embed_jax.tokenizers.files import (
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
 
-CHECKPOINTS = "checkpoints"
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
 WEIGHTS = ("float32", "int8")  # what matrices are kept as; computation is float32

@@ -7,8 +7,8 @@ import pytest
 from moe_embed_jax import config as config_files
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop import upcycle, upcycle_config
-from moe_embed_jax.models import encoder_config
+from moe_embed_jax.interop import upcycle
+from moe_embed_jax.models import encoder_config, upcycle_config
 from moe_embed_jax.planning import request, steps
 from moe_embed_jax.recipe.config import Recipe
 from moe_embed_jax.routing import exchange

@@ -81,6 +81,26 @@ MISTAKES = [
 ]
 
 
+# "Dive into the code" in README.md. Other rooms are loaded when a run needs them.
+CORE = {
+    *("data", "kernels", "losses", "models", "pairs", "routing", "stages", "tokenizers"),
+    "training",
+}
+
+
+def test_the_training_loop_loads_the_core_alone():
+    """A reader who follows its imports meets no other room."""
+    code = "import sys, moe_embed_jax.training.loop; print(*sys.modules)"
+    result = run_python(["-c", code])
+    modules = result.stdout.split()
+    own = {name.split(".")[1] for name in modules if name.startswith("moe_embed_jax.")}
+    rooms = {name for name in own if (ROOT / "moe_embed_jax" / name).is_dir()}
+    assert rooms == CORE
+    assert not {"model_folder", "embedder", "inference_batches", "conversion"} & own
+    heavy = {name.partition(".")[0] for name in modules} & HEAVY
+    assert not heavy & {"matplotlib", "bm25s", "scipy", "safetensors", "ir_measures", "tensorflow"}
+
+
 @pytest.fixture
 def loaded(tmp_path):
     """loaded(*arguments of python) -> (the finished process, the heavy libraries it loaded)."""

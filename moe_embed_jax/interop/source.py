@@ -10,7 +10,6 @@ from moe_embed_jax.errors import UserError, first_line
 HUB = "hf://"
 EXTERNAL = "sentence-transformers:"  # in front of a model that PyTorch runs
 CONFIG_FILE = "config.json"  # of every model folder
-RUN_CONFIG = CONFIG_FILE  # of our own folders; its "model" section tells them from others
 # Weights as safetensors, configuration and tokenizer; never code and never pickles.
 PATTERNS = ("*.safetensors", "*.json", "*.model", "1_Pooling/*", "*.txt")
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.layers import by_layer, from_layers, shapes_by_layer
-from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
 # Dense parameter -> (MoE parameter, whether every expert gets a copy), or None: dropped.
 _COMMON = {

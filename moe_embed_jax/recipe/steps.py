@@ -6,8 +6,8 @@ import pathlib
 import shlex
 import sys
 
+from moe_embed_jax.config import RUN_CONFIG
 from moe_embed_jax.evaluation.model_scores import BM25
-from moe_embed_jax.interop.source import RUN_CONFIG
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.recipe.config import STAGES, WHEEL_TEACHER, Recipe, training_run
 from moe_embed_jax.training.workdir import RESULTS_FILE, identity

@@ -14,7 +14,6 @@ from moe_embed_jax.data.buckets import in_chunks
 from moe_embed_jax.data.data_spec import token_store_path
 from moe_embed_jax.data.schedule import Group, Schedule, group_weights, mixture_groups
 from moe_embed_jax.data.token_store import TokenStore
-from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.losses.contrast import clip_log_scale, describe_negatives, initial_log_scale
 from moe_embed_jax.losses.infonce import infonce
@@ -276,7 +275,10 @@ class ContrastiveRun:
         # A run on a folder of pairs is judged by the sets that lie in its data directory, if any.
         return HeldOutRetrieval(config.data.dir, bool(config.data.pairs), config.eval_languages)
 
-    def trained_model(self, params: dict) -> Embedder:
+    def trained_model(self, params: dict):
+        """An `Embedder`, which embeds the held-out sets."""
+        from moe_embed_jax.embedder import Embedder
+
         data = self._config.data
         lengths = {"query": data.query_length, "document": data.document_length}
         model, encoder = self._config.model, params["encoder"]

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from moe_embed_jax.config import save_json
 from moe_embed_jax.processes import wait_for_all
-from moe_embed_jax.training import pictures
 from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -95,6 +94,8 @@ class Evaluator:
         """Writes report.png, also of a run that was stopped: what there is of it."""
         records = read_records(self.workdir / METRICS_FILE) if self.is_writer else []
         if records:
+            from moe_embed_jax.training import pictures  # matplotlib takes a third of a second
+
             pictures.draw_report(
                 self.workdir / PICTURE_FILE,
                 self.config,

@@ -1,4 +1,7 @@
-"""Where a run's first parameters come from: random numbers, a model folder, or an upcycled one."""
+"""Where a run's first parameters come from: random numbers, a model folder, or an upcycled one.
+
+A run from random numbers loads no code that reads the models of others.
+"""
 
 import dataclasses
 import pathlib
@@ -7,15 +10,13 @@ import jax
 import numpy as np
 
 from moe_embed_jax import config as config_files
-from moe_embed_jax.config import differences
+from moe_embed_jax.config import RUN_CONFIG, differences
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.source import RUN_CONFIG
-from moe_embed_jax.interop.upcycle import UpcycleConfig, upcycle, upcycled_model
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.mesh import replicated, single_device_mesh
-from moe_embed_jax.model_folder import open_model, place
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.upcycle_config import UpcycleConfig
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.tokenizers.files import find_tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
@@ -52,6 +53,9 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
             if own_copy is not None and not pathlib.Path(vocabulary.path).is_file():
                 vocabulary = dataclasses.replace(vocabulary, path=str(own_copy))
             return _replaced(config, model, vocabulary)
+    from moe_embed_jax.interop.upcycle import upcycled_model
+    from moe_embed_jax.model_folder import open_model
+
     opened = open_model(init.source, positions=init.positions)
     if opened.vocabulary_path is None:
         raise UserError(
@@ -127,6 +131,9 @@ def initial_params(config: Run, mesh: jax.sharding.Mesh) -> dict | None:
     """
     if not config.init.source:
         return None
+    from moe_embed_jax.interop.upcycle import upcycle
+    from moe_embed_jax.model_folder import open_model, place
+
     opened = open_model(config.init.source, positions=config.init.positions)
     if not config.init.upcycle:
         loaded = opened.load(mesh)

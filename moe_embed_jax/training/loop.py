@@ -9,9 +9,9 @@ import signal
 import jax
 
 from moe_embed_jax.checkpoint import Checkpoints
+from moe_embed_jax.config import CHECKPOINTS
 from moe_embed_jax.errors import Interrupted, end_at_once
 from moe_embed_jax.mesh import make_mesh
-from moe_embed_jax.model_folder import CHECKPOINTS
 from moe_embed_jax.ownership import own
 from moe_embed_jax.processes import process_0_first, true_anywhere
 from moe_embed_jax.stages.registry import STAGES

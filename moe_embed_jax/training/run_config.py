@@ -14,12 +14,12 @@ import dataclasses
 from moe_embed_jax.config import FREE, setting
 from moe_embed_jax.data.data_config import DataConfig, MaskedDataConfig
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.upcycle_config import MODES as UPCYCLE_MODES
-from moe_embed_jax.interop.upcycle_config import UpcycleConfig
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.losses.contrast_config import ContrastConfig
 from moe_embed_jax.mesh_config import MeshConfig
 from moe_embed_jax.models.encoder_config import EncoderConfig
+from moe_embed_jax.models.upcycle_config import MODES as UPCYCLE_MODES
+from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
 SCHEDULES = ("cosine", "linear", "inverse_sqrt", "constant")
 

@@ -11,7 +11,7 @@ import sys
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax.children import ends_with_parent
-from moe_embed_jax.config import FREE_IF_DROPLESS, differences, save_json, select
+from moe_embed_jax.config import FREE_IF_DROPLESS, RUN_CONFIG, differences, save_json, select
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
     planned_store_path,
@@ -20,7 +20,6 @@ from moe_embed_jax.data.data_spec import (
 )
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import Interrupted, UserError
-from moe_embed_jax.interop.source import RUN_CONFIG
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
