@@ -167,6 +167,10 @@ def run(main) -> int:
     """Runs `main()` and returns the exit status: 0; 2 after one line that says what is wrong; 130
     after Ctrl-C. A second Ctrl-C ends the process at once."""
     _quieten_orbax()
+    # Texts and names of users may hold what the terminal, or UTF-8, cannot: it is shown as \\u....
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with _interrupts() as interrupted:
         try:
             main()

@@ -326,6 +326,20 @@ def test_ctrl_c_is_not_lost_in_a_callback():
     assert (result.returncode, result.stdout, result.stderr) == (130, "goes on\n", line)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "→ \\ud800"), ("ascii", "\\u2192 \\ud800")]
+)
+def test_what_the_terminal_cannot_show_is_escaped(encoding, shown):
+    code = (
+        "import sys; from moe_embed_jax import errors, launching\n"
+        "def main(): print('\\u2192 \\ud800'); raise errors.UserError('\\u2192 \\ud800')\n"
+        "sys.exit(launching.run(main))"
+    )
+    result = run_python(["-c", code], PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (result.returncode, result.stdout) == (2, f"{shown}\n")
+    assert result.stderr == f"error: {shown}\n"
+
+
 def test_what_orbax_leaves_behind_is_not_shown(capfd, monkeypatch):
     """Its writes that fail after the first one that did, in three ways."""
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
