@@ -1,6 +1,6 @@
 """Rematerialisation over slices of rows: the activations of one slice exist at a time.
 
-Rows are independent of each other, so a block of layers can work on a few of them at a time:
+Rows are independent of each other, so a block of layers can work on a few of them at a time::
 
     forward     weights = gather(cast(params))
                 for each slice of rows:  y, statistics, residuals = block(weights, x)
