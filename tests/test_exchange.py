@@ -33,15 +33,15 @@ def test_on_8_devices():
     assert "all equal" in result.stdout
 
 
-def make_case(choose=None, bias=False):
+def make_case(choose=None, bias=False, rows=ROWS, length=LENGTH):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    expert = np.array([[rng.permutation(EXPERTS)[:2] for _ in range(LENGTH)] for _ in range(ROWS)])
+    expert = np.array([[rng.permutation(EXPERTS)[:2] for _ in range(length)] for _ in range(rows)])
     expert[::3, 4:] = EXPERTS  # padding
     if choose is not None:
         expert = choose(expert)
     return (
-        normal(ROWS, LENGTH, WIDTH),
+        normal(rows, length, WIDTH),
         jnp.asarray(expert, jnp.int32),
         jnp.asarray(rng.uniform(0.1, 1, expert.shape), jnp.float32),
         {
@@ -126,6 +126,26 @@ def check_exchanges():
                     np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=message)
 
 
+def check_the_ring_sums_weight_gradients_in_float32():
+    """The error of bfloat16 gradients to float64 is that of one rounding, however many ring steps
+    add to them: at most 0.0046 here. Summed in bfloat16 it is 0.0052 to 0.0059."""
+    case = make_case(bias=True, rows=64, length=64)
+    weights = jax.tree.map(lambda leaf: leaf / WIDTH**0.5, case[3])
+    x, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (case[0], weights))
+    with jax.enable_x64():
+        precise = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (x, weights))
+        (_, _, _, *oracle), _ = on_one_device((precise[0], case[1], case[2], precise[1]))
+        oracle = [np.asarray(leaf) for leaf in oracle]
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    for backend in ("blocked", "capacity", "grouped"):
+        how = Experts(backend, "ring", capacity_factor=float(EXPERTS))
+        (_, _, _, *found), _ = on_mesh(mesh, how, (x, case[1], case[2], weights))
+        for actual, expected in zip(found, oracle, strict=True):
+            difference = np.asarray(actual, np.float64) - expected
+            error = np.linalg.norm(difference) / np.linalg.norm(expected)
+            assert error < 0.005, (backend, error)
+
+
 def check_another_expert_mlp():
     """SwiGLU through both exchanges, with every back end that takes a function."""
     case = (*make_case()[:3], swiglu_weights(EXPERTS, WIDTH, FFN))
@@ -200,6 +220,7 @@ def test_unknown_names_are_refused():
 if __name__ == "__main__":
     assert math.prod(MESHES[0]) == jax.device_count()
     check_exchanges()
+    check_the_ring_sums_weight_gradients_in_float32()
     check_another_expert_mlp()
     check_drops_are_counted_and_nothing_else_is_lost()
     check_experts_stay_on_their_shard()

@@ -31,7 +31,7 @@ from moe_embed_jax.routing.capacity import (
 )
 from moe_embed_jax.routing.expert_mlp import ExpertMLP
 from moe_embed_jax.routing.grouped import grouped
-from moe_embed_jax.routing.rows import count_experts, sum_choices
+from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +86,16 @@ def ring(layer, capacity_factor, x_TD, expert_TK, gate_TK, weights):
     shards, own = jax.lax.axis_size("expert"), count_experts(weights)
     first = jax.lax.axis_index("expert") * own
     next_shard = [(shard, (shard + 1) % shards) for shard in range(shards)]
+    # The backward pass of the scan sums the gradients of what it closes over: in float32, not in
+    # bfloat16, where every ring step would add a rounding error.
+    float32 = in_float32(weights)
 
     def ring_step(carry, _):
         (x_TD, expert_TK, gate_TK, y_TD), dropped = carry
         here_TK = jnp.where(expert_TK >= first, expert_TK - first, own)
         here_TK = jnp.minimum(here_TK, own)  # `own`: not here
-        added_TD, dropped_here = layer(x_TD, here_TK, gate_TK, weights)
+        cast = jax.tree.map(lambda w, like: w.astype(like.dtype), float32, weights)
+        added_TD, dropped_here = layer(x_TD, here_TK, gate_TK, cast)
         rotating = (x_TD, expert_TK, gate_TK, y_TD + added_TD)
         rotating = jax.lax.ppermute(rotating, "expert", next_shard)
         return (rotating, dropped + dropped_here), None
