@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import single_device_mesh
 
 # Parameters of blocks have a leading scan axis (G), which is never sharded.
 DENSE_RULES = (
@@ -151,17 +150,16 @@ def optimizer_shardings(optimizer, opt_state, params, rules, mesh) -> object:
     shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     of_params = shardings(params, rules, mesh, moments=True)
     try:
-        # Optax makes the counters of a fresh state: not on chips that are only planned with.
-        with jax.set_mesh(single_device_mesh()):
-            placed = optax.tree_utils.tree_map_params(
-                optimizer,
-                of_moment,
-                opt_state,
-                params,
-                of_params,
-                transform_non_params=of_other,
-                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-            )
+        placed = optax.tree_utils.tree_map_params(
+            # Abstract: the devices of a plan cannot make the counters of a fresh state.
+            lambda params: jax.eval_shape(optimizer.init, params),
+            of_moment,
+            opt_state,
+            params,
+            of_params,
+            transform_non_params=of_other,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+        )
     except (AttributeError, TypeError, ValueError):  # optax finds no tree of moments in this state
         placed = jax.tree.map(of_other, opt_state)
 
