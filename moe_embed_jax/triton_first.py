@@ -3,7 +3,7 @@
 PyTorch for CUDA brings triton, and imports it late: for example when transformers is imported.
 If TensorFlow is in the process by then, the import of triton is a segmentation fault
 (TensorFlow 2.21, triton 3.7); the other order works. So each module of this package that imports
-TensorFlow, seqio or TFDS imports this one before (tests/test_import_order.py).
+TensorFlow, seqio or TFDS imports this one before (tests/preparation/test_import_order.py).
 """
 
 import importlib.util

@@ -29,7 +29,7 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to byt
 
 import numpy as np
 import pytest
-import synthetic_data
+from helpers import synthetic_data
 
 from moe_embed_jax import triton_first  # noqa: F401  before test files import TensorFlow
 

@@ -10,7 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
-from stand_in_teacher import StandInTeacher
+from helpers.stand_in_teacher import StandInTeacher
 
 from moe_embed_jax.curation.consistency import filter_pairs
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule

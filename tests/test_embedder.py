@@ -5,8 +5,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import synthetic_data
 from conftest import run_python
+from helpers import synthetic_data
 
 from moe_embed_jax import Embedder
 from moe_embed_jax import embedder as embedder_module

@@ -44,7 +44,7 @@ HEAD_RULES = (
     (r"(^|/)head/(dense|norm)/(kernel|scale|bias)$", P()),  # [D, D], [D]
     (r"(^|/)head/bias$", P()),  # [V]
 )
-FULL_ROW_SHARE = 0.97  # of rows of documents, see tests/test_document_rows.py
+FULL_ROW_SHARE = 0.97  # of rows of documents, see tests/data/test_document_rows.py
 
 ### Loss and parameters
 

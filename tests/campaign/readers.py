@@ -9,12 +9,11 @@ import shutil
 import warnings
 from collections.abc import Callable
 
-import evaluation_data
 import jax
 import numpy as np
-import synthetic_data
 from campaign import damage, outcome
 from campaign.world import World
+from helpers import evaluation_data, synthetic_data
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax.data.data_spec import held_out_path

@@ -9,13 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import evaluation_data
-import published_models
-import raw_sources
-import synthetic_data
 from campaign import xlmr_folder
-from labelled_model import write_model
-from stand_in_teacher import StandInTeacher
+from helpers import evaluation_data, published_models, raw_sources, synthetic_data
+from helpers.labelled_model import write_model
+from helpers.stand_in_teacher import StandInTeacher
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=12, eval_every=6, checkpoint_every=4, data=synthetic_data.ONE_ROW_COUNT)

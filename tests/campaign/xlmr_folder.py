@@ -4,7 +4,7 @@ import json
 import pathlib
 
 import numpy as np
-import published_models
+from helpers import published_models
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))

@@ -2,8 +2,8 @@
 
 from mutations.fault import Fault
 
-LOOP = "test_consistency.py -k loop_over_all_scores"
-MINED = "test_negatives.py -k oracle"
+LOOP = "curation/test_consistency.py -k loop_over_all_scores"
+MINED = "curation/test_negatives.py -k oracle"
 
 FAULTS = (
     Fault(
@@ -32,14 +32,14 @@ FAULTS = (
         "curation/consistency.py",
         "own_P = np.where(is_own_Pm.any(axis=1), score_Pm[~others_Pm], own_P)",
         "pass",
-        "test_consistency.py -k 'twin or loop_over_all_scores'",
+        "curation/test_consistency.py -k 'twin or loop_over_all_scores'",
     ),
     Fault(
         "neighbours-of-another-k-are-reused",
         "curation/consistency.py",
         "json.dumps([rule.k, queries.about",
         "json.dumps([queries.about",
-        "test_consistency.py -k 'filters_a_folder or another_k'",
+        "curation/test_consistency.py -k 'filters_a_folder or another_k'",
     ),
     Fault(
         "negatives-at-the-limit-are-taken",
@@ -53,7 +53,7 @@ FAULTS = (
         "curation/negatives.py",
         "positive_B - (1 - rule.relative) * np.abs(positive_B)",
         "positive_B * rule.relative",
-        "test_negatives.py -k negative_positive",
+        "curation/test_negatives.py -k negative_positive",
     ),
     Fault(
         "query-is-its-own-negative",
@@ -87,6 +87,6 @@ FAULTS = (
         "curation/negatives.py",
         "json.dumps([dataclasses.asdict(rule), queries.about",
         "json.dumps([queries.about",
-        "test_negatives.py -k parts_and_another_rule",
+        "curation/test_negatives.py -k parts_and_another_rule",
     ),
 )

@@ -3,7 +3,7 @@
 from mutations.fault import Fault
 
 CALLS = "test_calls.py"
-IDS = "test_interop.py -k 'parity_with_float64 and published'"
+IDS = "interop/test_interop.py -k 'parity_with_float64 and published'"
 
 FAULTS = (
     Fault(
@@ -60,14 +60,14 @@ FAULTS = (
         "embedder.py",
         "np.flatnonzero(mask).astype(np.int32) for mask in mask_BL",
         "np.arange(mask.sum(), dtype=np.int32) for mask in mask_BL",
-        "test_interop.py -k holes",
+        "interop/test_interop.py -k holes",
     ),
     Fault(
         "id-behind-the-word-table-is-accepted",
         "embedder.py",
         "(ids >= self.model.vocab_size)",
         "(ids > self.model.vocab_size)",
-        "test_interop.py -k bad_ids",
+        "interop/test_interop.py -k bad_ids",
     ),
     Fault(
         "hidden-states-of-padding-are-not-zero",
@@ -95,14 +95,14 @@ FAULTS = (
         "embedder.py",
         "span = slice(start, start + len(sequences[text]))",
         "span = slice(0, len(sequences[text]))",
-        "test_expert_use.py -k router_in_numpy",
+        "evaluation/test_expert_use.py -k router_in_numpy",
     ),
     Fault(
         "expert-shares-of-the-last-call-only",
         "embedder.py",
         "assigned_ME += to_host(statistics.assignments_E)",
         "assigned_ME = to_host(statistics.assignments_E)",
-        "test_embedder.py test_expert_use.py -k 'expert_shares or shares_of_the_batch'",
+        "test_embedder.py evaluation/test_expert_use.py -k 'expert_shares or shares_of_the_batch'",
     ),
     Fault(
         "later-plans-number-texts-from-zero",
@@ -130,14 +130,14 @@ FAULTS = (
         "model_folder.py",
         "if spare < 0 or spare > MOST_UNUSED_ROWS:",
         "if spare < 0:",
-        "test_export.py -k another_model",
+        "interop/test_export.py -k another_model",
     ),
     Fault(
         "texts-longer-than-the-table-of-positions",
         "model_folder.py",
         "return limit if said is None else min(said, limit)",
         "return limit if said is None else said",
-        "test_bert.py -k 'random_encoders and XLMRoberta'",
+        "interop/test_bert.py -k 'random_encoders and XLMRoberta'",
     ),
     Fault(
         "oldest-checkpoint-is-the-latest",
@@ -158,7 +158,7 @@ FAULTS = (
         "checkpoint.py",
         "        self._manager.reload()  # so that this step can be saved again\n",
         "",
-        "test_health.py -k is_set_aside",
+        "training/test_health.py -k is_set_aside",
     ),
     Fault(
         "checkpoints-are-restored-unchecked",

@@ -13,7 +13,7 @@ PACKAGE = "moe_embed_jax"
 class Fault:
     """In `file` of the package the text `old` becomes `new`; then `tests` must fail.
 
-    tests: pytest arguments, files without their folder: "test_a.py::test_b" or "test_a.py -k c".
+    tests: pytest arguments, files from tests/ on: "a/test_b.py::test_c" or "a/test_b.py -k d".
     more: further (old, new) of the same file, for a mistake that one edit cannot make.
     equivalent: why no test can notice the fault. Such a fault is listed apart and never runs.
     """
@@ -34,7 +34,7 @@ class Fault:
     def arguments(self) -> list[str]:
         """`tests` for pytest, from the root of the repository."""
         words = shlex.split(self.tests)
-        is_file = re.compile(r"test_\w+\.py($|::)").match
+        is_file = re.compile(r"(\w+/)?test_\w+\.py($|::)").match
         return [f"tests/{word}" if is_file(word) else word for word in words]
 
     @property

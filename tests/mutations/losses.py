@@ -2,8 +2,8 @@
 
 from mutations.fault import Fault
 
-MEANING = "test_objectives.py"
-ORACLE = "test_streamed_infonce.py -k oracle"
+MEANING = "losses/test_objectives.py"
+ORACLE = "losses/test_streamed_infonce.py -k oracle"
 
 FAULTS = (
     Fault(
@@ -109,13 +109,13 @@ FAULTS = (
         "losses/masked_lm.py",
         "jnp.where(there_T, loss_T, 0.0)",
         "loss_T",
-        "test_masked_step.py -k sums_of_nothing",
+        "stages/test_masked_step.py -k sums_of_nothing",
     ),
     Fault(
         "masked-lm-accuracy-misses-ties",
         "losses/masked_lm.py",
         "own_T >= best_T",
         "own_T > best_T",
-        "test_masked_step.py -k sums_of_nothing",
+        "stages/test_masked_step.py -k sums_of_nothing",
     ),
 )

@@ -2,7 +2,7 @@
 
 from mutations.fault import Fault
 
-PARITY = "test_interop.py -k 'parity_with_float64 and published'"
+PARITY = "interop/test_interop.py -k 'parity_with_float64 and published'"
 
 FAULTS = (
     Fault(
@@ -10,7 +10,7 @@ FAULTS = (
         "models/attention.py",
         "same_RLM = text_index_RL[:, :, None] == text_index_RL[:, None, :]",
         "same_RLM = (text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
-        "test_encoder.py -k 'packed_equals and 0-options0'",
+        "models/test_encoder.py -k 'packed_equals and 0-options0'",
     ),
     Fault(
         "attention-scores-not-scaled",
@@ -24,14 +24,14 @@ FAULTS = (
         "models/attention.py",
         "jnp.concatenate([-sin, sin], axis=-1)",
         "jnp.concatenate([sin, -sin], axis=-1)",
-        "test_encoder.py -k rotary",
+        "models/test_encoder.py -k rotary",
     ),
     Fault(
         "slope-of-the-tpu-kernels-gelu-is-phi-alone",
         "models/feed_forward.py",
         "return ((_phi(x) + x * bell) * dy,)",
         "return (_phi(x) * dy,)",
-        "test_encoder.py -k gelu_of_tpu_kernels",
+        "models/test_encoder.py -k gelu_of_tpu_kernels",
     ),
     Fault(
         "gelu-is-the-tanh-one",
@@ -52,7 +52,7 @@ FAULTS = (
         "models/layer_norm.py",
         "(dunit_RLD - mean_RL1 - unit_RLD * slope_RL1)",
         "(dunit_RLD - mean_RL1)",
-        "test_encoder.py -k layer_norm_and_bias",
+        "models/test_encoder.py -k layer_norm_and_bias",
     ),
     Fault(
         "experts-in-the-even-layers",
@@ -66,49 +66,49 @@ FAULTS = (
         "models/encoder_config.py",
         "full, rest = divmod(self.num_layers, self.group_size)",
         "full, rest = self.num_layers // self.group_size, 0",
-        "test_interop.py -k 'by_layer and 5-3'",
+        "interop/test_interop.py -k 'by_layer and 5-3'",
     ),
     Fault(
         "chunks-cast-the-router",
         "models/encoder.py",
         r"norm_\d/|router/",
         r"norm_\d/",
-        "test_encoder.py test_step.py test_masked_step.py -k bfloat16",
+        "models/test_encoder.py stages/test_step.py stages/test_masked_step.py -k bfloat16",
     ),
     Fault(
         "rows-that-fill-up-slices-are-tokens",
         "models/encoder.py",
         "jnp.pad(text_index_RL, padding, constant_values=PADDING)",
         "jnp.pad(text_index_RL, padding)",
-        "test_encoder.py -k remat",
+        "models/test_encoder.py -k remat",
     ),
     Fault(
         "gradcache-loses-the-balance-gradient",
         "models/remat.py",
         "vjp((dy_rLD, dstatistics))",
         "vjp((dy_rLD, jax.tree.map(jnp.zeros_like, dstatistics)))",
-        "test_step.py -k 'chunks_change_nothing and 2'",
+        "stages/test_step.py -k 'chunks_change_nothing and 2'",
     ),
     Fault(
         "gradcache-has-the-statistics-of-one-chunk",
         "models/remat.py",
         "return (_join(y), _sum(statistics)), (params",
         "return (_join(y), jax.tree.map(lambda leaf: leaf[0], statistics)), (params",
-        "test_step.py -k 'chunks_change_nothing and 2'",
+        "stages/test_step.py -k 'chunks_change_nothing and 2'",
     ),
     Fault(
         "saved-sum-has-no-gradient",
         "models/remat.py",
         "lambda saved, gradient: (gradient, jax.tree.map(jnp.zeros_like, saved)),",
         "lambda saved, gradient: (jnp.zeros_like(gradient), jax.tree.map(jnp.zeros_like, saved)),",
-        "test_step.py -k golden",
+        "stages/test_step.py -k golden",
     ),
     Fault(
         "cls-and-last-token-swapped",
         "models/pooling.py",
         'beside[:, :-2] if pooling == "cls" else beside[:, 2:]',
         'beside[:, 2:] if pooling == "cls" else beside[:, :-2]',
-        "test_pooling.py -k pooled_token",
+        "stages/test_pooling.py -k pooled_token",
     ),
     Fault(
         "mean-of-a-single-token-is-halved",
@@ -122,20 +122,20 @@ FAULTS = (
         "models/heads.py",
         "jnp.where(spare, UNREACHABLE_BIAS, 0.0)",
         "jnp.where(spare, 0.0, UNREACHABLE_BIAS)",
-        "test_masked_step.py -k golden",
+        "stages/test_masked_step.py -k golden",
     ),
     Fault(
         "int8-scale-of-dense-matrices-over-outputs",
         "models/int8_weight.py",
         '(r"/(qkv|out|up|down)/kernel$", -2)',
         '(r"/(qkv|out|up|down)/kernel$", -1)',
-        "test_int8_weights.py -k half_a_scale",
+        "models/test_int8_weights.py -k half_a_scale",
     ),
     Fault(
         "int8-scale-of-experts-over-outputs",
         "models/int8_weight.py",
         '(r"/moe/w_(in|out)$", -2)',
         '(r"/moe/w_(in|out)$", -1)',
-        "test_int8_weights.py -k half_a_scale",
+        "models/test_int8_weights.py -k half_a_scale",
     ),
 )

@@ -2,8 +2,8 @@
 
 from mutations.fault import Fault
 
-HLO = "test_planning_hlo.py"
-FREE = "test_planning.py -k 'not TestCompiled'"  # of the TPU compiler
+HLO = "planning/test_planning_hlo.py"
+FREE = "planning/test_planning.py -k 'not TestCompiled'"  # of the TPU compiler
 
 FAULTS = (
     Fault(
@@ -46,7 +46,7 @@ FAULTS = (
         "planning/collectives.py",
         '"all-reduce": 2.0',
         '"all-reduce": 1.0',
-        "test_planning.py -k ring",
+        "planning/test_planning.py -k ring",
     ),
     Fault(
         "all-gather-has-the-bytes-of-a-shard",
@@ -60,7 +60,7 @@ FAULTS = (
         "planning/collectives.py",
         " + HOP_SECONDS * (n - 1))",
         ")",
-        "test_planning.py -k ring",
+        "planning/test_planning.py -k ring",
     ),
     Fault(
         "groups-vary-over-the-other-axes",
@@ -81,7 +81,7 @@ FAULTS = (
         "planning/roofline.py",
         "max(0.0, self.async_collectives - self.busy)",
         "self.async_collectives",
-        "test_planning.py -k hides",
+        "planning/test_planning.py -k hides",
     ),
     Fault(
         "compute-and-memory-of-a-kernel-add-up",
@@ -116,21 +116,21 @@ FAULTS = (
         "planning/memory.py",
         'if dominant in ("parameters", "optimiser state"):',
         "if False:",
-        "test_planning.py -k advice",
+        "planning/test_planning.py -k advice",
     ),
     Fault(
         "slowest-candidate-wins",
         "planning/search.py",
         "min(fitting)[1] if fitting",
         "max(fitting)[1] if fitting",
-        "test_planning.py -k search_skips",
+        "planning/test_planning.py -k search_skips",
     ),
     Fault(
         "candidates-that-need-more-are-tried-all-the-same",
         "planning/search.py",
         "all(more >= less for more, less in at_least)",
         "all(more < less for more, less in at_least)",
-        "test_planning.py -k search_skips",
+        "planning/test_planning.py -k search_skips",
     ),
     Fault(
         "meshes-do-not-divide-the-experts",
@@ -144,13 +144,13 @@ FAULTS = (
         "stages/contrastive.py",
         "tokens = pairs * (query_tokens + documents * document_tokens)",
         "tokens = pairs * (query_tokens + document_tokens)",
-        "test_planning.py -k fine_tuning_is_planned",
+        "planning/test_planning.py -k fine_tuning_is_planned",
     ),
     Fault(
         "rows-are-taken-as-full",
         "stages/contrastive.py",
         "tokens / (PACKED_SHARE * data.row_length)",
         "tokens / data.row_length",
-        "test_planning.py -k rows_follow",
+        "planning/test_planning.py -k rows_follow",
     ),
 )

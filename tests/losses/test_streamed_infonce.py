@@ -1,0 +1,209 @@
+"""The contrastive loss against a loop in float64, and its streamed form against its dense one."""
+
+import functools
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run_python
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from moe_embed_jax.losses.contrast import ContrastConfig, initial_log_scale
+from moe_embed_jax.losses.infonce import infonce
+from moe_embed_jax.losses.reference import dense_infonce
+from moe_embed_jax.losses.streaming import TILE
+from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
+
+
+def oracle(config, query, document, query_id, document_id, valid, temperature):
+    """Loss, accuracy and masked, pair by pair and text by text, in float64."""
+    B, M = valid.shape
+    query_id = [tuple(x) for x in query_id.tolist()]
+    document_id = [[tuple(x) for x in row] for row in document_id.tolist()]
+    pairs = {(query_id[k], document_id[k][0]) for k in range(B)}
+    total, hits, masked = 0.0, 0, 0
+    widths = config.widths(query.shape[1])
+    for width, weight in widths:
+        q = query[:, :width].astype(np.float64)
+        q /= np.linalg.norm(q, axis=-1, keepdims=True)
+        d = document[..., :width].astype(np.float64)
+        d /= np.linalg.norm(d, axis=-1, keepdims=True)
+        for i in range(B):
+            own, own_id = q[i] @ d[i, 0], document_id[i][0]
+            limit = np.inf if config.margin is None else own + config.margin
+            sums = dict.fromkeys(("q->d", "q->q", "d->d", "d->q"), 0.0)
+            best, offered, counted, seen = -np.inf, 0, 0, set()
+            for m, j in ((m, j) for m in range(M) for j in range(B)):
+                if not valid[j, m] or (m > 0 and j != i and not config.share_hard_negatives):
+                    continue
+                offered += 1
+                content = document_id[j][m]
+                is_copy = content in seen
+                seen.add(content)
+                if is_copy or content == query_id[i] or (query_id[i], content) in pairs:
+                    continue
+                if (score := q[i] @ d[j, m]) <= limit:
+                    sums["q->d"] += np.exp((score - own) / temperature)
+                    best, counted = max(best, score), counted + 1
+                if (score := d[i, 0] @ d[j, m]) <= limit:
+                    sums["d->d"] += np.exp((score - own) / temperature)
+            seen = set()
+            for j, content in enumerate(query_id):
+                is_copy = content in seen
+                seen.add(content)
+                if is_copy or content == own_id or (content, own_id) in pairs:
+                    continue
+                for term, anchor in (("q->q", q[i]), ("d->q", d[i, 0])):
+                    if (score := anchor @ q[j]) <= limit:
+                        sums[term] += np.exp((score - own) / temperature)
+            sums = {term: value if config.has(term) else 0.0 for term, value in sums.items()}
+            if config.partition == "joint":
+                loss = np.log1p(sum(sums.values()))
+            else:
+                loss = np.log1p(sums["q->d"] + sums["q->q"])
+                if config.has("d->q") or config.has("d->d"):
+                    loss = (loss + np.log1p(sums["d->q"] + sums["d->d"])) / 2
+            total += weight * loss / B
+            if width == widths[0][0]:
+                hits += own > best
+                masked += offered - 1 - counted
+    return total, hits / B, masked / B
+
+
+def make_batch(seed, B, N, D, contents):
+    """A batch whose texts are copies of each other all over the place; N ragged negatives."""
+    rng = np.random.default_rng(seed)
+    table = rng.integers(-2, 2, (contents, 2)).astype(np.int32)  # also half-equal ids
+    query_id = table[rng.integers(0, contents, B)]
+    document_id = table[rng.integers(0, contents, (B, N + 1))]
+    filled = rng.integers(0, N + 1, B)
+    valid = np.arange(N + 1) <= filled[:, None]
+    query = rng.normal(size=(B, D)).astype(np.float32)
+    document = rng.normal(size=(B, N + 1, D)).astype(np.float32)
+    document[~valid] = np.nan  # must never be read
+    return query, document, query_id, document_id, valid
+
+
+CONFIGS = st.builds(
+    ContrastConfig,
+    temperature=st.sampled_from([0.02, 0.1]),
+    learn_temperature=st.booleans(),
+    terms=st.sampled_from(["q->d", "d->q q->d", "q->d q->q d->d", "q->d q->q d->d d->q"]),
+    partition=st.sampled_from(["joint", "separate"]),
+    share_hard_negatives=st.booleans(),
+    margin=st.sampled_from([None, 0.1]),
+    dims=st.sampled_from([None, {8: 1.0, 3: 0.5}]),
+)
+
+
+def value_and_grads(loss, config):
+    """jitted (result, gradients to vectors and log_scale)."""
+
+    def of(query, document, log_scale, *rest):
+        result = loss(config, query, document, *rest, log_scale)
+        return result.loss, result
+
+    grads = jax.grad(of, argnums=(0, 1, 2), has_aux=True)
+    return jax.jit(grads)
+
+
+def check(result, grads, expected, expected_grads):
+    """Loss to 1e-6, gradients to 5e-6 of the largest."""
+    np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(result.accuracy, expected.accuracy)
+    np.testing.assert_allclose(result.masked, expected.masked, rtol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert np.isfinite(grad).all()
+        largest = np.abs(expected_grad).max()
+        np.testing.assert_allclose(grad, expected_grad, rtol=0, atol=5e-6 * largest + 1e-6)
+
+
+# No shrinking: each smaller case would be compiled anew.
+@settings(max_examples=9, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    config=CONFIGS,
+    N=st.sampled_from([3, 1, 0]),
+    tile=st.sampled_from([4, TILE]),
+)
+def test_both_forms_equal_the_oracle_and_each_other(config, N, tile):
+    dense = value_and_grads(dense_infonce, config)
+    streamed = value_and_grads(functools.partial(infonce, tile=tile), config)
+    log_scale = jnp.float32(-math.log(0.05))
+    temperature = 0.05 if config.learn_temperature else config.temperature
+    for seed, contents in enumerate((3, 8, 8, 1000)):  # from nearly all alike to all different
+        query, document, *rest = make_batch(seed, 9, N, 8, contents)
+        expected_grads, expected = dense(query, document, log_scale, *rest)
+        with jax.set_mesh(single_device_mesh()):
+            grads, result = streamed(query, document, log_scale, *rest)
+        check(result, grads, expected, expected_grads)
+        loss, accuracy, masked = oracle(config, query, document, *rest, temperature)
+        for form in (expected, result):
+            np.testing.assert_allclose(form.loss, loss, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose((form.accuracy, form.masked), (accuracy, masked), rtol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["equal", "memory"])
+def test_on_devices(part):
+    result = run_python(["tests/losses/test_streamed_infonce.py", part], devices=8)
+    assert result.returncode == 0, result.stderr
+
+
+def equal_on_1_2_4_and_8_devices():
+    everything = ContrastConfig(terms="q->d q->q d->d d->q", margin=0.2, dims={16: 1.0, 8: 0.5})
+    symmetric = ContrastConfig(
+        terms="q->d d->q",
+        partition="separate",
+        share_hard_negatives=False,
+        learn_temperature=True,
+    )
+    for config, shapes in (
+        (ContrastConfig(), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2)]),
+        (everything, [(2, 2, 2)]),
+        (symmetric, [(1, 1, 2), (2, 2, 1)]),
+    ):
+        query, document, *rest = make_batch(0, 48, 2, 16, 60)
+        arguments = query, document, initial_log_scale(config), *rest
+        expected_grads, expected = value_and_grads(dense_infonce, config)(*arguments)
+        streamed = value_and_grads(functools.partial(infonce, tile=4), config)
+        for shape in shapes:
+            mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+            placed = [
+                jax.device_put(x, batch_sharding(mesh) if np.ndim(x) else replicated(mesh))
+                for x in arguments
+            ]
+            with jax.set_mesh(mesh):
+                grads, result = streamed(*placed)
+            check(result, grads, expected, expected_grads)
+            assert grads[0].sharding.is_equivalent_to(batch_sharding(mesh), 2)
+
+
+def memory_of_131072_pairs_on_8_devices():
+    """The logits alone would be 8.6 GB per device; also that the program lowers for TPU."""
+    B, D, mesh = 131_072, 768, make_mesh(MeshConfig())
+
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    def loss(query, document, query_id, document_id):
+        return infonce(ContrastConfig(), query, document, query_id, document_id).loss
+
+    arguments = (
+        *(array((B, D), jnp.float32), array((B, 1, D), jnp.float32)),
+        *(array((B, 2), jnp.int32), array((B, 1, 2), jnp.int32)),
+    )
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(*arguments)
+        temporaries = traced.lower().compile().memory_analysis().temp_size_in_bytes
+        assert "collective_permute" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    print(temporaries)
+    assert temporaries < 0.7e9, temporaries
+
+
+if __name__ == "__main__":
+    {"equal": equal_on_1_2_4_and_8_devices, "memory": memory_of_131072_pairs_on_8_devices}[
+        sys.argv[1]
+    ]()
