@@ -116,7 +116,7 @@ def test_no_pair_of_a_text_is_left_out(rows, are_sorted):
     with mock.patch.object(blocked_module, "BLOCK", 3):
         first, stop = (
             np.asarray(x).reshape(len(rows), 4)
-            for x in blocked_module._blocks_to_meet(jnp.asarray(index))
+            for x in blocked_module._blocks_to_visit(jnp.asarray(index))
         )
     for row, texts in enumerate(index.reshape(-1, 4, 3)):
         for block in range(4):

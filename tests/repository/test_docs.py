@@ -79,7 +79,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES_OF_TEXT, ids=name)
 def test_named_files_and_tests_exist(page):
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for code in inline(page.read_text()):
         if re.fullmatch(r"[\w./-]+\.(py|md|sh|svg|cfg)", code) and not code.startswith("runs/"):
             known = any(f"/{path}".endswith(f"/{code}") for path in FILES)
