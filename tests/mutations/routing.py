@@ -134,7 +134,7 @@ FAULTS = (
         "routing/exchange.py",
         "float32 = in_float32(weights)",
         "float32 = weights",
-        "test_exchange.py -k 8_devices",
+        "routing/test_exchange.py -k 8_devices",
     ),
     Fault(
         "all-to-all-does-not-count-its-drops",
