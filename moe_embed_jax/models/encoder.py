@@ -12,6 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
@@ -20,10 +21,12 @@ from moe_embed_jax.models.feed_forward import FeedForward
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
-from moe_embed_jax.models.remat import rematerialised_map, use_saved
+from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.routing.router import RoutingStatistics
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
+
+BLOCK_SUM = "block_sum"  # the sum before the last norm of a block: what `remat_rows` saves
 
 
 def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> LayerNorm:
@@ -64,12 +67,8 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, saved_sum_RLD, keep_choices=False):
-        """(x_RLD, statistics or None, the sum before the last norm).
-
-        `saved_sum_RLD`: that sum of an earlier pass, or None. With it the result of the
-        feed-forward layer is not computed again.
-        """
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, keep_choices=False):
+        """(x_RLD, statistics or None)."""
         dtype = x_RLD.dtype
         attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
@@ -78,8 +77,9 @@ class Block(nnx.Module):
             y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0, keep_choices)
         else:
             y_RLD = self.feed_forward(x_RLD)
-        sum_RLD = use_saved(y_RLD + x_RLD, saved_sum_RLD)
-        return self.norm_2(sum_RLD).astype(dtype), statistics, sum_RLD
+        # With the saved sum the result of the feed-forward layer is not computed again.
+        sum_RLD = checkpoint_name(y_RLD + x_RLD, BLOCK_SUM)
+        return self.norm_2(sum_RLD).astype(dtype), statistics
 
 
 class Group(nnx.Module):
@@ -90,21 +90,14 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, saved_sums, keep_choices=False):
-        """(x_RLD, statistics or None, the sum before the last norm of each block).
-
-        `saved_sums`: those of an earlier pass, or None.
-        """
-        statistics, sums = None, []
+    def __call__(self, x_RLD, text_index_RL, rotation_RLC, keep_choices=False):
+        """(x_RLD, statistics or None)."""
+        statistics = None
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            saved_sum_RLD = None if saved_sums is None else saved_sums[i]
-            x_RLD, block_statistics, sum_RLD = block(
-                x_RLD, text_index_RL, rotation_RLC, saved_sum_RLD, keep_choices
-            )
-            sums.append(sum_RLD)
+            x_RLD, block_statistics = block(x_RLD, text_index_RL, rotation_RLC, keep_choices)
             statistics = statistics if block_statistics is None else block_statistics
-        return x_RLD, statistics, sums
+        return x_RLD, statistics
 
 
 def _pure(module: nnx.Module) -> dict:
@@ -189,9 +182,9 @@ def encode_rows(
 def _one_group(config, size: int, whole, slices: int, keep_choices: bool, context, x_RLD, params):
     """(x_RLD, statistics) of one group; `params` are this device's shards."""
 
-    def block(weights, x_RLD, context, saved_sums):
+    def block(weights, x_RLD, context):
         group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
-        return group(x_RLD, *context, saved_sums, keep_choices)
+        return group(x_RLD, *context, keep_choices)
 
     cast = functools.partial(in_compute_dtype, config)
     if config.remat_rows:
@@ -203,8 +196,9 @@ def _one_group(config, size: int, whole, slices: int, keep_choices: bool, contex
             params=params,
             x_RLD=x_RLD,
             context=context,
+            saved_names=(BLOCK_SUM,),
         )
-    return block(whole(cast(params)), x_RLD, context, None)[:2]
+    return block(whole(cast(params)), x_RLD, context)
 
 
 def encode_tokens(

@@ -3,18 +3,18 @@
 Rows are independent of each other, so a block of layers can work on a few of them at a time::
 
     forward     weights = gather(cast(params))
-                for each slice of rows:  y, statistics, residuals = block(weights, x)
-                saved: params, x, context, residuals
+                for each slice of rows:  y, statistics = block(weights, x)
+                saved: params, x, context, and the values of `saved_names`
 
-    backward    weights = gather(cast(params))                                   once more
-                for each slice of rows:  block(weights, x, residuals)            once more
+    backward    weights = gather(cast(params))                                 once more
+                for each slice of rows:  block(weights, x), without what leads to saved values only
                                          dweights, dx = its vjp(dy)
                 sum dweights over slices in float32, then scatter the sum once
 
-The block may be a group of layers (models/encoder.py) or the whole encoder (GradCache, in the
-training step). GradCache saves token ids alone. It costs one forward pass more if groups work in
-slices too. If the block ends in a sum of losses, its gradient is known up to a factor before the
-rest of the batch is: `accumulated_loss` needs no second forward pass.
+The block may be a group of layers (models/encoder.py) or the whole encoder (GradCache, in
+stages/contrastive.py). GradCache saves token ids alone. It costs one forward pass more if groups
+work in slices too. If the block ends in a sum of losses, its gradient is known up to a factor
+before the rest of the batch is: `accumulated_loss` needs no second forward pass.
 """
 
 import functools
@@ -23,70 +23,41 @@ import jax
 import jax.numpy as jnp
 
 
-def rematerialised_map(block, *, gather, cast, slices: int, params, x_RLD, context):
+def rematerialised_map(
+    block, *, gather, cast, slices: int, params, x_RLD, context, saved_names: tuple[str, ...] = ()
+):
     """(y_RLD, statistics summed over slices) of `block` on all rows.
 
     Args:
-      block: (weights, rows of x, rows of context, residuals) -> (rows of y, statistics, residuals).
-        Its residuals are None in the forward pass. In the backward pass they are what it returned;
-        it uses them with `use_saved` and need not compute them again.
+      block: (weights, rows of x, rows of context) -> (rows of y, statistics).
       gather: sharded params -> whole ones (linear).
       cast: params -> the same in the dtypes that `block` computes in.
       slices: how many; must divide R.
       x_RLD: None for a block that makes its own.
       context: pytree of arrays with leading R that takes no gradient.
+      saved_names: of values in `block` (`jax.ad_checkpoint.checkpoint_name`) that the backward pass
+        does not compute again.
 
     Gradients of params are summed over slices in float32, whatever `block` computes in.
     """
-    return _map(block, gather, cast, slices, params, x_RLD, context)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved_names)
 
+    @functools.partial(jax.checkpoint, policy=policy)
+    def all_rows(params, x_RLD, context):
+        weights = gather(cast(params))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _map(block, gather, cast, slices, params, x_RLD, context):
-    return _map_fwd(block, gather, cast, slices, params, x_RLD, context)[0]
+        @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        def one_slice(float32, rows):
+            return block(_in_dtypes(float32, weights), *rows)
 
+        # The scan sums the gradient of what it closes over in its dtype.
+        float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
+        _, (y, statistics) = jax.lax.scan(
+            lambda _, rows: (None, one_slice(float32, rows)), None, _split((x_RLD, context), slices)
+        )
+        return _join(y), _sum(statistics)
 
-def _map_fwd(block, gather, cast, slices, params, x_RLD, context):
-    weights = gather(cast(params))
-    rows = _split((x_RLD, context), slices)
-    y, statistics, residuals = jax.lax.map(lambda rows: block(weights, *rows, None), rows)
-    return (_join(y), _sum(statistics)), (params, x_RLD, context, residuals)
-
-
-def _map_bwd(block, gather, cast, slices, saved, gradients):
-    params, x_RLD, context, residuals = saved
-    dy_RLD, dstatistics = gradients
-    weights = gather(cast(params))
-
-    def add_slice(total, rows):
-        (x_rLD, context, dy_rLD), residuals = rows
-        _, vjp = jax.vjp(lambda w, x: block(w, x, context, residuals)[:2], weights, x_rLD)
-        dweights, dx_rLD = vjp((dy_rLD, dstatistics))
-        return _add(total, dweights), dx_rLD
-
-    rows = _split((x_RLD, context, dy_RLD), slices)
-    total, dx = jax.lax.scan(add_slice, _zeros(weights), (rows, residuals))
-    _, gather_vjp = jax.vjp(gather, params)
-    (dparams,) = gather_vjp(_in_dtypes(total, params))
-    return dparams, _join(dx), None
-
-
-_map.defvjp(_map_fwd, _map_bwd)
-
-
-@jax.custom_vjp
-def use_saved(computed, saved):
-    """`saved`, with the gradient of `computed`, whose value is then dead code.
-
-    `saved` None: `computed`.
-    """
-    return computed if saved is None else saved
-
-
-use_saved.defvjp(
-    lambda computed, saved: (use_saved(computed, saved), saved),
-    lambda saved, gradient: (gradient, jax.tree.map(jnp.zeros_like, saved)),
-)
+    return all_rows(params, x_RLD, context)
 
 
 def accumulated_loss(block, *, cast, slices: int, params, x_RLD, context):

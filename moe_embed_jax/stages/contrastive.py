@@ -197,8 +197,8 @@ def encode_chunks(stage: Contrastive, params: dict, rows_CRL):
     if chunks == 1:
         return encode_chunk(stage, params, rows)
 
-    def block(params, _, rows, residuals):
-        return *encode_chunk(stage, params, rows), residuals
+    def block(params, _, rows):
+        return encode_chunk(stage, params, rows)
 
     return rematerialised_map(
         block,

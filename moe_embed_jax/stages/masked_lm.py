@@ -174,8 +174,8 @@ def predict_batch(stage: MaskedLM, params: dict, batch: MaskedBatch):
             sums, _ = block(weights, rows)
             return sums.loss, sums
 
-        def block_twice(weights, _, rows, residuals):
-            return None, block(weights, rows), residuals
+        def block_twice(weights, _, rows):
+            return None, block(weights, rows)
 
         chunked = {
             "cast": cast,
