@@ -101,7 +101,7 @@ FAULTS = (
         "models/remat.py",
         "return _join(y), _sum(statistics)\n\n    return all_rows",
         "return jax.lax.stop_gradient(_join(y)), _sum(statistics)\n\n    return all_rows",
-        "stages/test_step.py -k golden",
+        "models/test_encoder.py -k remat_changes",
     ),
     Fault(
         "cls-and-last-token-swapped",
