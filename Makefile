@@ -13,8 +13,9 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP_INSTALL := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
 TEST_EXTRAS ?= test,pytorch,plan,beam,mteb,docs
-# Test files in two processes, each of which needs up to 4 GB: make test PYTEST_FLAGS= for one.
-PYTEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# Test files in three processes, because they wait for children and disks a seventh of the time; each
+# needs up to 4 GB: make test PYTEST_FLAGS= for one.
+PYTEST_FLAGS ?= -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 export JAX_PLATFORMS ?= cpu
 # Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE

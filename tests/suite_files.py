@@ -4,7 +4,7 @@
 the next file to the worker that is free, so the files that take longest have to start first;
 without `--no-loadscope-reorder` it would start with the files that have the most tests.
 Renew it on an idle machine, in the environment that `make test` made:
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --write-file-seconds
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --write-file-seconds
 """
 
 import collections

@@ -2,11 +2,8 @@
 
 import pathlib
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_embed_jax.evaluation.model_scores import BM25
@@ -19,7 +16,7 @@ TITLES = {"stage1": MASKED_TITLE, "stage2": "contrastive", "stage3": "fine-tunin
 
 
 def draw(path: pathlib.Path, facts: Facts) -> None:
-    figure = plt.figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     grid = figure.add_gridspec(2, 3)
     for column, name in enumerate(STAGES):
         axes = figure.add_subplot(grid[0, column])
@@ -37,7 +34,6 @@ def draw(path: pathlib.Path, facts: Facts) -> None:
     if facts.scores:
         _draw_scores(figure.add_subplot(grid[1, 1:]), facts)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_pairs(axes, facts: Facts) -> None:

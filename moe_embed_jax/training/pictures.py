@@ -2,11 +2,8 @@
 
 import pathlib
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no display on a TPU VM
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from moe_embed_jax.evaluation.heldout import Metric
 from moe_embed_jax.training import expert_pictures
@@ -44,7 +41,7 @@ def draw_report(
         curves.append(lambda axes: expert_pictures.draw_use(axes, config, records))
     rows = -(-len(curves) // 2)
     heights = [CURVES_HEIGHT * rows, *(each.height for each in maps)]
-    figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.4), layout="constrained")
     # A part of the figure each, so that the width of one does not depend on labels of another.
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     grid = parts[0].add_gridspec(rows, 2)
@@ -57,7 +54,6 @@ def draw_report(
     end = "" if last == config.steps else f", stopped after step {last:,} of {config.steps:,}"
     figure.suptitle(f"{path.parent.name}{end}")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_loss(axes, records: list[dict], loss_name: str) -> None:

@@ -42,7 +42,10 @@ def records_of(model: EncoderConfig, steps: int) -> list[dict]:
 def drawn(monkeypatch, tmp_path):
     """`draw_report`, which returns {title: axes} of what it drew, and writes a picture."""
     figures = []
-    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    make = pictures.Figure
+    monkeypatch.setattr(
+        pictures, "Figure", lambda **options: figures.append(make(**options)) or figures[-1]
+    )
 
     def draw(*arguments):
         path = tmp_path / "my_run" / "report.png"
