@@ -108,8 +108,8 @@ def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
     from_flags(TeacherConfig, arguments)  # finds a wrong dtype
     pairs, output = pathlib.Path(arguments.pairs), pathlib.Path(arguments.output)
     read_manifest(pairs)
-    if not (output / MANIFEST).is_file():
-        check_new(output)
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise UserError(f"--output={output} exists: choose another folder")
     check_model(arguments.teacher)
     return pairs, output
 
@@ -147,11 +147,6 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
             '(for E5: "query: " and "passage: ")',
             file=sys.stderr,
         )
-
-
-def check_new(output: pathlib.Path) -> None:
-    if output.exists():
-        raise UserError(f"--output={output} exists: choose another folder")
 
 
 def work_folder(output: pathlib.Path) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """From step to device arrays: read this process's slice, pack it per device, put it on the mesh."""
 
+import abc
 import concurrent.futures
 import dataclasses
 
@@ -103,7 +104,7 @@ class BatchOfStep:
     tokens: int
 
 
-class Batches:
+class Batches(abc.ABC):
     """`at(step)` is the global batch of that step, the same on any mesh of any hosts.
 
     Row i of the schedule's rows belongs to mesh position i // (batch size / devices). What a batch
@@ -162,13 +163,13 @@ class Batches:
         """Real tokens of a global batch, in the mean over these steps."""
         return float(np.mean([self.tokens(self.schedule.rows(step)) for step in steps]))
 
+    @abc.abstractmethod
     def tokens(self, rows: np.ndarray) -> int:
         """Real tokens of these rows of the schedule."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def device_parts(self, step: int, rows: np.ndarray, positions: list[int]) -> list:
         """Batches of NumPy arrays: what each of these mesh positions gets of the rows of a step."""
-        raise NotImplementedError
 
     def own(self, rows: np.ndarray, position: int) -> np.ndarray:
         """The rows of a mesh position."""

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import metric, run_python
+from conftest import metric
 from helpers import synthetic_data
 from test_processes import Together
-from test_training_run import assert_refused, assert_same_checkpoint
+from test_training_run import assert_refused, assert_same_checkpoint, train
 
 from moe_embed_jax import Embedder
 from moe_embed_jax.mesh import single_device_mesh
@@ -23,11 +23,6 @@ def config(data_dir, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("config") / "config.py"
     path.write_text(synthetic_data.masked_config_text(data_dir, steps=STEPS))
     return path
-
-
-def train(config, workdir, *flags, devices=1):
-    arguments = ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
-    return run_python(arguments, devices=devices)
 
 
 @pytest.fixture(scope="module")
