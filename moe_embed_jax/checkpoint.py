@@ -74,21 +74,26 @@ class Checkpoints:
             DATA: ocp.JsonCheckpointHandler(),
             CHECKSUMS: _ChecksumHandler(),  # the last: it reads what the others have written
         }
-        for attempt in range(_MOST_ATTEMPTS):
+        self._manager = self._open(options, handlers)
+
+    def _open(self, options, handlers) -> ocp.CheckpointManager:
+        """Orbax's manager, which reads the description of every step; also while a run removes
+        steps between their listing and their reading."""
+        for _ in range(_MOST_ATTEMPTS):
+            listed = _names(self.folder)
             try:
-                self._manager = ocp.CheckpointManager(
-                    self.folder, options=options, item_handlers=handlers
-                )
-                break
-            except FileNotFoundError:  # a run removed a step between listing and reading it
-                if attempt == _MOST_ATTEMPTS - 1:
-                    raise
-            # Orbax reads the description of every step. Other damage to it is seen by `check`.
+                return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                reason = error
+            # Other damage to the files of a step is seen by `check`.
             except (RecursionError, ValueError, TypeError, AttributeError, LookupError) as error:
-                raise UserError(
-                    f"{_misdescribed(self.folder)} is damaged ({_first_line(error)}): move the "
-                    "folder of its step away; the one before is then used"
-                ) from None
+                reason = error
+                if listed == _names(self.folder):
+                    raise UserError(
+                        f"{_misdescribed(self.folder)} is damaged ({_first_line(error)}): move "
+                        "the folder of its step away; the one before is then used"
+                    ) from None
+        raise reason
 
     def latest_step(self) -> int | None:
         return max(self.steps(), default=None)
@@ -352,6 +357,10 @@ def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
         there = ", ".join(map(str, steps))
         raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")
     return steps if step is None else [step]
+
+
+def _names(folder: pathlib.Path) -> set[str]:
+    return {path.name for path in folder.glob("*")}
 
 
 def _misdescribed(folder: pathlib.Path) -> str:

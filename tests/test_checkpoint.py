@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 import pathlib
@@ -7,6 +8,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint, read_newest
@@ -273,6 +275,24 @@ def test_checkpoints_without_checksums_are_read_with_a_line(saved, capsys):
     (saved.folder / "7" / "params" / "manifest.ocdbt").write_bytes(b"")
     assert read_newest(saved.folder, None, ["params"], read_params)[0] == 5
     assert f"checkpoint {saved.folder}/7 is damaged: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("c/0"), NotADirectoryError("c/0"), ValueError("no item")]
+)
+def test_a_step_that_goes_between_its_listing_and_its_reading(tmp_path, monkeypatch, error):
+    with contextlib.closing(Checkpoints(tmp_path / "c", keep=2)) as checkpoints:
+        checkpoints.save(0, {}, params=PARAMS)
+        checkpoints.save(1, {}, params=PARAMS)
+    manager = ocp.CheckpointManager
+
+    def fails_once(folder, **kwargs):
+        monkeypatch.setattr(ocp, "CheckpointManager", manager)
+        shutil.rmtree(folder / "0")
+        raise error
+
+    monkeypatch.setattr(ocp, "CheckpointManager", fails_once)
+    assert read_newest(tmp_path / "c", None, ["params"], read_params)[0] == 1
 
 
 def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):
