@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moe_embed_jax import checksums
+from moe_embed_jax import checksums, storage
 from moe_embed_jax.errors import UserError, first_line
 from moe_embed_jax.processes import from_process_0, wait_for_all
 from moe_embed_jax.sharding import path_of
@@ -49,7 +49,7 @@ class _ChecksumHandler(ocp.CheckpointHandler):
         """Nothing: `Checkpoints.check` reads the file."""
 
     def finalize(self, directory) -> None:
-        folder = pathlib.Path(directory)
+        folder = storage.path(directory)
         text = checksums.dump(checksums.checksums(folder.parent, (DATA, *TREES)))
         (folder / checksums.FILE_NAME).write_text(text)
 
@@ -64,7 +64,7 @@ class Checkpoints:
     """Checkpoints under `folder`; `keep` newest ones are kept."""
 
     def __init__(self, folder, keep: int = 2):
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder = storage.path(folder).absolute()
         self._moved = 0
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
@@ -115,7 +115,7 @@ class Checkpoints:
         wait_for_all(f"{self.folder} set aside {self._moved}")
         if jax.process_index() == 0:
             target.parent.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(target)
+            storage.move(self.folder / str(step), target)
         wait_for_all(f"{self.folder} was set aside {self._moved}")
         self._moved += 1
         self._manager.reload()  # so that this step can be saved again

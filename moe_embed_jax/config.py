@@ -14,6 +14,7 @@ import runpy
 import traceback
 from collections.abc import Iterator
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import printable
 
@@ -241,11 +242,8 @@ def select(config, resume: str) -> dict:
 
 def save_json(path, content: dict) -> None:
     """Writes JSON so that a reader sees either the old or the new file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    storage.write(storage.path(path), text)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 
+from moe_embed_jax import storage
+
 _HASHED_AT_ONCE = 1 << 20
 
 
@@ -16,7 +18,7 @@ def canonical_hash(value: dict) -> str:
 def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with storage.path(path).open("rb") as file:
         while block := file.read(_HASHED_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()

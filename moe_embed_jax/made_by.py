@@ -10,6 +10,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
 
@@ -24,14 +25,12 @@ def hash_command(name: str, options: dict, inputs: Iterable[str | os.PathLike]) 
       inputs: files and folders. One counts as changed when the name, the size or the time of
         change of one of its files differs. Who reads them says what is wrong with one.
     """
-    states = [[str(path), _state(pathlib.Path(path))] for path in inputs]
+    states = [[str(path), _state(storage.path(path))] for path in inputs]
     return hashlib.sha256(json.dumps([name, options, states]).encode()).hexdigest()
 
 
 def _state(path: pathlib.Path) -> list:
-    files = [path]
-    if path.is_dir():
-        files = [pathlib.Path(top, name) for top, _, names in os.walk(path) for name in names]
+    files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
     statuses = [(file, file.stat()) for file in sorted(files) if file.exists()]
     return [[str(file), status.st_size, status.st_mtime_ns] for file, status in statuses]
 
@@ -49,7 +48,7 @@ def done_before(target: str | os.PathLike, command: str | None = None) -> bool:
     Raises:
       UserError: something else is at `target`.
     """
-    target = pathlib.Path(target)
+    target = storage.path(target)
     if not target.exists():
         return False
     made = (target / MADE_BY).is_file()

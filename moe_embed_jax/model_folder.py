@@ -337,7 +337,7 @@ def save_model(
     """
     from moe_embed_jax.checkpoint import Checkpoints
 
-    with new_folder(folder) as partial:
+    with new_folder(folder, last=RUN_CONFIG) as partial:
         if loaded.vocabulary is not None:
             sentencepiece = isinstance(loaded.vocabulary, Vocabulary)
             name = SENTENCEPIECE_FILE if sentencepiece else JSON_FILE

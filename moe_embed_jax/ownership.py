@@ -20,12 +20,12 @@ import random
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 
 LEASE = 60.0  # seconds without renewal after which an owner on another machine counts as dead
@@ -55,7 +55,7 @@ class Owner:
     def _renew(self, seconds: float) -> None:
         while not self._stop.wait(seconds):
             with contextlib.suppress(OSError):  # `check` says what is wrong
-                os.utime(self._file)
+                storage.touch(self._file)
 
     def _release(self) -> None:
         self._stop.set()
@@ -83,7 +83,7 @@ def own(target, inside: bool = False, lease: float = LEASE) -> Iterator[Owner]:
       UserError: another process owns the folder; it is named.
       OSError: the owner file cannot be written (no room, read-only, not a folder).
     """
-    target = pathlib.Path(target)
+    target = storage.path(target)
     absolute = target.absolute()
     folder, stem = (absolute, ".owner") if inside else (absolute.parent, f".{absolute.name}.owner")
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def _in_use(target: pathlib.Path, file: pathlib.Path) -> UserError:
 
 def _owner_files(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     pattern = re.compile(re.escape(stem) + r"-\d{1,9}")
-    return sorted((p for p in folder.iterdir() if pattern.fullmatch(p.name)), key=_number)
+    return sorted((p for p in folder.glob(f"{stem}-*") if pattern.fullmatch(p.name)), key=_number)
 
 
 def _number(file: pathlib.Path) -> int:
@@ -164,17 +164,7 @@ def _number(file: pathlib.Path) -> int:
 
 def _create(file: pathlib.Path, record: _Record) -> bool:
     """Writes a new owner file; False: another process did."""
-    try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(dataclasses.asdict(record), stream)
-    except OSError:
-        _delete(file)
-        raise
-    return True
+    return storage.create(file, json.dumps(dataclasses.asdict(record)).encode())
 
 
 def _read(file: pathlib.Path) -> _Record:
@@ -206,7 +196,7 @@ def _is_alive(file: pathlib.Path, mine: _Record, lease: float) -> bool:
         if modified != seen:
             return True
         if deadline is None:
-            if _now(file.parent) - modified > lease:
+            if storage.now(file.parent) - modified > lease:
                 return False
             # Its age may be wrong, if clocks are: what counts is whether somebody renews it.
             deadline = time.monotonic() + lease
@@ -221,12 +211,6 @@ def _modified(file: pathlib.Path) -> float | None:
         return file.stat().st_mtime
     except FileNotFoundError:
         return None
-
-
-def _now(folder: pathlib.Path) -> float:
-    """By the clock of the file system, which gives all files their times."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return os.fstat(file.fileno()).st_mtime
 
 
 def _place() -> str:

@@ -6,6 +6,8 @@ import pathlib
 import re
 from collections.abc import Iterator
 
+from moe_embed_jax import storage
+
 # What the operating system refuses, in the words of a user, and what helps.
 _REFUSALS = {
     errno.ENOSPC: "there is no room left on this disk: make room, then repeat the command",
@@ -35,6 +37,8 @@ def refusal_of_system(error: BaseException) -> str | None:
     """
     chain = list(_chain(error))
     for each in reversed(chain):  # the first error; the others came of it, or while files closed
+        if isinstance(each, OSError) and str(each.filename).startswith(storage.SCHEME):
+            return f"{each.filename}: {each.strerror}"
         number = getattr(each, "errno", None) or _number_in(str(each))
         # What was caught on the way may have nothing to do with what happened in the end.
         known = _REFUSALS if each is not error else _REFUSALS | _OTHER_REFUSALS

@@ -29,7 +29,7 @@ os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to byt
 
 import numpy as np
 import pytest
-from helpers import synthetic_data
+from helpers import cloud_storage, synthetic_data
 
 from moe_embed_jax import triton_first  # noqa: F401  before test files import TensorFlow
 
@@ -167,3 +167,18 @@ def e5_small(tmp_path_factory):
     if result.returncode:
         pytest.skip("multilingual-e5-small cannot be downloaded")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cloud_server(tmp_path_factory):
+    """A server of Cloud Storage's interface, to which all libraries are pointed."""
+    with cloud_storage.running(tmp_path_factory.mktemp("cloud_storage")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(cloud_server, tmp_path):
+    """A folder in a bucket that is no other test's."""
+    from moe_embed_jax import storage
+
+    return storage.path(f"gs://{cloud_storage.BUCKET}/{tmp_path.name}")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.data_config import DataConfig, MaskedDataConfig
 from moe_embed_jax.data.pinned_wheels import WHEELS
 from moe_embed_jax.errors import UserError
@@ -160,7 +161,7 @@ def vocabulary_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
     is_json = str(complete["vocabulary"].get("path", "")).endswith(".json")
     key = canonical_hash(_vocabulary_key(complete))
     name = "tokenizer.json" if is_json else "sentencepiece.model"
-    return Path(data_dir) / "vocabulary" / key[:16] / name
+    return storage.path(data_dir) / "vocabulary" / key[:16] / name
 
 
 def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
@@ -172,7 +173,7 @@ def planned_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
     complete = complete_config(config)
     key = {**complete, "vocabulary": _vocabulary_key(complete), **_origin(complete)}
     del key[_unused(complete)]
-    return Path(data_dir) / "tokens" / canonical_hash(key)[:16]
+    return storage.path(data_dir) / "tokens" / canonical_hash(key)[:16]
 
 
 def _unused(complete: dict) -> str:
@@ -185,7 +186,7 @@ def held_out_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
     """Where the held-out documents of a `documents` config lie, or will lie once prepared."""
     complete = complete_config(config)
     name = "texts" if complete["texts"] else complete["documents"]
-    return Path(data_dir) / "held_out" / f"{name}-{canonical_hash(_origin(complete))[:16]}"
+    return storage.path(data_dir) / "held_out" / f"{name}-{canonical_hash(_origin(complete))[:16]}"
 
 
 def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | None:
@@ -197,7 +198,7 @@ def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | Non
 def _vocabulary_key(complete: dict) -> dict:
     vocabulary = complete["vocabulary"]
     if vocabulary["kind"] == "file":
-        path = Path(vocabulary["path"])
+        path = storage.path(vocabulary["path"])
         if not path.is_file():
             raise UserError(f"data config: vocabulary file {path} does not exist")
         content = effective_bytes(path) if path.suffix == ".json" else path.read_bytes()
@@ -212,7 +213,7 @@ def _origin(complete: dict) -> dict:
     """What the texts are: the content of a folder of pairs, or the pinned wheels."""
     for key in ("pairs", "texts"):
         if complete.get(key):
-            content = read_manifest(Path(complete[key]))["content_hash"]
+            content = read_manifest(storage.path(complete[key]))["content_hash"]
             return {key: content, "versions": [PREPARATION_VERSION]}
     return {"sources": source_checksums(), "versions": [PREPARATION_VERSION, BUILDER_VERSION]}
 

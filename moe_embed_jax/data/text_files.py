@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.bounded_lines import (
     BadArray,
     buffered,
@@ -38,7 +39,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     Raises `UserError` for a file that cannot be read, a damaged .gz or .xz, invalid UTF-8 and a
     line that is too long.
     """
-    path = Path(path)
+    path = storage.path(path)
     number = 0
     try:
         with _opened(path) as file:
@@ -53,7 +54,8 @@ READ_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedReader]:
-    with OPENERS.get(path.suffix, open)(path, "rb") as stream, buffered(stream) as file:
+    opener = OPENERS.get(path.suffix, contextlib.nullcontext)
+    with path.open("rb") as raw, opener(raw) as stream, buffered(stream) as file:
         yield file
 
 
@@ -90,7 +92,7 @@ def read_json(path: str | Path, is_counted: bool = False) -> Iterator[tuple[str,
 
     Raises `UserError` as `read_lines` does, and for what is no JSON.
     """
-    path = Path(path)
+    path = storage.path(path)
     if is_json_file(path.name) and _holds_array(path):
         yield from _read_array(path)
         return
@@ -132,15 +134,11 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     Folders on the way are made. Raises `UserError` when `path` cannot be written, or another
     process writes it.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    path = storage.path(path)
     try:
-        with own(path) as owner, contextlib.ExitStack() as last:
-            last.callback(partial.unlink, missing_ok=True)
-            with open(partial, "wb") as file:
-                yield file
+        with own(path) as owner, storage.written_whole(path) as file:
+            yield file
             owner.check()
-            partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -225,7 +223,7 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
     Blank lines at the end of a JSON file are skipped. Raises `UserError` (`file:line: ...`) for
     anything else, a blank line before another too: the n-th embedding belongs to the n-th line.
     """
-    path = Path(path)
+    path = storage.path(path)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".txt", ".jsonl", ".json", ".ndjson"):
         raise UserError(f"{path}: unknown kind of file, expected .jsonl or .txt, plain or .gz")

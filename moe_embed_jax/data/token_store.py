@@ -29,6 +29,7 @@ from tokenize import TokenError
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.token_records import (
     FORMAT,
     Negatives,
@@ -40,6 +41,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import canonical_hash
 from moe_embed_jax.new_folder import FolderWriter
 
+SPEC = "spec.json"
 INDEX = ("lengths", "content_ids")
 NEGATIVE_INDEX = {"negative_starts": "<i8", "negative_lengths": "<i4", "negative_ids": "<i4"}
 ROWS_PER_SHARD = 65536
@@ -68,7 +70,7 @@ class TokenStoreWriter(FolderWriter):
     """
 
     def __init__(self, folder: str | os.PathLike, spec: dict, rows_per_shard: int = ROWS_PER_SHARD):
-        super().__init__(folder, replace=True)
+        super().__init__(folder, last=SPEC, replace=True)
         self._spec = dict(spec)
         self._rows_per_shard = rows_per_shard
         self._groups: list[dict] = []
@@ -171,7 +173,7 @@ class TokenStoreWriter(FolderWriter):
         spec["hash"] = canonical_hash(spec)
         # The spec is written last: a folder without it is not a store.
         text = json.dumps(spec, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        (self.partial / "spec.json").write_text(text, encoding="utf-8")
+        (self.partial / SPEC).write_text(text, encoding="utf-8")
 
     def _index_arrays(self) -> dict[str, np.ndarray]:
         lengths, content_ids = (np.concatenate(p) for p in (self._lengths, self._content_ids))
@@ -227,14 +229,15 @@ class TokenStore:
         Raises:
           UserError: missing, incomplete or damaged file, or another format; names the file.
         """
-        folder = Path(folder)
+        folder = storage.path(folder)
         spec = _read_spec(folder)
         arrays = {}
         names = [name for name in (*INDEX, *NEGATIVE_INDEX) if name in spec["content"]]
         for name in names:
             path = folder / f"{name}.npy"
             try:
-                array = np.load(path)
+                with path.open("rb") as file:
+                    array = np.load(file)
             # NumPy reads the shape by Python's tokenizer, and believes it.
             except (OSError, ValueError, EOFError, TokenError, SyntaxError, MemoryError) as error:
                 reason = "is missing" if not path.exists() else f"cannot be read ({error})"
@@ -242,8 +245,7 @@ class TokenStore:
             is_whole = name not in INDEX or array.shape[0] == spec["rows"]
             if not is_whole or _array_hash(array) != spec["content"][name]:
                 raise UserError(
-                    f"{path} is not the one spec.json was written with: "
-                    f"{REMEDY.format(folder=folder)}"
+                    f"{path} is not the one {SPEC} was written with: {REMEDY.format(folder=folder)}"
                 )
             arrays[name] = array
         store = cls(folder, spec, arrays)
@@ -335,7 +337,7 @@ class TokenStore:
 
 
 def _read_spec(folder: Path) -> dict:
-    path = folder / "spec.json"
+    path = folder / SPEC
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} is not a token store; prepare the data first")
     try:

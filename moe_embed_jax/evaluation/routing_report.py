@@ -36,7 +36,7 @@ def write_report(
     content = json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n"
     files = {JSON_FILE: content.encode(), "routing.md": tables(report).encode()}
     drawn = pictures(report)
-    with new_folder(folder, replace=(folder / JSON_FILE).is_file()) as partial:
+    with new_folder(folder, last=JSON_FILE, replace=(folder / JSON_FILE).is_file()) as partial:
         for name, data in files.items():
             (partial / name).write_bytes(data)
         for name, figure in drawn.items():

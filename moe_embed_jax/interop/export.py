@@ -75,7 +75,7 @@ def write_folder(
 
     Raises `UserError` if `folder` exists.
     """
-    with new_folder(folder) as partial:
+    with new_folder(folder, last=CONFIG_FILE) as partial:
         tensors = export_tensors(model, by_layer(model, params))
         contiguous = {name: np.ascontiguousarray(x) for name, x in progress(tensors)}
         safetensors.numpy.save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})

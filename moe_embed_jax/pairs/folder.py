@@ -7,12 +7,13 @@ launch/prepare.py makes such folders from raw text. launch/filter.py and launch/
 ones from old ones. `preparation.pair_writer` writes them and lists their files.
 """
 
+import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from moe_embed_jax import storage
 from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.pairs.array_records import damaged, open_records
 from moe_embed_jax.pairs.manifest import MANIFEST, PREFIX, read_manifest
@@ -32,7 +33,7 @@ class PairFolder:
 
     def __init__(self, folder: str | os.PathLike):
         """Raises `UserError` where something is missing or damaged; names the file."""
-        self.folder = Path(folder)
+        self.folder = storage.path(folder)
         self.manifest = read_manifest(self.folder)
         self.content_hash: str = self.manifest["content_hash"]
         self.groups: dict[tuple[str, str], tuple[int, int]] = {
@@ -66,8 +67,8 @@ class PairFolder:
         """int32 [rows, 3]: characters of query and document, number of negatives."""
         for shard in self.manifest["shards"]:
             self._check(shard["lengths"], shard["lengths_sha256"])
-        parts = [np.load(self.folder / shard["lengths"]) for shard in self.manifest["shards"]]
-        return np.concatenate(parts)
+        paths = [self.folder / shard["lengths"] for shard in self.manifest["shards"]]
+        return np.concatenate([np.load(io.BytesIO(path.read_bytes())) for path in paths])
 
     def verify(self) -> None:
         """Reads every file once; raises `UserError` that names one which was changed."""

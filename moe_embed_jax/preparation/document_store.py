@@ -18,6 +18,7 @@ from types import ModuleType
 import numpy as np
 import tqdm
 
+from moe_embed_jax.checksums import FILE_NAME
 from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.data_spec import DOCUMENTS, held_out_path, pair_sources, source_checksums
 from moe_embed_jax.data.token_store import TokenStoreWriter
@@ -141,7 +142,7 @@ class _HeldOut:
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None or self._folder.is_dir():  # another vocabulary's store has written it
             return
-        with new_folder(self._folder) as partial:
+        with new_folder(self._folder, last=FILE_NAME) as partial:
             for language, sources in self._texts.items():
                 path = partial / f"{language}.jsonl.gz"
                 with gzip.GzipFile(path, "wb", mtime=0) as file:

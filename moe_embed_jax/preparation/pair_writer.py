@@ -68,7 +68,7 @@ class PairWriter(FolderWriter):
 
         Raises `UserError` if there is something at `folder` already.
         """
-        super().__init__(folder)
+        super().__init__(folder, last=MANIFEST)
         if self._folder.exists() and (not self._folder.is_dir() or any(self._folder.iterdir())):
             raise UserError(f"{self._folder} exists and is not empty: choose another folder")
         self._about = json.loads(json.dumps(about))

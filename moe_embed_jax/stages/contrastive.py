@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.batches import PairBatch, PairBatches, batch_specs
 from moe_embed_jax.data.buckets import in_chunks
 from moe_embed_jax.data.data_spec import token_store_path
@@ -377,9 +378,9 @@ def _typical_rows(
 
 def _prepared_store(config: RunConfig) -> TokenStore | None:
     data = config.data
-    if data.vocabulary.kind == "file" and not pathlib.Path(data.vocabulary.path).is_file():
+    if data.vocabulary.kind == "file" and not storage.path(data.vocabulary.path).is_file():
         return None  # the store is named by the content of the file
-    if data.pairs and not (pathlib.Path(data.pairs) / MANIFEST).is_file():
+    if data.pairs and not (storage.path(data.pairs) / MANIFEST).is_file():
         return None  # and by that of the pairs
     path = token_store_path(data.preparation(), data.dir)
     return None if path is None else TokenStore.open(path)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.config import RUN_CONFIG, differences
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
@@ -50,7 +51,7 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
             model = config_files.build(EncoderConfig, saved["model"], "model")
             vocabulary = config_files.build(VocabularyConfig, saved["data"]["vocabulary"])
             own_copy = find_tokenizer(workdir)
-            if own_copy is not None and not pathlib.Path(vocabulary.path).is_file():
+            if own_copy is not None and not storage.path(vocabulary.path).is_file():
                 vocabulary = dataclasses.replace(vocabulary, path=str(own_copy))
             return _replaced(config, model, vocabulary)
     from moe_embed_jax.interop.upcycle import upcycled_model
@@ -97,14 +98,14 @@ def _check_stated(config, model: EncoderConfig, vocabulary: VocabularyConfig) ->
 
 def _other_vocabulary(config, vocabulary: VocabularyConfig, stated: set[str]) -> list[str]:
     """What a config states of its vocabulary that the source's is not: a size, or a file."""
-    own, path = config.data.vocabulary, pathlib.Path(vocabulary.path)
+    own, path = config.data.vocabulary, storage.path(vocabulary.path)
     if not any(key.startswith("data.vocabulary.") for key in stated) or not path.is_file():
         return []
     if own.kind == "train":
         size = open_vocabulary(path).size
         same = own.size == size
         return [] if same else [f"data.vocabulary.size={own.size} (the source has {size})"]
-    own_path = pathlib.Path(own.path)
+    own_path = storage.path(own.path)
     same = not own.path or (own_path.is_file() and own_path.read_bytes() == path.read_bytes())
     return [] if same else [f"data.vocabulary.path={own.path} (the source has {path})"]
 

@@ -8,6 +8,7 @@ import signal
 
 import jax
 
+from moe_embed_jax import storage
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.config import CHECKPOINTS
 from moe_embed_jax.errors import Interrupted, end_at_once
@@ -51,7 +52,7 @@ def train(config: Run, workdir) -> bool:
       UserError: another process trains in `workdir`, among others.
     """
     with contextlib.ExitStack() as on_exit:  # whatever happens, finish saving and writing
-        return _train(config, pathlib.Path(workdir), on_exit)
+        return _train(config, storage.path(workdir), on_exit)
 
 
 def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool:

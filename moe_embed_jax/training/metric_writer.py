@@ -6,15 +6,16 @@ resumed and of an uninterrupted run are equal byte for byte.
 
 import contextlib
 import importlib
-import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from moe_embed_jax import storage
 from moe_embed_jax.training.records import METRICS_FILE, as_line
 
 
@@ -35,6 +36,7 @@ def _import_tensorboard(*modules: str) -> list:
 _events, _event, _summary = _import_tensorboard(
     "event_file_writer", "proto.event_pb2", "proto.summary_pb2"
 )
+_MOST_BYTES = 4 << 20  # of an object with scalars
 
 
 class Board:
@@ -46,10 +48,18 @@ class Board:
 
     def __init__(self, folder: pathlib.Path, first_step: int):
         """Scalars of earlier files from `first_step` on are no longer shown."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = _events.EventsWriter(str(folder / "events"))
+        self._folder, self._local = folder, None
+        self._open()
         start = _event.SessionLog(status=_event.SessionLog.START)
         self._write(step=first_step, session_log=start)
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        local = self._folder
+        if storage.is_remote(self._folder):
+            self._local = tempfile.TemporaryDirectory()
+            local = pathlib.Path(self._local.name)
+        self._writer = _events.EventsWriter(str(local / "events"))
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         values = [
@@ -60,9 +70,19 @@ class Board:
 
     def flush(self) -> None:
         self._writer.flush()
+        if self._local is None:
+            return
+        # An object is written whole: a large one ends here, and TensorBoard reads them in order.
+        (file,) = pathlib.Path(self._local.name).iterdir()
+        storage.copy(file, self._folder / file.name)
+        if file.stat().st_size > _MOST_BYTES:
+            self.close()
+            self._open()
 
     def close(self) -> None:
         self._writer.close()
+        if self._local is not None:
+            self._local.cleanup()
 
     def _write(self, **fields) -> None:
         self._writer.write_event(_event.Event(wall_time=time.time(), **fields))
@@ -93,7 +113,7 @@ class MetricWriter:
         self._clock = time.perf_counter()
         if not is_writer:
             return
-        self._file = (workdir / METRICS_FILE).open("ab")
+        self._file = storage.AppendedFile(workdir / METRICS_FILE)
         self._board = Board(workdir / "tensorboard", start_step + 1)
         # A terminal is redrawn twice a second; a log file gets a line every half minute.
         interval = 0.5 if sys.stderr.isatty() else 30.0
@@ -178,7 +198,7 @@ class MetricWriter:
     def sync(self) -> None:
         """Returns when what was flushed is on the disk."""
         if self.is_writer:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         """Ends the bar's line and closes the files; a second call does nothing."""

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from moe_embed_jax import storage
 from moe_embed_jax.evaluation.heldout import Metric
 from moe_embed_jax.training import expert_pictures
 from moe_embed_jax.training.run_config import Run
@@ -53,7 +54,8 @@ def draw_report(
     last = records[-1]["step"]
     end = "" if last == config.steps else f", stopped after step {last:,} of {config.steps:,}"
     figure.suptitle(f"{path.parent.name}{end}")
-    figure.savefig(path, dpi=110)
+    with storage.written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _draw_loss(axes, records: list[dict], loss_name: str) -> None:

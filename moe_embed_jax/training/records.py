@@ -5,12 +5,13 @@ checkpoint holds checksums of what they were when it was saved. A line that a ki
 removed, as are the lines of steps that will be computed again; all other damage is an error.
 """
 
+import contextlib
 import itertools
 import json
-import os
 import pathlib
 import zlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -34,10 +35,9 @@ def read_records(path: pathlib.Path) -> list[dict]:
 
 def append_record(path: pathlib.Path, record: dict) -> None:
     """Adds a line, and returns when it is on the disk."""
-    with path.open("ab") as file:
+    with contextlib.closing(storage.AppendedFile(path)) as file:
         file.write(as_line(record))
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
 
 
 def as_line(record: dict) -> bytes:
@@ -82,10 +82,8 @@ def continue_records(workdir: pathlib.Path, step: int, saved: dict) -> list[str]
                 f"{path} has no records of the steps up to {step}: it was moved or emptied"
             )
         content = b"".join(kept)
-        if path.exists() and path.read_bytes() != content:
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_bytes(content)
-            temporary.replace(path)
+        if storage.read_appended(path) not in (None, content):
+            storage.replace_appended(path, content)
     return messages
 
 
@@ -109,9 +107,7 @@ def _check(path: pathlib.Path, lines: list[bytes], expected: dict) -> None:
 
 def _lines(path: pathlib.Path) -> list[bytes]:
     """Its finished lines, with their ends."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = (storage.read_appended(path) or b"").splitlines(keepends=True)
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.children import ends_with_parent
 from moe_embed_jax.config import FREE_IF_DROPLESS, RUN_CONFIG, differences, save_json, select
 from moe_embed_jax.data.data_spec import (
@@ -123,7 +123,7 @@ def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenSto
             "prepare again"
         )
     if write:
-        shutil.copyfile(source, workdir / source.name)
+        storage.copy(source, workdir / source.name)
     if vocabulary.size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the vocabulary "

@@ -6,8 +6,17 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "moe_embed_jax"
 FLOORS = (
-    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "json_file"}
-    | {"ownership", "refusals", "children", "finite", "hashes", "safe_names", "triton_first"},
+    {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "json_file", "storage"}
+    | {
+        "bucket",
+        "ownership",
+        "refusals",
+        "children",
+        "finite",
+        "hashes",
+        "safe_names",
+        "triton_first",
+    },
     {"checksums", "new_folder", "made_by", "kernels"},
     {"tokenizers", "pairs"},
     {"routing", "losses", "data", "search", "sharding"},
