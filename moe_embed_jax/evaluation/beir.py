@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.judgements import check_id, grade_of, id_of, is_number
 from moe_embed_jax.data.text_files import read_json, read_lines, string_field, title_and_text
 from moe_embed_jax.errors import UserError
@@ -100,7 +101,7 @@ def find_files(folder: str | Path, split: str = "test") -> BeirFiles:
 
     Raises `UserError`: no folder, or one of the files is missing.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {fault}; expected a folder with corpus.jsonl, queries.jsonl")

@@ -1,8 +1,8 @@
 """The held-out retrieval sets of the prepared data: `retrieval/<set>/<language>` BEIR folders."""
 
 import dataclasses
-import pathlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.checksums import verify_checksums
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
@@ -25,7 +25,7 @@ def load_heldout(data_dir, is_optional: bool = False) -> dict[str, RetrievalSet]
     Raises `UserError` when `data_dir` holds none, unless `is_optional`, and for a folder that lacks
     one of its files, or was changed: a set does not vanish in silence.
     """
-    root = pathlib.Path(data_dir) / "retrieval"
+    root = storage.path(data_dir) / "retrieval"
     verify_checksums(root)
     folders = sorted(
         path for path in root.glob("[!.]*/[!.]*") if path.is_dir() or path.is_symlink()

@@ -14,10 +14,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import tokenizers
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import parse_object, printable
 from moe_embed_jax.tokenizers.settings import MARKUP_IS_TEXT, effective_bytes
@@ -87,7 +87,7 @@ class TokenizerJson(Tokenizer):
           UserError: no such file, not a tokenizer, or one that does not add exactly one token at
             each end of a text.
         """
-        path = Path(path)
+        path = storage.path(path)
         if not path.is_file():
             raise UserError(
                 f"tokenizer file {path} does not exist; give the path of a tokenizer.json"
@@ -205,4 +205,6 @@ def _is_local(content: dict) -> bool:
 
 def open_vocabulary(path: str | os.PathLike) -> Tokenizer:
     """A SentencePiece model, or a tokenizer.json by its ending. Raises `UserError`."""
-    return TokenizerJson.load(path) if Path(path).suffix == ".json" else Vocabulary.load(path)
+    return (
+        TokenizerJson.load(path) if storage.path(path).suffix == ".json" else Vocabulary.load(path)
+    )

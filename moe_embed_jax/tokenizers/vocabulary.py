@@ -24,11 +24,11 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 
@@ -116,7 +116,7 @@ class Vocabulary(Tokenizer):
         Raises:
           UserError: no such file, not a SentencePiece model, or not the XLM-R layout.
         """
-        path = Path(path)
+        path = storage.path(path)
         if not path.is_file():
             raise UserError(
                 f"vocabulary file {path} does not exist; give the path of a SentencePiece model "
@@ -227,7 +227,7 @@ def train_vocabulary(
     Raises:
       UserError: too little text for the size, or a size too small for the characters in it.
     """
-    path = Path(path)
+    path = storage.path(path)
     lines = _training_lines(texts, max_lines, max_line_characters)
     if not lines:
         raise UserError(f"no text to train the vocabulary {path} on")
@@ -261,10 +261,7 @@ def train_vocabulary(
             f"{_size_problem(str(error))}"
         ) from error
     vocabulary = Vocabulary(model.getvalue(), name=str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_bytes(vocabulary.model_bytes)
-    temporary.replace(path)
+    storage.write(path, vocabulary.model_bytes)
     return vocabulary
 
 
