@@ -97,7 +97,7 @@ def table(scores: dict[str, dict]) -> str:
 def run(arguments, work: pathlib.Path) -> dict:
     import numpy as np
 
-    from moe_embed_jax.curation.consistency import filter_pairs
+    from moe_embed_jax.curation.consistency import ConsistencyFilter
     from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.mesh import MeshConfig, describe, make_mesh
@@ -119,11 +119,11 @@ def run(arguments, work: pathlib.Path) -> dict:
     rule = launching.from_flags(ConsistencyRule, arguments)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=work) as output:
-        report, keep = filter_pairs(
-            pairs, pathlib.Path(output) / "kept", work / f"{noisy.name}.work", embedding, rule, mesh
-        )
+        curation = ConsistencyFilter(pairs, work / f"{noisy.name}.work", embedding, rule, mesh)
+        curation.run(pathlib.Path(output) / "kept")
     seconds = time.monotonic() - start
     rule_name = f"k={rule.k}" + (f",margin={rule.margin}" if rule.margin else "")
+    keep = curation.kept()
     np.save(work / f"{noisy.name}.kept {rule_name}.npy", keep)  # for filtering_effect.py
     sources = {}
     for (source, _), (first, last) in pairs.groups.items():
@@ -132,14 +132,14 @@ def run(arguments, work: pathlib.Path) -> dict:
     scores = {name: score(planted[at], keep[at]) for name, at in rows.items()}
     rates = {
         f"pairs_per_second_of_{part}": len(pairs) / took if took > 0 else None
-        for part, took in report.seconds.items()
+        for part, took in curation.seconds.items()
     }
     return {
         "total": score(planted, keep),
         "sources": scores,
         **rates,
-        "seconds": {"all": seconds, **report.seconds},
-        "about": report.about,
+        "seconds": {"all": seconds, **curation.seconds},
+        "about": curation.about,
         "mesh": describe(mesh),
         "arguments": vars(arguments),
     }

@@ -49,6 +49,7 @@ def main():
     launching.add_flags(upcycling, UpcycleConfig)
     options = vars(flags.parse_args())
     action = options.pop("action")
+    launching.refuse_several_processes()
     check(action, options)
 
     from tqdm import tqdm

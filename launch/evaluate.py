@@ -24,10 +24,9 @@ that the model's folder knows ("query" and "document" always), "none", or the pr
 """
 
 import json
-import pathlib
 import sys
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 
 
 def main():
@@ -67,12 +66,12 @@ def score_suite(arguments) -> None:
         raise UserError("--suite needs --data=FOLDER, where its sets are")
     if arguments.model == "bm25":
         raise UserError("--model=bm25 has no vectors: it scores --dataset only")
-    output = pathlib.Path(arguments.output)
+    output = storage.path(arguments.output)
     if output.is_file():
         raise UserError(f"--output={output} is a file, expected a folder")
     # A mistake in it is reported before jax is imported.
     _, values = read_config_file(dict, arguments.suite)
-    data = pathlib.Path(arguments.data)
+    data = storage.path(arguments.data)
     if not data.is_dir():
         raise UserError(f"--data={data}: no such folder")
     launching.check_model(arguments.model)
@@ -89,24 +88,21 @@ def score_suite(arguments) -> None:
     encoder = load_teacher(arguments.model, mesh)
     symmetric = launching.prompt(arguments.symmetric_prompt)
     prompts = {**launching.prompts(arguments), "symmetric": symmetric}
-    cache = pathlib.Path(arguments.cache) if arguments.cache else output / "vectors"
+    cache = storage.path(arguments.cache) if arguments.cache else output / "vectors"
     launching.report_prompts(encoder, prompts)
     vectors = model_vectors(encoder, cache, prompts, mesh, arguments.dim, arguments.dtype)
     card = model_card(encoder, vectors, arguments.name or arguments.model)
 
-    import jax
-
     from moe_embed_jax.evaluation.results import write_summary, write_task
+    from moe_embed_jax.processes import on_process_0
 
-    results, writes = [], jax.process_index() == 0
+    results = []
     for result in run_tasks(tasks, data, vectors):
         results.append(result)
-        if writes:
-            write_task(output, card, result)
+        on_process_0(f"result {len(results)}", lambda: write_task(output, card, results[-1]))
         scores = ", ".join(f"{100 * result.mean(width):.2f}" for width in vectors.widths)
         print(f"{result.name}: {result.main_score} {scores} ({result.seconds:.1f} s)", flush=True)
-    if writes:
-        write_summary(output, card, results)
+    on_process_0("summary", lambda: write_summary(output, card, results))
     print(f"{output}: results, table.md, languages.png")
 
 
@@ -117,11 +113,14 @@ def score_sets(arguments) -> None:
     from moe_embed_jax.evaluation.heldout import load_heldout
     from moe_embed_jax.evaluation.model_scores import BM25, score_bm25, score_model
 
-    output = pathlib.Path(arguments.output)
+    output = storage.path(arguments.output)
     if output.is_dir():
         raise UserError(f"--output={output} is a folder, expected a file to write")
-    if arguments.model != BM25:
+    if arguments.model == BM25:
+        launching.refuse_several_processes()
+    else:
         launching.check_model(arguments.model)
+        launching.start_distributed()
     dims = arguments.dim
     groups = [load_heldout(arguments.heldout)] if arguments.heldout else []
     folders = [folder for folder in arguments.dataset.split(",") if folder]
@@ -143,8 +142,17 @@ def score_sets(arguments) -> None:
         sides = tuple(prompts.values())
         results = score_model(embedder, groups, dims, sides, sys.stderr.isatty())
     content = results if len(results) > 1 else next(iter(results.values()))
-    with written_whole(output) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write():
+        with written_whole(output) as file:
+            file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    if arguments.model == BM25:  # which needs no jax
+        write()
+    else:
+        from moe_embed_jax.processes import on_process_0
+
+        on_process_0("results", write)
     for dim, of_sets in results.items():
         print_table(of_sets, f"{dim} dimensions" if len(results) > 1 else None)
 

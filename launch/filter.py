@@ -10,6 +10,9 @@ MODEL: a model folder as for launch/embed.py, or sentence-transformers:NAME (nee
 pytorch). Vectors and neighbours stay in DIR2.work: the same command continues after a kill, and
 another --k or --margin (with another --output moved to its place) costs no embedding. Delete it
 when you are done.
+
+Many machines share the work with --part=0/16 to --part=15/16, and --finish writes DIR2 when all of
+them are done: the same files as without (docs/filtering_and_mining.md).
 """
 
 import sys
@@ -27,8 +30,8 @@ def main():
     rule = launching.from_flags(ConsistencyRule, arguments)
     pairs_folder, output = launching.curation_folders(arguments)
 
-    from moe_embed_jax.curation.consistency import filter_pairs
-    from moe_embed_jax.curation.pair_texts import Embedding, finished
+    from moe_embed_jax.curation.consistency import ConsistencyFilter
+    from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.mesh import MeshConfig, make_mesh
     from moe_embed_jax.pairs.folder import PairFolder
@@ -38,10 +41,10 @@ def main():
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
     launching.report_prompts(teacher, prompts)
     embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
-    if finished(output, "filter", pairs, embedding, rule):
-        print(f"done before: {output}")
+    curation = ConsistencyFilter(pairs, launching.work_folder(output), embedding, rule, mesh)
+    report = curation.run(output, arguments.part, arguments.finish)
+    if report is None:
         return
-    report, _ = filter_pairs(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     print(f"{output}: {report.total['kept']:,} of {len(pairs):,} pairs; see {output}/report.md")
 

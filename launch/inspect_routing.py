@@ -34,6 +34,7 @@ def main():
     flags.add_argument("--shuffles", type=int, default=200, help="of labels, to compare with")
     flags.add_argument("--seed", type=int, default=0, help="of the shuffles")
     arguments = flags.parse_args()
+    launching.refuse_several_processes()
 
     from moe_embed_jax.interop.source import local_folder
     from moe_embed_jax.made_by import done_before, hash_command

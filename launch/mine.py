@@ -12,6 +12,10 @@ folder with the same pairs in the same order, with report.md and report.json.
 MODEL: a model folder as for launch/embed.py, or sentence-transformers:NAME (needs the extra
 pytorch). Vectors and finished parts stay in DIR2.work: the same command continues after a kill.
 Delete it when you are done.
+
+Many machines share the work with --part=0/16 to --part=15/16, a source and language each, and
+--finish writes DIR2 when all of them are done: the same files as without
+(docs/filtering_and_mining.md).
 """
 
 import sys
@@ -29,8 +33,8 @@ def main():
     rule = launching.from_flags(NegativesRule, arguments)
     pairs_folder, output = launching.curation_folders(arguments)
 
-    from moe_embed_jax.curation.negatives import mine_negatives
-    from moe_embed_jax.curation.pair_texts import Embedding, finished
+    from moe_embed_jax.curation.negatives import NegativeMining
+    from moe_embed_jax.curation.pair_texts import Embedding
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.mesh import MeshConfig, make_mesh
     from moe_embed_jax.pairs.folder import PairFolder
@@ -40,10 +44,10 @@ def main():
     teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
     launching.report_prompts(teacher, prompts)
     embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
-    if finished(output, "mining", pairs, embedding, rule):
-        print(f"done before: {output}")
+    curation = NegativeMining(pairs, launching.work_folder(output), embedding, rule, mesh)
+    report = curation.run(output, arguments.part, arguments.finish)
+    if report is None:
         return
-    report = mine_negatives(pairs, output, launching.work_folder(output), embedding, rule, mesh)
     print(report.table())
     total = report.total
     print(

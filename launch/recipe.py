@@ -22,6 +22,7 @@ def main():
     from moe_embed_jax.recipe.config import Recipe
 
     arguments, recipe = launching.parse_with_config(flags, Recipe)
+    launching.refuse_several_processes()
     from moe_embed_jax.recipe.run import Stopped, run_steps
     from moe_embed_jax.recipe.steps import make_steps
 

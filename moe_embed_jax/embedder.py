@@ -17,7 +17,7 @@ from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices
 from moe_embed_jax.models.pooling import pool_texts
-from moe_embed_jax.processes import to_devices, to_host
+from moe_embed_jax.processes import to_devices, to_host, tokenized_together
 from moe_embed_jax.shapes import PADDING
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
@@ -31,7 +31,7 @@ class Embedder:
     """Texts in, unit-norm embeddings out, on one device or on a training run's mesh.
 
     On a mesh of several processes every process makes the same calls, with the same texts, and gets
-    all of the result.
+    all of the result. Each tokenises its share of the texts.
 
     Attributes:
       prompts: name -> prefix, "query" and "document" among them.
@@ -116,7 +116,11 @@ class Embedder:
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a str")
         limit = self._max_length(prompt)
-        return self.vocabulary.encode_texts([prefix + text for text in texts], limit)
+        return tokenized_together(
+            [prefix + text for text in texts],
+            lambda share: self.vocabulary.encode_texts(share, limit),
+            self.mesh,
+        )
 
     def identity(self, prompt: str | None) -> dict:
         """What decides the embeddings of `encode(texts, prompt)`, for vectors that are kept.

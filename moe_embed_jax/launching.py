@@ -16,11 +16,13 @@ import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.curation.teacher_config import PROMPT_HELP as PROMPT_HELP
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
 from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
+from moe_embed_jax.parts import add_part_flags
 from moe_embed_jax.refusals import refusal_of_system
 from moe_embed_jax.search import check_dtype
 
@@ -94,6 +96,7 @@ def add_curation_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--output", required=True, help="prepared folder to write")
     add_flags(flags, TeacherConfig)
+    add_part_flags(flags)
 
 
 def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
@@ -106,7 +109,8 @@ def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
     An --output that is a prepared folder may be the result of the same command.
     """
     from_flags(TeacherConfig, arguments)  # finds a wrong dtype
-    pairs, output = pathlib.Path(arguments.pairs), pathlib.Path(arguments.output)
+    refuse_several_processes("share the work with --part=0/4, --part=1/4, ...")
+    pairs, output = storage.path(arguments.pairs), storage.path(arguments.output)
     read_manifest(pairs)
     if output.exists() and not (output / MANIFEST).is_file():
         raise UserError(f"--output={output} exists: choose another folder")
@@ -296,7 +300,16 @@ def start_distributed() -> None:
         _silence(jax.process_index())
 
 
-def _several_processes() -> str | None:
+def refuse_several_processes(instead: str = "start it on one machine") -> None:
+    """For a launcher that is one process. instead: the advice, after "unset it, and".
+
+    Raises `UserError` where a variable says that this process is one of several.
+    """
+    if cause := _several_processes(of_variables_alone=True):
+        raise UserError(f"{cause}, but this command runs as one process: unset it, and {instead}")
+
+
+def _several_processes(of_variables_alone: bool = False) -> str | None:
     """What in the environment says that this process has others beside it; None: nothing."""
     for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"):
         if os.environ.get(name):
@@ -304,7 +317,7 @@ def _several_processes() -> str | None:
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if os.environ.get(name):
             return f"{name} names several hosts" if "," in os.environ[name] else None
-    if "," in _slice_workers():
+    if not of_variables_alone and "," in _slice_workers():
         return "this TPU VM is a worker of a larger slice"
     return None
 

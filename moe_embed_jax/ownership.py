@@ -33,6 +33,10 @@ RENEWALS = 6  # in the time of a lease
 TRIES = 20  # to create an owner file while other processes do the same
 
 
+class InUse(UserError):
+    """Another process owns the folder."""
+
+
 class Owner:
     """The process owns the folder while this object is in use (see `own`)."""
 
@@ -65,7 +69,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def own(target, inside: bool = False, lease: float = LEASE) -> Iterator[Owner]:
+def own(target, inside: bool = False, lease: float = LEASE, wait: bool = False) -> Iterator[Owner]:
     """Owns `target` in the body of the `with` statement. It is not reentrant.
 
     On the machine of a dead owner (more exactly: among the processes that see each other's numbers)
@@ -78,16 +82,24 @@ def own(target, inside: bool = False, lease: float = LEASE) -> Iterator[Owner]:
         False keeps it beside the folder, whose parents are created: for folders, or files, that
         appear whole by a rename.
       lease: seconds.
+      wait: for the turn of this process, where others own the folder for a moment each.
 
     Raises:
-      UserError: another process owns the folder; it is named.
+      UserError: another process owns the folder, and `wait` is False; it is named.
       OSError: the owner file cannot be written (no room, read-only, not a folder).
     """
     target = storage.path(target)
     absolute = target.absolute()
     folder, stem = (absolute, ".owner") if inside else (absolute.parent, f".{absolute.name}.owner")
     folder.mkdir(parents=True, exist_ok=True)
-    owner = _take(target, folder, stem, lease)
+    while True:
+        try:
+            owner = _take(target, folder, stem, lease)
+            break
+        except InUse:
+            if not wait:
+                raise
+            time.sleep(random.uniform(0, lease / RENEWALS / 50))
     try:
         yield owner
     finally:
@@ -143,11 +155,11 @@ def _take(target: pathlib.Path, folder: pathlib.Path, stem: str, lease: float) -
         for other in others:
             _delete(other)
         return Owner(target, file, mine.token, lease)
-    raise UserError(f"{target}: several processes want to write it at once: start one of them")
+    raise InUse(f"{target}: several processes want to write it at once: start one of them")
 
 
-def _in_use(target: pathlib.Path, file: pathlib.Path) -> UserError:
-    return UserError(
+def _in_use(target: pathlib.Path, file: pathlib.Path) -> InUse:
+    return InUse(
         f"{target} is in use by {_read(file)}: wait until it has ended, or stop it; or choose "
         f"another folder (its owner file is {file})"
     )

@@ -4,6 +4,7 @@ All of them run the same program. Whatever is computed on the mesh is called by 
 the same order; process 0 alone writes files (checkpoints apart) and talks to the user.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -52,6 +53,11 @@ def process_0_first(name: str, action: Callable[[], T]) -> T:
     return action()
 
 
+def on_process_0(name: str, action: Callable[[], T]) -> T | None:
+    """`process_0_first` of what process 0 alone does; the others get None."""
+    return process_0_first(name, lambda: action() if jax.process_index() == 0 else None)
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process is here, however long one takes; `name` as above."""
     # A barrier of the coordination service, not of the devices: those give up, or log warnings,
@@ -73,6 +79,48 @@ def from_process_0(array: np.ndarray) -> np.ndarray:
     """Process 0's `array` in every process; all of them have to call this together, with arrays of
     one shape and dtype."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def tokenized_together(
+    texts: list[str], tokenize: Callable[[list[str]], list[np.ndarray]], mesh: jax.sharding.Mesh
+) -> list[np.ndarray]:
+    """`tokenize(texts)`, int32 ids of each text, in every process.
+
+    On a mesh of all processes, which call this together with the same texts, each tokenises its
+    share.
+    """
+    count = jax.process_count()
+    if (
+        not texts
+        or count == 1
+        or len({device.process_index for device in mesh.devices.flat}) < count
+    ):
+        return tokenize(texts)
+    edges = [len(texts) * i // count for i in range(count + 1)]
+    most = max(stop - start for start, stop in itertools.pairwise(edges))
+    share = slice(*edges[jax.process_index() :][:2])
+    sequences = tokenize(texts[share])
+    length_PS = _gathered([len(ids) for ids in sequences], most)
+    # In powers of two: each size compiles.
+    longest = 1 << int(length_PS.sum(axis=1).max()).bit_length()
+    token_PT = _gathered(np.concatenate([*sequences, np.zeros(0, np.int32)]), longest)
+    return [
+        ids
+        for process, (start, stop) in enumerate(itertools.pairwise(edges))
+        for ids in np.split(
+            token_PT[process], np.cumsum(length_PS[process, : stop - start], dtype=np.int64)
+        )[:-1]
+    ]
+
+
+def _gathered(values, size: int) -> np.ndarray:
+    """int32 [processes, size]: `values` of every process, followed by zeros."""
+    padded = np.zeros(size, np.int32)
+    padded[: len(values)] = values
+    rows = multihost_utils.process_allgather(padded)
+    # They come in the order of the devices, which need not be that of the processes.
+    of_rows = np.array(jax.devices()).reshape(jax.process_count(), -1)[:, 0]
+    return rows[np.argsort([device.process_index for device in of_rows])]
 
 
 def to_devices(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -67,7 +67,8 @@ def _number_in(text: str) -> int | None:
 
 def _path_of(error: BaseException, chain: list[BaseException]) -> str:
     """The path that an error names, or the file in whose writing it was raised."""
-    name = getattr(error, "filename", None)
+    # Of a file that cannot take its place, the place.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if isinstance(name, bytes):
         return os.fsdecode(name)
     if isinstance(name, str) and name:

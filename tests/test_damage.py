@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from helpers.stand_in_teacher import StandInTeacher
 
-from moe_embed_jax.curation.consistency import filter_pairs
+from moe_embed_jax.curation.consistency import ConsistencyFilter
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule
-from moe_embed_jax.curation.negatives import mine_negatives
+from moe_embed_jax.curation.negatives import NegativeMining
 from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
@@ -87,19 +87,30 @@ def curated(command, folder, rule):
     if not pairs.exists():
         write_pairs(pairs)
     shutil.rmtree(output, ignore_errors=True)
-    command(PairFolder(pairs), output, folder, Embedding(StandInTeacher()), rule)
+    command(PairFolder(pairs), folder, Embedding(StandInTeacher()), rule).run(output)
     return output
 
 
 def filtered(folder):
     """The bytes that filtering gives, continued with the work folder that is there."""
-    output = curated(filter_pairs, folder, ConsistencyRule())
-    return {path.name: path.read_bytes() for path in output.iterdir() if "report" not in path.name}
+    output = curated(ConsistencyFilter, folder, ConsistencyRule())
+    return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
 def mined(folder):
-    output = curated(mine_negatives, folder, NegativesRule(count=2, search=10))
+    output = curated(NegativeMining, folder, NegativesRule(count=2, search=10))
     return {path.name: path.read_bytes() for path in output.iterdir()}
+
+
+def from_caches(command):
+    """`command` with the vectors and rankings of a work folder, without its finished units."""
+
+    def run(folder):
+        for path in folder.rglob("unit.json"):
+            path.unlink()
+        return command(folder)
+
+    return run
 
 
 @pytest.mark.parametrize("command", [filtered, mined])
@@ -153,8 +164,10 @@ KINDS = {
     "tokens": (write_tokens, read_tokens, 12),
     "pairs": (write_pairs, read_pairs, 12),
     "vectors": (write_vectors, read_vectors, 12),
-    "filter": (filtered, filtered, 2),
-    "mine": (mined, mined, 2),
+    "filter": (filtered, filtered, 1),
+    "mine": (mined, mined, 1),
+    "caches of filter": (filtered, from_caches(filtered), 1),
+    "caches of mine": (mined, from_caches(mined), 1),
     "sets": (write_sets, read_sets, 4),
     "documents": (write_documents, load_documents, 12),
 }  # name -> how to write the folder, to read it, and the flips in each file

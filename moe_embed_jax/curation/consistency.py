@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,20 +20,14 @@ from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
     PairTexts,
-    describe,
-    group_folder,
-    manifest_about,
     pair_scores,
-    progress_bar,
     read_cache,
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, FilterReport
+from moe_embed_jax.curation.units import Curation, Judged, Unit
 from moe_embed_jax.data.text_files import written_whole
-from moe_embed_jax.errors import UserError
-from moe_embed_jax.ownership import own
-from moe_embed_jax.pairs.folder import PairFolder
-from moe_embed_jax.preparation.pair_writer import PairWriter
+from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.search.knn import Documents, top_k
 
 EXAMPLES = 5  # dropped pairs of each group that a report shows
@@ -91,55 +86,40 @@ def find_neighbours(
     return Neighbours(own_P, score_Pm[others_Pm].reshape(shape), row_Pm[others_Pm].reshape(shape))
 
 
-def filter_pairs(
-    pairs: PairFolder,
-    output: Path,
-    work: Path,
-    embedding: Embedding,
-    rule: ConsistencyRule,
-    mesh: jax.sharding.Mesh | None = None,
-) -> tuple[FilterReport, np.ndarray]:
-    """Writes the consistent pairs of a prepared folder as another one, with report.md, report.json.
+class ConsistencyFilter(Curation):
+    """Keeps the consistent pairs of a prepared folder. A unit is a chunk, see `ConsistencyRule`.
 
-    Args:
-      work: keeps vectors and neighbours of each chunk; the same call continues after a kill.
-        Another k or margin is then cheap; another teacher or other pairs are an error.
-
-    Returns:
-      The report, and bool [rows]: the pairs that were kept.
-
-    Raises:
-      UserError: `output` exists; `work` belongs to other pairs or another teacher, or another
-        process works there; no pair is left.
+    Attributes:
+      seconds: of this process, by what it did.
     """
-    if output.exists():
-        raise UserError(f"{output} exists: choose another folder")
-    with own(work, inside=True):
-        return _filter(pairs, output, work, embedding, rule, mesh)
 
+    kind = "filter"
+    new_report = FilterReport
 
-def _filter(pairs, output, work, embedding, rule, mesh) -> tuple[FilterReport, np.ndarray]:
-    about = describe(pairs, embedding, rule)
-    report = FilterReport(about)
-    keep = np.zeros(len(pairs), bool)
-    with progress_bar(len(pairs), " pairs") as bar:
-        for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):
-            folder = group_folder(work, index, source, language)
-            for number, (first, last) in enumerate(chunks(start, stop, rule.chunk)):
-                texts = read_texts(pairs, first, last)
-                chunk = folder / f"chunk-{number:05d}"
-                found = chunk_neighbours(chunk, texts, embedding, rule, mesh, report.seconds)
-                keep_P = keep[first:last] = found.kept(rule.margin)
-                report.add(source, language, keep_P, _examples(texts, found, keep_P))
-                bar.update(last - first)
-    report.write(work)
-    rows = np.flatnonzero(keep)
-    with PairWriter(output, manifest_about("filter", pairs, about)) as writer:
-        for begin in range(0, len(rows), READ_AT_ONCE):
-            for row in pairs.read(rows[begin : begin + READ_AT_ONCE]):
-                writer.write(row)
-        report.write(writer.partial)
-    return report, keep
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.seconds = {"embedding": 0.0, "search": 0.0}
+
+    def _places(self, start: int, stop: int, folder: Path) -> list[tuple[int, int, Path]]:
+        return [
+            (first, last, folder / f"chunk-{number:05d}")
+            for number, (first, last) in enumerate(chunks(start, stop, self.rule.chunk))
+        ]
+
+    def judge(self, unit: Unit) -> Judged:
+        texts = read_texts(self.pairs, unit.start, unit.stop)
+        found = chunk_neighbours(
+            unit.folder, texts, self.embedding, self.rule, self.mesh, self.seconds
+        )
+        keep_P = found.kept(self.rule.margin)
+        kept = int(keep_P.sum())
+        counts = {"pairs": len(unit), "kept": kept, "dropped": len(unit) - kept}
+        rows = self._rows(unit.start + np.flatnonzero(keep_P))
+        return Judged(keep_P, rows, counts, _examples(texts, found, keep_P))
+
+    def _rows(self, numbers: np.ndarray) -> Iterator[PairRow]:
+        for begin in range(0, len(numbers), READ_AT_ONCE):
+            yield from self.pairs.read(numbers[begin : begin + READ_AT_ONCE])
 
 
 def chunk_neighbours(

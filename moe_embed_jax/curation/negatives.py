@@ -19,22 +19,17 @@ from moe_embed_jax.curation.pair_texts import (
     READ_AT_ONCE,
     Embedding,
     PairTexts,
-    describe,
-    group_folder,
-    manifest_about,
     pair_scores,
     progress_bar,
     read_cache,
     read_texts,
 )
 from moe_embed_jax.curation.report import Example, MiningReport
+from moe_embed_jax.curation.units import Curation, Judged, Unit
 from moe_embed_jax.data.text_files import written_whole
-from moe_embed_jax.errors import UserError
-from moe_embed_jax.ownership import own
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.pairs.normal_form import normal_form
 from moe_embed_jax.pairs.row import PairRow
-from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.search.knn import top_k
 
 QUERIES_AT_ONCE = 16_384  # distinct queries that are searched for and stored together
@@ -163,55 +158,38 @@ def _stored(path: Path, made_of: str) -> Mined | None:
     return None if stored is None else Mined(*stored)
 
 
-def mine_negatives(
-    pairs: PairFolder,
-    output: Path,
-    work: Path,
-    embedding: Embedding,
-    rule: NegativesRule,
-    mesh: jax.sharding.Mesh | None = None,
-) -> MiningReport:
-    """Writes a prepared folder with mined negatives, and report.md and report.json.
+class NegativeMining(Curation):
+    """Replaces the negatives of every pair of a prepared folder; each pair is kept, in its place.
 
-    Every pair is kept, in its place; its negatives are replaced. Where fewer than `rule.count` are
-    found, the pair has fewer, or none, and the report counts it.
-
-    Args:
-      work: keeps vectors and finished parts; the same call continues after a kill. Another rule is
-        then cheap; another teacher or other pairs are an error.
-
-    Raises:
-      UserError: `output` exists; `work` belongs to other pairs or another teacher, or another
-        process works there.
+    Where fewer than `rule.count` are found, the pair has fewer, or none, and the report counts it.
+    A unit is a source and language, since all of its documents are candidates.
     """
-    if output.exists():
-        raise UserError(f"{output} exists: choose another folder")
-    with own(work, inside=True):
-        return _mine_folder(pairs, output, work, embedding, rule, mesh)
 
+    kind = "mining"
+    new_report = MiningReport
 
-def _mine_folder(pairs, output, work, embedding, rule, mesh) -> MiningReport:
-    about = describe(pairs, embedding, rule)
-    report = MiningReport(about)
-    with PairWriter(output, manifest_about("mining", pairs, about)) as writer:
-        for index, ((source, language), (start, stop)) in enumerate(pairs.groups.items()):
-            texts = read_texts(pairs, start, stop)
-            folder = group_folder(work, index, source, language)
-            mined = mine_group(folder, texts, embedding, rule, mesh)
-            report.add(
-                source,
-                language,
-                stop - start,
-                len(texts.documents.texts),
-                (mined.document_QN >= 0).sum(axis=1),
-                rule.count,
-                _examples(texts, mined),
-            )
-            for row in _rows_with_negatives(pairs, start, stop, texts, mined):
-                writer.write(row)
-        report.write(work)
-        report.write(writer.partial)
-    return report
+    def _places(self, start: int, stop: int, folder: Path) -> list[tuple[int, int, Path]]:
+        return [(start, stop, folder)]
+
+    def judge(self, unit: Unit) -> Judged:
+        texts = read_texts(self.pairs, unit.start, unit.stop)
+        mined = mine_group(unit.folder, texts, self.embedding, self.rule, self.mesh)
+        found_Q = (mined.document_QN >= 0).sum(axis=1)
+        counts = {
+            "pairs": len(unit),
+            "queries": len(found_Q),
+            "documents": len(texts.documents.texts),
+            "negatives": found_Q.sum(),
+            "filled": (found_Q == self.rule.count).sum(),
+            "short": ((found_Q > 0) & (found_Q < self.rule.count)).sum(),
+            "empty": (found_Q == 0).sum(),
+        }
+        return Judged(
+            np.ones(len(unit), bool),
+            _rows_with_negatives(self.pairs, unit.start, unit.stop, texts, mined),
+            {name: int(count) for name, count in counts.items()},
+            _examples(texts, mined),
+        )
 
 
 def _rows_with_negatives(

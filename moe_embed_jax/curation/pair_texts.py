@@ -1,8 +1,7 @@
 """A range of pairs as distinct queries and documents, their vectors, and the pairs' own scores."""
 
 import dataclasses
-import json
-import re
+import io
 import sys
 import zipfile
 import zlib
@@ -14,9 +13,7 @@ from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
 from moe_embed_jax.curation.teacher_config import TeacherConfig
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.folder import PairFolder
-from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
 from moe_embed_jax.pairs.normal_form import normal_form
 from moe_embed_jax.search.knn import Documents
 from moe_embed_jax.search.vectors import VectorStore, write_vectors
@@ -105,35 +102,6 @@ def _encode(teacher: Teacher, prompt: str | None) -> Callable[[list[str]], np.nd
     return lambda texts: teacher.encode(texts, prompt=prompt)
 
 
-def finished(output: Path, kind: str, pairs: PairFolder, embedding: "Embedding", rule) -> bool:
-    """Whether `output` is what this makes; it may have been killed after `output` appeared.
-
-    Raises:
-      UserError: something else is at `output`.
-    """
-    if not output.exists():
-        return False
-    if (output / MANIFEST).is_file():
-        made = manifest_about(kind, pairs, describe(pairs, embedding, rule))
-        if read_manifest(output)["about"] == json.loads(json.dumps(made)):
-            return True
-    raise UserError(f"{output} exists, and is not what this command makes: choose another folder")
-
-
-def manifest_about(kind: str, pairs: PairFolder, description: dict) -> dict:
-    """`about` in the manifest of what curation makes of `pairs`. kind: "filter" or "mining"."""
-    return {kind: description, "from": pairs.manifest["about"]}
-
-
-def describe(pairs: PairFolder, embedding: "Embedding", rule) -> dict:
-    """What was done to what, for reports and manifests; `rule` is a dataclass."""
-    return {
-        "pairs": {"folder": str(pairs.folder), "content_hash": pairs.content_hash},
-        "teacher": embedding.identity(),
-        "rule": dataclasses.asdict(rule),
-    }
-
-
 def pair_scores(
     query_ND: np.ndarray, document_ND: Documents, query_row_P, document_row_P
 ) -> np.ndarray:
@@ -151,19 +119,13 @@ def pair_scores(
     return score_P
 
 
-def group_folder(work: Path, index: int, source: str, language: str) -> Path:
-    """Where the vectors of a (source, language) are kept; `index`: of the group."""
-    name = re.sub(r"[^\w.-]+", "_", f"{source}-{language}")[:80]
-    return work / f"{index:05d}-{name}"
-
-
 def read_cache(path: Path, made_of: str, names: Sequence[str]) -> list[np.ndarray] | None:
     """Arrays of an .npz file whose "made_of" is this text; None: they must be computed.
 
     Each array in it has a CRC-32, which NumPy's reader checks. A damaged file is said, not used.
     """
     try:
-        with np.load(path) as stored:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
             found = [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
     except FileNotFoundError:
         return None

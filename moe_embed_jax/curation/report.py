@@ -5,8 +5,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
-
 from moe_embed_jax.config import save_json
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
@@ -45,6 +43,13 @@ class Report(abc.ABC):
         group = {"source": source, "language": language}
         self.groups.append(group | dict.fromkeys(self.counts, 0) | {"examples": []})
         return self.groups[-1]
+
+    def add(self, source: str, language: str, counts: dict[str, int], examples: list[dict]) -> None:
+        """Adds to a group; examples: the fields of each `Example`."""
+        group = self._group(source, language)
+        for name in self.counts:
+            group[name] += counts[name]
+        group["examples"] += examples
 
     @property
     def total(self) -> dict[str, int]:
@@ -100,58 +105,16 @@ class FilterReport(Report):
     heading = "Dropped pairs, and what ranked above their documents"
     others = "other document"
 
-    def __init__(self, about: dict):
-        super().__init__(about)
-        self.seconds = {"embedding": 0.0, "search": 0.0}
-
-    def as_dict(self) -> dict:
-        return super().as_dict() | {"seconds_of_this_run": self.seconds}
-
-    def add(self, source: str, language: str, keep_P: np.ndarray, examples: list[Example]) -> None:
-        """A chunk of a group: bool [P], and some of the dropped pairs."""
-        group = self._group(source, language)
-        kept = int(keep_P.sum())
-        for name, count in (
-            ("pairs", keep_P.size),
-            ("kept", kept),
-            ("dropped", keep_P.size - kept),
-        ):
-            group[name] += count
-        group["examples"] += map(dataclasses.asdict, examples)
-
     def _shares(self, counts: dict) -> dict[str, str]:
         return {"kept, %": _percent(counts["kept"], counts["pairs"])}
 
 
 class MiningReport(Report):
     title = "Hard negatives"
+    # Queries are filled, short (with fewer negatives than wanted) or empty (with none).
     counts = ("pairs", "queries", "documents", "negatives", "filled", "short", "empty")
     heading = "Examples"
     others = "negative"
-
-    def add(
-        self,
-        source: str,
-        language: str,
-        pairs: int,
-        documents: int,
-        found_Q: np.ndarray,
-        wanted: int,
-        examples: list[Example],
-    ) -> None:
-        """A group. found_Q: negatives of each distinct query, of the `wanted`.
-
-        Queries are "filled", "short" (fewer than wanted) or "empty" (none).
-        """
-        group = self._group(source, language)
-        group["pairs"] += pairs
-        group["queries"] += len(found_Q)
-        group["documents"] += documents
-        group["negatives"] += int(found_Q.sum())
-        group["filled"] += int((found_Q == wanted).sum())
-        group["short"] += int(((found_Q > 0) & (found_Q < wanted)).sum())
-        group["empty"] += int((found_Q == 0).sum())
-        group["examples"] += map(dataclasses.asdict, examples)
 
     def _shares(self, counts: dict) -> dict[str, str]:
         return {"filled, %": _percent(counts["filled"], counts["queries"])}

@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from moe_embed_jax import storage
 from moe_embed_jax.embedder import unit_norm
 from moe_embed_jax.search.vectors import VectorStore, cached_vectors, hash_texts
 
@@ -44,7 +45,7 @@ class TextVectors:
         self.widths = tuple(widths)
         self.mesh = mesh
         self._encoder = encoder
-        self._cache = Path(cache)
+        self._cache = storage.path(cache)
         self._prompts = prompts
         self._dtype = dtype
         self._stores: dict[tuple, VectorStore] = {}

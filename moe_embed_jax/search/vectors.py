@@ -2,10 +2,11 @@
 
     zarr.json, c/    the array, in chunks of CHUNK rows, each with its CRC-32C
     about.json       texts (count and SHA-256), encoder (whatever identifies it), width, dtype
-    progress.json    rows that are complete
+    progress.json    that all rows are there; written last
 
-`write_vectors` continues where a killed one stopped. Vectors of other texts or of another encoder
-are never taken for these.
+A chunk appears whole, so whatever is there need not be embedded again: `write_vectors` continues
+where a killed one stopped, and `write_part` lets many processes write chunks of their own. Vectors
+of other texts or of another encoder are never taken for these.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -22,9 +23,12 @@ import numpy as np
 import tensorstore as ts
 from tqdm import tqdm
 
+from moe_embed_jax import storage
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError, first_line
-from moe_embed_jax.processes import process_0_first, wait_for_all
+from moe_embed_jax.ownership import own
+from moe_embed_jax.parts import Part, not_done
+from moe_embed_jax.processes import from_process_0, on_process_0, process_0_first
 from moe_embed_jax.search import check_dtype
 
 Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
@@ -48,7 +52,7 @@ class VectorStore:
 
     def __init__(self, folder: str | os.PathLike):
         """Raises `UserError` where there are no vectors, or not all of them yet."""
-        self.folder = Path(folder)
+        self.folder = storage.path(folder)
         self.about = _read_json(self.folder / ABOUT)
         try:
             self.shape = (self.about["texts"]["count"], self.about["width"])
@@ -57,8 +61,9 @@ class VectorStore:
             self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
         except (LookupError, TypeError, ValueError) as error:
             raise _damaged_file(self.folder / ABOUT, repr(error)) from error
-        done = _rows_done(self.folder, self.shape[0])
-        if done < self.shape[0]:
+        if not _is_complete(self.folder, self.shape[0]):
+            sizes = _chunk_sizes(self.shape[0])
+            done = int(sizes[_chunks_there(self.folder, len(sizes))].sum())
             raise UserError(
                 f"{self.folder}: {done} of {self.shape[0]} vectors are written; run the command "
                 "that writes them again, it continues"
@@ -110,7 +115,7 @@ def write_vectors(
       UserError: `folder` holds something else, or vectors of other texts, of another encoder or in
         another dtype (the message names the difference); a vector that is not finite.
     """
-    folder = Path(folder)
+    folder = storage.path(folder)
     about = _about(hash_texts(texts()), encode, encoder, dtype)
     return _complete(folder, texts, encode, about, folder.name)
 
@@ -136,7 +141,7 @@ def cached_vectors(
     """
     about = _about(fingerprint or hash_texts(texts()), encode, encoder, dtype)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:40]
-    return _complete(Path(cache) / key, texts, encode, about, label)
+    return _complete(storage.path(cache) / key, texts, encode, about, label)
 
 
 def _about(fingerprint: tuple[int, str], encode: Encode, encoder: dict, dtype: str) -> dict:
@@ -151,14 +156,61 @@ def _about(fingerprint: tuple[int, str], encode: Encode, encoder: dict, dtype: s
     }
 
 
+def write_part(
+    folder: str | os.PathLike,
+    texts: Callable[[], Iterable[str]],
+    encode: Encode,
+    encoder: dict,
+    dtype: str,
+    part: Part,
+) -> tuple[int, int]:
+    """Embeds the chunks of a part into `folder`, or what of them is missing. One process does it,
+    while others may do other parts.
+
+    Arguments and errors as of `write_vectors`. Returns the shape of the part: (texts, D).
+    """
+    folder = storage.path(folder)
+    about = _about(hash_texts(texts()), encode, encoder, dtype)
+    with own(folder, wait=True):
+        there_C = _start(folder, about)
+    sizes = _chunk_sizes(about["texts"]["count"])
+    own_C = np.array([part.has(number) for number in range(len(sizes))], bool)
+    _embed(folder, texts(), encode, about, own_C & ~there_C, f"{folder.name} {part}")
+    return int(sizes[own_C].sum()), about["width"]
+
+
+def finish_vectors(
+    folder: str | os.PathLike,
+    texts: Callable[[], Iterable[str]],
+    encode: Encode,
+    encoder: dict,
+    dtype: str,
+) -> VectorStore:
+    """The vectors that `write_part` wrote in several calls, as `write_vectors` leaves them.
+
+    Arguments and errors as of `write_vectors`, which embeds nothing here.
+
+    Raises `UserError` if a chunk is missing, too.
+    """
+    folder = storage.path(folder)
+    about = _about(hash_texts(texts()), encode, encoder, dtype)
+    there_C = _start(folder, about)
+    if not there_C.all():
+        missing = np.flatnonzero(~there_C).tolist()
+        raise not_done(missing, len(there_C), f"chunks of {CHUNK:,} texts", folder)
+    _end(folder, about)
+    return VectorStore(folder)
+
+
 def _complete(
     folder: Path, texts: Callable[[], Iterable[str]], encode: Encode, about: dict, label: str
 ) -> VectorStore:
-    count = about["texts"]["count"]
-    done = process_0_first(f"vectors {folder}", lambda: _start(folder, about))
-    if done < count:
-        _embed(folder, itertools.islice(texts(), done, None), encode, about, done, label)
-    wait_for_all(f"written {folder}")
+    there_C = process_0_first(f"vectors {folder}", lambda: _start(folder, about))
+    if len(there_C):  # a disk may show a chunk to one process, and not yet to another
+        there_C = from_process_0(there_C).astype(bool)
+    if not there_C.all():
+        _embed(folder, texts(), encode, about, ~there_C, label)
+    on_process_0(f"written {folder}", lambda: _end(folder, about))
     return VectorStore(folder)
 
 
@@ -172,11 +224,12 @@ def hash_texts(texts: Iterable[str]) -> tuple[int, str]:
     return count, sha256.hexdigest()
 
 
-def _start(folder: Path, about: dict) -> int:
-    """Rows that are written already; makes the folder if it is new.
+def _start(folder: Path, about: dict) -> np.ndarray:
+    """bool [chunks]: which are written already. Makes the folder if it is new.
 
     What it is comes first: a kill at any time leaves a folder that is known, or an empty one.
     """
+    count = about["texts"]["count"]
     if (folder / ABOUT).is_file():
         found = differences(_read_json(folder / ABOUT), about)
         if found:
@@ -188,55 +241,79 @@ def _start(folder: Path, about: dict) -> int:
         if folder.exists() and not (folder.is_dir() and _is_unused(folder)):
             raise UserError(f"{folder} holds something else: choose another folder")
         save_json(folder / ABOUT, about)
-    if (folder / PROGRESS).is_file():
-        return _rows_done(folder, about["texts"]["count"])
-    if about["texts"]["count"]:
+    chunks = len(_chunk_sizes(count))
+    if _is_complete(folder, count):
+        return np.ones(chunks, bool)
+    if count:
         _open(folder, about, create=True)
-    save_json(folder / PROGRESS, {"rows": 0})
-    return 0
+    return _chunks_there(folder, chunks)
+
+
+def _end(folder: Path, about: dict) -> None:
+    """Says that all rows are there."""
+    if not (folder / PROGRESS).is_file() or not _is_complete(folder, about["texts"]["count"]):
+        save_json(folder / PROGRESS, {"rows": about["texts"]["count"]})
+
+
+def _chunk_sizes(count: int) -> np.ndarray:
+    """int64 [chunks]: rows of each chunk of `count` rows."""
+    return np.diff([*range(0, count, CHUNK), count])
+
+
+def _chunks_there(folder: Path, chunks: int) -> np.ndarray:
+    """bool [chunks]"""
+    names = {path.parent.name for path in (folder / "c").glob("*/0")}
+    return np.array([str(number) in names for number in range(chunks)], bool)
 
 
 def _is_unused(folder: Path) -> bool:
     """Whether there is nothing but a file that a killed `save_json` left."""
-    return all(path.name == f"{ABOUT}.tmp" for path in folder.iterdir())
+    return all(path.name == f".{ABOUT}.partial" for path in folder.iterdir())
 
 
 def _embed(
-    folder: Path, texts: Iterator[str], encode: Encode, about: dict, done: int, label: str
+    folder: Path,
+    texts: Iterable[str],
+    encode: Encode,
+    about: dict,
+    wanted_C: np.ndarray,
+    label: str,
 ) -> None:
+    """Writes the wanted chunks. A chunk is encoded by itself, so it does not depend on others."""
     count = about["texts"]["count"]
-    writes = jax.process_index() == 0
-    array = _open(folder, about) if writes else None
-    pending = None  # (end, what is being written): storage works while the next chunk is embedded
+    array = _open(folder, about) if jax.process_index() == 0 and wanted_C.any() else None
+    pending = None  # what is being written: storage works while the next chunk is embedded
+    texts, sizes = iter(texts), _chunk_sizes(count)
+    total = int(sizes[wanted_C].sum())
+    try:
+        with tqdm(total=total, desc=label, unit=" texts", disable=None, leave=False) as bar:
+            for number, size in enumerate(sizes.tolist()):
+                chunk = list(itertools.islice(texts, size))
+                start = number * CHUNK
+                if len(chunk) < size:
+                    raise _changed(count, start + len(chunk))
+                if not wanted_C[number]:
+                    continue
+                x_ND = encode(chunk)
+                finite_N = np.isfinite(x_ND).all(axis=1)
+                if not finite_N.all():
+                    row = start + int(np.argmin(finite_N))
+                    raise UserError(f"{folder}: the encoder gives text {row} no finite vector")
+                if array is not None:
+                    if pending is not None:
+                        pending.result()
+                    x_ND = x_ND.astype(_numpy_dtype(about["dtype"]))
+                    pending = array[start : start + size].write(x_ND)
+                bar.update(size)
+    finally:
+        if pending is not None:
+            pending.result()
+    if next(texts, None) is not None:
+        raise _changed(count, f"{count + 1} or more")
 
-    def finish():
-        end, future = pending
-        future.result()
-        save_json(folder / PROGRESS, {"rows": end})
 
-    with tqdm(
-        total=count, initial=done, desc=label, unit=" texts", disable=None, leave=False
-    ) as bar:
-        # A kill leaves whole chunks only, so chunks are the same after a resume.
-        while chunk := list(itertools.islice(texts, CHUNK)):
-            x_ND = encode(chunk)
-            finite_N = np.isfinite(x_ND).all(axis=1)
-            if not finite_N.all():
-                row = done + int(np.argmin(finite_N))
-                raise UserError(f"{folder}: the encoder gives text {row} no finite vector")
-            start, done = done, done + len(chunk)
-            if done > count:
-                break
-            if writes:
-                if pending is not None:
-                    finish()
-                x_ND = x_ND.astype(_numpy_dtype(about["dtype"]))
-                pending = done, array[start:done].write(x_ND)
-            bar.update(len(chunk))
-    if done != count:
-        raise UserError(f"the texts changed meanwhile: {count} before, {done} or more now")
-    if pending is not None:
-        finish()
+def _changed(count: int, found: int | str) -> UserError:
+    return UserError(f"the texts changed meanwhile: {count} before, {found} now")
 
 
 def _open(folder: Path, about: dict, create: bool = False):
@@ -267,7 +344,7 @@ def _open_array(folder: Path, about: dict, codecs: list[dict], create: bool):
     return ts.open(
         {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(folder.absolute())},
+            "kvstore": storage.kvstore(folder),
             "metadata": {"codecs": codecs, "chunk_key_encoding": {"name": "default"}},
         },
         create=create,
@@ -295,12 +372,14 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _rows_done(folder: Path, count: int) -> int:
+def _is_complete(folder: Path, count: int) -> bool:
+    """Whether progress.json says so. Earlier versions wrote there how many rows were."""
+    if not (folder / PROGRESS).is_file():
+        return False
     rows = _read_json(folder / PROGRESS).get("rows")
-    # A kill leaves whole chunks only.
     if type(rows) is not int or not 0 <= rows <= count or (rows % CHUNK and rows != count):
         raise _damaged_file(folder / PROGRESS, f"rows {rows!r} of {count}")
-    return rows
+    return rows == count
 
 
 def _damaged_file(path: Path, reason: str) -> UserError:

@@ -12,7 +12,7 @@ import sys
 from campaign.outcome import files
 
 RECORDS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "results.json", "routing.json")
-CLOCK = ("evaluation_time", "seconds", "seconds_of_this_run", "date")
+CLOCK = ("evaluation_time", "seconds", "date")
 
 
 def of_files(target: pathlib.Path, without=(), place=None) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Consistency filtering against a NumPy oracle, its folders, and kill and resume."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -10,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, python_environment
+from conftest import python_environment
+from helpers.commands import files_of, launch
 from helpers.stand_in_teacher import StandInTeacher, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_embed_jax import launching
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.consistency import (
+    ConsistencyFilter,
     ConsistencyRule,
     chunks,
-    filter_pairs,
     find_neighbours,
 )
 from moe_embed_jax.curation.pair_texts import Embedding, distinct, pair_scores
@@ -127,9 +126,8 @@ def is_wrong(row):
 def test_filters_a_folder(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
     teacher = StandInTeacher()
-    report, keep = filter_pairs(
-        pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), ConsistencyRule()
-    )
+    curation = ConsistencyFilter(pairs, tmp_path / "work", Embedding(teacher), ConsistencyRule())
+    report, keep = curation.run(tmp_path / "out"), curation.kept()
     rows = pairs.read(range(len(pairs)))
     assert [row for row, kept in zip(rows, keep, strict=True) if not kept] == [
         row for row in rows if is_wrong(row)
@@ -151,10 +149,10 @@ def test_filters_a_folder(tmp_path):
 
     # Another rule costs no embedding.
     before = teacher.texts
-    _, keep = filter_pairs(
-        pairs, tmp_path / "all", tmp_path / "work", Embedding(teacher), ConsistencyRule(margin=2.1)
-    )
-    assert keep.all() and teacher.texts == before
+    rule = ConsistencyRule(margin=2.1)
+    curation = ConsistencyFilter(pairs, tmp_path / "work", Embedding(teacher), rule)
+    curation.run(tmp_path / "all")
+    assert curation.kept().all() and teacher.texts == before
 
 
 def test_another_k_in_one_work_folder_is_as_in_a_fresh_one(tmp_path):
@@ -162,8 +160,9 @@ def test_another_k_in_one_work_folder_is_as_in_a_fresh_one(tmp_path):
     pairs, teacher = write_pairs(tmp_path / "pairs"), StandInTeacher()
 
     def keep(work, embedded_by, rule):
-        output = tmp_path / f"{work}{rule.k}"
-        return filter_pairs(pairs, output, tmp_path / work, Embedding(embedded_by), rule)[1]
+        curation = ConsistencyFilter(pairs, tmp_path / work, Embedding(embedded_by), rule)
+        curation.run(tmp_path / f"{work}{rule.k}")
+        return curation.kept()
 
     assert keep("work", teacher, ConsistencyRule(k=2)).sum() == 46
     texts = teacher.texts
@@ -175,33 +174,33 @@ def test_another_k_in_one_work_folder_is_as_in_a_fresh_one(tmp_path):
 
 def test_a_group_may_vanish_and_chunks_do_not_see_each_other(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
-    _, keep = filter_pairs(
-        pairs, tmp_path / "o", tmp_path / "w", Embedding(StandInTeacher()), ConsistencyRule(chunk=1)
-    )
-    assert keep.all()  # nothing competes with the only document of a chunk
-    with pytest.raises(UserError, match="nothing is left"):
-        filter_pairs(
-            pairs,
-            tmp_path / "p",
-            tmp_path / "v",
-            Embedding(StandInTeacher()),
-            ConsistencyRule(1, 99, -3.0),
+
+    def run(name, rule):
+        curation = ConsistencyFilter(
+            pairs, tmp_path / f"{name}.work", Embedding(StandInTeacher()), rule
         )
+        return curation.run(tmp_path / name).total
+
+    # Nothing competes with the only document of a chunk.
+    assert run("o", ConsistencyRule(chunk=1))["kept"] == len(pairs)
+    with pytest.raises(UserError, match="nothing is left"):
+        run("p", ConsistencyRule(1, 99, -3.0))
     assert not (tmp_path / "p").exists()
 
 
 def test_another_teacher_is_an_error(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
-    run = lambda out, embedding: filter_pairs(  # noqa: E731
-        pairs, tmp_path / out, tmp_path / "work", embedding, ConsistencyRule()
-    )
+    run = lambda out, embedding: ConsistencyFilter(  # noqa: E731
+        pairs, tmp_path / "work", embedding, ConsistencyRule()
+    ).run(tmp_path / out)
     run("a", Embedding(StandInTeacher()))
     with pytest.raises(UserError, match=r"encoder\.hash: stand-in -> other"):
         run("b", Embedding(StandInTeacher("other")))
     with pytest.raises(UserError, match=r"encoder\.prefix: query -> None"):
         run("b", Embedding(StandInTeacher(), query_prompt=None))
-    with pytest.raises(UserError, match="a exists: choose another folder"):
-        run("a", Embedding(StandInTeacher()))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match="b exists, and is not what this command makes"):
+        run("b", Embedding(StandInTeacher()))
 
 
 def test_kill_9_and_resume(tmp_path):
@@ -218,24 +217,12 @@ def test_kill_9_and_resume(tmp_path):
     assert not (tmp_path / "out").exists()
     before = {p: p.stat().st_mtime_ns for p in work.glob("*/*/neighbours.npz")}
     assert before and len(before) < 5
-    teacher = StandInTeacher()
-    filter_pairs(pairs, tmp_path / "out", work, Embedding(teacher), ConsistencyRule(chunk=20))
+    teacher, rule = StandInTeacher(), ConsistencyRule(chunk=20)
+    ConsistencyFilter(pairs, work, Embedding(teacher), rule).run(tmp_path / "out")
     assert 0 < teacher.texts < 100
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
-    filter_pairs(
-        pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), ConsistencyRule(chunk=20)
-    )
-    hashes = [PairFolder(tmp_path / name).content_hash for name in ("out", "b")]
-    assert hashes[0] == hashes[1]
-
-
-def launch(monkeypatch, name, *arguments) -> int:
-    path = ROOT / "launch" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    return launching.run(module.main)
+    ConsistencyFilter(pairs, tmp_path / "w", Embedding(teacher), rule).run(tmp_path / "b")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "b")
 
 
 def test_as_a_command(tmp_path, monkeypatch, capsys):
@@ -267,6 +254,7 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
 if __name__ == "__main__":
     tmp = Path(sys.argv[1])
     slow = Embedding(StandInTeacher(slowness=float(sys.argv[2])))
-    filter_pairs(
-        PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, ConsistencyRule(chunk=20)
+    curation = ConsistencyFilter(
+        PairFolder(tmp / "pairs"), tmp / "work", slow, ConsistencyRule(chunk=20)
     )
+    curation.run(tmp / "out")

@@ -8,23 +8,21 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import python_environment
+from helpers.commands import files_of, launch
 from helpers.stand_in_teacher import StandInTeacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_consistency import launch
 
 from moe_embed_jax.curation import negatives
 from moe_embed_jax.curation import teacher as teacher_module
 from moe_embed_jax.curation.negatives import (
+    NegativeMining,
     NegativesRule,
     mine_group,
-    mine_negatives,
     score_limit,
 )
 from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.pairs.normal_form import normal_form
 from moe_embed_jax.pairs.row import PairRow
@@ -133,9 +131,8 @@ def write_pairs(folder):
 def test_mines_a_folder(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
     rule = NegativesRule(count=4, relative=0.95)
-    report = mine_negatives(
-        pairs, tmp_path / "out", tmp_path / "work", Embedding(StandInTeacher()), rule
-    )
+    curation = NegativeMining(pairs, tmp_path / "work", Embedding(StandInTeacher()), rule)
+    report = curation.run(tmp_path / "out")
     output = PairFolder(tmp_path / "out")
     rows = output.read(range(len(output)))
     assert [row._replace(negatives=()) for row in rows] == [r._replace(negatives=()) for r in ROWS]
@@ -160,26 +157,19 @@ def test_mines_a_folder(tmp_path):
     example = stored["groups"][0]["examples"][0]
     assert all(score < 0.95 * example["score"] for _, score in example["others"])
     assert "apple" in (tmp_path / "out" / "report.md").read_text()
-    with pytest.raises(UserError, match="out exists"):
-        mine_negatives(pairs, tmp_path / "out", tmp_path / "w", Embedding(StandInTeacher()), rule)
+    assert curation.kept().all()
 
 
 def test_parts_and_another_rule(tmp_path, monkeypatch):
     pairs = write_pairs(tmp_path / "pairs")
-    run = lambda name, rule: mine_negatives(  # noqa: E731
-        pairs, tmp_path / name, tmp_path / "work", Embedding(StandInTeacher()), rule
-    )
+    run = lambda name, rule, work="work": NegativeMining(  # noqa: E731
+        pairs, tmp_path / work, Embedding(StandInTeacher()), rule
+    ).run(tmp_path / name)
     monkeypatch.setattr(negatives, "QUERIES_AT_ONCE", 5)
     run("parts", NegativesRule(count=3))
     assert len(list((tmp_path / "work").glob("00000-*/negatives-*.npz"))) == 3
     monkeypatch.undo()
-    mine_negatives(
-        pairs,
-        tmp_path / "whole",
-        tmp_path / "w",
-        Embedding(StandInTeacher()),
-        NegativesRule(count=3),
-    )
+    run("whole", NegativesRule(count=3), "w")
     read = lambda name: PairFolder(tmp_path / name).content_hash  # noqa: E731
     assert read("parts") == read("whole")
     run("other", NegativesRule(count=1, skip=1))  # with the parts of the first rule beside it
@@ -200,11 +190,12 @@ def test_kill_9_and_resume(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     teacher = StandInTeacher()
-    mine_negatives(pairs, tmp_path / "out", tmp_path / "work", Embedding(teacher), NegativesRule())
+    NegativeMining(pairs, tmp_path / "work", Embedding(teacher), NegativesRule()).run(
+        tmp_path / "out"
+    )
     assert teacher.texts <= 4  # the first group's texts were kept
-    mine_negatives(pairs, tmp_path / "b", tmp_path / "w", Embedding(teacher), NegativesRule())
-    hashes = [PairFolder(tmp_path / name).content_hash for name in ("out", "b")]
-    assert hashes[0] == hashes[1]
+    NegativeMining(pairs, tmp_path / "w", Embedding(teacher), NegativesRule()).run(tmp_path / "b")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "b")
 
 
 def test_as_a_command(tmp_path, monkeypatch, capsys):
@@ -235,4 +226,4 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
 if __name__ == "__main__":
     tmp = Path(sys.argv[1])
     slow = Embedding(StandInTeacher(slowness=float(sys.argv[2])))
-    mine_negatives(PairFolder(tmp / "pairs"), tmp / "out", tmp / "work", slow, NegativesRule())
+    NegativeMining(PairFolder(tmp / "pairs"), tmp / "work", slow, NegativesRule()).run(tmp / "out")

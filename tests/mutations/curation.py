@@ -89,4 +89,25 @@ FAULTS = (
         "json.dumps([queries.about",
         "curation/test_negatives.py -k parts_and_another_rule",
     ),
+    Fault(
+        "units-of-another-rule-are-reused",
+        "curation/units.py",
+        'for key in ("teacher", "rule")},',
+        'for key in ("teacher",)},',
+        "curation/test_units.py -k another_rule",
+    ),
+    Fault(
+        "shards-are-replaced-under-the-record-of-others",
+        "curation/units.py",
+        "(unit.folder / UNIT_FILE).unlink(missing_ok=True)",
+        "pass",
+        "curation/test_units.py -k between_shards",
+    ),
+    Fault(
+        "a-group-of-which-nothing-is-left-is-listed",
+        "curation/units.py",
+        '        if not group["stop"]:\n            continue\n',
+        "",
+        "curation/test_units.py -k taken_over",
+    ),
 )

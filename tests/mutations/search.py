@@ -80,4 +80,18 @@ FAULTS = (
         "_CHECKED = _CODECS",
         "test_damage.py -k vectors",
     ),
+    Fault(
+        "chunks-that-are-there-are-embedded-again",
+        "search/vectors.py",
+        "own_C & ~there_C,",
+        "own_C,",
+        "search/test_vectors.py -k taken_over",
+    ),
+    Fault(
+        "a-store-is-finished-with-a-chunk-missing",
+        "search/vectors.py",
+        "    if not there_C.all():\n        missing",
+        "    if False:\n        missing",
+        "search/test_vectors.py -k taken_over",
+    ),
 )

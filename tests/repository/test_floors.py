@@ -14,6 +14,7 @@ FLOORS = (
         "children",
         "finite",
         "hashes",
+        "parts",
         "safe_names",
         "triton_first",
     },

@@ -6,15 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from conftest import python_environment
+from helpers.commands import files_of
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.parts import Part
 from moe_embed_jax.search import DTYPES, vectors
 from moe_embed_jax.search.knn import top_k
-from moe_embed_jax.search.vectors import VectorStore, hash_texts, write_vectors
+from moe_embed_jax.search.vectors import (
+    VectorStore,
+    finish_vectors,
+    hash_texts,
+    write_part,
+    write_vectors,
+)
 
 WIDTH = 24
 TEXTS = [f"text {i}" for i in range(70)]
@@ -72,11 +81,11 @@ def test_no_texts(tmp_path):
 def test_continues_with_the_chunk_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match="device lost"):
         write_vectors(tmp_path / "v", lambda: TEXTS, Counting(fail_at=4), ENCODER)
-    with pytest.raises(UserError, match=r"v: 32 of 70 vectors are written"):
+    with pytest.raises(UserError, match=r"v: 48 of 70 vectors are written"):
         VectorStore(tmp_path / "v")
     second = Counting()
     store = write_vectors(tmp_path / "v", lambda: iter(TEXTS), second, ENCODER)
-    assert second.sizes == [16, 16, 6]
+    assert second.sizes == [16, 6]
     np.testing.assert_array_equal(store[:], encode(TEXTS))
     third = Counting()
     write_vectors(tmp_path / "v", lambda: TEXTS, third, ENCODER)
@@ -86,14 +95,13 @@ def test_continues_with_the_chunk_that_failed(tmp_path):
 def test_kill_9_and_resume(tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "v"), "0.2"]
     process = subprocess.Popen(command, env=python_environment(1))
-    progress = tmp_path / "v" / "progress.json"
     for _ in range(600):
-        if progress.is_file() and json.loads(progress.read_text())["rows"] >= 16:
+        if list(tmp_path.glob("v/c/*/0")):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = json.loads(progress.read_text())["rows"]
+    done = 16 * len(list(tmp_path.glob("v/c/*/0")))
     assert 16 <= done < 70
     counting = Counting()
     store = write_vectors(tmp_path / "v", lambda: TEXTS, counting, ENCODER)
@@ -101,18 +109,64 @@ def test_kill_9_and_resume(tmp_path):
     np.testing.assert_array_equal(store[:], encode(TEXTS))
 
 
-@pytest.mark.parametrize("name", ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"])
+def write(folder, part, encode=encode):
+    return write_part(folder, lambda: iter(TEXTS), encode, ENCODER, "float32", part)
+
+
+def finish(folder):
+    return finish_vectors(folder, lambda: TEXTS, encode, ENCODER, "float32")
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_parts_that_start_at_once_write_the_bytes_of_one_process(tmp_path, count):
+    with ThreadPoolExecutor(count) as pool:
+        parts = [Part(index, count) for index in range(count)]
+        shapes = list(pool.map(lambda part: write(tmp_path / "v", part), parts))
+    assert sum(rows for rows, _ in shapes) == 70 and {width for _, width in shapes} == {WIDTH}
+    with pytest.raises(UserError, match="v: 70 of 70 vectors are written"):
+        VectorStore(tmp_path / "v")
+    np.testing.assert_array_equal(finish(tmp_path / "v")[:], encode(TEXTS))
+    write_vectors(tmp_path / "whole", lambda: TEXTS, encode, ENCODER)
+    assert files_of(tmp_path / "v") == files_of(tmp_path / "whole")
+
+
+def test_a_part_that_died_is_taken_over(tmp_path):
+    write(tmp_path / "v", Part(0, 2))
+    with pytest.raises(RuntimeError, match="device lost"):
+        write(tmp_path / "v", Part(1, 2), Counting(fail_at=2))
+    with pytest.raises(UserError, match=r"v: 1 of 5 chunks of 16 texts are not done \(numbers 3\)"):
+        finish(tmp_path / "v")
+    again = Counting()
+    assert write(tmp_path / "v", Part(1, 2), again) == (32, WIDTH)
+    assert again.sizes == [16]
+    np.testing.assert_array_equal(finish(tmp_path / "v")[:], encode(TEXTS))
+    with pytest.raises(UserError, match="v holds other vectors"):
+        finish_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER, "float16")
+
+
+def test_an_earlier_version_wrote_how_many_rows_there_were(tmp_path):
+    with pytest.raises(RuntimeError, match="device lost"):
+        write_vectors(tmp_path / "v", lambda: TEXTS, Counting(fail_at=4), ENCODER)
+    (tmp_path / "v" / "progress.json").write_text('{"rows": 32}')
+    counting = Counting()
+    write_vectors(tmp_path / "v", lambda: TEXTS, counting, ENCODER)
+    assert counting.sizes == [16, 6]
+
+
+MADE = [".about.json.partial", "about.json", "zarr.json", ".progress.json.partial"]
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_a_kill_while_the_folder_is_made(tmp_path, name):
     """The folder as a kill leaves it, when `name` was the last file that was written."""
-    order = ["about.json.tmp", "about.json", "zarr.json", "progress.json.tmp"]
     write_vectors(tmp_path / "whole", lambda: TEXTS, encode, ENCODER)
     folder = tmp_path / "v"
     folder.mkdir()
-    for file in order[: order.index(name) + 1]:
-        source = tmp_path / "whole" / file.removesuffix(".tmp")
+    for file in MADE[: MADE.index(name) + 1]:
+        source = tmp_path / "whole" / file.removeprefix(".").removesuffix(".partial")
         (folder / file).write_bytes(source.read_bytes())
         if file == "about.json":
-            (folder / "about.json.tmp").unlink()
+            (folder / MADE[0]).unlink()
     counting = Counting()
     store = write_vectors(folder, lambda: TEXTS, counting, ENCODER)
     assert sum(counting.sizes) == 70

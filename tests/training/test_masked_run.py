@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import metric
 from helpers import synthetic_data
-from test_processes import Together
+from helpers.two_processes import Together
 from test_training_run import assert_refused, assert_same_checkpoint, train
 
 from moe_embed_jax import Embedder

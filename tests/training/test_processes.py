@@ -7,16 +7,14 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, metric, python_environment, run_python
+from conftest import ROOT, metric, run_python
 from helpers import synthetic_data
+from helpers.two_processes import Together
 
 from moe_embed_jax import Embedder, launching
 from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout
@@ -45,48 +43,6 @@ def whole_run(config, tmp_path_factory):
     result = run_python(command(config, workdir), devices=8)
     assert result.returncode == 0, result.stderr
     return workdir
-
-
-class Together:
-    """Two processes of one run, four devices each, with their output in files."""
-
-    def __init__(self, arguments, folder, **environment):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.folder = folder
-        self.members = []
-        for index in range(2):
-            variables = {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            }
-            with (folder / f"out{index}").open("w") as out, (folder / f"err{index}").open("w") as e:
-                member = subprocess.Popen(
-                    [sys.executable, *map(str, arguments)],
-                    cwd=ROOT,
-                    env=python_environment(4, **variables, **environment),
-                    stdout=out,
-                    stderr=e,
-                )
-            self.members.append(member)
-
-    def output(self, name: str) -> str:
-        return (self.folder / name).read_text()
-
-    def statuses(self, seconds: float = 600) -> list[int]:
-        """Of both, when they have ended."""
-        try:
-            return [member.wait(seconds) for member in self.members]
-        finally:
-            for member in self.members:
-                member.kill()
-
-    def wait(self) -> None:
-        """Until both have ended, with status 0."""
-        statuses = self.statuses()
-        assert statuses == [0, 0], [self.output(f"err{index}") for index in range(2)]
 
 
 def assert_same_numbers(workdir, whole_run):
