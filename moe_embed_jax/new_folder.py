@@ -36,8 +36,7 @@ def new_folder(target, last: str, replace: bool = False) -> Iterator[pathlib.Pat
     """
     target = storage.path(target)
     with own(target) as owner:
-        if storage.is_remote(target) and (target / UPLOADING).exists():
-            storage.remove(target)
+        remove_unfinished(target)
         if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{target} exists and is not empty: choose another folder")
         with _partial(target) as partial:
@@ -47,7 +46,7 @@ def new_folder(target, last: str, replace: bool = False) -> Iterator[pathlib.Pat
                 storage.remove(target / last)  # what is damaged by a kill from here on, looks it
                 storage.remove(target)
             if storage.is_remote(target):
-                _upload(partial, target, last)
+                upload(partial, target, last)
             else:
                 partial.replace(target)
 
@@ -72,7 +71,15 @@ def _partial(target: pathlib.Path) -> Iterator[pathlib.Path]:
             storage.remove(partial)
 
 
-def _upload(source: pathlib.Path, target: pathlib.Path, last: str) -> None:
+def remove_unfinished(target: pathlib.Path) -> None:
+    """Removes a folder in a bucket whose upload did not come to its end."""
+    if storage.is_remote(target) and (target / UPLOADING).exists():
+        storage.remove(target)
+
+
+def upload(source: pathlib.Path, target: pathlib.Path, last: str) -> None:
+    """Copies a local folder into a bucket, the file `last` after all others. `target` must be new;
+    the caller owns it."""
     (target / UPLOADING).write_bytes(b"")
     names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
 

@@ -13,6 +13,7 @@ and two never own one folder.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ from moe_embed_jax.errors import UserError
 
 LEASE = 60.0  # seconds without renewal after which an owner on another machine counts as dead
 RENEWALS = 6  # in the time of a lease
+LONGEST_PAUSE = 2.0  # seconds between two looks of a process that waits for its turn
 TRIES = 20  # to create an owner file while other processes do the same
 
 
@@ -82,28 +84,37 @@ def own(target, inside: bool = False, lease: float = LEASE, wait: bool = False) 
         False keeps it beside the folder, whose parents are created: for folders, or files, that
         appear whole by a rename.
       lease: seconds.
-      wait: for the turn of this process, where others own the folder for a moment each.
+      wait: for the turn of this process. What lasts longer than some seconds is said.
 
     Raises:
-      UserError: another process owns the folder, and `wait` is False; it is named.
+      InUse: another process owns the folder, and `wait` is False; it is named.
       OSError: the owner file cannot be written (no room, read-only, not a folder).
     """
     target = storage.path(target)
     absolute = target.absolute()
     folder, stem = (absolute, ".owner") if inside else (absolute.parent, f".{absolute.name}.owner")
     folder.mkdir(parents=True, exist_ok=True)
+    pause = lease / RENEWALS / 100
     while True:
         try:
             owner = _take(target, folder, stem, lease)
             break
-        except InUse:
+        except InUse as error:
             if not wait:
                 raise
-            time.sleep(random.uniform(0, lease / RENEWALS / 50))
+            if pause == LONGEST_PAUSE:
+                _say_once(f"waiting: {error}")
+        time.sleep(random.uniform(0, pause))
+        pause = min(1.1 * pause, LONGEST_PAUSE)
     try:
         yield owner
     finally:
         owner._release()
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def is_owner_file(path: pathlib.Path) -> bool:
@@ -212,7 +223,7 @@ def _is_alive(file: pathlib.Path, mine: _Record, lease: float) -> bool:
                 return False
             # Its age may be wrong, if clocks are: what counts is whether somebody renews it.
             deadline = time.monotonic() + lease
-            print(f"waiting: {file} says that {record} works here", file=sys.stderr, flush=True)
+            _say_once(f"waiting: {file} says that {record} works here")
         if time.monotonic() > deadline:
             return False
         time.sleep(min(0.2, lease / RENEWALS))

@@ -11,6 +11,7 @@ function here:
     set the time of change to now      touch
     delete a tree                      remove
     open by name, in a C++ library     local_copy, kvstore
+    build by name, in such a library   local_place
 
 Folders that appear whole are made by `new_folder`; owners of folders by `ownership`. Imports no
 library of a bucket before a path of one appears.
@@ -193,6 +194,11 @@ def now(folder: pathlib.Path) -> float:
         probe.unlink(missing_ok=True)
 
 
+def free_bytes(folder: pathlib.Path) -> int:
+    """Room on the disk of a local folder."""
+    return shutil.disk_usage(folder).free
+
+
 def local_copy(name: pathlib.Path) -> pathlib.Path:
     """`name` itself on a disk; of an object a copy, for libraries that open files by name.
 
@@ -214,6 +220,14 @@ def local_copy(name: pathlib.Path) -> pathlib.Path:
         finally:
             partial.unlink(missing_ok=True)
     return target
+
+
+def local_place(name: pathlib.Path) -> pathlib.Path:
+    """`name` itself on a disk; of a file or folder in a bucket, its place in the cache of this
+    machine, for what needs a disk while it is built. Nothing is copied."""
+    if not is_remote(name):
+        return name
+    return cache_folder() / "places" / os.fspath(name).removeprefix(SCHEME)
 
 
 def cache_folder() -> pathlib.Path:

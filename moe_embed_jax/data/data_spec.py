@@ -137,7 +137,7 @@ def chosen_tasks(mixture: str, rates: Mapping[str, float] | None) -> dict[str, s
 
 def pair_sources(folder: str | os.PathLike) -> list[str]:
     """The sources of a prepared folder of pairs, in the order of its rows."""
-    groups = read_manifest(Path(folder))["groups"]
+    groups = read_manifest(storage.path(folder))["groups"]
     return list(dict.fromkeys(group["source"] for group in groups))
 
 

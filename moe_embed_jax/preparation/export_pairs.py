@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 from moe_embed_jax.data.data_spec import check_rates
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.row import PairRow
@@ -95,12 +95,10 @@ def main():
         rates = arguments.rates
     if not isinstance(rates, dict | None):
         raise UserError(f'--rates={arguments.rates} must be JSON like {{"translations": 0.6}}')
-    data_dir = Path(arguments.data_dir)
+    data_dir, output = storage.path(arguments.data_dir), storage.path(arguments.output)
     package_texts.prepare(data_dir, wheels_dir=arguments.wheels_dir)
     retrieval_sets.prepare(data_dir)
-    manifest = export_pairs(
-        data_dir, Path(arguments.output), arguments.count, rates, arguments.seed
-    )
+    manifest = export_pairs(data_dir, output, arguments.count, rates, arguments.seed)
     print(f"{arguments.output}: {manifest['rows']:,} pairs, {len(manifest['groups'])} groups")
 
 

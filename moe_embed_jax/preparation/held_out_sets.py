@@ -10,8 +10,6 @@ query are all held-out documents of its set and language. Belongs to preparation
 import dataclasses
 import gzip
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,7 +17,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.checksums import write_checksums
+from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.preparation.builders import package_texts, statistics
 
 FOLDER = "retrieval"
@@ -35,7 +35,6 @@ SET_OF_SOURCE = {
 }
 _FILES = ("corpus.jsonl.gz", "queries.jsonl.gz", "qrels.tsv.gz")
 _SECTION = "retrieval_sets"
-_UNFINISHED = ".retrieval-"
 
 
 @dataclasses.dataclass
@@ -89,14 +88,12 @@ def prepare(
     Raises:
       UserError: the texts are not prepared, or damaged.
     """
-    data_dir = Path(data_dir)
+    data_dir = storage.path(data_dir)
     source = package_texts.provenance(data_dir, configs)
     section = _stored(data_dir, source)
     if section is not None:
         return section
     with package_texts.preparation_lock(data_dir):
-        for left_over in data_dir.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left_over)
         section = _write_all(data_dir, source, collect(data_dir, configs), progress)
         statistics.store_section(data_dir, _SECTION, section)
     if progress:
@@ -147,15 +144,16 @@ def print_sets(section: dict, console: Console | None = None) -> None:
 
 
 def _stored(data_dir: Path, source: dict) -> dict | None:
-    section = statistics.read_json(data_dir / FOLDER / statistics.FILE_NAME)
+    folder = data_dir / FOLDER
+    section = statistics.read_json(folder / statistics.FILE_NAME)
     if section.get("source") != source or section.get("limits") != [MIN_QUERIES, MAX_QUERIES]:
         return None
-    files = (data_dir / FOLDER / name / file for name in section["sets"] for file in _FILES)
-    return section if all(path.is_file() for path in files) else None
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.gz")}
+    files = {f"{name}/{file}" for name in section["sets"] for file in _FILES}
+    return section if files <= there else None
 
 
 def _write_all(data_dir: Path, source: dict, sets: dict[str, TestSet], progress: bool) -> dict:
-    """Writes beside the final folder and swaps: there is never a folder with half of the sets."""
     kept = {name: s for name, s in sets.items() if len(s.queries) >= MIN_QUERIES}
     section = {
         "source": source,
@@ -164,29 +162,24 @@ def _write_all(data_dir: Path, source: dict, sets: dict[str, TestSet], progress:
         "sets": {name: test_set.counts() for name, test_set in kept.items()},
         "left_out": {name: len(s.queries) for name, s in sets.items() if name not in kept},
     }
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=data_dir) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
-        steps: Iterable = track(
-            kept.items(),
-            description="retrieval sets",
-            console=Console(stderr=True),
-            disable=not progress,
-        )
+    steps: Iterable = track(
+        kept.items(),
+        description="retrieval sets",
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+    with new_folder(data_dir / FOLDER, last=statistics.FILE_NAME, replace=True) as partial:
         for name, test_set in steps:
-            write_beir(new / name, test_set)
-        write_checksums(new)
-        statistics.write_json(new / statistics.FILE_NAME, section)
-        if (data_dir / FOLDER).exists():
-            (data_dir / FOLDER).rename(old)
-        new.rename(data_dir / FOLDER)
+            write_beir(partial / name, test_set)
+        write_checksums(partial)
+        statistics.write_json(partial / statistics.FILE_NAME, section)
     return section
 
 
 def _write_gzip(path: Path, lines: Iterable[str]) -> None:
     # No time and no file name in the header: the bytes depend on the lines only.
     with (
-        open(path, "wb") as file,
+        path.open("wb") as file,
         gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as packed,
     ):
         packed.writelines(line.encode("utf-8") + b"\n" for line in lines)

@@ -159,7 +159,7 @@ class ShardWriter:
         """Closes the file, writes its lengths; returns its entry in the manifest, but the name."""
         self._writer.close()
         lengths = np.array(self._lengths, np.int32).reshape(-1, len(LENGTHS))
-        with open(lengths_path, "wb") as file:
+        with lengths_path.open("wb") as file:
             np.save(file, lengths)
         return {
             "rows": len(self),

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 from moe_embed_jax.data.data_spec import (
     MIXTURES,
     complete_config,
@@ -67,7 +67,7 @@ def prepare(
     Raises:
       UserError: bad configuration, no network and no wheels, a damaged file.
     """
-    data_dir = Path(data_dir).expanduser()
+    data_dir = storage.path(data_dir).expanduser()
     config = complete_config(config)
     folder = planned_store_path(config, data_dir)
     if _is_prepared(config, data_dir):

@@ -101,7 +101,7 @@ def test_bytes_are_the_same_again(data_dir):
     (data_dir / "retrieval" / "api" / "en" / "qrels.tsv.gz").unlink()  # so all are written again
     retrieval_sets.prepare(data_dir, progress=False)
     assert content() == before
-    assert not list(data_dir.glob(".retrieval-*"))
+    assert not list(data_dir.glob(".*"))
 
 
 def test_interrupt_keeps_the_old_sets(data_dir, monkeypatch):
@@ -118,7 +118,7 @@ def test_interrupt_keeps_the_old_sets(data_dir, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         retrieval_sets.prepare(data_dir, progress=False)
     assert sorted((data_dir / "retrieval").rglob("*")) == before
-    assert not list(data_dir.glob(".retrieval-*"))
+    assert not list(data_dir.glob(".*"))
 
 
 def test_several_documents_of_a_query(tmp_path):

@@ -12,8 +12,6 @@ so is every judgement of that id. Only the judged texts are kept in memory, not 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from apache_beam.io.filesystems import FileSystems
-
 from moe_embed_jax.data.judgements import check_id, grade_of, id_of, is_number
 from moe_embed_jax.preparation.beam.formats import (
     BadField,
@@ -22,7 +20,15 @@ from moe_embed_jax.preparation.beam.formats import (
     text_of,
     usable_negatives,
 )
-from moe_embed_jax.preparation.beam.read import MAX_RAW, Bad, Good, lines, records, row_language
+from moe_embed_jax.preparation.beam.read import (
+    MAX_RAW,
+    Bad,
+    Good,
+    exists,
+    lines,
+    records,
+    row_language,
+)
 from moe_embed_jax.preparation.beam.sources import Part, Source
 
 
@@ -81,7 +87,7 @@ def _query(source: Source, part: Part, record: dict) -> tuple[str, str]:
 
 
 def _find(folder: str, *names: str) -> str:
-    return next((f"{folder}/{n}" for n in names if FileSystems.exists(f"{folder}/{n}")), "")
+    return next((f"{folder}/{n}" for n in names if exists(f"{folder}/{n}")), "")
 
 
 class _Judgement(NamedTuple):

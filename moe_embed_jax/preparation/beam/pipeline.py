@@ -12,6 +12,7 @@ and interruptions leave no trace in it.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -25,8 +26,10 @@ import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import canonical_hash
+from moe_embed_jax.new_folder import remove_unfinished, upload
 from moe_embed_jax.ownership import own
 from moe_embed_jax.pairs import manifest as pair_manifest
 from moe_embed_jax.pairs.folder import PairFolder
@@ -44,7 +47,7 @@ from moe_embed_jax.preparation.beam.accounts import (
 )
 from moe_embed_jax.preparation.beam.options import Options
 from moe_embed_jax.preparation.beam.quarantine import check_share, collect_quarantine
-from moe_embed_jax.preparation.beam.read import open_file
+from moe_embed_jax.preparation.beam.read import exists, open_file
 from moe_embed_jax.preparation.beam.sources import Part, Source, find_parts, read_sources
 from moe_embed_jax.preparation.beam.stages import (
     SUMS,
@@ -83,20 +86,52 @@ def prepare(options: Options) -> dict:
         "rows_per_shard": options.rows_per_shard,
     }
     plan = json.loads(json.dumps(plan))
-    work = Work(options.output)
+    if storage.is_remote(options.output) and _is_local(options.beam):
+        return _prepare_and_upload(options, plan, sources, parts, vocabulary)
     with _alone(options.output):
-        work_module.make_folder(options.output)
-        if manifest := _finished(options.output, plan):
-            work.remove()
+        return _prepare(options, plan, sources, parts, vocabulary)
+
+
+def _prepare_and_upload(options: Options, plan: dict, *inputs) -> dict:
+    """On this machine: Beam fills a folder in its cache, which is uploaded when it is whole."""
+    target = storage.path(options.output)
+    place = storage.local_place(target)
+    with own(target) as owner, _alone(str(place)):
+        remove_unfinished(target)
+        if (target / MANIFEST).is_file():
+            manifest = PairFolder(target).manifest
+            _check_plan(manifest, plan, options.output)
             print(f"prepared before: {options.output}")
             return manifest
-        work.begin(plan)
-        run = _Run(work, options, sources, parts)
-        run.read(vocabulary)
-        run.spread()
-        run.write()
-        manifest = run.finish(plan)
+        if target.exists():
+            raise UserError(f"{target} exists and is not empty: choose another --output")
+        manifest = _prepare(dataclasses.replace(options, output=str(place)), plan, *inputs)
+        owner.check()
+        upload(place, target, last=MANIFEST)
+        storage.remove(place)
+    return manifest
+
+
+def _prepare(
+    options: Options,
+    plan: dict,
+    sources: list[Source],
+    parts: list[Part],
+    vocabulary: tuple[str, bytes] | None,
+) -> dict:
+    work = Work(options.output)
+    work_module.make_folder(options.output)
+    if manifest := _finished(options.output, plan):
         work.remove()
+        print(f"prepared before: {options.output}")
+        return manifest
+    work.begin(plan)
+    run = _Run(work, options, sources, parts)
+    run.read(vocabulary)
+    run.spread()
+    run.write()
+    manifest = run.finish(plan)
+    work.remove()
     return manifest
 
 
@@ -147,8 +182,7 @@ class _Run:
             if bucket_name(source, bucket) not in done
         ]
         _say("remove duplicates", len(names), len(pending), "ranges of rows")
-        is_local = _runner(self._options.beam) in _LOCAL_RUNNERS
-        most_bytes = LOCAL_ROUND_BYTES if is_local else math.inf
+        most_bytes = LOCAL_ROUND_BYTES if _is_local(self._options.beam) else math.inf
         for wanted in rounds(pending, bucket_bytes(self._read, buckets), most_bytes):
             used = [n for n, part in enumerate(self._parts) if part.source in wanted]
             with self._pipeline() as pipeline:
@@ -254,19 +288,23 @@ def _runner(flags: tuple[str, ...]) -> str:
     return PipelineOptions(list(flags)).view_as(StandardOptions).runner or "DirectRunner"
 
 
+def _is_local(flags: tuple[str, ...]) -> bool:
+    return _runner(flags) in _LOCAL_RUNNERS
+
+
 def _check_flags(flags: tuple[str, ...]) -> None:
     """Refuses flags that no part of Beam knows; a remote runner may know more."""
     options = PipelineOptions(list(flags))
     unknown = set(options.get_all_options(retain_unknown_options=True))
     unknown -= set(options.get_all_options())
-    if unknown and _runner(flags) in _LOCAL_RUNNERS:
+    if unknown and _is_local(flags):
         raise UserError(f"unknown flag --{min(unknown)}: neither of this program nor of Beam")
 
 
 def _read_vocabulary(path: str) -> tuple[str, bytes] | None:
     if not path:
         return None
-    if not FileSystems.exists(path):
+    if not exists(path):
         raise UserError(f"--vocabulary={path} does not exist")
     with open_file(path) as file:
         return path, file.read()
@@ -277,14 +315,18 @@ def _finished(output: str, plan: dict) -> dict | None:
     if not FileSystems.exists(path):
         return None
     manifest = work_module.read_json(path)
+    _check_plan(manifest, plan, output)
+    if "://" not in output:
+        PairFolder(output)  # names a file that is missing or damaged
+    return manifest
+
+
+def _check_plan(manifest: dict, plan: dict, output: str) -> None:
     if manifest.get("about", {}).get("plan") != plan:
         raise UserError(
             f"{output} holds pairs that were prepared from other sources or with other options: "
             "choose another --output, or delete it"
         )
-    if "://" not in output:
-        PairFolder(output)  # names a file that is missing or damaged
-    return manifest
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Reads raw files record by record; what cannot be read is a `Bad`, never an exception.
 
-Files are opened through Beam's file systems, so a path may be local, gs://, s3:// or hdfs://.
+Files are opened through Beam's file systems, so a path may be local, gs://, s3:// or hdfs://; see
+also `sources.in_bucket`.
 """
 
 import contextlib
@@ -31,7 +32,14 @@ from moe_embed_jax.data.text_files import is_json_file
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam.columnar import Damaged, read_rows
 from moe_embed_jax.preparation.beam.formats import BadField, Texts
-from moe_embed_jax.preparation.beam.sources import COLUMNAR, LANGUAGE, PLAIN, Part, Source
+from moe_embed_jax.preparation.beam.sources import (
+    COLUMNAR,
+    LANGUAGE,
+    PLAIN,
+    Part,
+    Source,
+    in_bucket,
+)
 
 MAX_RAW = 10_000  # characters of a bad row kept in the quarantine
 ROWS_PER_BATCH = 1024  # that seqio's tasks pass on together
@@ -243,9 +251,19 @@ def _local(path: str) -> Iterator[str]:
         yield str(copy)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file in any of Beam's file systems."""
+    found = in_bucket(path)
+    return found.is_file() if found else FileSystems.exists(path)
+
+
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
     """A file of any of Beam's file systems, as its bytes are."""
+    if found := in_bucket(path):
+        with found.open("rb") as file:
+            yield file
+        return
     file = FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
     try:
         yield file

@@ -13,11 +13,14 @@ A sources file is JSON: a list of objects, or one object. Keys of a source:
     max_bad_share    for this source, in place of the flag --max_bad_share
 """
 
+import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam.formats import LAYOUTS
 from moe_embed_jax.safe_names import check_name
@@ -26,6 +29,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 PLAIN = (".txt", ".txt.gz", ".txt.xz")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
+_LOOKS_AT_ONCE = 16  # at objects of a bucket
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|validation|valid|dev)([/_.-]|$)")
 
@@ -64,7 +68,7 @@ def read_sources(path: str) -> list[Source]:
       UserError: names the file, the source and the key.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(storage.path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--sources={path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -183,7 +187,31 @@ def _match(path: str, source: Source) -> list[tuple[str, int]]:
     return sorted(files)
 
 
+def in_bucket(path: str) -> Path | None:
+    """A path in a bucket that is read through `storage`; None: through Beam, which can read buckets
+    with the extra apache-beam[gcp], as workers of Dataflow have it."""
+    if not storage.is_remote(path) or importlib.util.find_spec("google_auth_httplib2"):
+        return None
+    return storage.path(path)
+
+
+def _list_bucket(pattern: str) -> list[tuple[str, int]]:
+    bucket, _, inside = pattern.removeprefix(storage.SCHEME).partition("/")
+    paths = list(storage.path(f"{storage.SCHEME}{bucket}").glob(inside))
+    with concurrent.futures.ThreadPoolExecutor(_LOOKS_AT_ONCE) as pool:
+        infos = pool.map(lambda path: path.info(), paths)
+        found = zip(paths, infos, strict=True)
+        return [(str(path), info["size"]) for path, info in found if info["type"] == "file"]
+
+
 def _list(pattern: str) -> list[tuple[str, int]]:
+    if in_bucket(pattern):
+        try:
+            return _list_bucket(pattern)
+        except OSError as error:
+            raise UserError(
+                f"path {pattern!r:.200} cannot be looked up: {error.strerror}"
+            ) from None
     # Here, so that a mistake in a sources file is reported before Beam is imported.
     from apache_beam.io.filesystem import BeamIOError
     from apache_beam.io.filesystems import FileSystems

