@@ -11,7 +11,7 @@ field of the config can be changed on the command line (--config.filter.k=5,
 import pathlib
 import sys
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 
 LAUNCHERS = pathlib.Path(__file__).resolve().parent
 
@@ -26,7 +26,7 @@ def main():
     from moe_embed_jax.recipe.run import Stopped, run_steps
     from moe_embed_jax.recipe.steps import make_steps
 
-    workdir = pathlib.Path(arguments.workdir)
+    workdir = storage.path(arguments.workdir)
     steps = make_steps(recipe, workdir, LAUNCHERS, root=LAUNCHERS.parent)
     try:
         run_steps(steps, workdir)

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.teacher_config import TeacherConfig
@@ -118,7 +119,7 @@ class Recipe:
 def _check_teacher(key: str, name: str, stages: tuple[str, ...]) -> None:
     if name in (WHEEL_TEACHER, *stages) or name.startswith(("hf://", "sentence-transformers:")):
         return
-    if not pathlib.Path(name).is_dir():
+    if not storage.path(name).is_dir():
         raise UserError(
             f"{key}={name!r} is no model folder; others are hf://OWNER/NAME, "
             f"sentence-transformers:NAME, {WHEEL_TEACHER}, {', '.join(stages)}"

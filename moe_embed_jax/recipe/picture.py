@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from moe_embed_jax import storage
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.facts import Facts
@@ -33,7 +34,8 @@ def draw(path: pathlib.Path, facts: Facts) -> None:
     _draw_pairs(figure.add_subplot(grid[1, 0]), facts)
     if facts.scores:
         _draw_scores(figure.add_subplot(grid[1, 1:]), facts)
-    figure.savefig(path, dpi=110)
+    with storage.written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def _draw_pairs(axes, facts: Facts) -> None:

@@ -12,9 +12,11 @@ import pathlib
 import time
 import uuid
 
+from moe_embed_jax import storage
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
+from moe_embed_jax.ownership import own
 from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
@@ -99,11 +101,13 @@ def _depends(step: Step, on: Step, steps: list[Step]) -> bool:
 def lock(workdir: pathlib.Path, say=print, longest_wait: float = LONGEST_WAIT):
     """Holds the lock of a work directory; gives its file descriptor, for processes to inherit.
 
-    A process that a killed recipe left behind holds it until it ends. Raises `UserError` when it
-    does not end.
+    A process that a killed recipe left behind on this machine holds it until it ends. Recipes on
+    other machines are refused by the owner of the work directory. Raises `UserError` when another
+    process works there and does not end.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(workdir / ".recipe.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    folder = storage.local_place(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".recipe.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         start, has_reported = time.monotonic(), False
         while True:
@@ -119,6 +123,7 @@ def lock(workdir: pathlib.Path, say=print, longest_wait: float = LONGEST_WAIT):
                 say(f"waiting for another process that works in {workdir}")
                 has_reported = True
             time.sleep(0.2)
-        yield descriptor
+        with own(workdir, inside=True):
+            yield descriptor
     finally:
         os.close(descriptor)

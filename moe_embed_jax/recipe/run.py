@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+from moe_embed_jax import storage
 from moe_embed_jax.children import ends_with_parent
 from moe_embed_jax.errors import Interrupted, UserError, end_at_once
 from moe_embed_jax.recipe.records import Records, lock
@@ -36,7 +37,6 @@ def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None
     with lock(workdir) as descriptor, _Signals() as signals:
         records = Records(workdir)
         records.check(steps)
-        (workdir / LOGS).mkdir(exist_ok=True)
         with view or View([step.name for step in steps]) as shown:
             for step in steps:
                 if step.is_done:
@@ -48,7 +48,8 @@ def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None
 
 def _run_step(step: Step, workdir, records: Records, shown: View, signals, descriptor) -> None:
     record = records.begin(step)
-    log = workdir / LOGS / f"{step.name}.log"
+    kept_log = workdir / LOGS / f"{step.name}.log"
+    log = _local_log(kept_log)
     before, start = record["seconds"], time.monotonic()
 
     def tick(state: str = "running") -> None:
@@ -58,6 +59,8 @@ def _run_step(step: Step, workdir, records: Records, shown: View, signals, descr
             record["seconds"] = round(seconds, 1)
             record["finished"] = state == "done"
             records.write(step.name, record)
+            if log != kept_log and log.exists():
+                storage.copy(log, kept_log)
         shown.update(step.name, state, seconds, (last_lines(log, 1) or [""])[0])
 
     try:
@@ -68,6 +71,18 @@ def _run_step(step: Step, workdir, records: Records, shown: View, signals, descr
         tick("failed")
         raise
     tick("done")
+
+
+def _local_log(log: pathlib.Path) -> pathlib.Path:
+    """The file that processes write a log to: `log` itself; for one in a bucket, where nobody can
+    append, its copy on this machine."""
+    local = storage.local_place(log)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    uploaded = log.stat().st_size if local != log and log.exists() else 0
+    # After a kill the copy may have more than was uploaded; on another machine it has less.
+    if uploaded > (local.stat().st_size if local.exists() else 0):
+        storage.copy(log, local)
+    return local
 
 
 def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -> None:

