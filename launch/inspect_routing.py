@@ -36,7 +36,7 @@ def main():
     arguments = flags.parse_args()
     launching.refuse_several_processes()
 
-    from moe_embed_jax.interop.source import local_folder
+    from moe_embed_jax.interop.source import local_place
     from moe_embed_jax.made_by import done_before, hash_command
 
     output = pathlib.Path(arguments.output)
@@ -44,7 +44,7 @@ def main():
     launching.check_model(arguments.model)
     texts = labelled_texts(arguments)
     options = {key: value for key, value in vars(arguments).items() if key != "output"}
-    inputs = [local_folder(arguments.model), *names(arguments.texts)]
+    inputs = [local_place(arguments.model), *names(arguments.texts)]
     inputs += [arguments.sib200] if arguments.sib200 else []
     command = hash_command("inspect_routing", options, inputs)
     if done_before(output, command):

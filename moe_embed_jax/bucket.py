@@ -134,6 +134,12 @@ class BucketPath(_PosixGPath):
             if pathlib.PurePosixPath(path.name).match(pattern):
                 yield path
 
+    def infos(self) -> dict[str, dict]:
+        """{path below this one: `info`} of all objects, of one listing."""
+        with errors_of(self, only_bucket=True):
+            found = file_system().find(str(self), detail=True)
+        return {_from(n).relative_to(self).as_posix(): found[n] for n in sorted(found)}
+
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """A folder appears with its first object. Raises `FileExistsError` as on a disk."""
         del mode, parents

@@ -28,8 +28,7 @@ def checksum(path: pathlib.Path) -> str:
     keeps; the object is not read. Raises `OSError` if it cannot be read.
     """
     if storage.is_remote(path):
-        info = path.info()
-        return f"{info['size']}-{_OF_BUCKET}{info['crc32c']}"
+        return _of_object(path.info())
     crc, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(_READ_AT_ONCE):
@@ -39,6 +38,12 @@ def checksum(path: pathlib.Path) -> str:
 
 def checksums(root: pathlib.Path, folders: Iterable[str]) -> dict[str, str]:
     """{path relative to `root`, with slashes: checksum} of every file below these folders."""
+    if storage.is_remote(root):
+        return {
+            (root / folder / name).relative_to(root).as_posix(): _of_object(info)
+            for folder in folders
+            for name, info in (root / folder).infos().items()
+        }
     paths = [
         path for folder in folders for path in sorted((root / folder).rglob("*")) if path.is_file()
     ]
@@ -57,22 +62,30 @@ def find_damage(root: pathlib.Path, expected: Mapping[str, str]) -> str | None:
     """
 
     def reason(item: tuple[str, str]) -> str | None:
-        name, value = item
-        path = root / name
-        try:
-            if path.stat().st_size != int(value.partition("-")[0]):
-                return f"{path} has {path.stat().st_size} of {value.partition('-')[0]} bytes"
-            actual = _checksum_like(path, value)
-        except FileNotFoundError:
-            return f"{path} is missing"
-        except PermissionError:
-            raise
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror or error})"
-        return None if actual == value else f"{path} was changed (its CRC-32 differs)"
+        return damage_of(root / item[0], item[1])
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return next(filter(None, pool.map(reason, expected.items())), None)
+
+
+def damage_of(path: pathlib.Path, expected: str) -> str | None:
+    """What is wrong with a file, as "FILE is missing" or alike; None: it has the `expected`
+    checksum. Raises `PermissionError`."""
+    try:
+        if path.stat().st_size != int(expected.partition("-")[0]):
+            return f"{path} has {path.stat().st_size} of {expected.partition('-')[0]} bytes"
+        actual = _checksum_like(path, expected)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except PermissionError:
+        raise
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror or error})"
+    return None if actual == expected else f"{path} was changed (its CRC-32 differs)"
+
+
+def _of_object(info: dict) -> str:
+    return f"{info['size']}-{_OF_BUCKET}{info['crc32c']}"
 
 
 def _checksum_like(path: pathlib.Path, value: str) -> str:

@@ -6,7 +6,7 @@ import pathlib
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.published import has_mlm_head
-from moe_embed_jax.interop.source import local_folder
+from moe_embed_jax.interop.source import local_place
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
 from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
@@ -36,7 +36,7 @@ def import_model(
 
     Returns: False if the same call was finished before; nothing is done then.
     """
-    folder = local_folder(source)
+    folder = local_place(source)
     options = [positions, query_prefix, document_prefix]
     command = _command("import", folder, vocabulary, options)
     if done_before(target, command):
@@ -85,7 +85,7 @@ def export_model(
 
     Returns: False if the same call was finished before; nothing is done then.
     """
-    folder = local_folder(source)
+    folder = local_place(source)
     options = [step, query_prefix, document_prefix]
     command = _command("export", folder, vocabulary, options)
     if done_before(target, command):
@@ -136,7 +136,7 @@ def upcycle_model(
     Returns: False if the same call was finished before; nothing is done then.
     """
     config = UpcycleConfig(mode, num_experts, experts_per_token, moe_every, noise, seed)
-    folder = local_folder(source)
+    folder = local_place(source)
     options = [dataclasses.asdict(config), step, query_prefix, document_prefix]
     command = _command("upcycle", folder, vocabulary, options)
     if done_before(target, command):

@@ -37,6 +37,9 @@ class DataConfig:
     pairs: str = setting("", FREE)
     negatives: int = 0  # hard negatives of a pair, at most: the first of those it has
     dir: str = setting("runs/data", FREE)  # prepared data, shared by runs
+    # Folder on a disk of this machine, to which the token store is copied first. "": it is read
+    # where it is, which is slow for a `dir` in a bucket.
+    cache_dir: str = setting("", FREE)
     # Folder with the pinned wheels, where there is no network.
     wheels_dir: str = setting("", FREE)
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)
@@ -76,6 +79,9 @@ class MaskedDataConfig:
     # text): trained on in place of `documents`.
     texts: str = setting("", FREE)
     dir: str = setting("runs/data", FREE)  # prepared data, shared by runs
+    # Folder on a disk of this machine, to which the token store is copied first. "": it is read
+    # where it is, which is slow for a `dir` in a bucket.
+    cache_dir: str = setting("", FREE)
     # Folder with the pinned wheels, where there is no network.
     wheels_dir: str = setting("", FREE)
     vocabulary: VocabularyConfig = dataclasses.field(default_factory=VocabularyConfig)

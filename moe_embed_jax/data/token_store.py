@@ -18,6 +18,7 @@ and where rows have hard negatives, J in all, those of the first row first:
 Records: `token_records`.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -49,6 +50,7 @@ ROWS_PER_SHARD = 65536
 WRITER_OPTIONS = "group_size:16"
 # Read-ahead is for sequential reading; a batch is random access.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+OPENED_AT_ONCE = 16  # shards: in a bucket each waits for some requests
 REMEDY = "delete {folder} and prepare the data again"
 
 
@@ -230,7 +232,7 @@ class TokenStore:
           UserError: missing, incomplete or damaged file, or another format; names the file.
         """
         folder = storage.path(folder)
-        spec = _read_spec(folder)
+        spec = read_spec(folder)
         arrays = {}
         names = [name for name in (*INDEX, *NEGATIVE_INDEX) if name in spec["content"]]
         for name in names:
@@ -249,8 +251,8 @@ class TokenStore:
                 )
             arrays[name] = array
         store = cls(folder, spec, arrays)
-        for index in range(spec["shards"]):
-            store._reader(index)
+        with concurrent.futures.ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            list(pool.map(store._reader, range(spec["shards"])))
         return store
 
     def __len__(self) -> int:
@@ -336,7 +338,8 @@ class TokenStore:
         )
 
 
-def _read_spec(folder: Path) -> dict:
+def read_spec(folder: Path) -> dict:
+    """spec.json of a token store. Raises `UserError`: missing, damaged or of another format."""
     path = folder / SPEC
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} is not a token store; prepare the data first")

@@ -14,7 +14,7 @@ CONFIG_FILE = "config.json"  # of every model folder
 PATTERNS = ("*.safetensors", "*.json", "*.model", "1_Pooling/*", "*.txt")
 
 
-def local_folder(source: str | pathlib.Path) -> pathlib.Path:
+def local_place(source: str | pathlib.Path) -> pathlib.Path:
     """The folder of `source`, downloaded into the hub's cache first if it is on the hub.
 
     Raises:

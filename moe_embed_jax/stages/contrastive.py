@@ -28,7 +28,7 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.pooling import pool_texts, take_texts
 from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.pairs.manifest import MANIFEST
-from moe_embed_jax.processes import process_0_first
+from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.stages.stage import Workload, check_divisible
@@ -220,9 +220,10 @@ class ContrastiveRun:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
         self._config, self._mesh = config, mesh
-        store, self._vocabulary = process_0_first(
-            "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
-        )
+        process_0_first("data", lambda: workdir_module.find_data(config, write=is_writer))
+        # Not one after the other: every host may copy the data first.
+        store, self._vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
+        wait_for_all("data of all")
         self.stage = Contrastive(config.model, config.loss, config.data.texts_per_row)
         self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id)
         self.data_spec = workdir_module.data_spec(store, config)

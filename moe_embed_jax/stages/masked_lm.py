@@ -27,7 +27,7 @@ from moe_embed_jax.models.encoder import (
 )
 from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
 from moe_embed_jax.models.remat import accumulated_loss, rematerialised_map
-from moe_embed_jax.processes import process_0_first
+from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.stages.stage import Workload, check_divisible
@@ -217,9 +217,10 @@ class MaskedLMRun:
 
     def __init__(self, config: MaskedRunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
         self._config, self._mesh = config, mesh
-        store, self._vocabulary = process_0_first(
-            "data", lambda: workdir_module.open_data(workdir, config, write=is_writer)
-        )
+        process_0_first("data", lambda: workdir_module.find_data(config, write=is_writer))
+        # Not one after the other: every host may copy the data first.
+        store, self._vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
+        wait_for_all("data of all")
         data, loss = config.data, config.loss
         masking = make_masking(self._vocabulary, loss.mask_rate, loss.mask_share, loss.random_share)
         table = row_table(

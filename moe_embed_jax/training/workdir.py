@@ -18,6 +18,7 @@ from moe_embed_jax.data.data_spec import (
     token_store_path,
     vocabulary_path,
 )
+from moe_embed_jax.data.store_copy import copied_store
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import Interrupted, UserError
 from moe_embed_jax.json_file import read_object
@@ -97,8 +98,8 @@ def read_run_config(workdir: pathlib.Path) -> Run | None:
         ) from error
 
 
-def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenStore, Tokenizer]:
-    """The prepared token store (prepared now if need be) and the vocabulary, copied to `workdir`.
+def find_data(config: Run, write: bool) -> tuple[pathlib.Path, pathlib.Path]:
+    """(token store, vocabulary): where they lie, prepared now if need be.
 
     Preparation runs in its own process: it needs TensorFlow, which training must not load.
     """
@@ -113,6 +114,21 @@ def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenSto
                 "that all hosts see, or prepare it on every host first"
             )
         prepare(config)
+    return path, source
+
+
+def open_data(workdir: pathlib.Path, config: Run, write: bool) -> tuple[TokenStore, Tokenizer]:
+    """The token store and the vocabulary of `find_data`. The vocabulary is copied to `workdir`, the
+    store to `data.cache_dir`, if there is one."""
+    path, source = find_data(config, write)
+    if config.data.cache_dir:
+        path = copied_store(path, config.data.cache_dir)
+    elif write and storage.is_remote(path):
+        print(
+            f"warning: every step waits for rows from {path}: copy them to a disk first, by "
+            "--config.data.cache_dir=FOLDER",
+            file=sys.stderr,
+        )
     store = TokenStore.open(path)
     vocabulary = open_vocabulary(source)
     stored = store.spec["vocabulary"]["sha256"]

@@ -21,7 +21,7 @@ def open_with(monkeypatch, tmp_path, sha256: str):
     monkeypatch.setattr(workdir, "open_vocabulary", lambda _: vocabulary)
     monkeypatch.setattr(TokenStore, "open", lambda *_: store)
     config = types.SimpleNamespace(
-        data=types.SimpleNamespace(preparation=dict, dir=tmp_path),
+        data=types.SimpleNamespace(preparation=dict, dir=tmp_path, cache_dir=""),
         model=types.SimpleNamespace(vocab_size=8),
     )
     (tmp_path / "run").mkdir()
