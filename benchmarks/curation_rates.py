@@ -1,12 +1,15 @@
 """What filtering costs a host beside its chips, and what 1.6 billion pairs cost 16 hosts.
 
     python benchmarks/curation_rates.py --pairs=DIR --tokenizer=FOLDER_OR_FILE [--rows=100000] \\
-        [--width=384] [--dtype=float16] [--output=FILE.json]
+        [--width=384] [--dtype=float16] [--tokens=102] [--output=FILE.json]
 
 Measures each step of a part of launch/filter.py in this process, on the first --rows pairs of a
 prepared folder: reading, tokenising, packing, vectors to disk and back, shards, and the copy of
---finish. A stand-in takes the place of the chips. Then a table for --total pairs in --hosts parts:
-hours of one host from these rates, and of its chips from rates that launch/plan.py predicted
+--finish. A stand-in takes the place of the chips. Rates are per second of a processor, so that
+other work on the machine does not count; waiting for a slow disk does not count either.
+
+Then a table for --total pairs of two texts and --tokens tokens, in --hosts parts: hours of one core
+of a host from these rates, and of its chips from rates that launch/plan.py predicted
 (docs/measured/filtering.md says how).
 """
 
@@ -22,33 +25,30 @@ import numpy as np
 # Of one v5e chip, predicted: a sixteenth of what docs/measured/filtering.md has for v5e:4x4.
 SLOTS_PER_SECOND = 18.6e6 / 16
 QUERIES_PER_SECOND = 520_000 / 16
+FINISH = "copy shards (--finish)"
 FULL = 0.9  # share of the slots of a row that hold a token
 
 
 class Clock:
-    """Seconds and processor seconds of one step after the other."""
+    """Processor seconds, and seconds by the clock, of one step after the other."""
 
     def __init__(self):
         self.steps: dict[str, dict] = {}
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self._at = time.perf_counter(), time.process_time()
 
     def stop(self, name: str, count: int, unit: str) -> None:
         """The step `name` has done `count` units; the next one starts."""
-        wall, cpu = (now - then for now, then in zip(_now(), self._at, strict=True))
-        step = {"count": count, "unit": unit, "seconds": wall, "cores": cpu / wall}
-        self.steps[name] = step | {"per_second": count / wall}
-        self._start()
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter() - self._at[0], time.process_time() - self._at[1]
+        step = {"count": count, "unit": unit, "wall": wall, "cpu": cpu}
+        self.steps[name] = step | {"per_second": count / cpu}
+        self.start()
 
 
 def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
-    """name of a step -> count, unit, seconds, cores that were busy, units per second."""
+    """name of a step -> count, unit, seconds, units per processor second."""
     from moe_embed_jax.curation import units
     from moe_embed_jax.curation.pair_texts import read_texts
     from moe_embed_jax.data.packing import fill_rows
@@ -66,14 +66,14 @@ def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
     sequences = []
     for begin in range(0, len(texts), 8192):  # as vectors are embedded
         sequences += tokenizer.encode_texts(texts[begin : begin + 8192], arguments.length)
-    clock.stop("tokenise", len(texts), "texts")
     lengths = np.array([len(ids) for ids in sequences])
+    clock.stop("tokenise", int(lengths.sum()), "tokens")
     for call in plan_calls(lengths, arguments.chips):
         of_call = [sequences[i] for i in call.members]
         fill_rows(call.packing, of_call, call.rows, call.row_length, 1, None)
     clock.stop("pack", len(texts), "texts")
     vectors_ND = np.random.default_rng(0).normal(size=(8192, arguments.width)).astype(np.float32)
-    clock._start()
+    clock.start()
     store = write_vectors(
         work / "vectors.zarr",
         lambda: texts,
@@ -94,28 +94,25 @@ def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
     for number, shard in enumerate(shards):
         entry = shard | {"file": f"{number}", "lengths": f"{number}.npy"}
         units.copy_shard(unit, number, work / "output", entry)
-    clock.stop("copy (--finish, one thread)", rows, "pairs")
-    steps = clock.steps
-    steps["tokenise"]["tokens"] = int(lengths.sum())
-    steps["write shards"]["bytes"] = sum(shard["bytes"] for shard in shards)
-    return steps
+    clock.stop(FINISH, rows, "pairs")
+    return clock.steps
 
 
 def costs(arguments, steps: dict[str, dict]) -> list[tuple[str, float, str]]:
-    """(step, hours of one host, where the rate comes from); `--finish` is one process for all."""
-    pairs_of_host = arguments.total / arguments.hosts
-    texts_of_pair = steps["tokenise"]["count"] / steps["write shards"]["count"]
-    tokens_of_pair = steps["tokenise"]["tokens"] / steps["write shards"]["count"]
+    """(step, hours, of what) of one host; one host does --finish for all."""
+    of_host = arguments.total / arguments.hosts
+    of_pair = {"pairs": 1, "texts": 2, "tokens": arguments.tokens}
     lines = []
     for name, step in steps.items():
-        pairs = arguments.total if "--finish" in name else pairs_of_host
-        count = pairs * (texts_of_pair if step["unit"] == "texts" else 1)
-        lines.append((name, count / step["per_second"] / 3600, "measured"))
-    slots = pairs_of_host * tokens_of_pair / FULL
-    queries = pairs_of_host * texts_of_pair / 2
-    chips = arguments.chips * 3600
-    lines.append(("embed", slots / SLOTS_PER_SECOND / chips, "predicted"))
-    lines.append(("search", queries / QUERIES_PER_SECOND / chips, "predicted"))
+        pairs = arguments.total if name == FINISH else of_host
+        hours = pairs * of_pair[step["unit"]] / step["per_second"] / 3600
+        lines.append((name, hours, "of a core, measured"))
+    slots = of_host * arguments.tokens / FULL
+    for name, work, rate in (
+        ("embed", slots, SLOTS_PER_SECOND),
+        ("search", of_host, QUERIES_PER_SECOND),
+    ):
+        lines.append((name, work / rate / arguments.chips / 3600, "of all chips, predicted"))
     return lines
 
 
@@ -129,6 +126,7 @@ def main():
     flags.add_argument("--length", type=int, default=512, help="most tokens of a text")
     flags.add_argument("--width", type=int, default=384)
     flags.add_argument("--dtype", default="float16", help="of stored vectors")
+    flags.add_argument("--tokens", type=float, default=102, help="of a pair of the table")
     flags.add_argument("--total", type=float, default=1.6e9, help="pairs of the table")
     flags.add_argument("--hosts", type=int, default=16)
     flags.add_argument("--chips", type=int, default=8, help="of a host")
@@ -137,19 +135,19 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         steps = measure(arguments, pathlib.Path(work))
     contestants.print_table(
-        f"One process, {steps['write shards']['count']:,} pairs",
-        ["step", "per second", "of", "cores busy"],
-        [[name, s["per_second"], s["unit"], s["cores"]] for name, s in steps.items()],
+        f"{steps['write shards']['count']:,} pairs, {steps['tokenise']['count']:,} tokens",
+        ["step", "of", "per processor second", "processor s", "s"],
+        [[name, s["unit"], s["per_second"], s["cpu"], s["wall"]] for name, s in steps.items()],
     )
     lines = costs(arguments, steps)
     contestants.print_table(
         f"{arguments.total:,.0f} pairs on {arguments.hosts} hosts of {arguments.chips} v5e",
-        ["step", "hours", "rate"],
+        ["step", "hours", ""],
         [list(line) for line in lines],
     )
     report = {
         "steps": steps,
-        "hours": [dict(zip(("step", "hours", "rate"), line, strict=True)) for line in lines],
+        "hours": [dict(zip(("step", "hours", "of"), line, strict=True)) for line in lines],
         "arguments": vars(arguments),
         "machine": contestants.machine(),
     }
