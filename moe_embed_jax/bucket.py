@@ -22,6 +22,7 @@ import aiohttp
 import fsspec
 import gcsfs.retry
 import google.auth.exceptions
+import requests
 from etils import epath
 
 SCHEME = "gs://"
@@ -52,22 +53,46 @@ def errors_of(path, only_bucket: bool = False) -> Iterator[None]:
             errno.ENOENT, what if only_bucket else "no such object or folder", str(path)
         ) from None
     except (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError) as error:
-        code = getattr(error, "code", 401)
-        if int(code or 0) not in (401, 403):
-            raise OSError(errno.EREMOTEIO, f"Cloud Storage says: {error}", str(path)) from error
-        raise PermissionError(
-            errno.EACCES,
-            f"Cloud Storage gives no access ({error}): log in (gcloud auth application-default "
-            "login), or let the owner of the bucket grant it",
-            str(path),
-        ) from error
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise ConnectionError(
-            errno.ENETUNREACH,
-            f"Cloud Storage cannot be reached ({error}): check the network, then repeat the "
-            "command",
-            str(path),
-        ) from error
+        if int(getattr(error, "code", 401) or 0) in (401, 403):
+            raise _no_access(path, error) from error
+        raise _says(path, error) from error
+    except (aiohttp.ClientError, requests.exceptions.RequestException, TimeoutError) as error:
+        raise _unreachable(path, error) from error
+    except OSError as error:
+        if str(error).startswith("Forbidden"):  # what gcsfs makes of status 403
+            raise _no_access(path, error) from error
+        raise
+    except ValueError as error:
+        if str(error).startswith("Bad Request"):  # what gcsfs makes of most with status 400
+            raise _says(path, error) from error
+        raise
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _says(path, error: Exception) -> OSError:
+    what = f"Cloud Storage says: {_line(error)}"
+    return OSError(errno.EREMOTEIO, what, str(path))
+
+
+def _no_access(path, error: Exception) -> PermissionError:
+    return PermissionError(
+        errno.EACCES,
+        f"Cloud Storage gives no access ({_line(error)}): log in (gcloud auth "
+        "application-default login), or let the owner of the bucket grant it",
+        str(path),
+    )
+
+
+def _unreachable(path, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        errno.ENETUNREACH,
+        f"Cloud Storage cannot be reached ({_line(error)}): check the network, then repeat "
+        "the command",
+        str(path),
+    )
 
 
 class BucketPath(_PosixGPath):

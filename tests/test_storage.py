@@ -212,3 +212,20 @@ def test_what_a_bucket_refuses_is_one_line(bucket):
         line = refusal_of_system(caught.value)
         assert line.startswith("gs://no-such-bucket")
         assert line.endswith("there is no such bucket: create it, or correct its name")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("Forbidden: b/x\nno permission"), "gs://b/x: Cloud Storage gives no access (Forb"),
+        (ValueError("Bad Request: b/x\ninvalid name"), "gs://b/x: Cloud Storage says: Bad Request"),
+        (TimeoutError("after 9 s"), "gs://b/x: Cloud Storage cannot be reached (after 9 s): check"),
+    ],
+)
+def test_what_the_client_says_is_one_line(bucket, error, line):
+    from moe_embed_jax.bucket import errors_of
+
+    with pytest.raises(OSError) as caught, errors_of(storage.path("gs://b/x")):
+        raise error
+    said = refusal_of_system(caught.value)
+    assert said.startswith(line) and "\n" not in said
