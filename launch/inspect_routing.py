@@ -16,10 +16,9 @@ and, for what the texts say of themselves, by_language.png and by_topic.png. Wha
 docs/routing_inspection.md.
 """
 
-import pathlib
 import sys
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 
 
 def main():
@@ -36,15 +35,15 @@ def main():
     arguments = flags.parse_args()
     launching.refuse_several_processes()
 
-    from moe_embed_jax.interop.source import local_place
+    from moe_embed_jax.interop.source import source_folder
     from moe_embed_jax.made_by import done_before, hash_command
 
-    output = pathlib.Path(arguments.output)
+    output = storage.path(arguments.output)
     done_before(output)
     launching.check_model(arguments.model)
     texts = labelled_texts(arguments)
     options = {key: value for key, value in vars(arguments).items() if key != "output"}
-    inputs = [local_place(arguments.model), *names(arguments.texts)]
+    inputs = [source_folder(arguments.model), *names(arguments.texts)]
     inputs += [arguments.sib200] if arguments.sib200 else []
     command = hash_command("inspect_routing", options, inputs)
     if done_before(output, command):

@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.published import has_mlm_head
-from moe_embed_jax.interop.source import local_place
+from moe_embed_jax.interop.source import source_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
 from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
@@ -36,7 +37,7 @@ def import_model(
 
     Returns: False if the same call was finished before; nothing is done then.
     """
-    folder = local_place(source)
+    folder = source_folder(source)
     options = [positions, query_prefix, document_prefix]
     command = _command("import", folder, vocabulary, options)
     if done_before(target, command):
@@ -50,7 +51,7 @@ def import_model(
         print(f"not needed  {', '.join(opened.unused)}")
     if not dry_run:
         loaded = opened.load(single_device_mesh(), progress)
-        save_model(pathlib.Path(target), loaded, origin=str(source), command=command)
+        save_model(storage.path(target), loaded, origin=str(source), command=command)
     return True
 
 
@@ -85,7 +86,7 @@ def export_model(
 
     Returns: False if the same call was finished before; nothing is done then.
     """
-    folder = local_place(source)
+    folder = source_folder(source)
     options = [step, query_prefix, document_prefix]
     command = _command("export", folder, vocabulary, options)
     if done_before(target, command):
@@ -136,7 +137,7 @@ def upcycle_model(
     Returns: False if the same call was finished before; nothing is done then.
     """
     config = UpcycleConfig(mode, num_experts, experts_per_token, moe_every, noise, seed)
-    folder = local_place(source)
+    folder = source_folder(source)
     options = [dataclasses.asdict(config), step, query_prefix, document_prefix]
     command = _command("upcycle", folder, vocabulary, options)
     if done_before(target, command):
@@ -156,7 +157,7 @@ def upcycle_model(
     loaded.model, params = upcycle(loaded.model, loaded.params, config)
     loaded.params = place(params, loaded.model, mesh)
     origin = f"{source}, upcycled: {mode}, seed {seed}, noise {noise}"
-    save_model(pathlib.Path(target), loaded, origin, command)
+    save_model(storage.path(target), loaded, origin, command)
     return True
 
 

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
-from moe_embed_jax.interop.source import CONFIG_FILE, local_place
+from moe_embed_jax.interop.source import CONFIG_FILE, source_folder
 from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
@@ -132,10 +133,10 @@ def open_model(
     Raises:
       UserError: not a model folder, or one that cannot be loaded exactly, with the reason.
     """
-    folder = local_place(folder)
+    folder = source_folder(folder)
     is_ours = is_run(folder)
     path = (
-        find_tokenizer(weights_folder(folder)) if vocabulary is None else pathlib.Path(vocabulary)
+        find_tokenizer(weights_folder(folder)) if vocabulary is None else storage.path(vocabulary)
     )
     tokenizer = None if path is None else load_tokenizer(path)
     if is_ours:

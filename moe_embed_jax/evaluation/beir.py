@@ -172,7 +172,8 @@ def unique_names(folders: Sequence[str | Path]) -> list[str]:
     """
     if not folders:
         raise UserError("no folder of a retrieval set was named")
-    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    # Also of a bucket: what matters is that equal folders have equal parts.
+    parts = [os.path.normpath(storage.path(f).absolute()).split("/") for f in folders]
     if repeated := [folder for folder, p in zip(folders, parts, strict=True) if parts.count(p) > 1]:
         raise UserError(f"{repeated[0]}: the same folder was named twice")
     names = []

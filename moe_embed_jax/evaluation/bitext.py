@@ -81,7 +81,7 @@ class Bitext:
             raise UserError(f"layout {self.layout!r} {wants} pivot")
 
     def files(self, root: Path) -> list[Path]:
-        return check_files(Path(subset.path) for subset in self._subsets(root))
+        return check_files(subset.path for subset in self._subsets(root))
 
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
         for pairs in self._pairs(self._subsets(root)):
@@ -110,15 +110,15 @@ class Bitext:
 
     def _pairs(self, subsets: list[Subset]) -> Iterator[Pairs]:
         if self.layout == "table":
-            yield from read_pairs_table(Path(subsets[0].path), self.pivot, self.languages)
+            yield from read_pairs_table(subsets[0].path, self.pivot, self.languages)
         elif self.layout == "records":
-            texts = read_records_by_id(Path(subsets[0].path), self.field)
+            texts = read_records_by_id(subsets[0].path, self.field)
             yield from aligned(texts, self.pivot, self.languages, subsets[0].path)
         elif self.layout == "columns":
             for subset in subsets:
-                yield read_columns(Path(subset.path), subset.name)
+                yield read_columns(subset.path, subset.name)
         else:
-            paths = {subset.language: Path(subset.path) for subset in subsets}
+            paths = {subset.language: subset.path for subset in subsets}
             if self.pivot not in paths:
                 raise UserError(f"{self.path}: no file of the pivot '{self.pivot}'")
             pivot = {self.pivot: dict(read_aligned(paths.pop(self.pivot)))}

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Iterable
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.text_files import read_json, read_lines, string_field
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.tokenizers.vocabulary import clean_text
@@ -66,7 +67,7 @@ def read_sib200(
     Raises `UserError` for a folder without such files, a language that is not among them, and
     (`file:line: ...`) for a table that is broken.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     found: dict[str, pathlib.Path] = {}

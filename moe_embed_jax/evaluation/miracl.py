@@ -45,12 +45,12 @@ class Miracl:
         return check_files(
             path
             for topics, qrels, corpus in self._subsets(root)
-            for path in (Path(topics.path), Path(qrels.path), *expand(corpus.path))
+            for path in (topics.path, qrels.path, *expand(corpus.path))
         )
 
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
         for topics, qrels, corpus in self._subsets(root):
-            questions = load_topics(Path(topics.path), Path(qrels.path))
+            questions = load_topics(topics.path, qrels.path)
             shards = expand(corpus.path)
             name = f"{label} {topics.name}"
             scores = evaluate_streamed(vectors, questions, shards, "docid", name)

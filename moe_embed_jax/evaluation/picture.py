@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moe_embed_jax import storage
 from moe_embed_jax.evaluation.language_tags import language_tag
 from moe_embed_jax.evaluation.suite import TaskResult
 
@@ -50,7 +51,8 @@ def save_picture(path, results: list[TaskResult], width: int | None, title: str)
         part = slice(panel * rows, (panel + 1) * rows)
         _draw(axes, score_LT[part], tags[part], [result.name for result in results], rows)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    with storage.written_whole(storage.path(path)) as file:
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 def _draw(axes, score_LT: np.ndarray, tags: list[str], tasks: list[str], rows: int) -> None:

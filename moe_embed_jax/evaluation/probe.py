@@ -55,16 +55,16 @@ class Probe:
         check_place(self.path)
 
     def files(self, root: Path) -> list[Path]:
-        return check_files(Path(s.path) for s in [self._train(root), *self._subsets(root)])
+        return check_files(s.path for s in [self._train(root), *self._subsets(root)])
 
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
-        source = read_labelled(Path(self._train(root).path))
+        source = read_labelled(self._train(root).path)
         source_ND = vectors.embed(source.texts, "symmetric", f"{label} {self.train}")
         transferred = {
             width: self._fit(source, cut(source_ND, width), self.train) for width in vectors.widths
         }
         for subset in self._subsets(root):
-            target = read_labelled(Path(subset.path))
+            target = read_labelled(subset.path)
             x_ND = vectors.embed(target.texts, "symmetric", f"{label} {subset.name}")
             is_test = target.splits == self.split
             if not is_test.any():

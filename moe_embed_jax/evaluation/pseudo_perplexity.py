@@ -8,13 +8,13 @@ Numbers of models with different tokenizers cannot be compared.
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from moe_embed_jax import storage
 from moe_embed_jax.data.checksums import verify_checksums
 from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
@@ -154,9 +154,10 @@ def load_documents(folder) -> dict[str, list[str]]:
 
     Raises `UserError` when there are none, for a bad line and for a file that was changed.
     """
-    verify_checksums(pathlib.Path(folder))
+    folder = storage.path(folder)
+    verify_checksums(folder)
     documents: dict[str, list[str]] = {}
-    for path in sorted(pathlib.Path(folder).glob("*.jsonl.gz")):
+    for path in sorted(folder.glob("*.jsonl.gz")):
         by_source: dict[str, list[str]] = {}
         for where, entry in read_json(path):
             if not isinstance(entry, dict):

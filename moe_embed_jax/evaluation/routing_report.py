@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moe_embed_jax import storage
 from moe_embed_jax.evaluation.expert_use import LABELS, shares
 from moe_embed_jax.evaluation.load_maps import Map, map_of_groups, map_of_layers
 from moe_embed_jax.made_by import keep_command
@@ -32,7 +33,7 @@ def write_report(
       UserError: something else is at `folder`.
       OSError: it cannot be written.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     content = json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n"
     files = {JSON_FILE: content.encode(), "routing.md": tables(report).encode()}
     drawn = pictures(report)

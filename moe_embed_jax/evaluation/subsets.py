@@ -1,10 +1,9 @@
 """What all task families share: the files of a task's subsets, and what a subset scores."""
 
 import dataclasses
-import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from moe_embed_jax.errors import UserError
@@ -22,7 +21,7 @@ class Subset:
 
     name: str
     language: str
-    path: str
+    path: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,20 +72,23 @@ def find_subsets(root: Path, path: str, languages) -> list[Subset]:
 
 def subset_names(root: Path, path: str) -> list[str]:
     """What stands in the place of `{subset}` in the paths that exist, sorted."""
-    found = glob.glob(f"{glob.escape(str(root))}/{path.replace(PLACE, '*')}")
-    first, *others = (re.escape(part).replace(r"\*", "[^/]*") for part in path.split(PLACE))
-    pattern = f"{re.escape(str(root))}/{first}(?P<subset>[^/]+){'(?P=subset)'.join(others)}"
-    names = sorted({match["subset"] for p in found if (match := re.fullmatch(pattern, p))})
+    parts = PurePosixPath(path).as_posix().split(PLACE)
+    first, *others = (re.escape(part).replace(r"\*", "[^/]*") for part in parts)
+    pattern = re.compile(f"{first}(?P<subset>[^/]+){'(?P=subset)'.join(others)}")
+    found = (p.relative_to(root).as_posix() for p in _matches(root, "*".join(parts)))
+    names = sorted({match["subset"] for name in found if (match := pattern.fullmatch(name))})
     if not names:
         raise UserError(f"{root / path}: nothing there has such a name")
     return [check_name(name, f"{root / path}: the name of a subset") for name in names]
 
 
-def expand(path: str) -> list[Path]:
+def expand(path: Path) -> list[Path]:
     """The files of a path that may have a `*`, in the order of their names and numbers."""
-    if "*" not in path:
-        return [Path(path)]
-    return sorted(map(Path, glob.glob(path)), key=_numbers_by_value)
+    if "*" not in str(path):
+        return [path]
+    root = next(parent for parent in path.parents if "*" not in str(parent))
+    found = _matches(root, path.relative_to(root).as_posix())
+    return sorted(found, key=_numbers_by_value)
 
 
 def check_files(paths: Iterable[Path]) -> list[Path]:
@@ -118,14 +120,22 @@ def check_place(path: str, key: str = "path") -> None:
         raise UserError(f"{key} {path!r} has no {PLACE}, the language")
 
 
-def _existing(root: Path, path: str) -> str:
-    full = str(root / path)
-    if "*" in full:
-        if not glob.glob(full):
-            raise UserError(f"{full}: no file has such a name")
-    elif not Path(full).exists():
-        raise UserError(f"{full}: no such file or folder")
-    return full
+def _existing(root: Path, path: str) -> Path:
+    if not [found for found in expand(root / path) if found.exists()]:
+        what = "no file has such a name" if "*" in path else "no such file or folder"
+        raise UserError(f"{root / path}: {what}")
+    return root / path
+
+
+def _matches(root: Path, pattern: str) -> list[Path]:
+    """What is below `root` under names like `pattern`, hidden files and folders left out."""
+    pattern = re.sub(r"\*+", "*", pattern.strip("/"))
+
+    def is_hidden(path: Path) -> bool:
+        names = zip(path.relative_to(root).parts, PurePosixPath(pattern).parts, strict=True)
+        return any(name.startswith(".") and not wanted.startswith(".") for name, wanted in names)
+
+    return [path for path in root.glob(pattern) if not is_hidden(path)]
 
 
 def _numbers_by_value(path: Path) -> list:

@@ -123,7 +123,7 @@ def content_hash(files: list[Path], root: Path) -> str:
     sha256 = hashlib.sha256()
     for path in sorted(set(files)):
         sha256.update(f"{path.relative_to(root).as_posix()}\n{path.stat().st_size}\n".encode())
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while data := file.read(READ_AT_ONCE):
                 sha256.update(data)
     return sha256.hexdigest()[:40]

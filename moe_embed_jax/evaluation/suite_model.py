@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.results import ModelCard
 from moe_embed_jax.evaluation.text_vectors import SIDES, TextEncoder, TextVectors
+from moe_embed_jax.interop.source import EXTERNAL, HUB
 
 LOCAL = "local"  # organisation of a model that is a folder
 
@@ -55,6 +57,9 @@ def model_card(encoder: TextEncoder, vectors: TextVectors, name: str) -> ModelCa
 
 def _name(name: str) -> str:
     """organisation/model stays, as on the hub; of a folder the last part, below `LOCAL`."""
-    name = name.rpartition(":")[2]  # behind "sentence-transformers:"
+    name = name.removeprefix(EXTERNAL)
+    if name.startswith(HUB):
+        return name.removeprefix(HUB).partition("@")[0]
     is_on_hub = name.count("/") == 1 and not name.startswith((".", "/"))
-    return name if is_on_hub and not Path(name).exists() else f"{LOCAL}/{Path(name).resolve().name}"
+    path = storage.path(name)
+    return name if is_on_hub and not path.exists() else f"{LOCAL}/{path.resolve().name}"

@@ -7,12 +7,12 @@ transformers' BERT, which needs nothing of ours.
 
 import json
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import safetensors.numpy
 
+from moe_embed_jax import storage
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.rules import entries, to_theirs
@@ -84,7 +84,7 @@ def write_folder(
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if not leaves_as_bert(model):
             source = pathlib.Path(__file__).with_name("torch_model.py")
-            shutil.copyfile(source, partial / MODELING_FILE)
+            storage.copy(source, partial / MODELING_FILE)
         if vocabulary is not None:
             write_tokenizer(vocabulary, partial, max_length)
         # sentence-transformers' encode_document looks for "document" first and takes no prefix

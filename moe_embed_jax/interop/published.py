@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import from_layers, shapes_by_layer
@@ -107,7 +108,7 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
     Raises:
       UserError: an unknown architecture, pickle files, and whatever does not fit.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     config = read_config(folder)
     where = str(folder / CONFIG_FILE)
     model_type = config.get("model_type")

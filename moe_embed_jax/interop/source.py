@@ -1,10 +1,11 @@
-"""Where a model comes from: a local folder, or the Hugging Face hub by `hf://OWNER/NAME`.
+"""Where a model comes from: a folder, or the Hugging Face hub by `hf://OWNER/NAME`.
 
 Imports no jax.
 """
 
 import pathlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError, first_line
 
 HUB = "hf://"
@@ -14,7 +15,7 @@ CONFIG_FILE = "config.json"  # of every model folder
 PATTERNS = ("*.safetensors", "*.json", "*.model", "1_Pooling/*", "*.txt")
 
 
-def local_place(source: str | pathlib.Path) -> pathlib.Path:
+def source_folder(source: str | pathlib.Path) -> pathlib.Path:
     """The folder of `source`, downloaded into the hub's cache first if it is on the hub.
 
     Raises:
@@ -23,7 +24,7 @@ def local_place(source: str | pathlib.Path) -> pathlib.Path:
     check_source(source)
     text = str(source)
     if not text.startswith(HUB):
-        return pathlib.Path(text)
+        return storage.path(text)
     name, _, revision = text.removeprefix(HUB).partition("@")
     import huggingface_hub
 
@@ -33,14 +34,14 @@ def local_place(source: str | pathlib.Path) -> pathlib.Path:
         )
     except Exception as error:  # the hub's client raises a dozen kinds, all with a clear first line
         raise UserError(f"{text} cannot be fetched: {first_line(error)}") from None
-    return pathlib.Path(path)
+    return storage.path(path)
 
 
 def check_source(source: str | pathlib.Path) -> None:
     """Raises `UserError` for no such folder, or a hub name that is not OWNER/NAME; asks no hub."""
     text = str(source)
     if not text.startswith(HUB):
-        if not pathlib.Path(text).is_dir():
+        if not storage.path(text).is_dir():
             hint = f"; on the hub? then {HUB}{text}" if text.count("/") == 1 else ""
             raise UserError(f"model folder {text} does not exist{hint}")
         return

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite
 from moe_embed_jax.json_file import printable, read_object
@@ -50,8 +51,9 @@ class Tensors:
 
     def _open(self, path: pathlib.Path):
         if path not in self._handles:
+            local = storage.local_copy(path)
             try:
-                self._handles[path] = safetensors.safe_open(path, framework="numpy")
+                self._handles[path] = safetensors.safe_open(local, framework="numpy")
             except (OSError, safetensors.SafetensorError) as error:
                 raise UserError(f"{path} is not a readable safetensors file: {error}") from None
         return self._handles[path]

@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-import pathlib
 import time
 
 import jax
 
+from moe_embed_jax import storage
 from moe_embed_jax.mesh import describe, make_mesh
 from moe_embed_jax.planning import memory, roofline
 from moe_embed_jax.planning.chips import Chip
@@ -86,7 +86,7 @@ def compile_plan(
     Out of memory is a result: a plan that does not fit.
     """
     # A source of parameters decides the architecture; no work directory has a say here.
-    config, _ = init.apply_source(config, pathlib.Path(os.devnull))
+    config, _ = init.apply_source(config, storage.path(os.devnull))
     mesh = make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
         step = make_step(step_name, config, mesh, assumed)

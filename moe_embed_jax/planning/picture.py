@@ -3,6 +3,7 @@
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moe_embed_jax import storage
 from moe_embed_jax.planning.aot import Plan
 from moe_embed_jax.planning.report import GIB, seconds_by_kind
 
@@ -36,7 +37,8 @@ def save_picture(plan: Plan, path) -> None:
     else:
         time_axes.set_axis_off()
         time_axes.text(0.5, 0.5, "does not compile:\nout of memory", ha="center")
-    figure.savefig(path, dpi=120)
+    with storage.written_whole(storage.path(path)) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _bar(axes, kinds: dict[str, float], label: str) -> None:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import importlib.metadata
-import pathlib
 
 from rich.console import Console
 
+from moe_embed_jax import storage
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning import search
@@ -23,7 +23,7 @@ def run(config: Run, topologies: list[str], assumed: Assumptions, arguments) -> 
     for topology in topologies:
         plans.append(_plan(config, topology, assumed, arguments, console))
         if arguments.table:  # after every row: the next one takes minutes
-            pathlib.Path(arguments.table).write_text(to_markdown(plans))
+            storage.write(storage.path(arguments.table), to_markdown(plans))
     if arguments.output:
         save_json(arguments.output, to_json(plans[0]))
     if arguments.picture:

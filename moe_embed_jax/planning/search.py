@@ -8,13 +8,12 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from moe_embed_jax import json_file
+from moe_embed_jax import json_file, storage
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig
@@ -128,7 +127,7 @@ class _Cache:
     """Results by everything that they depend on; without a path, forgetful."""
 
     def __init__(self, path, identity: dict):
-        self.path = path and pathlib.Path(path)
+        self.path = path and storage.path(path)
         self.identity = identity
         self.known = {}
         if self.path and self.path.is_file():

@@ -38,6 +38,7 @@ from tokenizers import (
 )
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import flag, parse_object, read_bytes, read_optional
 from moe_embed_jax.tokenizers.combining_marks import BOUNDARY, boundary_pattern
@@ -67,7 +68,7 @@ _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 def find_tokenizer(folder: str | os.PathLike) -> pathlib.Path | None:
     """The tokenizer file of a model folder: tokenizer.json before a SentencePiece model, unless
     markup in texts is text to both, and no token was added."""
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     paths = [folder / name for name in (XLMR_FILE, SENTENCEPIECE_FILE)]
     pieces = next((path for path in paths if path.is_file()), None)
     if not (folder / JSON_FILE).is_file():
@@ -89,7 +90,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
         tokens or lower-case texts, or whose tokenizer.json numbers the tokens in another way than
         XLM-R does.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if path.is_dir():
         found = find_tokenizer(path)
         return None if found is None else load_tokenizer(found)
@@ -158,7 +159,7 @@ def write_tokenizer(vocabulary: Tokenizer, folder: str | os.PathLike, max_length
     Raises:
       UserError: a SentencePiece model that no tokenizer.json can stand for, with the reason.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(vocabulary, TokenizerJson):
         special = _special_names(vocabulary)

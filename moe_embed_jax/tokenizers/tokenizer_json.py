@@ -205,6 +205,5 @@ def _is_local(content: dict) -> bool:
 
 def open_vocabulary(path: str | os.PathLike) -> Tokenizer:
     """A SentencePiece model, or a tokenizer.json by its ending. Raises `UserError`."""
-    return (
-        TokenizerJson.load(path) if storage.path(path).suffix == ".json" else Vocabulary.load(path)
-    )
+    path = storage.path(path)
+    return TokenizerJson.load(path) if path.suffix == ".json" else Vocabulary.load(path)

@@ -11,7 +11,7 @@ from helpers.published_models import NOMIC, nomic_shapes, random_tensors, write_
 from moe_embed_jax import Embedder, conversion, model_folder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export
-from moe_embed_jax.interop.source import local_place
+from moe_embed_jax.interop.source import source_folder
 from moe_embed_jax.ownership import own
 
 DENSE = NOMIC | dict(num_experts=0)
@@ -150,11 +150,11 @@ def test_models_on_the_hub(dense, monkeypatch):
         return str(dense)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert local_place("hf://nomic-ai/nomic-embed-text-v2-moe") == dense
-    assert local_place("hf://a/b@main") == dense
+    assert source_folder("hf://nomic-ai/nomic-embed-text-v2-moe") == dense
+    assert source_folder("hf://a/b@main") == dense
     assert calls == [("nomic-ai/nomic-embed-text-v2-moe", None), ("a/b", "main")]
     assert Embedder.load("hf://a/b").width == 32
     with pytest.raises(UserError, match=r"hf://no/such cannot be fetched: Repository Not Found$"):
-        local_place("hf://no/such")
+        source_folder("hf://no/such")
     with pytest.raises(UserError, match="write hf://OWNER/NAME"):
-        local_place("hf://name")
+        source_folder("hf://name")

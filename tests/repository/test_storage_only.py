@@ -1,0 +1,93 @@
+"""Files are reached through `storage` alone, so that every path may be in a bucket.
+
+`LOCAL` names each call that is about this machine, and why.
+"""
+
+import ast
+
+from conftest import ROOT
+
+STORAGE = ("moe_embed_jax/storage.py", "moe_embed_jax/bucket.py")
+UNCONVERTED = (
+    "launch/embed.py",
+    "launch/evaluate.py",
+    "launch/recipe.py",
+    "moe_embed_jax/curation/",
+    "moe_embed_jax/data/",
+    "moe_embed_jax/evaluation/text_vectors.py",
+    "moe_embed_jax/preparation/",
+    "moe_embed_jax/recipe/",
+    "moe_embed_jax/search/vectors.py",
+)
+LOCAL = {  # {file: {call: why}}
+    "moe_embed_jax/config.py": {"pathlib.Path": "a config file is code of this machine"},
+    "moe_embed_jax/interop/export.py": {
+        "safetensors.numpy.save_file": "into a new folder, which is local"
+    },
+    "moe_embed_jax/interop/tensors.py": {"safetensors.safe_open": "opens a local copy"},
+    "moe_embed_jax/launching.py": {
+        "glob.glob": "devices",
+        "os.open": "/dev/null",
+        "pathlib.Path": "of curation, not yet converted",
+    },
+    "moe_embed_jax/ownership.py": {
+        "os.path.exists": "/proc",
+        "os.readlink": "/proc",
+        "pathlib.Path": "/proc",
+    },
+    "moe_embed_jax/training/metric_writer.py": {
+        "pathlib.Path": "TensorBoard's file, before it is copied",
+        "tempfile.TemporaryDirectory": "TensorBoard's file, before it is copied",
+    },
+}
+MODULES = {"shutil", "tempfile", "fcntl", "glob", "mmap"}  # all of their calls
+CALLS = {
+    *(f"os.{name}" for name in ("open", "fdopen", "link", "symlink", "makedirs", "mkdir", "walk")),
+    *(f"os.{name}" for name in ("remove", "unlink", "rmdir", "rename", "replace", "truncate")),
+    *(f"os.{name}" for name in ("listdir", "scandir", "stat", "utime", "access", "readlink")),
+    *(f"os.path.{name}" for name in ("exists", "isfile", "isdir", "getsize", "getmtime")),
+    *(f"os.path.{name}" for name in ("abspath", "realpath", "expanduser")),
+    *(f"np.{name}" for name in ("load", "save", "savez", "memmap", "fromfile", "loadtxt")),
+    *(f"safetensors.{name}" for name in ("safe_open", "numpy.load_file", "numpy.save_file")),
+    *("safe_open", "gzip.open", "lzma.open", "zipfile.ZipFile", "tarfile.open", "io.open"),
+    *("open", "Path", "pathlib.Path"),
+}
+# First arguments that are no names of a user: open files, and the module itself.
+OPEN = {"file", "io.BytesIO", "__file__"}
+
+
+def name_of(node: ast.expr) -> str:
+    """`a.b.c` of such an expression and of a call of it; "" for others."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Call):
+        return name_of(node.func)
+    if isinstance(node, ast.Attribute) and (before := name_of(node.value)):
+        return f"{before}.{node.attr}"
+    return ""
+
+
+def local_calls(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not (node.args and name_of(node.args[0]) in OPEN):
+            name = name_of(node.func)
+            if name in CALLS or ("." in name and name.partition(".")[0] in MODULES):
+                found.add(name)
+    return found
+
+
+def test_storage_alone_opens_files():
+    found = {}
+    for folder in ("moe_embed_jax", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            calls = local_calls(ast.parse(path.read_text()))
+            if calls and name not in STORAGE and not name.startswith(UNCONVERTED):
+                found[name] = calls
+    assert found == {name: set(calls) for name, calls in LOCAL.items()}
+
+
+def test_what_counts_as_a_local_call():
+    code = "with path.open() as file: np.load(file)\nopen(path)\nshutil.rmtree(p)\npathlib.Path(x)"
+    assert local_calls(ast.parse(code)) == {"open", "shutil.rmtree", "pathlib.Path"}
