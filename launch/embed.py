@@ -56,7 +56,7 @@ def main():
         raise UserError(f"--dtype={arguments.dtype}: .npy is float32; choose an --output=*.zarr")
     if output.suffix == ".npy" and alone:
         raise UserError("--part and --finish write a .zarr: choose an --output=*.zarr")
-    if not storage.is_remote(arguments.input) and pathlib.Path(arguments.input).is_fifo():
+    if storage.path(arguments.input).is_fifo():
         raise UserError(f"--input={arguments.input} is a pipe; it is read twice, so give a file")
     launching.check_model(arguments.model)
     count = sum(1 for _ in read_texts(arguments.input, arguments.field))

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from moe_embed_jax import triton_first
+from moe_embed_jax import storage, triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
@@ -56,6 +56,11 @@ class SentenceTransformerTeacher:
     """A model that sentence-transformers loads and runs, on whatever device PyTorch finds."""
 
     def __init__(self, name: str):
+        if storage.is_remote(name):
+            raise UserError(
+                f"{EXTERNAL}{name}: PyTorch reads no bucket: copy the folder to a disk, or name it "
+                f"without '{EXTERNAL}'"
+            )
         triton_first.before_torch()
         try:
             import torch
@@ -65,7 +70,7 @@ class SentenceTransformerTeacher:
                 f"the teacher {EXTERNAL}{name} needs sentence-transformers, which is not "
                 f"installed ({error}): pip install -e .[pytorch]"
             ) from None
-        refuse_without_tokenizer(pathlib.Path(name))
+        refuse_without_tokenizer(storage.path(name))
         try:
             # What a checkpoint lacks (often a pooler that nobody reads) is drawn: always the same,
             # or the model would have another identity each time.

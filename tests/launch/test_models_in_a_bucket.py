@@ -1,6 +1,7 @@
 """Models, vectors and evaluations in a bucket are those on a disk, from the same commands."""
 
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from helpers import cloud_storage, published_models, synthetic_data
-from helpers.evaluation_data import jsonl, write
+from helpers.evaluation_data import jsonl, table, write, write_beir, write_miracl
 from helpers.labelled_model import CONFIG, labelled
 
 from moe_embed_jax import Embedder, conversion, launching, storage
 from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.search.vectors import VectorStore
 
 DENSE = CONFIG | {"num_experts": 0, "n_layer": 2}
 TEXTS = [text.text for text in labelled(6)]
@@ -97,6 +99,72 @@ def test_a_folder_that_was_copied_by_hand(places, bucket, tmp_path):
         Embedder.load(bucket / "up")
 
 
+def test_embeddings(places, launch):
+    for place in places:
+        write(place / "texts.jsonl", jsonl(TEXTS))
+        flags = f"--model={place}/published", f"--input={place}/texts.jsonl", "--prompt=document"
+        for name in ("e.npy", "e.zarr", "e.zarr"):  # the second time it finds its work done
+            assert launch("embed", *flags, f"--output={place}/{name}") == 0
+    disk, remote = places
+    assert (remote / "e.npy").read_bytes() == (disk / "e.npy").read_bytes()
+    assert files_of(remote / "e.zarr") == files_of(disk / "e.zarr")
+    assert VectorStore(remote / "e.zarr")[2:4].shape == (2, DENSE["n_embd"])
+
+
+PAGE = """
+def get_config(variant=""):
+    name = "miracl-v1.0-{subset}"
+    return {"tasks": {
+        "STS": dict(kind="sts", path="sts/{subset}*.tsv.gz"),
+        "Set": dict(kind="retrieval", path="beir/en", languages="en"),
+        "MIRACL": dict(
+            kind="miracl",
+            topics=f"{name}/topics/topics.{name}-dev.tsv",
+            qrels=f"{name}/qrels/qrels.{name}-dev.tsv",
+            corpus="miracl-corpus-v1.0-{subset}/docs-*.jsonl.gz",
+        ),
+    }}
+"""
+
+
+def write_sets(data) -> None:
+    texts = [text.text for text in labelled(12)]
+    numbers = range(0, 24, 3)
+    documents = {f"d{n}": text for n, text in enumerate(texts)}
+    queries = {f"q{n}": texts[n][:40] for n in numbers}
+    write_beir(data / "beir/en", documents, queries, [(f"q{n}", f"d{n}", 1) for n in numbers])
+    rows = [(5 - n / 4, texts[n], texts[(3 * n) % 24]) for n in range(20)]
+    for name in ("de", ".de"):  # a hidden file is none of the data
+        header = ("score", "sentence1", "sentence2")
+        write(data / f"sts/{name}.tsv.gz", table(*rows, header=header))
+    shards = [[(f"{n}#{s}", "", texts[n + s]) for n in range(12)] for s in range(2)]
+    topics = {str(n): texts[n][:30] for n in range(12)}
+    write_miracl(data, "ar", shards, topics, [(n, f"{n}#{n % 2}", 1) for n in range(12)])
+
+
+def test_evaluations(places, launch, tmp_path):
+    (tmp_path / "page.py").write_text(PAGE)
+    write_sets(places[0] / "data")
+    copy(places[0] / "data", places[1] / "data")
+    found = []
+    for place in places:
+        flags = f"--model={place}/published", "--dim=32,8"
+        sets = f"--dataset={place}/data/beir/en", f"--output={place}/results.json"
+        assert launch("evaluate", *flags, *sets) == 0
+        suite = f"--suite={tmp_path}/page.py", f"--data={place}/data", f"--output={place}/scores"
+        assert launch("evaluate", *flags, *suite) == 0
+        results = {}
+        for path in (place / "scores/results").rglob("*.json"):
+            content = json.loads(path.read_text())
+            content.pop("evaluation_time", None)
+            results[path.relative_to(place).as_posix()] = content
+        results["sets"] = json.loads((place / "results.json").read_text())
+        results["table"] = (place / "scores/table.md").read_text()
+        assert (place / "scores/languages.png").read_bytes().startswith(b"\x89PNG")
+        found.append(results)
+    assert len(found[0]) == 2 * 4 + 2 and found[0] == found[1]
+
+
 def test_routing(places, launch):
     rows = [{"text": t.text, "language": t.language} for t in labelled(5)]
     for place in places:
@@ -113,6 +181,11 @@ def test_routing(places, launch):
         (
             {"model": "gs://no-such-bucket/model"},
             "model folder gs://no-such-bucket/model does not exist",
+        ),
+        (
+            {"output": "gs://no-such-bucket/e.npy"},
+            "gs://no-such-bucket/e.npy: cannot be written: there is no such bucket: create it, or "
+            "correct its name",
         ),
         ({"input": "gs://bucket/none.jsonl"}, "gs://bucket/none.jsonl: cannot be read: no such"),
         ({"model": "gs:/bucket/model"}, "gs is no storage that can be used: give gs://"),
