@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import posixpath
+import time
 import types
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ import google.auth.exceptions
 import requests
 from etils import epath
 
+from moe_embed_jax.errors import LostConnection
+
 SCHEME = "gs://"
 # Other processes write the same folders: what a listing said a moment ago may be wrong.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
@@ -38,6 +41,10 @@ def file_system():
     return fsspec.filesystem("gcs", finalize_on_close=True)  # the one that epath uses, too
 
 
+_AFTER_LOSS = 60.0  # seconds in which what follows a lost connection is not tried for a minute each
+_lost: tuple[float, str] | None = None  # when, and why
+
+
 @contextlib.contextmanager
 def errors_of(path, only_bucket: bool = False) -> Iterator[None]:
     """Turns what the client raises into the `OSError` that a disk would raise, with the path.
@@ -45,6 +52,9 @@ def errors_of(path, only_bucket: bool = False) -> Iterator[None]:
     Args:
       only_bucket: it is all that can be missing.
     """
+    global _lost
+    if _lost is not None and time.monotonic() - _lost[0] < _AFTER_LOSS:
+        raise LostConnection(errno.ENETUNREACH, _lost[1], str(path))
     try:
         yield
     except FileNotFoundError:
@@ -52,47 +62,38 @@ def errors_of(path, only_bucket: bool = False) -> Iterator[None]:
         raise FileNotFoundError(
             errno.ENOENT, what if only_bucket else "no such object or folder", str(path)
         ) from None
-    except (gcsfs.retry.HttpError, google.auth.exceptions.GoogleAuthError) as error:
-        if int(getattr(error, "code", 401) or 0) in (401, 403):
-            raise _no_access(path, error) from error
-        raise _says(path, error) from error
-    except (aiohttp.ClientError, requests.exceptions.RequestException, TimeoutError) as error:
-        raise _unreachable(path, error) from error
-    except OSError as error:
-        if str(error).startswith("Forbidden"):  # what gcsfs makes of status 403
-            raise _no_access(path, error) from error
-        raise
-    except ValueError as error:
-        if str(error).startswith("Bad Request"):  # what gcsfs makes of most with status 400
-            raise _says(path, error) from error
-        raise
+    except Exception as error:
+        translated = system_error(error, path)
+        if translated is None:
+            raise
+        if isinstance(translated, LostConnection):
+            _lost = time.monotonic(), translated.strerror
+        raise translated from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def system_error(error: BaseException, path) -> OSError | None:
+    """The error of a disk for one of the client, in one line that says what to do; None: it is of
+    something else."""
+    said = " ".join(str(error).split())[:300]
+    refused = isinstance(error, gcsfs.retry.HttpError | google.auth.exceptions.GoogleAuthError)
+    if isinstance(error, _LOST):
+        kind, number, what = LostConnection, errno.ENETUNREACH, f"cannot be reached ({said})"
+        what += ": check the network, then repeat the command"
+    # gcsfs makes an OSError of status 403, and a ValueError of most with status 400.
+    elif (refused and int(getattr(error, "code", 401) or 0) in (401, 403)) or (
+        isinstance(error, OSError) and said.startswith("Forbidden")
+    ):
+        kind, number, what = PermissionError, errno.EACCES, f"gives no access ({said})"
+        what += ": log in (gcloud auth application-default login), or let the owner of the bucket "
+        what += "grant it"
+    elif refused or (isinstance(error, ValueError) and said.startswith("Bad Request")):
+        kind, number, what = OSError, errno.EREMOTEIO, f"says: {said}"
+    else:
+        return None
+    return kind(number, f"Cloud Storage {what}", str(path))
 
 
-def _says(path, error: Exception) -> OSError:
-    what = f"Cloud Storage says: {_line(error)}"
-    return OSError(errno.EREMOTEIO, what, str(path))
-
-
-def _no_access(path, error: Exception) -> PermissionError:
-    return PermissionError(
-        errno.EACCES,
-        f"Cloud Storage gives no access ({_line(error)}): log in (gcloud auth "
-        "application-default login), or let the owner of the bucket grant it",
-        str(path),
-    )
-
-
-def _unreachable(path, error: Exception) -> ConnectionError:
-    return ConnectionError(
-        errno.ENETUNREACH,
-        f"Cloud Storage cannot be reached ({_line(error)}): check the network, then repeat "
-        "the command",
-        str(path),
-    )
+_LOST = (aiohttp.ClientError, requests.exceptions.RequestException, TimeoutError)
 
 
 class BucketPath(_PosixGPath):

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from moe_embed_jax import checksums, storage
 from moe_embed_jax.errors import UserError, first_line
 from moe_embed_jax.processes import from_process_0, wait_for_all
+from moe_embed_jax.refusals import is_lost_connection
 from moe_embed_jax.sharding import path_of
 
 TREES = ("params", "optimizer", "mlm_head")
@@ -297,6 +298,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
+
+    def leave(self, kind, error, trace) -> None:
+        """Closes at the end of a run, as `contextlib.ExitStack.push` calls it."""
+        del kind, trace
+        if error is None or not is_lost_connection(error):
+            self.close()
 
     def close(self) -> None:
         self._manager.wait_until_finished()

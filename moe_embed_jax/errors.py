@@ -15,6 +15,11 @@ class UserError(Exception):
     """Wrong input, configuration or environment; the message names the thing and the remedy."""
 
 
+class LostConnection(OSError):
+    """Cloud Storage cannot be reached, after a minute of tries. A program that meets it ends at
+    once: libraries would try for a quarter of an hour to write what they still hold."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the program did what it does then; the message says what is kept."""
 

@@ -23,7 +23,7 @@ from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 from moe_embed_jax.interop.source import EXTERNAL, check_source
 from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
 from moe_embed_jax.parts import add_part_flags
-from moe_embed_jax.refusals import refusal_of_system
+from moe_embed_jax.refusals import is_lost_connection, refusal_of_system
 from moe_embed_jax.search import check_dtype
 
 # Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
@@ -170,6 +170,7 @@ def run(main) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    lost = False
     with _interrupts() as interrupted:
         try:
             main()
@@ -184,11 +185,15 @@ def run(main) -> int:
             if problem is None and not interrupted:
                 raise
             message = f"error: {problem}"
+            lost = is_lost_connection(error)
         if interrupted:
             reason = next((str(error) for error in interrupted if str(error)), None)
             message = f"interrupted: {reason or 'the same command starts again, or continues'}"
         print(message, file=sys.stderr, flush=True)
-        return INTERRUPTED if interrupted else 2
+        status = INTERRUPTED if interrupted else 2
+        if lost:
+            os._exit(status)  # see `LostConnection`
+        return status
 
 
 def _quieten_orbax() -> None:

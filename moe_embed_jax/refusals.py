@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from moe_embed_jax import storage
+from moe_embed_jax.errors import LostConnection
 
 # What the operating system refuses, in the words of a user, and what helps.
 _REFUSALS = {
@@ -37,8 +38,8 @@ def refusal_of_system(error: BaseException) -> str | None:
     """
     chain = list(_chain(error))
     for each in reversed(chain):  # the first error; the others came of it, or while files closed
-        if isinstance(each, OSError) and str(each.filename).startswith(storage.SCHEME):
-            return f"{each.filename}: {each.strerror}"
+        if refused := _refusal_of_bucket(each, chain):
+            return refused
         number = getattr(each, "errno", None) or _number_in(str(each))
         # What was caught on the way may have nothing to do with what happened in the end.
         known = _REFUSALS if each is not error else _REFUSALS | _OTHER_REFUSALS
@@ -46,6 +47,28 @@ def refusal_of_system(error: BaseException) -> str | None:
             return f"{_path_of(each, chain)}: {known[number]}"
     if isinstance(error, OSError) and error.strerror:
         return f"{_path_of(error, chain)}: {error.strerror}"
+    return None
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a bucket could not be reached."""
+    return any(
+        isinstance(each, LostConnection)
+        or type(each).__module__.startswith(("aiohttp.", "requests."))
+        for each in _chain(error)
+    )
+
+
+def _refusal_of_bucket(error: BaseException, chain: list[BaseException]) -> str | None:
+    if isinstance(error, OSError) and str(error.filename).startswith(storage.SCHEME):
+        return f"{error.filename}: {error.strerror}"
+    # Orbax asks the client without `storage` between.
+    if type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests"):
+        from moe_embed_jax import bucket
+
+        name = _path_of(error, chain)
+        if (translated := bucket.system_error(error, name)) is not None:
+            return f"{name}: {translated.strerror}"
     return None
 
 
@@ -73,7 +96,7 @@ def _path_of(error: BaseException, chain: list[BaseException]) -> str:
         return os.fsdecode(name)
     if isinstance(name, str) and name:
         return name
-    if found := re.search(r"(?<![\w.])/[^\s\"':,\]]+", str(error)):
+    if found := re.search(r"gs://[^\s\"':,\]]+|(?<![\w.:/])/[^\s\"':,\]]+", str(error)):
         return found.group()
     for each in chain:
         if (found := _path_in_frames(each)) is not None:

@@ -77,7 +77,7 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
 
     ### State: the newest checkpoint of this work directory, else fresh
     checkpoints = Checkpoints(workdir / CHECKPOINTS, config.keep_checkpoints)
-    on_exit.callback(checkpoints.close)
+    on_exit.push(checkpoints.leave)
     restore = functools.partial(restore_state, checkpoints, abstract_state(stage, optimizer, mesh))
     check_data = functools.partial(workdir_module.check_data_spec, current=run.data_spec)
     restored = checkpoints.restore_newest(check_data, restore)
