@@ -84,7 +84,7 @@ class Checkpoints:
         """Orbax's manager, which reads the description of every step; also while a run removes
         steps between their listing and their reading."""
         for _ in range(_MOST_ATTEMPTS):
-            listed = _names(self.folder)
+            listed = set(self.folder.glob("*"))
             try:
                 return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
             except (FileNotFoundError, NotADirectoryError) as error:
@@ -92,7 +92,7 @@ class Checkpoints:
             # Other damage to the files of a step is seen by `check`.
             except (RecursionError, ValueError, TypeError, AttributeError, LookupError) as error:
                 reason = error
-                if listed == _names(self.folder):
+                if listed == set(self.folder.glob("*")):
                     raise UserError(
                         f"{_misdescribed(self.folder)} is damaged ({_first_line(error)}): move "
                         "the folder of its step away; the one before is then used"
@@ -369,10 +369,6 @@ def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
         there = ", ".join(map(str, steps))
         raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")
     return steps if step is None else [step]
-
-
-def _names(folder: pathlib.Path) -> set[str]:
-    return {path.name for path in folder.glob("*")}
 
 
 def _misdescribed(folder: pathlib.Path) -> str:
