@@ -45,9 +45,6 @@ GOLDEN = {
     "0.0.42.1": pathlib.Path("tests/golden/plan_v5e_2x2.json"),
     "0.0.50.1": pathlib.Path("tests/golden/plan_v5e_2x2_python3.12.json"),
 }
-# The plan of 0.0.50.1 is older than rematerialisation by `jax.checkpoint`. Until it is renewed, it
-# is compared as that of another compiler.
-EXACT = ("0.0.42.1",)
 SMALL = (
     "launch/plan.py",
     "--config=configs/pretrain.py:smoke",
@@ -281,9 +278,9 @@ class TestCompiled:
             ("predicted_step_seconds_without_overlap", 0.25),
             ("predicted_mfu", 0.25),
         ):
-            tolerance = 1e-6 if compiler in EXACT else of_another_compiler
+            tolerance = 1e-6 if compiler in GOLDEN else of_another_compiler
             assert found[key] == pytest.approx(golden[key], rel=tolerance), f"{key}; {renew}"
-        if compiler in EXACT:  # every collective, its bytes, times and overlap
+        if compiler in GOLDEN:  # every collective, its bytes, times and overlap
             assert found["collectives"] == golden["collectives"], renew
         kinds = [
             {(c["kind"], tuple(c["axes"])) for c in plan["collectives"]} for plan in (found, golden)
