@@ -1,4 +1,4 @@
-"""CRC-32 of the files of a folder: what tells a damaged file from a whole one.
+"""CRC-32 of the files of a folder: what tells a damaged file from a whole one, when it is read.
 
 A cyclic redundancy check finds every flipped bit and every burst of up to 32 bits, and all but one
 in 4 billion of other damage. It does not protect against intent. zlib computes it at about 3 GB/s
@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from moe_embed_jax import storage
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.safe_names import check_name
 
 FILE_NAME = "checksums.json"
 _OF_BUCKET = "crc32c:"
@@ -127,6 +129,34 @@ def parse(text: str) -> dict[str, str]:
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a list of checksums ({error!r})") from None
     return values
+
+
+def write_checksums(folder: pathlib.Path) -> None:
+    """Writes checksums.json of every file that is in `folder` now, folders in it included."""
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    values = checksums(folder, ["."])
+    (folder / FILE_NAME).write_text(dump(values) + "\n", encoding="utf-8")
+
+
+def verify_checksums(folder: pathlib.Path) -> None:
+    """Reads every file that checksums.json names; without one nothing is checked.
+
+    Raises `UserError` that names a file which is missing or was changed.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        return
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): prepare the data again") from None
+    for name in values:
+        for part in name.split("/"):
+            check_name(part, f"{path}: a part of {name!r:.60}")
+    if damage := find_damage(folder, values):
+        raise UserError(
+            f"{damage}: prepare the data again, or delete {path} if you meant to change it"
+        )
 
 
 def _own(values: Mapping[str, str]) -> str:

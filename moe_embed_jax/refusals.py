@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from moe_embed_jax import storage
 from moe_embed_jax.errors import LostConnection
 
-# What the operating system refuses, in the words of a user, and what helps.
+# Error number -> what is wrong and what to do.
 _REFUSALS = {
     errno.ENOSPC: "there is no room left on this disk: make room, then repeat the command",
     errno.EDQUOT: "the disk quota is used up: make room, then repeat the command",
@@ -37,11 +37,11 @@ def refusal_of_system(error: BaseException) -> str | None:
     Libraries wrap what the system says, in exceptions or in text. None: the error is another one.
     """
     chain = list(_chain(error))
-    for each in reversed(chain):  # the first error; the others came of it, or while files closed
+    for each in reversed(chain):  # the first error; it caused the others, or files were closing
         if refused := _refusal_of_bucket(each, chain):
             return refused
         number = getattr(each, "errno", None) or _number_in(str(each))
-        # What was caught on the way may have nothing to do with what happened in the end.
+        # An error that was caught before may have nothing to do with the last one.
         known = _REFUSALS if each is not error else _REFUSALS | _OTHER_REFUSALS
         if number in known:
             return f"{_path_of(each, chain)}: {known[number]}"
@@ -84,7 +84,7 @@ def _number_in(text: str) -> int | None:
     for number in _REFUSALS:
         if os.strerror(number) in text:
             return number
-    # NumPy counts what it could write, and does not say why that was less.
+    # NumPy counts the values it wrote, and does not say why it stopped.
     return errno.ENOSPC if re.search(r"\d+ requested and \d+ written", text) else None
 
 

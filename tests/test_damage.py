@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from helpers.stand_in_teacher import StandInTeacher
 
+from moe_embed_jax.checksums import write_checksums
 from moe_embed_jax.curation.consistency import ConsistencyFilter
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.negatives import NegativeMining
 from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.pair_texts import Embedding
 from moe_embed_jax.curation.report import Report
-from moe_embed_jax.data.checksums import write_checksums
 from moe_embed_jax.data.token_store import TokenStore, TokenStoreWriter
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout import load_heldout

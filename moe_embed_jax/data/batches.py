@@ -12,7 +12,7 @@ from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks
 from moe_embed_jax.data.document_rows import RowTable
 from moe_embed_jax.data.masking import Masking
 from moe_embed_jax.data.packing import fill_rows, pack
-from moe_embed_jax.data.schedule import Group, MixedSchedule, Schedule
+from moe_embed_jax.data.schedule import Group, Schedule
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, local_device_positions
@@ -111,9 +111,7 @@ class Batches(abc.ABC):
     looks like is decided by a subclass.
     """
 
-    def __init__(
-        self, schedule: Schedule | MixedSchedule, mesh: jax.sharding.Mesh, chunk_rows: int
-    ):
+    def __init__(self, schedule: Schedule, mesh: jax.sharding.Mesh, chunk_rows: int):
         """`chunk_rows`: rows that a device encodes at a time, at most; 0: all of them."""
         if schedule.batch_size % mesh.size:
             raise UserError(
@@ -307,7 +305,7 @@ class MaskedBatches(Batches):
         self,
         store: TokenStore,
         table: RowTable,
-        schedule: Schedule | MixedSchedule,
+        schedule: Schedule,
         mesh: jax.sharding.Mesh,
         masking: Masking,
         vocabulary,

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from moe_embed_jax.data.packing import Rows
+from moe_embed_jax.data.packing import pack
 from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.shapes import PADDING
 
@@ -93,13 +93,13 @@ def row_table(
       lengths: int [documents] ids without specials.
       groups: of the store; a row holds documents of one language.
     """
-    pack = concatenate_documents if across_documents else pack_documents
+    cut = concatenate_documents if across_documents else pack_documents
     counts, pieces, ranges = [], [], []
     rows = 0
     for place, (language, numbers) in enumerate(documents_by_language(groups).items()):
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, place))))
         order = rng.permutation(numbers)
-        count_R, piece_N3 = pack(lengths[order], row_length)
+        count_R, piece_N3 = cut(lengths[order], row_length)
         piece_N3[:, 0] = order[piece_N3[:, 0]]
         counts.append(count_R)
         pieces.append(piece_N3)
@@ -127,29 +127,16 @@ def pack_documents(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np
     rows = 0
     for start in range(0, len(document), WINDOW):
         part = slice(start, start + WINDOW)
-        row_of_piece[part], opened = _best_fit((end - begin)[part] + 2, row_length)
-        row_of_piece[part] += rows
-        rows += opened
+        packing = pack((end - begin)[part] + 2, row_length, row_length)
+        row_of_piece[part] = rows + packing.row
+        rows += packing.rows
     order = np.argsort(row_of_piece, kind="stable")
     pieces = np.stack([document, begin, end], axis=1)[order]
     return np.bincount(row_of_piece, minlength=rows), pieces
 
 
-def _best_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, int]:
-    """(row of each piece, number of rows): longest first, into the fullest row that takes it."""
-    rows = Rows(row_length, row_length)
-    found = np.zeros(len(lengths), np.int64)
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        place = rows.place(int(lengths[piece]))
-        if place is None:
-            rows.open()
-            place = rows.place(int(lengths[piece]))
-        found[piece] = place[0]
-    return found, len(rows)
-
-
 def concatenate_documents(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `pack_documents`, but as the reference: documents with <s> and </s> one after the other,
+    """`pack_documents` as the reference does it: documents with <s> and </s> one after the other,
     cut into rows (the last one may be short: the reference drops it)."""
     stops = np.cumsum(lengths + 2)
     cuts = np.arange(row_length, stops[-1], row_length)

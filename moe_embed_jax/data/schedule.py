@@ -71,6 +71,7 @@ def group_weights(groups: list[Group], language_exponent: float) -> np.ndarray:
     return share / share.sum()
 
 
+@dataclasses.dataclass(eq=False)
 class Schedule:
     """The groups and rows of every step of a run.
 
@@ -79,20 +80,16 @@ class Schedule:
     follow.
     """
 
-    def __init__(
-        self,
-        groups: list[Group],
-        batch_size: int,
-        steps: int,
-        seed: int,
-        language_exponent: float = 1.0,
-    ):
-        self.groups = groups
-        self.batch_size = batch_size
-        self.steps = steps
-        self.seed = seed
-        weights = group_weights(groups, language_exponent)
-        offsets = np.random.Generator(np.random.Philox(seed)).random(len(groups))
+    groups: list[Group]
+    batch_size: int
+    steps: int
+    seed: int
+    language_exponent: float = 1.0
+
+    def __post_init__(self):
+        groups, steps = self.groups, self.steps
+        weights = group_weights(groups, self.language_exponent)
+        offsets = np.random.Generator(np.random.Philox(self.seed)).random(len(groups))
         # Group g's j-th use is at time (j + offset) / weight; uses up to time t number t +- groups.
         horizon = steps + len(groups) + 1
         times, members = [], []
@@ -119,27 +116,17 @@ class Schedule:
         return stream(self.groups[group_index], group_index, self.seed, first, self.batch_size)
 
 
-class MixedSchedule:
-    """Rows of every step where a batch holds all groups: `Schedule`, row by row.
+class MixedSchedule(Schedule):
+    """A schedule whose batches hold rows of all groups.
 
     Row i of the run is what step i of a `Schedule` of batches of one row would be; it is found
     without walking through the rows before it.
     """
 
-    def __init__(
-        self,
-        groups: list[Group],
-        batch_size: int,
-        steps: int,
-        seed: int,
-        language_exponent: float = 1.0,
-    ):
-        self.groups = groups
-        self.batch_size = batch_size
-        self.steps = steps
-        self.seed = seed
-        self._weights = group_weights(groups, language_exponent)
-        self._offsets = np.random.Generator(np.random.Philox(seed)).random(len(groups))
+    def __post_init__(self):
+        groups = self.groups
+        self._weights = group_weights(groups, self.language_exponent)
+        self._offsets = np.random.Generator(np.random.Philox(self.seed)).random(len(groups))
         self._mixed = Group(groups[0].task, "mixed", 0, max(group.stop for group in groups), 1.0)
 
     def group(self, step: int) -> Group:

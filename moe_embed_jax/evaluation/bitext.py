@@ -48,8 +48,10 @@ class Bitext:
       columns  a table of two columns without a header per pair of languages, named like en-es
       records  one file of JSON lines with lang, id and `field`; equal ids translate each other
     languages: without the pivot; None: all that are there.
-    unique: leave out pairs of which a side came before: their translation cannot be told.
-    first_pairs: score only so many of each two languages, after `unique`; None: all.
+    unique: leave out a pair if one of its sides occurred before: which translation belongs to it
+      cannot be told.
+    first_pairs: the number of pairs of each two languages that are scored; None: all. `unique`
+      comes first.
     """
 
     path: str

@@ -1,8 +1,8 @@
 """Which experts the tokens of a language or a topic take, and what an expert tells about them.
 
-What is counted is the *assignment*: a token that is sent to an expert. Every token of a text makes
-K of them in every layer with experts, prefix and special tokens included, padding never. Each
-counts once, whatever its gate; `first_choice` numbers count only the one with the largest gate.
+Assignments are counted: tokens that are sent to an expert. Every token of a text has K assignments
+in every layer with experts. Prefixes and special tokens count, padding does not. Each assignment
+counts once, whatever its gate; numbers of `first_choice` count only the one with the largest gate.
 M stands for the layers with experts, N for texts, A for groups of texts (languages, topics).
 """
 
@@ -56,8 +56,8 @@ def mutual_information(weight_AME: np.ndarray) -> np.ndarray:
     The joint distribution is `weight` over its sum in the layer: with counts of assignments, one
     assignment drawn from all of the sample, groups as frequent as their assignments are in it.
 
-    This plug-in estimate is above 0 where nothing depends on anything, and the more so the fewer
-    texts there are: compare it with `shuffled_information`.
+    This plug-in estimate is above 0 even if experts do not depend on groups, and grows as texts
+    become fewer: compare it with `shuffled_information`.
     """
     joint_AME = np.asarray(weight_AME, np.float64)
     joint_AME = joint_AME / joint_AME.sum(axis=(0, 2), keepdims=True)
@@ -69,8 +69,8 @@ def mutual_information(weight_AME: np.ndarray) -> np.ndarray:
 def most_information(tokens_A: np.ndarray, experts: int, experts_per_token: int) -> float:
     """Upper bound of I(group; expert) in bits: min(H(group), log2(E / K)).
 
-    A token's K assignments go to K different experts, so that even who knows the token cannot tell
-    which of them was drawn: H(expert | group) >= log2(K), and H(expert) <= log2(E).
+    A token's K assignments go to K different experts. One of them is drawn at random, so the token
+    alone does not tell which: H(expert | group) >= log2(K). H(expert) is at most log2(E).
     """
     share_A = tokens_A / tokens_A.sum()
     entropy = -sum(p * math.log2(p) for p in share_A if p > 0)
@@ -80,7 +80,7 @@ def most_information(tokens_A: np.ndarray, experts: int, experts_per_token: int)
 def shuffled_information(
     counts_NME: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, shuffles: int, seed: int
 ) -> np.ndarray:
-    """`mutual_information` with labels dealt out at random, again and again: [shuffles, M].
+    """`mutual_information` with labels in random order, once per shuffle: [shuffles, M].
 
     Labels move between whole units, never between tokens, because the tokens of a text are alike.
     `unit_N`: 0, 1, ... of each text; texts of one unit have one label (translations of a sentence,
@@ -113,8 +113,8 @@ def inspect_routing(
       "groups": {name: texts, tokens, "layers" as above};
       "information": of every layer `bits` = I(expert; label), `most_bits`, `of_most` = their ratio
         (None where nothing is possible), `shuffled_mean` and `shuffled_max` over the shuffles,
-        `above_shuffled` = bits - shuffled_mean, `p` = (1 + shuffles with at least so many bits) /
-        (1 + shuffles); and in "first_choice" the same of first choices alone.
+        `above_shuffled` = bits - shuffled_mean, `p` = (1 + shuffles with at least `bits`) /
+        (1 + shuffles); and in "first_choice" the same numbers of first choices alone.
     Loads are relative to an equal share (1 / E). Layers are counted from 0.
 
     Raises `UserError`: a model without experts; no texts; texts without labels, or some without; a

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_embed_jax import storage
-from moe_embed_jax.data.checksums import verify_checksums
+from moe_embed_jax.checksums import verify_checksums
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
 from moe_embed_jax.evaluation.retrieval import evaluate_many

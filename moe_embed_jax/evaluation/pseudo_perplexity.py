@@ -1,8 +1,8 @@
 """How well a masked language model guesses held-out documents, per language.
 
-Pseudo-perplexity (arXiv 1910.14659): exp of the mean loss of every token, hidden while the others
-are seen. One token at a time costs a forward pass per token; here every eighth token is hidden at a
-time, in eight passes, so that each token counts once and is guessed from seven eighths of the rest.
+Pseudo-perplexity (arXiv 1910.14659): exp of the mean loss of every token, masked while the model
+sees the others. To mask one token at a time costs a forward pass per token. Here a pass masks every
+eighth token, so that eight passes predict each token once, from seven eighths of the others.
 Numbers of models with different tokenizers cannot be compared.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax import storage
-from moe_embed_jax.data.checksums import verify_checksums
+from moe_embed_jax.checksums import verify_checksums
 from moe_embed_jax.data.masking import ordinary_ids
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.text_files import read_json, string_field
@@ -35,8 +35,8 @@ from moe_embed_jax.sharding import rules_for, specs
 
 PASSES = 8
 ROW_LENGTH = 256  # at most; a document counts up to here
-TOKENS = 512  # per language, about: its documents in order until there are so many
-ROWS_PER_CALL = TOKENS * PASSES // ROW_LENGTH  # what a language needs, more or less
+TOKENS = 512  # per language: documents are taken in order until they have this number
+ROWS_PER_CALL = TOKENS * PASSES // ROW_LENGTH  # about what a language needs
 AT_ONCE = 1024  # predictions with logits at a time
 
 
@@ -55,8 +55,8 @@ class MaskedModel:
         return min(ROW_LENGTH, self.model.max_positions or ROW_LENGTH)
 
     def pseudo_perplexity(self, texts: list[str]) -> dict[str, float] | None:
-        """{"perplexity", "accuracy", "tokens"} of the first `TOKENS` tokens of these texts, about;
-        None where there is not even a text of `PASSES` tokens."""
+        """{"perplexity", "accuracy", "tokens"} of about the first `TOKENS` tokens of these texts;
+        None if no text has `PASSES` tokens."""
         sequences, tokens = [], 0
         for text in texts:
             (ids,) = self.vocabulary.encode_texts([text], self.row_length)
@@ -90,31 +90,31 @@ class MaskedModel:
         token_RL, text_index_RL, position_RL = fill_rows(
             packing, [ids for ids, _ in copies], rows, length, self.vocabulary.pad_id
         )
-        # A text of n >= PASSES tokens hides at most twice n / PASSES of them.
+        # Of a text of n >= PASSES tokens at most twice n / PASSES are masked.
         column_RP = np.zeros((rows, 2 * length // PASSES), np.int32)
         target_RP = np.full(column_RP.shape, PADDING, np.int32)
         used = np.zeros(rows, int)
         for (ids, offset), row, start in zip(copies, packing.row, packing.start, strict=True):
-            hidden = np.arange(1 + offset, len(ids) - 1, PASSES)
-            hidden = hidden[ordinary[ids[hidden]]]
-            places = slice(used[row], used[row] + len(hidden))
-            column_RP[row, places], target_RP[row, places] = start + hidden, ids[hidden]
-            token_RL[row, start + hidden] = self.vocabulary.mask_id
-            used[row] += len(hidden)
+            masked = np.arange(1 + offset, len(ids) - 1, PASSES)
+            masked = masked[ordinary[ids[masked]]]
+            places = slice(used[row], used[row] + len(masked))
+            column_RP[row, places], target_RP[row, places] = start + masked, ids[masked]
+            token_RL[row, start + masked] = self.vocabulary.mask_id
+            used[row] += len(masked)
         arrays = (token_RL, text_index_RL, position_RL, column_RP, target_RP)
         for first in range(0, rows, step):
             yield [array[first : first + step] for array in arrays]
 
     def fill_mask(self, sequences: list[np.ndarray], columns: list[int], best: int = 5):
-        """The `best` most probable ids for a hidden token of each sequence, and their probability:
-        int and float [texts, best]."""
+        """The `best` most probable ids for a masked token of each sequence, and their
+        probabilities: int and float [texts, best]."""
         length, count = self.row_length, len(sequences)
         rows = -(-count // self.mesh.size) * self.mesh.size
         packing = pack([len(ids) for ids in sequences], length, 1)
-        hidden = [ids.copy() for ids in sequences]
-        for ids, column in zip(hidden, columns, strict=True):
+        masked = [ids.copy() for ids in sequences]
+        for ids, column in zip(masked, columns, strict=True):
             ids[column] = self.vocabulary.mask_id
-        arrays = fill_rows(packing, hidden, rows, length, self.vocabulary.pad_id)
+        arrays = fill_rows(packing, masked, rows, length, self.vocabulary.pad_id)
         column_R = np.zeros(rows, np.int32)
         column_R[packing.row] = columns
         arrays = [to_devices(array, batch_sharding(self.mesh)) for array in (*arrays, column_R)]
@@ -150,7 +150,7 @@ def _best(model, best, params, head, token_RL, text_index_RL, position_RL, colum
 
 
 def load_documents(folder) -> dict[str, list[str]]:
-    """Language -> held-out documents, sources in turn, sorted by language.
+    """{language: held-out documents}, sorted by language; documents of its sources alternate.
 
     Raises `UserError` when there are none, for a bad line and for a file that was changed.
     """

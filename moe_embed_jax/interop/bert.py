@@ -4,8 +4,7 @@ The tables serve both directions for BERT; XLM-RoBERTa comes in and leaves as BE
 rows of positions are dropped, so that positions count from 0).
 """
 
-from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.rules import Rule
+from moe_embed_jax.interop.rules import Rule, check_architecture, layer_norm, linear, mlm_head
 from moe_embed_jax.json_file import real, whole
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.encoder_config import LIMITS
@@ -16,42 +15,17 @@ RULES = (
     Rule("embeddings/token", ("embeddings.word_embeddings.weight",)),
     Rule("embeddings/token_type", ("embeddings.token_type_embeddings.weight",)),
     Rule("embeddings/position", ("embeddings.position_embeddings.weight",)),
-    Rule("embeddings/norm/scale", ("embeddings.LayerNorm.weight",)),
-    Rule("embeddings/norm/bias", ("embeddings.LayerNorm.bias",)),
-    Rule(
-        "layers/{i}/attention/qkv/kernel",
-        (_SELF + "query.weight", _SELF + "key.weight", _SELF + "value.weight"),
-        "linear",
-    ),
-    Rule(
-        "layers/{i}/attention/qkv/bias",
-        (_SELF + "query.bias", _SELF + "key.bias", _SELF + "value.bias"),
-    ),
-    Rule("layers/{i}/attention/out/kernel", (_LAYER + "attention.output.dense.weight",), "linear"),
-    Rule("layers/{i}/attention/out/bias", (_LAYER + "attention.output.dense.bias",)),
-    Rule("layers/{i}/norm_1/scale", (_LAYER + "attention.output.LayerNorm.weight",)),
-    Rule("layers/{i}/norm_1/bias", (_LAYER + "attention.output.LayerNorm.bias",)),
-    Rule("layers/{i}/feed_forward/up/kernel", (_LAYER + "intermediate.dense.weight",), "linear"),
-    Rule("layers/{i}/feed_forward/up/bias", (_LAYER + "intermediate.dense.bias",)),
-    Rule("layers/{i}/feed_forward/down/kernel", (_LAYER + "output.dense.weight",), "linear"),
-    Rule("layers/{i}/feed_forward/down/bias", (_LAYER + "output.dense.bias",)),
-    Rule("layers/{i}/norm_2/scale", (_LAYER + "output.LayerNorm.weight",)),
-    Rule("layers/{i}/norm_2/bias", (_LAYER + "output.LayerNorm.bias",)),
+    *layer_norm("embeddings/norm", "embeddings.LayerNorm"),
+    *linear("layers/{i}/attention/qkv", _SELF + "query", _SELF + "key", _SELF + "value"),
+    *linear("layers/{i}/attention/out", _LAYER + "attention.output.dense"),
+    *layer_norm("layers/{i}/norm_1", _LAYER + "attention.output.LayerNorm"),
+    *linear("layers/{i}/feed_forward/up", _LAYER + "intermediate.dense"),
+    *linear("layers/{i}/feed_forward/down", _LAYER + "output.dense"),
+    *layer_norm("layers/{i}/norm_2", _LAYER + "output.LayerNorm"),
 )
-BERT_HEAD_RULES = (
-    Rule("mlm_head/dense/kernel", ("cls.predictions.transform.dense.weight",), "linear"),
-    Rule("mlm_head/dense/bias", ("cls.predictions.transform.dense.bias",)),
-    Rule("mlm_head/norm/scale", ("cls.predictions.transform.LayerNorm.weight",)),
-    Rule("mlm_head/norm/bias", ("cls.predictions.transform.LayerNorm.bias",)),
-    Rule("mlm_head/bias", ("cls.predictions.bias",)),
-)
-ROBERTA_HEAD_RULES = (
-    Rule("mlm_head/dense/kernel", ("lm_head.dense.weight",), "linear"),
-    Rule("mlm_head/dense/bias", ("lm_head.dense.bias",)),
-    Rule("mlm_head/norm/scale", ("lm_head.layer_norm.weight",)),
-    Rule("mlm_head/norm/bias", ("lm_head.layer_norm.bias",)),
-    Rule("mlm_head/bias", ("lm_head.bias",)),
-)
+_TRANSFORM = "cls.predictions.transform."
+BERT_HEAD_RULES = mlm_head(_TRANSFORM + "dense", _TRANSFORM + "LayerNorm", "cls.predictions.bias")
+ROBERTA_HEAD_RULES = mlm_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
 PREFIXES = ("bert.", "roberta.")
 TIED = ("cls.predictions.decoder.weight", "lm_head.decoder.weight")  # to the word embeddings
 # Not part of an embedding: the pooler over <s>, the next-sentence head, a buffer that old
@@ -75,17 +49,12 @@ _FIXED = {
 
 
 def model_from_config(config: dict, names, where: str) -> EncoderConfig:
-    """The encoder that a BERT or XLM-RoBERTa config.json describes, tables as long as the file's.
+    """The encoder that a BERT or XLM-RoBERTa config.json describes, with its table sizes.
 
     `names` is not needed here. Raises `UserError` naming the key.
     """
     del names
-    for key, allowed in _FIXED.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"{where}: {key}={config[key]!r:.60} is an architecture that this encoder is not "
-                f"({key} must be {allowed[0]!r})"
-            )
+    check_architecture(config, _FIXED, where)
 
     def size(key: str, field: str) -> int:
         return whole(config, key, where, LIMITS[field])

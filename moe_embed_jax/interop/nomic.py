@@ -10,12 +10,12 @@ Extensions of ours, absent from the published model and unknown to other runtime
 in config.json: `moe_expert_bias` (tensor `experts.mlp.b1`), `moe_normalize_expert_weights` true,
 `moe_every_n_layers` 1, and learned positions (`rotary_emb_fraction` 0, tensor
 `embeddings.position_embeddings.weight`; the reference code knows these). Such a model calls itself
-`moe_embed`, so that a runtime with code of its own for `nomic_bert` refuses it instead of
-computing something else.
+`moe_embed`, so that a runtime that implements `nomic_bert` itself refuses it instead of computing
+something else.
 """
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.interop.rules import Rule
+from moe_embed_jax.interop.rules import Rule, check_architecture, layer_norm, linear, mlm_head
 from moe_embed_jax.json_file import flag, real, text, whole
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.encoder_config import LIMITS
@@ -25,20 +25,13 @@ RULES = (
     Rule("embeddings/token", ("embeddings.word_embeddings.weight",)),
     Rule("embeddings/token_type", ("embeddings.token_type_embeddings.weight",)),
     Rule("embeddings/position", ("embeddings.position_embeddings.weight",)),
-    Rule("embeddings/norm/scale", ("emb_ln.weight",)),
-    Rule("embeddings/norm/bias", ("emb_ln.bias",)),
-    Rule("layers/{i}/attention/qkv/kernel", (_LAYER + "attn.Wqkv.weight",), "linear"),
-    Rule("layers/{i}/attention/qkv/bias", (_LAYER + "attn.Wqkv.bias",)),
-    Rule("layers/{i}/attention/out/kernel", (_LAYER + "attn.out_proj.weight",), "linear"),
-    Rule("layers/{i}/attention/out/bias", (_LAYER + "attn.out_proj.bias",)),
-    Rule("layers/{i}/norm_1/scale", (_LAYER + "norm1.weight",)),
-    Rule("layers/{i}/norm_1/bias", (_LAYER + "norm1.bias",)),
-    Rule("layers/{i}/norm_2/scale", (_LAYER + "norm2.weight",)),
-    Rule("layers/{i}/norm_2/bias", (_LAYER + "norm2.bias",)),
-    Rule("layers/{i}/feed_forward/up/kernel", (_LAYER + "mlp.fc1.weight",), "linear"),
-    Rule("layers/{i}/feed_forward/up/bias", (_LAYER + "mlp.fc1.bias",)),
-    Rule("layers/{i}/feed_forward/down/kernel", (_LAYER + "mlp.fc2.weight",), "linear"),
-    Rule("layers/{i}/feed_forward/down/bias", (_LAYER + "mlp.fc2.bias",)),
+    *layer_norm("embeddings/norm", "emb_ln"),
+    *linear("layers/{i}/attention/qkv", _LAYER + "attn.Wqkv"),
+    *linear("layers/{i}/attention/out", _LAYER + "attn.out_proj"),
+    *layer_norm("layers/{i}/norm_1", _LAYER + "norm1"),
+    *layer_norm("layers/{i}/norm_2", _LAYER + "norm2"),
+    *linear("layers/{i}/feed_forward/up", _LAYER + "mlp.fc1"),
+    *linear("layers/{i}/feed_forward/down", _LAYER + "mlp.fc2"),
     Rule("layers/{i}/moe/router/kernel", (_LAYER + "mlp.router.layer.weight",), "linear"),
     Rule("layers/{i}/moe/w_in", (_LAYER + "mlp.experts.mlp.w1",), "experts_in"),
     Rule("layers/{i}/moe/bias_in", (_LAYER + "mlp.experts.mlp.b1",), "experts_bias"),
@@ -46,18 +39,15 @@ RULES = (
     Rule("layers/{i}/moe/bias", (_LAYER + "mlp.experts.bias",)),
 )
 # The head of the backbone (nomic-xlm-2048): names as its code has them, unverified on the file.
-HEAD_RULES = (
-    Rule("mlm_head/dense/kernel", ("cls.predictions.transform.dense.weight",), "linear"),
-    Rule("mlm_head/dense/bias", ("cls.predictions.transform.dense.bias",)),
-    Rule("mlm_head/norm/scale", ("cls.predictions.transform.layer_norm.weight",)),
-    Rule("mlm_head/norm/bias", ("cls.predictions.transform.layer_norm.bias",)),
-    Rule("mlm_head/bias", ("cls.predictions.decoder.bias",)),
+_TRANSFORM = "cls.predictions.transform."
+HEAD_RULES = mlm_head(
+    _TRANSFORM + "dense", _TRANSFORM + "layer_norm", "cls.predictions.decoder.bias"
 )
 PREFIXES = ("bert.", "trunk.")
 TIED = ("cls.predictions.decoder.weight",)  # to the word embeddings
 IGNORED = ()
 
-# transformers from 5.5 on has a class of its own for model_type "nomic_bert", which knows neither
+# transformers from 5.5 on has a built-in class for model_type "nomic_bert", which knows neither
 # experts nor biases and takes random weights in their place, without an error. It wants a string in
 # `hidden_act`, which no other reader of this layout uses (they read `activation_function`): a list
 # stops it, and its error shows these words. The same text stands in torch_model.py.
@@ -109,13 +99,8 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
     Raises:
       UserError: a value that this encoder cannot be, or a missing key, named.
     """
-    for key, allowed in _FIXED.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"{where}: {key}={config[key]!r:.60} is an architecture that this encoder is not "
-                f"({key} must be {allowed[0]!r})"
-            )
-    # Null means nothing said for these three, as transformers writes it.
+    check_architecture(config, _FIXED, where)
+    # transformers writes null for these three where nothing was set.
     nullable = ("num_experts", "moe_every_n_layers", "n_inner")
     config = {key: x for key, x in config.items() if x is not None or key not in nullable}
     fraction = config.get("rotary_emb_fraction", ABSENT["rotary_emb_fraction"])

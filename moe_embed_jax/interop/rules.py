@@ -46,6 +46,38 @@ class Rule:
     layout: str = "same"
 
 
+def linear(path: str, *keys: str) -> tuple[Rule, Rule]:
+    """Kernel and bias of our layer `path`, which joins the PyTorch layers `keys`."""
+    return (
+        Rule(f"{path}/kernel", tuple(f"{key}.weight" for key in keys), "linear"),
+        Rule(f"{path}/bias", tuple(f"{key}.bias" for key in keys)),
+    )
+
+
+def layer_norm(path: str, key: str) -> tuple[Rule, Rule]:
+    """Scale and bias of a layer norm."""
+    return Rule(f"{path}/scale", (f"{key}.weight",)), Rule(f"{path}/bias", (f"{key}.bias",))
+
+
+def mlm_head(dense: str, norm: str, bias: str) -> tuple[Rule, ...]:
+    """The language-model head; its output matrix is the word table."""
+    return (
+        *linear("mlm_head/dense", dense),
+        *layer_norm("mlm_head/norm", norm),
+        Rule("mlm_head/bias", (bias,)),
+    )
+
+
+def check_architecture(config: dict, allowed: Mapping[str, tuple], where: str) -> None:
+    """Raises `UserError` for a key of config.json that has none of its allowed values."""
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise UserError(
+                f"{where}: {key}={config[key]!r:.60} is an architecture that this encoder is not "
+                f"({key} must be {values[0]!r})"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A rule applied to one parameter: shapes of ours and of each of their tensors."""

@@ -76,9 +76,19 @@ def prepare(query_BD, document_BMD, valid_BM):
     return query_BD.astype(jnp.float32), document_BMD, valid_BM
 
 
-def summarize(config: ContrastConfig, valid_BM, widths, parts) -> ContrastResult:
-    """The result of a batch; `parts` has, for each of `widths`, the loss of every pair, its own
-    score, and maximum and number of the scores of its negative documents."""
+def over_widths(
+    config: ContrastConfig, query_BD, document_BMD, valid_BM, one_width
+) -> ContrastResult:
+    """The result of a batch from its vectors, of any length, cut to each Matryoshka width.
+
+    Args:
+      one_width: (q_BD, d_BMD), of unit length -> the loss of every pair, the score of its own
+        document, and maximum and number of the scores of its negative documents, all [B].
+    """
+    widths = config.widths(query_BD.shape[-1])
+    parts = [
+        one_width(unit(query_BD[:, :width]), unit(document_BMD[..., :width])) for width, _ in widths
+    ]
     B = len(valid_BM)
     if config.share_hard_negatives:
         others_B = jnp.full(B, jnp.sum(valid_BM) - 1)

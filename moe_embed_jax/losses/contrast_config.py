@@ -28,10 +28,10 @@ class ContrastConfig:
     learn_temperature: the caller's parameter `log_scale` (= -log temperature) is used instead,
       clipped so that the temperature stays in [temperature_min, temperature_max].
     terms: some of "q->d", "q->q", "d->d", "d->q", separated by blanks; "q->d" is always there.
-    share_hard_negatives: hard negatives are negatives of every query of the batch (the reference
-      code) or only of their own (the paper's equation 3).
+    share_hard_negatives: True: hard negatives are negatives of every query of the batch (the
+      reference code). False: of their pair's query alone (the paper's equation 3).
     margin: a text that scores more than this above s(q_i, d_i), in cosine units, is taken for a
-      false negative and left out (Qwen3-Embedding, arXiv 2506.05176, has 0.1); None: none is.
+      false negative and left out (Qwen3-Embedding, arXiv 2506.05176, has 0.1). None: no text is.
     dims: Matryoshka widths and weights, {"768": 1.0, "256": 1.0}: vectors are cut, then normalised,
       and the loss is the weighted sum over widths; None: the full width, weight 1.
     """

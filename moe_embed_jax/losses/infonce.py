@@ -12,10 +12,9 @@ from moe_embed_jax.losses.contents import Contents, compare_contents
 from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     ContrastResult,
+    over_widths,
     prepare,
     score_scale,
-    summarize,
-    unit,
 )
 from moe_embed_jax.losses.streaming import TILE, streamed_log_sum_exp
 
@@ -46,19 +45,11 @@ def infonce(
     query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
     scale = score_scale(config, log_scale)
     contents = compare_contents(query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives)
-    widths = config.widths(query_BD.shape[-1])
-    parts = [
-        _one_width(
-            config,
-            scale,
-            unit(query_BD[:, :width]),
-            unit(document_BMD[..., :width]),
-            contents,
-            tile,
-        )
-        for width, _ in widths
-    ]
-    return summarize(config, valid_BM, widths, parts)
+
+    def one_width(q_BD, d_BMD):
+        return _one_width(config, scale, q_BD, d_BMD, contents, tile)
+
+    return over_widths(config, query_BD, document_BMD, valid_BM, one_width)
 
 
 def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, tile: int):

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from moe_embed_jax.losses.contrast import (
     ContrastConfig,
     ContrastResult,
+    over_widths,
     prepare,
     score_scale,
-    summarize,
-    unit,
 )
 
 
@@ -69,19 +68,11 @@ def dense_infonce(
         query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives
     )
     queries_BB = negative_queries(query_id_B2, document_id_BM2[:, 0])
-    widths = config.widths(query_BD.shape[-1])
-    parts = [
-        _one_width(
-            config,
-            scale,
-            unit(query_BD[:, :width]),
-            unit(document_BMD[..., :width]),
-            documents_BC,
-            queries_BB,
-        )
-        for width, _ in widths
-    ]
-    return summarize(config, valid_BM, widths, parts)
+
+    def one_width(q_BD, d_BMD):
+        return _one_width(config, scale, q_BD, d_BMD, documents_BC, queries_BB)
+
+    return over_widths(config, query_BD, document_BMD, valid_BM, one_width)
 
 
 def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BC, queries_BB):

@@ -18,8 +18,7 @@ from types import ModuleType
 import numpy as np
 import tqdm
 
-from moe_embed_jax.checksums import FILE_NAME
-from moe_embed_jax.data.checksums import write_checksums
+from moe_embed_jax.checksums import FILE_NAME, write_checksums
 from moe_embed_jax.data.data_spec import DOCUMENTS, held_out_path, pair_sources, source_checksums
 from moe_embed_jax.data.token_store import TokenStoreWriter
 from moe_embed_jax.new_folder import new_folder

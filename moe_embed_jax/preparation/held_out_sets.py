@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from moe_embed_jax import storage
-from moe_embed_jax.data.checksums import write_checksums
+from moe_embed_jax.checksums import write_checksums
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.preparation.builders import package_texts, statistics
 

@@ -23,9 +23,9 @@ from moe_embed_jax.search.selection import Best, masked, merge, nothing
 LEVELS = 127  # -127 ... 127; -128 is not used, so that a vector and its negative are both exact
 OVERSAMPLE = 4  # candidates of the bits per wanted neighbour
 PIECE = 16_384  # vectors read at a time
-BLOCK = 16_384  # documents whose distances exist at once, with those of QUERY_BLOCK queries
+BLOCK = 16_384  # documents whose distances to QUERY_BLOCK queries exist at once
 QUERY_BLOCK = 256
-RESCORED = 1 << 22  # components of candidates that exist in float32 at once, and one query's more
+RESCORED = 1 << 22  # components of candidates that exist in float32 at once, plus one query's
 
 
 class Int8Vectors:
@@ -76,12 +76,12 @@ class Int8Vectors:
 
     @property
     def nbytes(self) -> int:
-        """All that is held."""
+        """Bytes of all arrays."""
         return self.values_ND.nbytes + self.scale_D.nbytes
 
     @property
     def bytes_per_vector(self) -> int:
-        """What one vector more takes."""
+        """Bytes that one more vector takes."""
         return self.values_ND[:1].nbytes
 
     def __len__(self) -> int:
@@ -155,12 +155,12 @@ class BinaryVectors:
 
     @property
     def nbytes(self) -> int:
-        """All that is held."""
+        """Bytes of all arrays."""
         return self.bits_NW.nbytes + self.threshold_D.nbytes
 
     @property
     def bytes_per_vector(self) -> int:
-        """What one vector more takes."""
+        """Bytes that one more vector takes."""
         return self.bits_NW[:1].nbytes
 
     def __len__(self) -> int:
@@ -217,8 +217,8 @@ def rescored_top_k(
     query and document, ranked by the float query with the documents as `rescorer` holds them.
 
     Args:
-      rescorer: the same vectors as int8, which costs their bytes besides; None: the bits
-        themselves, which costs nothing.
+      rescorer: the same vectors as int8, which take D more bytes per vector; None: the bits
+        themselves, which take none.
 
     Returns:
       scores float32 [B, min(k, N)] by `rescorer`, descending, and indices int32; equal scores by

@@ -28,31 +28,31 @@ class TrainState:
 def to_items(state: TrainState) -> dict:
     """The trees of a checkpoint: `params` (the encoder) and `mlm_head`, which model folders have,
     and `optimizer`, which only training needs."""
-    rest = {"step": state.step, "opt_state": state.opt_state}
-    items = {"params": state.params["encoder"], "optimizer": rest}
+    training = {"step": state.step, "opt_state": state.opt_state}
+    items = {"params": state.params["encoder"], "optimizer": training}
     if "head" in state.params:
         items["mlm_head"] = state.params["head"]
     if "log_scale" in state.params:
-        rest["log_scale"] = state.params["log_scale"]
+        training["log_scale"] = state.params["log_scale"]
     return items
 
 
 def from_items(items: dict) -> TrainState:
     """The inverse of `to_items`."""
-    rest = items["optimizer"]
+    training = items["optimizer"]
     params = {"encoder": items["params"]}
     if "mlm_head" in items:
         params["head"] = items["mlm_head"]
-    if "log_scale" in rest:
-        params["log_scale"] = rest["log_scale"]
-    return TrainState(rest["step"], params, rest["opt_state"])
+    if "log_scale" in training:
+        params["log_scale"] = training["log_scale"]
+    return TrainState(training["step"], params, training["opt_state"])
 
 
 def restore_state(checkpoints, abstract: TrainState, step: int) -> TrainState:
     """The state that `checkpoints` (`Checkpoints`) hold of `step`, in the shapes and shardings of
     `abstract`.
 
-    Checkpoints of the previous layout are converted: there the optimiser's state had the parts of
+    Checkpoints of the previous layout are converted: their optimiser state has the parts of
     `params` side by side, in one flat dict.
     """
     items = to_items(abstract)
@@ -71,20 +71,20 @@ def _is_params(node) -> bool:
 
 
 def _flat(node):
-    """A tree of parameters in the previous layout; other nodes as they are."""
+    """A tree of parameters in the previous layout; other nodes are unchanged."""
     if not _is_params(node):
         return node
-    beside = {"head": "mlm_head", "log_scale": "log_scale"}
-    return node["encoder"] | {beside[name]: node[name] for name in node if name != "encoder"}
+    old_names = {"head": "mlm_head", "log_scale": "log_scale"}
+    return node["encoder"] | {old_names[name]: node[name] for name in node if name != "encoder"}
 
 
 def _nested(like, node):
     """The inverse of `_flat`; `like` is the tree that `_flat` was given."""
     if not _is_params(like):
         return node
-    rest = dict(node)
-    parts = {"head": rest.pop("mlm_head", None), "log_scale": rest.pop("log_scale", None)}
-    return {"encoder": rest} | {name: parts[name] for name in like if name != "encoder"}
+    encoder = dict(node)
+    parts = {"head": encoder.pop("mlm_head", None), "log_scale": encoder.pop("log_scale", None)}
+    return {"encoder": encoder} | {name: parts[name] for name in like if name != "encoder"}
 
 
 def init_state(stage, optimizer, seed: int) -> TrainState:

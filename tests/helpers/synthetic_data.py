@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from moe_embed_jax.data.checksums import write_checksums
+from moe_embed_jax.checksums import write_checksums
 from moe_embed_jax.data.data_spec import (
     held_out_path,
     planned_store_path,

@@ -7,6 +7,7 @@ import random
 import zipfile
 from pathlib import Path
 
+from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.preparation.builders import wheels as pinned
 
 LANGUAGES = ("de", "fr", "ja", "ta")
@@ -143,9 +144,7 @@ def write_wheels(folder: Path, **changed_files: dict[str, bytes]) -> dict[str, p
     for name, wheel in pinned.WHEELS.items():
         path = folder / wheel.file_name
         write_wheel(path, files[name])
-        table[name] = dataclasses.replace(
-            wheel, sha256=pinned.sha256_of(path), size=path.stat().st_size
-        )
+        table[name] = dataclasses.replace(wheel, sha256=file_hash(path), size=path.stat().st_size)
     return table
 
 

@@ -71,7 +71,7 @@ FAULTS = (
     ),
     Fault(
         "matryoshka-normalises-then-cuts",
-        "losses/infonce.py",
+        "losses/contrast.py",
         "unit(query_BD[:, :width])",
         "unit(query_BD)[:, :width]",
         f"{MEANING} -k matryoshka",

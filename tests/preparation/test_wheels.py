@@ -6,6 +6,7 @@ import pytest
 from helpers import synthetic_wheels
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.preparation.builders import wheels
 
 NAMES = ("homeassistant", "botocore", "google-api-python-client")
@@ -71,7 +72,7 @@ def test_checksum_mismatch_names_file_expected_and_actual(wheels_dir, tmp_path, 
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UserError) as error:
         wheels.fetch(["botocore"], tmp_path / "cache", wheels_dir, progress=False)
-    for part in (str(path), wheel.sha256, wheels.sha256_of(path)):
+    for part in (str(path), wheel.sha256, file_hash(path)):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -85,7 +86,7 @@ def test_pip_downloads_by_the_users_configuration(wheels_dir, tmp_path, monkeypa
     damaged.write_bytes(b"half of a download")
     found = wheels.fetch(["botocore"], cache, progress=False)
     assert found == {"botocore": damaged}
-    assert wheels.sha256_of(damaged) == wheels.WHEELS["botocore"].sha256
+    assert file_hash(damaged) == wheels.WHEELS["botocore"].sha256
     assert [path.name for path in cache.iterdir()] == [damaged.name]
 
 

