@@ -160,8 +160,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(f"{name:.40}" for name in names[:8]) or "none"
 
 
-def string_field(record: dict, field: str, where: str, default: str | None = None) -> str:
-    """`record[field]`, which must be a string; a missing or null field gives `default` if set."""
+def string_field(record: Any, field: str, where: str, default: str | None = None) -> str:
+    """`record[field]` of a JSON object, which must be a string; a missing or null field gives
+    `default` if set. Raises `UserError`."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
     value = record.get(field)
     if value is None and default is not None:
         return default

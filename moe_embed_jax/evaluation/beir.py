@@ -202,8 +202,6 @@ def read_records(
     """
     is_empty = True
     for where, record in read_json(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
         is_empty = False
         read = title_and_text if with_title else _text
         yield where, _identity(record, id_field, where), read(record, where)
@@ -216,8 +214,8 @@ def _text(record: dict, where: str) -> str:
 
 
 def _identity(record: dict, field: str, where: str) -> str:
-    if field not in record:
-        string_field(record, field, where)  # says which fields there are
+    if not isinstance(record, dict) or field not in record:
+        string_field(record, field, where)  # says what is wrong
     try:
         return id_of(record[field])
     except ValueError as error:

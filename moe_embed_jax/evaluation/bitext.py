@@ -14,8 +14,8 @@ from moe_embed_jax.evaluation.subsets import (
     Scores,
     Subset,
     SubsetScores,
+    Task,
     check_files,
-    check_languages,
     find_subsets,
 )
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
@@ -39,7 +39,7 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bitext:
+class Bitext(Task):
     """Sentences of many languages and their translations into one; see docs/evaluation.md.
 
     layout:
@@ -54,19 +54,17 @@ class Bitext:
       comes first.
     """
 
+    main_score = "f1"
+
     path: str
     layout: str
     pivot: str = ""
-    languages: object = None
     field: str = "text"
     unique: bool = False
     first_pairs: int | None = None
-    split: str = "test"
-
-    main_score = "f1"
 
     def __post_init__(self):
-        check_languages(self.languages)
+        super().__post_init__()
         if self.first_pairs is not None and not (
             isinstance(self.first_pairs, int) and self.first_pairs > 0
         ):
@@ -164,8 +162,6 @@ def read_records_by_id(path: Path, field: str) -> dict[str, dict[str, str]]:
     """{language: {id: text}} of a `records` file; records without a text are left out."""
     texts: dict[str, dict[str, str]] = {}
     for where, record in read_json(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object, got {record!r:.40}")
         language, identity = (string_field(record, key, where) for key in ("lang", "id"))
         check_name(language, f"{where}: field 'lang'")
         text = string_field(record, field, where).strip()

@@ -5,38 +5,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.evaluation.beir import RetrievalSet, find_files, load_beir
+from moe_embed_jax.evaluation.beir import RetrievalSet, load_beir
 from moe_embed_jax.evaluation.retrieval import CANDIDATES, score_run
-from moe_embed_jax.evaluation.subsets import (
-    SubsetScores,
-    check_languages,
-    check_place,
-    find_subsets,
-)
+from moe_embed_jax.evaluation.streamed_retrieval import Retrieval
+from moe_embed_jax.evaluation.subsets import SubsetScores, check_place
 from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
 from moe_embed_jax.search.knn import top_k
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossLingual:
+class CrossLingual(Retrieval):
     """A BEIR folder per language, with the same ids everywhere (as XQuAD has).
 
     Every language asks in every language; a subset is called QUERIES-DOCUMENTS (de-en).
     """
 
-    path: str
-    languages: object = None
-    split: str = "test"
-
-    main_score = "ndcg_at_10"
+    languages: object = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self):
-        check_languages(self.languages)
+        super().__post_init__()
         check_place(self.path)
-
-    def files(self, root: Path) -> list[Path]:
-        found = (find_files(subset.path, self.split) for subset in self._subsets(root))
-        return [path for f in found for path in (f.corpus, f.queries, f.qrels)]
 
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
         subsets = {subset.name: subset for subset in self._subsets(root)}
@@ -55,9 +43,6 @@ class CrossLingual:
                     scores[width] = score_run(mixed, index_Bk)
                 languages = subsets[asked].language, subsets[read].language
                 yield SubsetScores(f"{asked}-{read}", languages, scores)
-
-    def _subsets(self, root: Path):
-        return find_subsets(root, self.path, self.languages)
 
 
 def across(asked: RetrievalSet, read: RetrievalSet, where: str) -> RetrievalSet:

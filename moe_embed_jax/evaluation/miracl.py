@@ -11,8 +11,8 @@ from moe_embed_jax.evaluation.beir import Questions, add_judgement, judged_quest
 from moe_embed_jax.evaluation.streamed_retrieval import evaluate_streamed
 from moe_embed_jax.evaluation.subsets import (
     SubsetScores,
+    Task,
     check_files,
-    check_languages,
     check_place,
     expand,
     find_subsets,
@@ -21,23 +21,22 @@ from moe_embed_jax.evaluation.text_vectors import TextVectors
 
 
 @dataclasses.dataclass(frozen=True)
-class Miracl:
+class Miracl(Task):
     """Files in the layout of the hub's `miracl/miracl` and `miracl/miracl-corpus`.
 
     topics: tables of query id and query, without a header. qrels: TREC's (query, Q0, passage,
     grade). corpus: JSON lines with docid, title and text in shards (`*`).
     """
 
+    main_score = "ndcg_at_10"
+
     topics: str
     qrels: str
     corpus: str
-    languages: object = None
-    split: str = "dev"
-
-    main_score = "ndcg_at_10"
+    split: str = dataclasses.field(default="dev", kw_only=True)
 
     def __post_init__(self):
-        check_languages(self.languages)
+        super().__post_init__()
         for key in ("topics", "qrels", "corpus"):
             check_place(getattr(self, key), key)
 

@@ -13,8 +13,8 @@ from moe_embed_jax.evaluation.subsets import (
     PLACE,
     Scores,
     SubsetScores,
+    Task,
     check_files,
-    check_languages,
     check_place,
     find_subsets,
 )
@@ -36,22 +36,20 @@ class LabelledTexts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(Task):
     """A table per language with the columns split, category and text; see docs/evaluation.md.
 
     train: language whose split `train_split` the classifier of all languages is trained on.
     """
 
-    path: str
-    train: str
-    languages: object = None
-    train_split: str = "train"
-    split: str = "test"
-
     main_score = "accuracy"
 
+    path: str
+    train: str
+    train_split: str = "train"
+
     def __post_init__(self):
-        check_languages(self.languages)
+        super().__post_init__()
         check_place(self.path)
 
     def files(self, root: Path) -> list[Path]:

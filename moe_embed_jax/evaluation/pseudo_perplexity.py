@@ -160,8 +160,6 @@ def load_documents(folder) -> dict[str, list[str]]:
     for path in sorted(folder.glob("*.jsonl.gz")):
         by_source: dict[str, list[str]] = {}
         for where, entry in read_json(path):
-            if not isinstance(entry, dict):
-                raise UserError(f"{where}: expected a JSON object, got {entry!r:.40}")
             source, text = (string_field(entry, key, where) for key in ("source", "text"))
             by_source.setdefault(source, []).append(text)
         if not by_source:

@@ -11,8 +11,8 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.subsets import (
     Scores,
     SubsetScores,
+    Task,
     check_files,
-    check_languages,
     expand,
     find_subsets,
 )
@@ -20,20 +20,15 @@ from moe_embed_jax.evaluation.text_vectors import TextVectors, cut
 
 
 @dataclasses.dataclass(frozen=True)
-class Similarity:
+class Similarity(Task):
     """Tables with the columns score, sentence1 and sentence2; see docs/evaluation.md.
 
     path: may have a `*`: the pairs of all those files are one subset, as MTEB pools SemEval's.
     """
 
-    path: str
-    languages: object = None
-    split: str = "test"
-
     main_score = "cosine_spearman"
 
-    def __post_init__(self):
-        check_languages(self.languages)
+    path: str
 
     def files(self, root: Path) -> list[Path]:
         subsets = find_subsets(root, self.path, self.languages)

@@ -23,7 +23,7 @@ from moe_embed_jax.evaluation.beir import (
     repeated_id,
 )
 from moe_embed_jax.evaluation.retrieval import CANDIDATES, Metrics, score_rankings
-from moe_embed_jax.evaluation.subsets import SubsetScores, check_languages, find_subsets
+from moe_embed_jax.evaluation.subsets import Subset, SubsetScores, Task, find_subsets
 from moe_embed_jax.evaluation.text_vectors import StoredRows, TextVectors, cut
 from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.search.vectors import VectorStore, hash_texts
@@ -33,30 +33,28 @@ MOST_REPEATED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Task):
     """BEIR folders, of any size; see docs/evaluation.md. `split`: of qrels/SPLIT.tsv."""
-
-    path: str
-    languages: object = "en"
-    split: str = "test"
 
     main_score = "ndcg_at_10"
 
-    def __post_init__(self):
-        check_languages(self.languages)
+    path: str
+    languages: object = dataclasses.field(default="en", kw_only=True)
 
     def files(self, root: Path) -> list[Path]:
-        subsets = find_subsets(root, self.path, self.languages)
-        found = (find_files(subset.path, self.split) for subset in subsets)
+        found = (find_files(subset.path, self.split) for subset in self._subsets(root))
         return [path for f in found for path in (f.corpus, f.queries, f.qrels)]
 
     def evaluate(self, root: Path, vectors: TextVectors, label: str) -> Iterator[SubsetScores]:
-        for subset in find_subsets(root, self.path, self.languages):
+        for subset in self._subsets(root):
             files = find_files(subset.path, self.split)
             scores = evaluate_streamed(
                 vectors, load_questions(files), [files.corpus], "_id", f"{label} {subset.name}"
             )
             yield SubsetScores(subset.name, (subset.language,), scores)
+
+    def _subsets(self, root: Path) -> list[Subset]:
+        return find_subsets(root, self.path, self.languages)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What all task families share: the files of a task's subsets, and what a subset scores."""
 
+import abc
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import ClassVar
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.safe_names import check_name
@@ -33,15 +34,26 @@ class SubsetScores:
     scores: dict[int | None, Scores]
 
 
-class Task(Protocol):
-    """What the config of a suite lists: a dataclass of the family's module."""
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """What the config of a suite lists; its keys are the fields of the family's class.
 
-    main_score: str  # key of the scores that counts
-    split: str
+    languages: as of `find_subsets`. split: of the data, under which MTEB files the scores.
+    """
 
+    main_score: ClassVar[str]  # key of the scores that counts
+
+    languages: object = dataclasses.field(default=None, kw_only=True)
+    split: str = dataclasses.field(default="test", kw_only=True)
+
+    def __post_init__(self):
+        check_languages(self.languages)
+
+    @abc.abstractmethod
     def files(self, root: Path) -> list[Path]:
         """All files it reads; `UserError` for what is missing."""
 
+    @abc.abstractmethod
     def evaluate(self, root: Path, vectors, label: str) -> Iterator[SubsetScores]:
         """The scores of every subset; `vectors` is a `TextVectors`, `label` the task's name."""
 

@@ -57,7 +57,7 @@ def test_similarity_of_pooled_files_at_two_widths(tmp_path):
     rows = [(5, "a b", "a b"), (2.5, 'a "b"', "a c"), (0, "x", "y")]
     write(tmp_path / "sts/2013.a.tsv.gz", table(*rows, header=STS_HEAD))
     write(tmp_path / "sts/2013.b.tsv.gz", table((3, "p q r", "p q s"), header=STS_HEAD))
-    task = Similarity("sts/2013.*.tsv.gz", "en")
+    task = Similarity("sts/2013.*.tsv.gz", languages="en")
     encoder = StandInTeacher()
     found = scores_of(task, tmp_path, tmp_path / "v", encoder, (None, 4))["default"]
     assert found[None] != found[4] and found[None]["pairs"] == 4
@@ -261,7 +261,7 @@ def test_probe_refuses(tmp_path, rows, message):
     write(tmp_path / "eng.tsv", table(*good, header=PROBE_HEAD))
     write(tmp_path / "deu.tsv", table(*rows, header=PROBE_HEAD))
     with pytest.raises(UserError, match=message):
-        scores_of(Probe("{subset}.tsv", "eng", ["deu"]), tmp_path, tmp_path / "v")
+        scores_of(Probe("{subset}.tsv", "eng", languages=["deu"]), tmp_path, tmp_path / "v")
 
 
 # Across languages

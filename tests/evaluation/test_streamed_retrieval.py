@@ -60,7 +60,7 @@ def test_shards_score_like_one_set_in_memory(tmp_path, width):
     folder = beir_of(root, tmp_path / "beir/sw")
     vectors = text_vectors(tmp_path / "v", widths=[width])
     (streamed,) = MIRACL.evaluate(root, vectors, "MIRACL")
-    (one_shard,) = Retrieval("beir/{subset}", None).evaluate(tmp_path, vectors, "BEIR")
+    (one_shard,) = Retrieval("beir/{subset}", languages=None).evaluate(tmp_path, vectors, "BEIR")
     encoder = StandInTeacher()
     encoders = (lambda t, p=PROMPTS[s]: cut(encoder.encode(t, p), width) for s in PROMPTS)
     queries, documents, _ = encoders
