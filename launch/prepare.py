@@ -41,9 +41,10 @@ def main():
     options = Options(**vars(arguments), beam=tuple(rest))
     read_sources(options.sources)  # a mistake in it is reported before Beam is imported
 
-    from moe_embed_jax.preparation.beam import pipeline, report
+    from moe_embed_jax.preparation.beam.accounts import print_manifest
+    from moe_embed_jax.preparation.beam.pipeline import prepare
 
-    report.print_manifest(pipeline.prepare(options), arguments.output)
+    print_manifest(prepare(options), arguments.output)
 
 
 if __name__ == "__main__":

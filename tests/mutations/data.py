@@ -119,7 +119,7 @@ FAULTS = (
     ),
     Fault(
         "limit-of-bad-rows-is-excluded",
-        "preparation/beam/quarantine.py",
+        "preparation/beam/pipeline.py",
         "bad <= limit * rows",
         "bad < limit * rows",
         "preparation/test_prepare_pipeline.py -k 'nothing_is_lost or too_many_bad'",

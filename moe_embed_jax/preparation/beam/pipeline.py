@@ -19,6 +19,7 @@ import math
 import pathlib
 import posixpath
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -46,7 +47,6 @@ from moe_embed_jax.preparation.beam.accounts import (
     source_counts,
 )
 from moe_embed_jax.preparation.beam.options import Options
-from moe_embed_jax.preparation.beam.quarantine import check_share, collect_quarantine
 from moe_embed_jax.preparation.beam.read import exists, open_file
 from moe_embed_jax.preparation.beam.sources import Part, Source, find_parts, read_sources
 from moe_embed_jax.preparation.beam.stages import (
@@ -61,6 +61,7 @@ from moe_embed_jax.preparation.beam.stages import (
 from moe_embed_jax.preparation.beam.work_folder import Work, bucket_name, part_name, shard_work_name
 from moe_embed_jax.refusals import refusal_of_system
 
+QUARANTINE = "quarantine"  # folder of bad rows, in that of the pairs
 VERSION = 2  # raise it when the same input starts to give another result
 # Compressed bytes of pairs that one machine shuffles at a time, in memory.
 LOCAL_ROUND_BYTES = 1 << 30
@@ -155,21 +156,15 @@ class _Run:
         _say("read", len(names), len(pending), "input files")
         if pending:
             stage = ReadParts(self._work, self._sources, self._parts, vocabulary)
-            with self._pipeline() as pipeline:
-                _ = (
-                    pipeline
-                    | "parts" >> beam.Create(pending, reshuffle=False)
-                    | "spread parts" >> beam.Reshuffle()
-                    | "read" >> beam.ParDo(stage)
-                )
+            self._run(pending, beam.ParDo(stage))
             done = self._work.done("read")
         self._read = [_marker(done, name) for name in names]
-        collect_quarantine(self._options.output, self._work, self._sources, self._read)
+        _collect_quarantine(self._options.output, self._work, self._sources, self._read)
         for index, source in enumerate(self._sources):
             markers = [marker for marker in self._read if marker["source"] == index]
             limit = source.max_bad_share
             limit = self._options.max_bad_share if limit is None else limit
-            check_share(source.name, markers, limit, self._options.output)
+            _check_share(source.name, markers, limit, self._options.output)
 
     def spread(self) -> None:
         buckets = bucket_counts(self._read, len(self._sources), self._options.rows_per_shard)
@@ -185,15 +180,9 @@ class _Run:
         most_bytes = LOCAL_ROUND_BYTES if _is_local(self._options.beam) else math.inf
         for wanted in rounds(pending, bucket_bytes(self._read, buckets), most_bytes):
             used = [n for n, part in enumerate(self._parts) if part.source in wanted]
-            with self._pipeline() as pipeline:
-                _ = (
-                    pipeline
-                    | "parts" >> beam.Create(used, reshuffle=False)
-                    | "spread parts" >> beam.Reshuffle()
-                    | "spread" >> beam.ParDo(SpreadParts(self._work, self._parts, buckets, wanted))
-                    | "gather" >> beam.GroupByKey()
-                    | "write buckets" >> beam.ParDo(WriteBuckets(self._work))
-                )
+            spread = SpreadParts(self._work, self._parts, buckets, wanted)
+            write = WriteBuckets(self._work)
+            self._run(used, beam.ParDo(spread), beam.GroupByKey(), beam.ParDo(write))
             # A range of keys may be empty: its marker says so.
             found = self._work.done("buckets")
             for source, chosen in wanted.items():
@@ -220,13 +209,7 @@ class _Run:
         ]
         _say("write", len(names), len(pending), "shards")
         if pending:
-            with self._pipeline() as pipeline:
-                _ = (
-                    pipeline
-                    | "shards" >> beam.Create(pending, reshuffle=False)
-                    | "spread shards" >> beam.Reshuffle()
-                    | "write" >> beam.ParDo(WriteShards(self._work, self._sources))
-                )
+            self._run(pending, beam.ParDo(WriteShards(self._work, self._sources)))
             done = self._work.done("shards")
         self._shards = [_marker(done, name) for name in names]
         rows = sum(group["stop"] - group["start"] for group in self._groups)
@@ -257,8 +240,12 @@ class _Run:
             file.write(manifest_text(manifest).encode("utf-8"))
         return manifest
 
-    def _pipeline(self) -> "_Pipeline":
-        return _Pipeline(self._options.beam)
+    def _run(self, elements: list, *steps: beam.PTransform) -> None:
+        """Beam's steps, one after the other, on the elements, which are spread over the workers."""
+        with _Pipeline(self._options.beam) as pipeline:
+            results = pipeline | beam.Create(elements, reshuffle=False) | beam.Reshuffle()
+            for step in steps:
+                results |= step
 
 
 class _Pipeline(beam.Pipeline):
@@ -282,6 +269,45 @@ class _Pipeline(beam.Pipeline):
                 lines = [line for line in str(failure).splitlines() if line.strip()] or [""]
                 refusal = said[-1] if said else f"the pipeline failed: {lines[-1]}"
             raise UserError(refusal) from failure
+
+
+def _quarantine_path(output: str, source: str) -> str:
+    return posixpath.join(output, QUARANTINE, f"{source}.jsonl")
+
+
+def _collect_quarantine(
+    output: str, work: Work, sources: list[Source], markers: list[dict]
+) -> None:
+    """Bad rows where a person can read them: one file per source, in the order of the input.
+
+    Each is {"source", "file", "line", "field", "problem", "row"}.
+    """
+    for index, source in enumerate(sources):
+        bad = [n for n, m in enumerate(markers) if m["source"] == index and m["bad"]]
+        if not bad:
+            continue
+        work_module.make_folder(posixpath.join(output, QUARANTINE))
+        with work_module.written_whole(_quarantine_path(output, source.name)) as target:
+            for part in bad:
+                with open_file(work.path("read", f"{part_name(part)}.bad")) as file:
+                    shutil.copyfileobj(file, target)
+
+
+def _check_share(source: str, markers: list[dict], limit: float, output: str) -> None:
+    """Raises `UserError`, which names the worst file, if more than `limit` of the rows are bad."""
+    rows, bad = (sum(marker[key] for marker in markers) for key in ("rows", "bad"))
+    if not bad or bad <= limit * rows:
+        return
+    worst = max(markers, key=lambda marker: (marker["bad"], marker["file"]))
+    first = worst["first_bad"]
+    field = f", field {first['field']}" if first["field"] else ""
+    raise UserError(
+        f"source {source}: {bad:,} of {rows:,} rows are bad ({bad / rows:.2%}, allowed "
+        f"{limit:.2%}). The worst file is {worst['file']} with {worst['bad']:,} of "
+        f"{worst['rows']:,}; the first of them: {first['file']}, line {first['line']}{field}: "
+        f"{first['problem']}. All are in {_quarantine_path(output, source)}; correct the files and "
+        "delete the work folder, or allow more with --max_bad_share and run again"
+    )
 
 
 def _runner(flags: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ does no harm and a finished one is never run again.
 import collections
 import json
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 
@@ -228,5 +229,4 @@ class WriteShards(beam.DoFn):
 def copy(path: pathlib.Path, target: str) -> None:
     """A local file to any of Beam's file systems."""
     with open(path, "rb") as source, work_module.written_whole(target) as file:
-        while block := source.read(1 << 22):
-            file.write(block)
+        shutil.copyfileobj(source, file)
