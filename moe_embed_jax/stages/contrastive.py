@@ -29,14 +29,12 @@ from moe_embed_jax.models.pooling import pool_texts, take_texts
 from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.processes import process_0_first, wait_for_all
-from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
-from moe_embed_jax.stages.stage import Workload, check_divisible
+from moe_embed_jax.stages.stage import Workload, add_balance, check_divisible, slot_metrics
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.overview import (
     describe_mesh_and_model,
     describe_schedule,
-    step_seconds,
     training_flops_per_token,
 )
 from moe_embed_jax.training.run_config import LossConfig, RunConfig
@@ -85,26 +83,18 @@ class Contrastive:
             batch.valid_BM,
             params.get("log_scale"),
         )
-        valid_CRL = batch.text_index_CRL >= 0
-        metrics = {
+        metrics = slot_metrics(batch.text_index_CRL) | {
             "contrastive_loss": contrast.loss,
             "accuracy": contrast.accuracy,
             "masked_candidates": contrast.masked,
-            "utilisation": jnp.mean(valid_CRL.astype(jnp.float32)),
-            "tokens": jnp.sum(valid_CRL),
         }
         if len(contrast.loss_of_width) > 1:
             metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
         if self.loss.learn_temperature:
             metrics["temperature"] = jnp.exp(-clip_log_scale(self.loss, params["log_scale"]))
-        loss = contrast.loss
-        if device_statistics is not None:
-            statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), device_statistics)
-            over_devices = self.loss.balance_over == "device"
-            balance = balance_loss(device_statistics if over_devices else statistics)
-            loss += self.loss.balance * balance
-            metrics |= {"balance": balance} | routing_metrics(statistics)
-        return loss, metrics | {"loss": loss}
+        statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), device_statistics)
+        balanced = device_statistics if self.loss.balance_over == "device" else statistics
+        return add_balance(contrast.loss, metrics, self.loss.balance, statistics, balanced)
 
     @classmethod
     def open(cls, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
@@ -252,7 +242,6 @@ class ContrastiveRun:
         tokens = batches.mean_tokens
         at_a_time = f", encoded {batches.chunk_rows} at a time" if batches.chunk_rows else ""
         flops = training_flops_per_token(config.model) * tokens
-        seconds = step_seconds(config.model, flops, self._mesh)
         lines = [
             *describe_mesh_and_model(config.model, self._mesh),
             f"data        {len(store):,} pairs in {len(groups)} groups of one source and language; "
@@ -263,7 +252,7 @@ class ContrastiveRun:
         ]
         if batches.negatives:
             lines.append(f"hard        {describe_hard_negatives(batches)}")
-        lines.append(describe_schedule(config, self.stage.unit, len(store), seconds))
+        lines.append(describe_schedule(config, self.stage.unit, len(store), flops, self._mesh))
         if self._constant:
             names = ", ".join(group.name for group in self._constant[:5])
             more = f" and {len(self._constant) - 5} more" if len(self._constant) > 5 else ""

@@ -9,7 +9,6 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.batches import MaskedBatch, MaskedBatches, batch_specs
@@ -28,14 +27,12 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.heads import init_mlm_head, predict_tokens
 from moe_embed_jax.models.remat import accumulated_loss, rematerialised_map
 from moe_embed_jax.processes import process_0_first, wait_for_all
-from moe_embed_jax.routing.router import balance_loss, routing_metrics
 from moe_embed_jax.sharding import rules_for, specs
-from moe_embed_jax.stages.stage import Workload, check_divisible
+from moe_embed_jax.stages.stage import Workload, add_balance, check_divisible, slot_metrics
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.overview import (
     describe_mesh_and_model,
     describe_schedule,
-    step_seconds,
     training_flops_per_token,
 )
 from moe_embed_jax.training.run_config import MaskedLossConfig, MaskedRunConfig
@@ -75,19 +72,12 @@ class MaskedLM:
     def loss_and_metrics(self, params: dict, batch: MaskedBatch) -> tuple[jax.Array, dict]:
         sums, statistics = predict_batch(self, params, batch)
         loss, accuracy = sums.means()
-        valid_CRL = batch.text_index_CRL >= 0
-        metrics = {
+        metrics = slot_metrics(batch.text_index_CRL) | {
             "masked_loss": loss,
             "accuracy": accuracy,
             "predictions": sums.count,
-            "utilisation": jnp.mean(valid_CRL.astype(jnp.float32)),
-            "tokens": jnp.sum(valid_CRL),
         }
-        if statistics is not None:
-            balance = balance_loss(statistics)
-            loss += self.loss.balance * balance
-            metrics |= {"balance": balance} | routing_metrics(statistics)
-        return loss, metrics | {"loss": loss}
+        return add_balance(loss, metrics, self.loss.balance, statistics, statistics)
 
     @classmethod
     def open(cls, config: MaskedRunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
@@ -247,7 +237,6 @@ class MaskedLMRun:
         tokens = batches.mean_tokens
         flops = training_flops_per_token(config.model) * tokens
         flops += head_flops_per_prediction(config.model) * loss.mask_rate * tokens
-        seconds = step_seconds(config.model, flops, self._mesh)
         borders = "across documents" if data.across_documents else "inside documents"
         kind = "one language each" if data.one_language else "all languages in each"
         at_a_time = f"; {batches.rows} rows at a time" if data.chunk_rows else ""
@@ -262,7 +251,7 @@ class MaskedLMRun:
                 f"average; most often {languages}{at_a_time}",
                 f"masked      {loss.mask_rate:.0%} of the tokens: {shares} <mask> / random / kept; "
                 f"logits of {loss.predictions_at_once} at a time",
-                describe_schedule(config, self.stage.unit, len(table), seconds),
+                describe_schedule(config, self.stage.unit, len(table), flops, self._mesh),
             )
         )
 

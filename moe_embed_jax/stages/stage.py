@@ -10,11 +10,13 @@ import pathlib
 from typing import ClassVar, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_embed_jax.data.batches import Batches
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.routing.router import balance_loss, routing_metrics
 
 
 class Stage(Protocol):
@@ -131,6 +133,26 @@ class Workload:
     model_flops: float
     work: str
     note: str
+
+
+def slot_metrics(text_index_CRL) -> dict:
+    """`utilisation`, the share of slots that hold a token, and the number of `tokens`."""
+    valid_CRL = text_index_CRL >= 0
+    return {"utilisation": jnp.mean(valid_CRL.astype(jnp.float32)), "tokens": jnp.sum(valid_CRL)}
+
+
+def add_balance(loss, metrics: dict, weight: float, statistics, balanced) -> tuple[jax.Array, dict]:
+    """(total loss, all metrics): with experts `weight` times the balance loss is added.
+
+    Args:
+      statistics: of the routers, for the whole batch; None without experts.
+      balanced: the statistics that the balance loss is of: these, or each device's.
+    """
+    if statistics is not None:
+        balance = balance_loss(balanced)
+        loss += weight * balance
+        metrics = metrics | {"balance": balance} | routing_metrics(statistics)
+    return loss, metrics | {"loss": loss}
 
 
 def check_divisible(config, mesh) -> None:

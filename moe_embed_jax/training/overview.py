@@ -23,8 +23,16 @@ def describe_mesh_and_model(model: EncoderConfig, mesh: jax.sharding.Mesh) -> tu
     )
 
 
-def describe_schedule(config: Run, unit: str, rows: int, step_seconds: float) -> str:
-    """`unit`: what the batch size counts. `rows`: how many of them the data hold."""
+def describe_schedule(
+    config: Run, unit: str, rows: int, flops: float, mesh: jax.sharding.Mesh
+) -> str:
+    """
+    Args:
+      unit: what the batch size counts. rows: how many of them the data hold.
+      flops: matmul FLOPs of a step over the whole mesh.
+    """
+    on_cpu = next(iter(mesh.devices.flat)).platform == "cpu"  # fake devices share the same cores
+    step_seconds = estimate_seconds(config.model, flops) / (1 if on_cpu else mesh.size)
     return (
         f"schedule    {config.steps} steps = {config.steps * config.batch_size:,} {unit} = "
         f"{config.steps * config.batch_size / rows:.2f} epochs; "
@@ -37,11 +45,6 @@ def training_flops_per_token(model: EncoderConfig) -> float:
     """Forward and backward matmul FLOPs per token, embeddings and attention scores left out."""
     _, active = count_params(model)
     return 6.0 * (active - model.vocab_size * model.width)
-
-
-def step_seconds(model: EncoderConfig, flops: float, mesh: jax.sharding.Mesh) -> float:
-    """Estimated seconds of a step of `flops` matmul FLOPs over the whole mesh."""
-    return estimate_seconds(model, flops) / (1 if _is_cpu(mesh) else mesh.size)
 
 
 def estimate_seconds(model: EncoderConfig, flops: float) -> float:
@@ -57,10 +60,6 @@ def estimate_seconds(model: EncoderConfig, flops: float) -> float:
     rate = 2 * x_TD.size * model.ffn_width * repeats / (time.perf_counter() - start)
     # Softmax, norms, sorting by expert, optimiser: measured at about the cost of the matmuls.
     return 2.0 * flops / rate
-
-
-def _is_cpu(mesh: jax.sharding.Mesh) -> bool:
-    return next(iter(mesh.devices.flat)).platform == "cpu"  # fake devices share the same cores
 
 
 def _duration(seconds: float) -> str:

@@ -64,15 +64,15 @@ FAULTS = (
     Fault(
         "balance-over-each-device-alone",
         "stages/contrastive.py",
-        "device_statistics if over_devices else statistics",
+        'device_statistics if self.loss.balance_over == "device" else statistics',
         "device_statistics",
         "stages/test_balance_over.py -k eight",
     ),
     Fault(
         "padding-counts-as-tokens",
-        "stages/contrastive.py",
-        '"tokens": jnp.sum(valid_CRL),',
-        '"tokens": valid_CRL.size,',
+        "stages/stage.py",
+        '"tokens": jnp.sum(valid_CRL)}',
+        '"tokens": valid_CRL.size}',
         "stages/test_step.py -k 'chunks_change_nothing and 8'",
     ),
     Fault(
