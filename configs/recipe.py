@@ -5,7 +5,7 @@
 
 prepare -> stage1 (masked language modelling) -> filter -> stage2 (contrastive, experts made of
 stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export -> report. See
-docs/recipe.md. `stageN.page` is a config of launch/train.py, `stageN.set` what is changed of it.
+docs/recipe.md. `stageN.config` is a config of launch/train.py, `stageN.set` what is changed of it.
 Stages 2 and 3 start from the model of the stage before, so their configs state no architecture.
 `--config.evaluate.beir` adds BEIR folders to the held-out sets of the default data. All stages are
 evaluated, at the widths of stage 3's `loss.dims`. A field that is not here has its default
@@ -26,7 +26,7 @@ from moe_embed_jax.errors import UserError
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.stage1 = ConfigDict()
-    config.stage1.page = "configs/mlm.py"
+    config.stage1.config = "configs/mlm.py"
     config.stage1.set = ConfigDict()
     config.stage1.set.init = ConfigDict(dict(source="hf://FacebookAI/xlm-roberta-base"))
     config.stage1.set.data = ConfigDict(dict(texts=""))  # to be given: CC100, see docs/curation.md
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.filter.dtype = "float16"  # half the space, for billions of vectors
 
     config.stage2 = ConfigDict()
-    config.stage2.page = "configs/pretrain.py"
+    config.stage2.config = "configs/pretrain.py"
     config.stage2.set = ConfigDict()
     config.stage2.set.init = ConfigDict(dict(upcycle="paper"))  # 8 experts, copies of stage 1's
 
@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.mine.document_prompt = "none"
     config.mine.dtype = "float16"
 
-    config.stage3 = ConfigDict(dict(page="configs/finetune.py", set=ConfigDict()))
+    config.stage3 = ConfigDict(dict(config="configs/finetune.py", set=ConfigDict()))
 
     if variant in ("small", "smoke"):
         config.prepare = ConfigDict(dict(mixture="package_texts"))  # the embedded default data
@@ -73,12 +73,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.mine.query_prompt = "query"
         config.mine.document_prompt = "document"
     if variant == "small":
-        config.stage1.page = "configs/mlm.py:laptop"
+        config.stage1.config = "configs/mlm.py:laptop"
         # Half the config's rows and steps: 32 rows take 2.5 s a step on two cores.
         config.stage1.set = ConfigDict(
             dict(batch_size=16, steps=200, eval_every=0, checkpoint_every=50)
         )
-        config.stage2.page = "configs/quickstart.py:further"
+        config.stage2.config = "configs/quickstart.py:further"
         config.stage2.set.batch_size = 128  # languages have some 150 pairs here
         config.stage2.set.steps = 200
         config.stage2.set.eval_every = 0
@@ -86,12 +86,12 @@ def get_config(variant: str = "") -> ConfigDict:
         config.stage3.set = _small_finetuning()
     elif variant == "smoke":
         config.prepare.count = 400
-        config.stage1.page = "configs/mlm.py:smoke"
+        config.stage1.config = "configs/mlm.py:smoke"
         config.stage1.set = ConfigDict()
         config.teacher = "stage1"  # no download
         config.stage2.set = _smoke_pretraining()
         config.mine.count = 3
-        config.stage3.page = "configs/finetune.py:smoke"
+        config.stage3.config = "configs/finetune.py:smoke"
         config.stage3.set.loss = ConfigDict(dict(dims={"32": 1.0, "16": 1.0}))
         for stage in (config.stage1, config.stage2, config.stage3):
             stage.set.steps = 2

@@ -21,6 +21,7 @@ from moe_embed_jax.json_file import printable
 # In the folder of a run, and of a model that we wrote.
 RUN_CONFIG = "config.json"  # its "model" section tells such a folder from others
 CHECKPOINTS = "checkpoints"
+RENAMED = {"page": "config"}  # keys of earlier versions
 _STATED = "_stated"  # of an instance that `fill` made
 FREE, FREE_IF_DROPLESS = "free", "free if dropless"
 
@@ -202,6 +203,8 @@ def _merge(values: dict, section, name: str) -> None:
 
 def _unknown(full: str, key: str, known, where: str) -> UserError:
     near = difflib.get_close_matches(key, known, n=1)
+    if RENAMED.get(key) in known:
+        near = [RENAMED[key]]
     hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
     return UserError(f"unknown config key {printable(full)}; {hint}")
 

@@ -53,7 +53,7 @@ class Prepare:
 class Stage:
     """A run of launch/train.py: its config file (with :variant), and what is changed of it."""
 
-    page: str = ""
+    config: str = ""
     set: dict = dataclasses.field(default_factory=dict)
 
 
@@ -108,8 +108,8 @@ class Recipe:
         ):
             _check_teacher(key, name, stages)
         for name in STAGES:
-            if not getattr(self, name).page:
-                raise UserError(f"{name}.page is empty: give a config file of launch/train.py")
+            if not getattr(self, name).config:
+                raise UserError(f"{name}.config is empty: give a config file of launch/train.py")
 
     @property
     def needs_wheel(self) -> bool:
@@ -137,7 +137,7 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
       UserError: a key that the config does not know, that the recipe decides, or that the user
         has to give; names it as --config.STAGE.set.KEY.
     """
-    path, colon, variant = stage.page.partition(":")
+    path, colon, variant = stage.config.partition(":")
     file = pathlib.Path(path)
     spec = f"{file if file.is_absolute() else root / file}{colon}{variant}"
     where = f"--config.{name}.set."
@@ -153,7 +153,7 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
         overrides = _texts(changed | given)
         config = config_files.load(RUN_CONFIGS, spec, overrides)
     except UserError as error:
-        raise UserError(f"{name} ({stage.page}): {error}") from None
+        raise UserError(f"{name} ({stage.config}): {error}") from None
     flags = [f"--config.{key}={text}" for key, text in overrides.items()]
     return [f"--config={spec}", *flags], config
 

@@ -226,7 +226,7 @@ def test_named_keys_exist(page):
         named += re.findall(rf"^config\.((?:{sections})\.\w+)$", code)
     for key in named:
         key = re.sub(r"^stage\d\.set\.|^stageN\.set\.", "", key)
-        if re.search(r"\.(py|safetensors|prepare)$|^stage\d\.page$", key):  # a file, a module
+        if re.search(r"\.(py|safetensors|prepare)$|^stage\d\.config$", key):  # a file, a module
             continue
         key = re.sub(r"^(loss\.dims|data\.rates)\..*", r"\1", key)
         assert key in known, f"{name(page)} names the key {key}"
