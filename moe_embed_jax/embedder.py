@@ -297,11 +297,11 @@ class Embedder:
         self.check_experts()
         sequences = self.tokenize(texts, prompt)
         lengths = np.array([len(s) for s in sequences], np.int64)
-        assigned_ME = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
+        assigned_YE = np.zeros((self.model.num_moe_layers, self.model.num_experts), np.float32)
         for call in self._calls(lengths):
             _, statistics = self._run(call, sequences)
-            assigned_ME += to_host(statistics.assignments_E)
-        return assigned_ME / np.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
+            assigned_YE += to_host(statistics.assignments_E)
+        return assigned_YE / np.maximum(assigned_YE.sum(-1, keepdims=True), 1.0)
 
     def expert_choices(self, texts, prompt: str | None = "document") -> list[np.ndarray]:
         """Of each text the experts of its tokens: int16 [MoE layers, tokens, K], best first.
@@ -314,11 +314,11 @@ class Embedder:
         chosen = [np.zeros(shape, np.int16)] * len(sequences)
         for call in self._calls([len(s) for s in sequences]):
             arrays = self._rows(call, sequences)
-            expert_MRLK = to_host(self._call(_choose_rows, *arrays)).astype(np.int16)
+            expert_YRLK = to_host(self._call(_choose_rows, *arrays)).astype(np.int16)
             places = zip(call.members, call.packing.row, call.packing.start, strict=True)
             for text, row, start in places:
                 span = slice(start, start + len(sequences[text]))
-                chosen[text] = expert_MRLK[:, row, span].copy()
+                chosen[text] = expert_YRLK[:, row, span].copy()
         return chosen
 
     def check_experts(self) -> None:

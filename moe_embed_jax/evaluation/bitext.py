@@ -88,12 +88,12 @@ class Bitext(Task):
             pairs = without_repeats(pairs) if self.unique else pairs
             texts = (side[: self.first_pairs] for side in (pairs.first, pairs.second))
             sides = zip(pairs.languages, texts, strict=True)
-            x_PD, y_PD = (
+            x_BD, y_BD = (
                 vectors.embed(texts, "symmetric", f"{label} {language}")
                 for language, texts in sides
             )
             scores = {
-                width: mining_scores(cut(x_PD, width), cut(y_PD, width), vectors.mesh)
+                width: mining_scores(cut(x_BD, width), cut(y_BD, width), vectors.mesh)
                 for width in vectors.widths
             }
             yield SubsetScores(pairs.name, pairs.languages, scores)
@@ -211,26 +211,26 @@ def without_repeats(pairs: Pairs) -> Pairs:
 
 
 def mining_scores(
-    x_PD: np.ndarray, y_PD: np.ndarray, mesh: jax.sharding.Mesh | None = None
+    x_BD: np.ndarray, y_BD: np.ndarray, mesh: jax.sharding.Mesh | None = None
 ) -> Scores:
-    """How often the nearest of `y_PD` (cosine, exact) to row p of `x_PD` is row p.
+    """How often the nearest of `y_BD` (cosine, exact) to row b of `x_BD` is row b.
 
     As MTEB's BitextMining: the row found is a class, the right row the label; precision, recall
-    and `f1` (the main score) are means over the P classes weighted by their labels, of which each
+    and `f1` (the main score) are means over the B classes weighted by their labels, of which each
     has one; `accuracy` is the share of right rows. Of equally near rows the first is taken.
     """
-    _, index_P1 = top_k(x_PD, y_PD, 1, mesh)
-    found_P = index_P1[:, 0]
-    count = len(found_P)
-    is_right_P = found_P == np.arange(count)
+    _, index_B1 = top_k(x_BD, y_BD, 1, mesh)
+    found_B = index_B1[:, 0]
+    count = len(found_B)
+    is_right_B = found_B == np.arange(count)
     # Each class has one label, so its recall is 0 or 1, and its precision 1 / how often it was
     # found if one of these times was the right one.
-    precision_P = is_right_P / np.maximum(np.bincount(found_P, minlength=count), 1)
-    f1_P = 2 * precision_P / (1 + precision_P)
+    precision_B = is_right_B / np.maximum(np.bincount(found_B, minlength=count), 1)
+    f1_B = 2 * precision_B / (1 + precision_B)
     return {
-        "f1": float(f1_P.mean()),
-        "accuracy": float(is_right_P.mean()),
-        "precision": float(precision_P.mean()),
-        "recall": float(is_right_P.mean()),
+        "f1": float(f1_B.mean()),
+        "accuracy": float(is_right_B.mean()),
+        "precision": float(precision_B.mean()),
+        "recall": float(is_right_B.mean()),
         "pairs": count,
     }

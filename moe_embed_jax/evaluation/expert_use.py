@@ -3,7 +3,7 @@
 Assignments are counted: tokens that are sent to an expert. Every token of a text has K assignments
 in every layer with experts. Prefixes and special tokens count, padding does not. Each assignment
 counts once, whatever its gate; numbers of `first_choice` count only the one with the largest gate.
-M stands for the layers with experts, N for texts, A for groups of texts (languages, topics).
+Y stands for the layers with experts, N for texts, A for groups of texts (languages, topics).
 """
 
 import math
@@ -25,22 +25,22 @@ LABELS = ("language", "topic")
 def count_choices(
     embedder, texts: Sequence[str], prompt: str | None, show_progress: bool = False
 ) -> np.ndarray:
-    """Tokens of each text that take expert e as their k-th choice: int32 [N, M, K, E].
+    """Tokens of each text that take expert e as their k-th choice: int32 [N, Y, K, E].
 
     Raises `UserError` for a model without experts.
     """
     embedder.check_experts()
     model = embedder.model
     shape = model.num_moe_layers, model.experts_per_token, model.num_experts
-    counts_NMKE = np.zeros((len(texts), *shape), np.int32)
+    counts_NYKE = np.zeros((len(texts), *shape), np.int32)
     with tqdm(total=len(texts), unit=" texts", disable=not show_progress, leave=False) as bar:
         for begin in range(0, len(texts), TEXTS_AT_ONCE):
             chosen = embedder.expert_choices(texts[begin : begin + TEXTS_AT_ONCE], prompt)
-            for text, expert_MTK in enumerate(chosen, begin):
-                is_for_MTKE = expert_MTK[..., None] == np.arange(model.num_experts)
-                counts_NMKE[text] = is_for_MTKE.sum(axis=1)
+            for text, expert_YTK in enumerate(chosen, begin):
+                is_for_YTKE = expert_YTK[..., None] == np.arange(model.num_experts)
+                counts_NYKE[text] = is_for_YTKE.sum(axis=1)
             bar.update(len(chosen))
-    return counts_NMKE
+    return counts_NYKE
 
 
 def sum_by_label(counts_NX: np.ndarray, label_N: np.ndarray, labels: int) -> np.ndarray:
@@ -50,8 +50,8 @@ def sum_by_label(counts_NX: np.ndarray, label_N: np.ndarray, labels: int) -> np.
     return total_AX
 
 
-def mutual_information(weight_AME: np.ndarray) -> np.ndarray:
-    """I(group; expert) in bits, by layer: float64 [M].
+def mutual_information(weight_AYE: np.ndarray) -> np.ndarray:
+    """I(group; expert) in bits, by layer: float64 [Y].
 
     The joint distribution is `weight` over its sum in the layer: with counts of assignments, one
     assignment drawn from all of the sample, groups as frequent as their assignments are in it.
@@ -59,11 +59,11 @@ def mutual_information(weight_AME: np.ndarray) -> np.ndarray:
     This plug-in estimate is above 0 even if experts do not depend on groups, and grows as texts
     become fewer: compare it with `shuffled_information`.
     """
-    joint_AME = np.asarray(weight_AME, np.float64)
-    joint_AME = joint_AME / joint_AME.sum(axis=(0, 2), keepdims=True)
-    expected_AME = joint_AME.sum(axis=0, keepdims=True) * joint_AME.sum(axis=2, keepdims=True)
-    ratio = np.divide(joint_AME, expected_AME, out=np.ones_like(joint_AME), where=joint_AME > 0)
-    return np.maximum((joint_AME * np.log2(ratio)).sum(axis=(0, 2)), 0.0)
+    joint_AYE = np.asarray(weight_AYE, np.float64)
+    joint_AYE = joint_AYE / joint_AYE.sum(axis=(0, 2), keepdims=True)
+    expected_AYE = joint_AYE.sum(axis=0, keepdims=True) * joint_AYE.sum(axis=2, keepdims=True)
+    ratio = np.divide(joint_AYE, expected_AYE, out=np.ones_like(joint_AYE), where=joint_AYE > 0)
+    return np.maximum((joint_AYE * np.log2(ratio)).sum(axis=(0, 2)), 0.0)
 
 
 def most_information(tokens_A: np.ndarray, experts: int, experts_per_token: int) -> float:
@@ -78,9 +78,9 @@ def most_information(tokens_A: np.ndarray, experts: int, experts_per_token: int)
 
 
 def shuffled_information(
-    counts_NME: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, shuffles: int, seed: int
+    counts_NYE: np.ndarray, label_N: np.ndarray, unit_N: np.ndarray, shuffles: int, seed: int
 ) -> np.ndarray:
-    """`mutual_information` with labels in random order, once per shuffle: [shuffles, M].
+    """`mutual_information` with labels in random order, once per shuffle: [shuffles, Y].
 
     Labels move between whole units, never between tokens, because the tokens of a text are alike.
     `unit_N`: 0, 1, ... of each text; texts of one unit have one label (translations of a sentence,
@@ -91,7 +91,7 @@ def shuffled_information(
     label_U[unit_N] = label_N
     labels = int(label_N.max()) + 1
     bits = [
-        mutual_information(sum_by_label(counts_NME, rng.permutation(label_U)[unit_N], labels))
+        mutual_information(sum_by_label(counts_NYE, rng.permutation(label_U)[unit_N], labels))
         for _ in range(shuffles)
     ]
     return np.array(bits)
@@ -129,7 +129,7 @@ def inspect_routing(
     units = {"language": np.arange(len(texts))}
     if "topic" in groupings:
         units["topic"] = _sentences(texts)
-    counts_NMKE = count_choices(embedder, [t.text for t in texts], prompt, show_progress)
+    counts_NYKE = count_choices(embedder, [t.text for t in texts], prompt, show_progress)
     model = embedder.model
     report = {
         "experts": model.num_experts,
@@ -137,26 +137,26 @@ def inspect_routing(
         "moe_layers": model.moe_layers,
         "prefix": embedder.prefix(prompt),
         "texts": len(texts),
-        "tokens": int(counts_NMKE[:, 0, 0].sum()),
+        "tokens": int(counts_NYKE[:, 0, 0].sum()),
         "shuffles": shuffles,
         "seed": seed,
-        "layers": _layers(counts_NMKE.sum(axis=(0, 2)), model.moe_layers),
+        "layers": _layers(counts_NYKE.sum(axis=(0, 2)), model.moe_layers),
     }
     for label, names in groupings.items():
         of_text = [getattr(text, label) for text in texts]
         label_N = np.array([names.index(name) for name in of_text])
-        counts_AMKE = sum_by_label(counts_NMKE, label_N, len(names))
+        counts_AYKE = sum_by_label(counts_NYKE, label_N, len(names))
         groups = {
             name: {
                 "texts": of_text.count(name),
-                "tokens": int(counts_MKE[0, 0].sum()),
-                "layers": _layers(counts_MKE.sum(axis=1), model.moe_layers),
+                "tokens": int(counts_YKE[0, 0].sum()),
+                "layers": _layers(counts_YKE.sum(axis=1), model.moe_layers),
             }
-            for name, counts_MKE in zip(names, counts_AMKE, strict=True)
+            for name, counts_YKE in zip(names, counts_AYKE, strict=True)
         }
         shuffle = label_N, units[label], shuffles, seed
-        of_all = _information(counts_NMKE.sum(axis=2), model.experts_per_token, *shuffle)
-        of_first = _information(counts_NMKE[:, :, 0], 1, *shuffle)
+        of_all = _information(counts_NYKE.sum(axis=2), model.experts_per_token, *shuffle)
+        of_first = _information(counts_NYKE[:, :, 0], 1, *shuffle)
         information = [
             {"layer": layer, **one, "first_choice": first}
             for layer, one, first in zip(model.moe_layers, of_all, of_first, strict=True)
@@ -166,13 +166,13 @@ def inspect_routing(
 
 
 def shares(part: dict) -> np.ndarray:
-    """Share of the assignments [M, E] of a report, or of one of its groups."""
+    """Share of the assignments [Y, E] of a report, or of one of its groups."""
     return np.array([layer["share"] for layer in part["layers"]])
 
 
-def _layers(assigned_ME: np.ndarray, layers: list[int]) -> list[dict]:
-    share_ME = assigned_ME / np.maximum(assigned_ME.sum(axis=1, keepdims=True), 1)
-    load_ME = share_ME * share_ME.shape[1]
+def _layers(assigned_YE: np.ndarray, layers: list[int]) -> list[dict]:
+    share_YE = assigned_YE / np.maximum(assigned_YE.sum(axis=1, keepdims=True), 1)
+    load_YE = share_YE * share_YE.shape[1]
     return [
         {
             "layer": layer,
@@ -181,15 +181,15 @@ def _layers(assigned_ME: np.ndarray, layers: list[int]) -> list[dict]:
             "load_min": float(load_E.min()),
             "effective_experts": float(effective_experts(share_E)),
         }
-        for layer, share_E, load_E in zip(layers, share_ME, load_ME, strict=True)
+        for layer, share_E, load_E in zip(layers, share_YE, load_YE, strict=True)
     ]
 
 
-def _information(counts_NME, choices: int, label_N, unit_N, shuffles: int, seed: int) -> list[dict]:
-    counts_AME = sum_by_label(counts_NME, label_N, int(label_N.max()) + 1)
-    bits_M = mutual_information(counts_AME)
-    shuffled_SM = shuffled_information(counts_NME, label_N, unit_N, shuffles, seed)
-    most = most_information(counts_AME[:, 0].sum(axis=1), counts_NME.shape[-1], choices)
+def _information(counts_NYE, choices: int, label_N, unit_N, shuffles: int, seed: int) -> list[dict]:
+    counts_AYE = sum_by_label(counts_NYE, label_N, int(label_N.max()) + 1)
+    bits_Y = mutual_information(counts_AYE)
+    shuffled_SY = shuffled_information(counts_NYE, label_N, unit_N, shuffles, seed)
+    most = most_information(counts_AYE[:, 0].sum(axis=1), counts_NYE.shape[-1], choices)
     return [
         {
             "bits": float(bits),
@@ -200,7 +200,7 @@ def _information(counts_NME, choices: int, label_N, unit_N, shuffles: int, seed:
             "above_shuffled": float(bits - shuffled_S.mean()),
             "p": float((1 + (shuffled_S >= bits).sum()) / (1 + shuffles)),
         }
-        for bits, shuffled_S in zip(bits_M, shuffled_SM.T, strict=True)
+        for bits, shuffled_S in zip(bits_Y, shuffled_SY.T, strict=True)
     ]
 
 

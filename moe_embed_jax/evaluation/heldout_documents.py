@@ -98,7 +98,7 @@ class HeldOutDocuments:
         return lines
 
     def expert_shares(self, model: MaskedModel) -> dict[str, np.ndarray]:
-        """{language: share of assignments [M, E]} of held-out documents."""
+        """{language: share of assignments [Y, E]} of held-out documents."""
         lengths = {side: model.row_length for side in ("query", "document")}
         embedder = Embedder(model.model, model.params, model.vocabulary, lengths, model.mesh)
         return {

@@ -106,7 +106,7 @@ class HeldOutRetrieval:
         return lines
 
     def expert_shares(self, embedder: Embedder) -> dict[str, np.ndarray]:
-        """{language: share of assignments [M, E]} of held-out documents."""
+        """{language: share of assignments [Y, E]} of held-out documents."""
         shares = {}
         for name, each in self.sets.items():
             set_name, language = name.split("/")

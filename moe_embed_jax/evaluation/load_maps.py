@@ -42,19 +42,19 @@ def map_of_groups(
     return Map(min(1.4 + 0.16 * len(names), 2 * MOST_INCHES), draw)
 
 
-def map_of_layers(title: str, layers: list[int], share_ME: np.ndarray) -> Map:
+def map_of_layers(title: str, layers: list[int], share_YE: np.ndarray) -> Map:
     """A row for each layer with experts, a column for each expert, and the load in the cell."""
-    load_ME = np.asarray(share_ME) * share_ME.shape[1]
-    experts = load_ME.shape[1]
+    load_YE = np.asarray(share_YE) * share_YE.shape[1]
+    experts = load_YE.shape[1]
 
     def draw(figure):
         axes = figure.subplots()
-        norm = show_load(figure, axes, load_ME)
+        norm = show_load(figure, axes, load_YE)
         axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
         if experts <= MOST_NAMED:
             axes.set_xticks(range(experts))
         if experts <= 16:  # more numbers would not fit into their cells
-            for (row, column), load in np.ndenumerate(load_ME):
+            for (row, column), load in np.ndenumerate(load_YE):
                 colour = "white" if abs(norm(load) - 0.5) > 0.35 else "black"
                 place = dict(ha="center", va="center", fontsize=8)
                 axes.text(column, row, f"{load:.2f}", color=colour, **place)

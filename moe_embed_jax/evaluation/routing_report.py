@@ -82,15 +82,15 @@ def _draw_information(figure, report: dict) -> None:
     axes = figure.subplots()
     labels = _labels(report)
     width = 0.8 / len(labels)
-    place_M = np.arange(len(report["moe_layers"]))
+    place_Y = np.arange(len(report["moe_layers"]))
     for i, label in enumerate(labels):
         information = report[label]["information"]
-        x_M = place_M + (i - (len(labels) - 1) / 2) * width
-        axes.bar(x_M, [layer["bits"] for layer in information], width * 0.9, label=label)
+        x_Y = place_Y + (i - (len(labels) - 1) / 2) * width
+        axes.bar(x_Y, [layer["bits"] for layer in information], width * 0.9, label=label)
         shuffled = [layer["shuffled_mean"] for layer in information]
         name = "shuffled labels (mean)" if i == 0 else None
-        axes.hlines(shuffled, x_M - width / 2, x_M + width / 2, color="black", label=name)
-    axes.set_xticks(place_M, [f"layer {layer}" for layer in report["moe_layers"]], fontsize=8)
+        axes.hlines(shuffled, x_Y - width / 2, x_Y + width / 2, color="black", label=name)
+    axes.set_xticks(place_Y, [f"layer {layer}" for layer in report["moe_layers"]], fontsize=8)
     axes.set(title="What an assignment tells about its text", ylabel="I(expert; label), bits")
     axes.legend(fontsize=8)
 

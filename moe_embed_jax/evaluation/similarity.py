@@ -66,18 +66,18 @@ def read_pairs(paths: list[Path]) -> tuple[list[str], list[str], np.ndarray]:
     return first, second, np.array(gold)
 
 
-def correlations(x_PD: np.ndarray, y_PD: np.ndarray, gold_P: np.ndarray) -> Scores:
-    """Spearman's and Pearson's correlation of the cosines of P pairs of unit vectors with `gold_P`.
+def correlations(x_BD: np.ndarray, y_BD: np.ndarray, gold_B: np.ndarray) -> Scores:
+    """Spearman's and Pearson's correlation of the cosines of B pairs of unit vectors with `gold_B`.
 
     As MTEB's: `cosine_spearman` is the main score. A model that gives all pairs one cosine has 0:
     it orders nothing.
     """
     import scipy.stats  # here: a suite may have no such task
 
-    cosine_P = np.einsum("pd,pd->p", x_PD.astype(np.float64), y_PD.astype(np.float64))
-    if np.ptp(cosine_P) == 0:
+    cosine_B = np.einsum("bd,bd->b", x_BD.astype(np.float64), y_BD.astype(np.float64))
+    if np.ptp(cosine_B) == 0:
         spearman = pearson = 0.0
     else:
-        spearman = float(scipy.stats.spearmanr(cosine_P, gold_P).statistic)
-        pearson = float(scipy.stats.pearsonr(cosine_P, gold_P).statistic)
-    return {"cosine_spearman": spearman, "cosine_pearson": pearson, "pairs": len(gold_P)}
+        spearman = float(scipy.stats.spearmanr(cosine_B, gold_B).statistic)
+        pearson = float(scipy.stats.pearsonr(cosine_B, gold_B).statistic)
+    return {"cosine_spearman": spearman, "cosine_pearson": pearson, "pairs": len(gold_B)}

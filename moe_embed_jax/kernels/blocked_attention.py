@@ -47,36 +47,36 @@ def supports(row_length: int, width: int, heads: int, dtype) -> bool:
     return row_length * (arriving + kept) + SPARE_BYTES <= vmem_limit_bytes()
 
 
-def blocked_attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int, interpret: bool = False):
+def blocked_attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int, interpret: bool = False):
     """Context vectors [R, L, D] of every head, side by side.
 
     Args: as those of `fused_attention.fused_attention`.
     """
-    head = qkv_RLM.shape[-1] // 3 // heads
+    head = qkv_RLU.shape[-1] // 3 // heads
     # Padding stands at the end of a row: numbered after all texts it is not mistaken for a
     # neighbour of every one.
     last = jnp.iinfo(jnp.int32).max
     index_R1L = jnp.where(text_index_RL < 0, last, text_index_RL).astype(jnp.int32)[:, None]
-    tables = rotation_lanes(rotation_RLC, text_index_RL, head)
-    return _attention(qkv_RLM, index_R1L, *tables, heads, interpret)
+    tables = rotation_lanes(rotation_RLJ, text_index_RL, head)
+    return _attention(qkv_RLU, index_R1L, *tables, heads, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
-    arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
+def _attention(qkv_RLU, index_R1L, cos_RLW, sin_RLW, heads, interpret):
+    arguments = (qkv_RLU, index_R1L, cos_RLW, sin_RLW)
     return _AttentionGrid(*arguments, heads, interpret).forward()[0]
 
 
-def _attention_fwd(qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads, interpret):
-    arguments = (qkv_RLM, index_R1L, cos_RLP, sin_RLP)
+def _attention_fwd(qkv_RLU, index_R1L, cos_RLW, sin_RLW, heads, interpret):
+    arguments = (qkv_RLU, index_R1L, cos_RLW, sin_RLW)
     results = _AttentionGrid(*arguments, heads, interpret).forward()
     return results[0], (arguments, results)
 
 
 def _attention_bwd(heads, interpret, saved, dcontext_RLD):
     arguments, results = saved
-    dqkv_RLM = _AttentionGrid(*arguments, heads, interpret).backward(*results, dcontext_RLD)
-    return dqkv_RLM, None, None, None
+    dqkv_RLU = _AttentionGrid(*arguments, heads, interpret).backward(*results, dcontext_RLD)
+    return dqkv_RLU, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -85,17 +85,17 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 class _AttentionGrid:
     """The kernels over a grid of rows R, groups of heads G, and blocks of queries N."""
 
-    def __init__(self, qkv_RLM, index_R1L, cos_RLP, sin_RLP, heads: int, interpret: bool):
-        self.rows, self.length, features = qkv_RLM.shape
-        self.width, self.lanes = features // 3, cos_RLP.shape[-1]
+    def __init__(self, qkv_RLU, index_R1L, cos_RLW, sin_RLW, heads: int, interpret: bool):
+        self.rows, self.length, features = qkv_RLU.shape
+        self.width, self.lanes = features // 3, cos_RLW.shape[-1]
         self.blocks, self.groups = self.length // BLOCK, self.width // self.lanes
-        self.heads, self.dtype, self.interpret = heads, qkv_RLM.dtype, interpret
+        self.heads, self.dtype, self.interpret = heads, qkv_RLU.dtype, interpret
         self.heads_of_group = heads // self.groups
         self.visited = _blocks_to_visit(index_R1L[:, 0])
         self.inputs = [
-            (qkv_RLM, self._queries()),
-            *((qkv_RLM, self._row_of_group(part)) for part in (1, 2)),
-            *((array, self._row(array)) for array in (index_R1L, cos_RLP, sin_RLP)),
+            (qkv_RLU, self._queries()),
+            *((qkv_RLU, self._row_of_group(part)) for part in (1, 2)),
+            *((array, self._row(array)) for array in (index_R1L, cos_RLW, sin_RLW)),
         ]
 
     def forward(self):
@@ -120,14 +120,14 @@ class _AttentionGrid:
         )
 
     def backward(self, context_RLD, log_sum_RGHL, dcontext_RLD):
-        """dqkv [R, L, M].
+        """dqkv [R, L, U].
 
         Of the 3 N programs of a row and group the first N have a block of queries each and write
         its dq; then the sums over queries are complete, and N write dk of a block each, N dv.
         """
         blocks, groups = self.blocks, self.groups
         shape = (self.rows, self.length, 3 * self.width)
-        (dqkv_RLM,) = self._run(
+        (dqkv_RLU,) = self._run(
             functools.partial(_backward_kernel, blocks=blocks),
             inputs=[
                 *self.inputs,
@@ -152,7 +152,7 @@ class _AttentionGrid:
             products=5,
             name="attention_backward",
         )
-        return dqkv_RLM
+        return dqkv_RLU
 
     def _queries(self):
         """A block of queries, lanes of the group; the last one for programs that have none."""
@@ -247,22 +247,22 @@ def _forward_kernel(
 
         _for_each(blocks, prepare)
 
-    q_QP = _queries(q_ref, cos_ref, sin_ref, block, head)
-    q_hQP = [apply_mask(mask_QP, q_QP) for mask_QP in head_masks(q_QP.shape, head)]
+    q_QW = _queries(q_ref, cos_ref, sin_ref, block, head)
+    q_hQW = [apply_mask(mask_QW, q_QW) for mask_QW in head_masks(q_QW.shape, head)]
     index_1Q = index_ref[0, :, _slots(block)]
 
     def add_block(n, states):
         same_KQ = key_index_ref[n][:, :1] == index_1Q
         results = []
-        for h, (q_QP, (max_1Q, sum_1Q, total_CQ)) in enumerate(zip(q_hQP, states, strict=True)):
-            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QP, 1, 1), MASK_VALUE)
+        for h, (q_QW, (max_1Q, sum_1Q, total_JQ)) in enumerate(zip(q_hQW, states, strict=True)):
+            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QW, 1, 1), MASK_VALUE)
             before_1Q, max_1Q = max_1Q, jnp.maximum(max_1Q, score_KQ.max(axis=0, keepdims=True))
             # What masked keys add before the query's first own key, that key shrinks to zero.
             shrink_1Q, weight_KQ = jnp.exp(before_1Q - max_1Q), jnp.exp(score_KQ - max_1Q)
             sum_1Q = sum_1Q * shrink_1Q + weight_KQ.sum(axis=0, keepdims=True)
-            value_CK = value_PK_ref[n, h * head : (h + 1) * head]
-            context_CQ = dot(value_CK, weight_KQ.astype(value_CK.dtype), 1, 0)
-            results.append((max_1Q, sum_1Q, total_CQ * shrink_1Q + context_CQ))
+            value_JK = value_PK_ref[n, h * head : (h + 1) * head]
+            context_JQ = dot(value_JK, weight_KQ.astype(value_JK.dtype), 1, 0)
+            results.append((max_1Q, sum_1Q, total_JQ * shrink_1Q + context_JQ))
         return tuple(results)
 
     start = (
@@ -271,9 +271,9 @@ def _forward_kernel(
         jnp.zeros((head, BLOCK), jnp.float32),
     )
     here = row * blocks + block
-    states = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, (start,) * len(q_hQP))
-    context_PQ = jnp.concatenate([total_CQ / sum_1Q for _, sum_1Q, total_CQ in states])
-    context_ref[0] = context_PQ.T.astype(context_ref.dtype)
+    states = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, (start,) * len(q_hQW))
+    context_WQ = jnp.concatenate([total_JQ / sum_1Q for _, sum_1Q, total_JQ in states])
+    context_ref[0] = context_WQ.T.astype(context_ref.dtype)
     for h, (max_1Q, sum_1Q, _) in enumerate(states):
         log_sum_ref[0, 0, h : h + 1] = max_1Q + jnp.log(sum_1Q)
 
@@ -313,37 +313,37 @@ def _backward_kernel(
 
     @pl.when(step < blocks)
     def _():
-        q_QP = _queries(q_ref, cos_ref, sin_ref, step, head)
-        dcontext_QP = dcontext_ref[0]
+        q_QW = _queries(q_ref, cos_ref, sin_ref, step, head)
+        dcontext_QW = dcontext_ref[0]
         index_1Q = index_ref[0, :, _slots(step)]
-        dot_PQ = (context_ref[0].astype(jnp.float32) * dcontext_QP.astype(jnp.float32)).T
+        dot_WQ = (context_ref[0].astype(jnp.float32) * dcontext_QW.astype(jnp.float32)).T
 
-        def add_block(n, dq_hCQ):
+        def add_block(n, dq_hJQ):
             same_KQ = key_index_ref[n][:, :1] == index_1Q
-            value_KP = v_ref[0, _slots(n)]
-            dkey_KP = dvalue_KP = jnp.zeros(value_KP.shape, jnp.float32)
+            value_KW = v_ref[0, _slots(n)]
+            dkey_KW = dvalue_KW = jnp.zeros(value_KW.shape, jnp.float32)
             results = []
-            for h, mask_QP in enumerate(head_masks(q_QP.shape, head)):
+            for h, mask_QW in enumerate(head_masks(q_QW.shape, head)):
                 lanes = slice(h * head, (h + 1) * head)
-                head_q_QP, dhead_QP = apply_mask(mask_QP, q_QP), apply_mask(mask_QP, dcontext_QP)
-                score_KQ = jnp.where(same_KQ, dot(key_ref[n], head_q_QP, 1, 1), MASK_VALUE)
+                head_q_QW, dhead_QW = apply_mask(mask_QW, q_QW), apply_mask(mask_QW, dcontext_QW)
+                score_KQ = jnp.where(same_KQ, dot(key_ref[n], head_q_QW, 1, 1), MASK_VALUE)
                 weight_KQ = jnp.exp(score_KQ - log_sum_ref[0, 0, h : h + 1])
-                dweight_KQ = dot(value_KP, dhead_QP, 1, 1)
-                mean_1Q = dot_PQ[lanes].sum(axis=0, keepdims=True)
-                dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QP.dtype)
-                dvalue_KP += dot(weight_KQ.astype(q_QP.dtype), dhead_QP, 1, 0)
-                dkey_KP += dot(dscore_KQ, head_q_QP, 1, 0)
-                results.append(dq_hCQ[h] + dot(key_PK_ref[n, lanes], dscore_KQ, 1, 0))
-            dkey_ref[n] += dkey_KP
-            dvalue_ref[n] += dvalue_KP
+                dweight_KQ = dot(value_KW, dhead_QW, 1, 1)
+                mean_1Q = dot_WQ[lanes].sum(axis=0, keepdims=True)
+                dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QW.dtype)
+                dvalue_KW += dot(weight_KQ.astype(q_QW.dtype), dhead_QW, 1, 0)
+                dkey_KW += dot(dscore_KQ, head_q_QW, 1, 0)
+                results.append(dq_hJQ[h] + dot(key_PK_ref[n, lanes], dscore_KQ, 1, 0))
+            dkey_ref[n] += dkey_KW
+            dvalue_ref[n] += dvalue_KW
             return tuple(results)
 
         here = row * blocks + step
-        start = (jnp.zeros((head, BLOCK), jnp.float32),) * (q_QP.shape[1] // head)
-        dq_hCQ = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, start)
-        dq_QP = jnp.concatenate(dq_hCQ).T * head**-0.5
+        start = (jnp.zeros((head, BLOCK), jnp.float32),) * (q_QW.shape[1] // head)
+        dq_hJQ = jax.lax.fori_loop(first_ref[here], stop_ref[here], add_block, start)
+        dq_QW = jnp.concatenate(dq_hJQ).T * head**-0.5
         rotation = cos_ref[0, _slots(step)], sin_ref[0, _slots(step)]
-        dqkv_ref[0] = rotate_back(dq_QP, *rotation, head).astype(dqkv_ref.dtype)
+        dqkv_ref[0] = rotate_back(dq_QW, *rotation, head).astype(dqkv_ref.dtype)
 
     @pl.when((step >= blocks) & (step < 2 * blocks))
     def _():
@@ -378,6 +378,6 @@ def _queries(q_ref, cos_ref, sin_ref, block, head: int):
 def _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head: int):
     """Block n of the rotated keys, and of their texts, one per sublane."""
     slots = _slots(n)
-    key_KP = rotate(k_ref[0, slots], cos_ref[0, slots], sin_ref[0, slots], head)
-    key_ref[n] = key_KP.astype(key_ref.dtype)
+    key_KW = rotate(k_ref[0, slots], cos_ref[0, slots], sin_ref[0, slots], head)
+    key_ref[n] = key_KW.astype(key_ref.dtype)
     key_index_ref[n] = jnp.broadcast_to(index_ref[0, :, slots], (LANES, BLOCK)).T

@@ -5,7 +5,7 @@ therefore belongs to one expert. The expert's matrices stay in VMEM until the la
 done. The hidden layer is activated, and its gradient taken, in VMEM too: as separate passes over
 [S, F] these cost as much as a matrix product.
 
-A program has one tile of M rows. F is cut only if an expert's matrices do not fit. Tiles behind the
+A program has one tile of s rows. F is cut only if an expert's matrices do not fit. Tiles behind the
 last one in use do nothing, and their results are undefined.
 """
 
@@ -27,11 +27,11 @@ COLUMNS = 512  # of F at a time inside a program
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Tiles:
-    """Which expert each tile of M rows belongs to.
+    """Which expert each tile of s rows belongs to.
 
     expert_t: int32; tiles that are not in use repeat the last one. last_1: number of the last tile
     in use. is_last_t: 1 where an expert's last tile is.
-    rows: M. expected: how many rows are in use, on average, for cost estimates.
+    rows: s. expected: how many rows are in use, on average, for cost estimates.
     """
 
     expert_t: jax.Array
@@ -100,13 +100,13 @@ def _forward_kernel(
 
     @pl.when(pl.program_id(0) <= last_ref[0])
     def _():
-        def add_columns(columns, y_MD):
-            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
-            return y_MD + dot(activation(pre_MC), w_out_ref[0, columns, :], 1, 0)
+        def add_columns(columns, y_sD):
+            pre_sf = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            return y_sD + dot(activation(pre_sf), w_out_ref[0, columns, :], 1, 0)
 
-        zeros_MD = jnp.zeros(y_ref.shape, jnp.float32)
-        y_MD = _over_columns(w_in_ref.shape[2], add_columns, zeros_MD)
-        _add_up(total_ref, y_ref, y_MD, part, parts)
+        zeros_sD = jnp.zeros(y_ref.shape, jnp.float32)
+        y_sD = _over_columns(w_in_ref.shape[2], add_columns, zeros_sD)
+        _add_up(total_ref, y_ref, y_sD, part, parts)
 
 
 def backward(
@@ -155,25 +155,25 @@ def _backward_kernel(
         dtype = dy_ref.dtype
 
         def add_columns(columns, totals):
-            dx_MD, dgate_M1 = totals
-            pre_MC = _before_activation(x_ref, w_in_ref, bias_ref, columns)
-            hidden_MC, activation_vjp = jax.vjp(activation, pre_MC)
-            dhidden_MC = dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
-            dgate_M1 += jnp.sum(hidden_MC * dhidden_MC, axis=1, keepdims=True)
-            (dpre_MC,) = activation_vjp((gate_ref[...] * dhidden_MC).astype(dtype))
-            dpre_ref[:, columns] = dpre_MC
-            hidden_ref[:, columns] = (gate_ref[...] * hidden_MC).astype(dtype)
-            return dx_MD + dot(dpre_MC, w_in_ref[0, :, columns], 1, 1), dgate_M1
+            dx_sD, dgate_s1 = totals
+            pre_sf = _before_activation(x_ref, w_in_ref, bias_ref, columns)
+            hidden_sf, activation_vjp = jax.vjp(activation, pre_sf)
+            dhidden_sf = dot(dy_ref[...], w_out_ref[0, columns, :], 1, 1)
+            dgate_s1 += jnp.sum(hidden_sf * dhidden_sf, axis=1, keepdims=True)
+            (dpre_sf,) = activation_vjp((gate_ref[...] * dhidden_sf).astype(dtype))
+            dpre_ref[:, columns] = dpre_sf
+            hidden_ref[:, columns] = (gate_ref[...] * hidden_sf).astype(dtype)
+            return dx_sD + dot(dpre_sf, w_in_ref[0, :, columns], 1, 1), dgate_s1
 
         nothing = tuple(jnp.zeros(ref.shape, jnp.float32) for ref in (dx_ref, dgate_ref))
-        dx_MD, dgate_M1 = _over_columns(w_in_ref.shape[2], add_columns, nothing)
-        _add_up(total_ref, dx_ref, dx_MD, part, parts)
-        dgate_ref[...] = jnp.where(part == 0, 0.0, dgate_ref[...]) + dgate_M1
+        dx_sD, dgate_s1 = _over_columns(w_in_ref.shape[2], add_columns, nothing)
+        _add_up(total_ref, dx_ref, dx_sD, part, parts)
+        dgate_ref[...] = jnp.where(part == 0, 0.0, dgate_ref[...]) + dgate_s1
 
 
 def _before_activation(x_ref, w_in_ref, bias_ref, columns):
-    pre_MC = dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
-    return (pre_MC + bias_ref[0, :, columns].astype(jnp.float32)).astype(x_ref.dtype)
+    pre_sf = dot(x_ref[...], w_in_ref[0, :, columns], 1, 0)
+    return (pre_sf + bias_ref[0, :, columns].astype(jnp.float32)).astype(x_ref.dtype)
 
 
 def weight_gradient(x_SK, dy_SN, experts: int, tiles: Tiles, interpret):
@@ -231,8 +231,8 @@ def _weight_gradient_kernel(expert_ref, last_ref, is_last_ref, x_ref, dy_ref, dw
 def _bias_gradient(dpre_SF, tiles: Tiles, experts: int):
     """Sum over each expert's rows, [E, F] float32."""
     in_use_t = jnp.arange(len(tiles)) <= tiles.last_1
-    dpre_tMF = dpre_SF.reshape(len(tiles), tiles.rows, -1).astype(jnp.float32)
-    of_tile_tF = jnp.where(in_use_t[:, None, None], dpre_tMF, 0).sum(axis=1)
+    dpre_tsF = dpre_SF.reshape(len(tiles), tiles.rows, -1).astype(jnp.float32)
+    of_tile_tF = jnp.where(in_use_t[:, None, None], dpre_tsF, 0).sum(axis=1)
     return jax.ops.segment_sum(of_tile_tF, tiles.expert_t, experts)
 
 

@@ -1,4 +1,4 @@
-"""Heads of C features side by side in a group of P lanes, inside a TPU kernel.
+"""Heads of J features side by side in a group of W lanes, inside a TPU kernel.
 
 The features of other heads are zeroed instead of cut out: matrix units contract and write 128
 lanes in any case.
@@ -18,43 +18,43 @@ def supports_heads(width: int, heads: int) -> bool:
     return width % LANES == 0 and (LANES % head == 0 or head % LANES == 0)
 
 
-def rotation_lanes(rotation_RLC, text_index_RL, head: int):
-    """(cos, signed sin) of `attention.rotation` for each lane of a group, float32 [R, L, P].
+def rotation_lanes(rotation_RLJ, text_index_RL, head: int):
+    """(cos, signed sin) of `attention.rotation` for each lane of a group, float32 [R, L, W].
 
-    `rotation_RLC` None: a rotation by angle 0.
+    `rotation_RLJ` None: a rotation by angle 0.
     """
-    if rotation_RLC is None:
+    if rotation_RLJ is None:
         shape = (*text_index_RL.shape, max(head, LANES))
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
-    return tuple(jnp.tile(table, max(head, LANES) // head) for table in rotation_RLC)
+    return tuple(jnp.tile(table, max(head, LANES) // head) for table in rotation_RLJ)
 
 
-def rotate(x_LP, cos_LP, sin_LP, head: int):
+def rotate(x_LW, cos_LW, sin_LW, head: int):
     """Rotary positions, in float32."""
-    x_LP = x_LP.astype(jnp.float32)
-    return x_LP * cos_LP + _exchange_halves(x_LP, head) * sin_LP
+    x_LW = x_LW.astype(jnp.float32)
+    return x_LW * cos_LW + _exchange_halves(x_LW, head) * sin_LW
 
 
-def rotate_back(x_LP, cos_LP, sin_LP, head: int):
+def rotate_back(x_LW, cos_LW, sin_LW, head: int):
     """The transpose of rotation: what a gradient goes through."""
-    return x_LP * cos_LP + _exchange_halves(x_LP * sin_LP, head)
+    return x_LW * cos_LW + _exchange_halves(x_LW * sin_LW, head)
 
 
-def _exchange_halves(x_LP, head: int):
+def _exchange_halves(x_LW, head: int):
     """The two halves of each head exchanged."""
-    lanes, half = x_LP.shape[1], head // 2
-    lane_LP = jax.lax.broadcasted_iota(jnp.int32, x_LP.shape, 1)
-    from_right, from_left = pltpu.roll(x_LP, lanes - half, 1), pltpu.roll(x_LP, half, 1)
-    return jnp.where(lane_LP % head < half, from_right, from_left)
+    lanes, half = x_LW.shape[1], head // 2
+    lane_LW = jax.lax.broadcasted_iota(jnp.int32, x_LW.shape, 1)
+    from_right, from_left = pltpu.roll(x_LW, lanes - half, 1), pltpu.roll(x_LW, half, 1)
+    return jnp.where(lane_LW % head < half, from_right, from_left)
 
 
 def head_masks(shape: tuple[int, int], head: int):
-    """[L, P] masks of the lanes of each head."""
-    lane_LP = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    """[L, W] masks of the lanes of each head."""
+    lane_LW = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     for first in range(0, shape[1], head):
-        yield (lane_LP >= first) & (lane_LP < first + head)
+        yield (lane_LW >= first) & (lane_LW < first + head)
 
 
-def apply_mask(mask_LP, x_LP):
-    """`x_LP` with zeros outside the mask of a head."""
-    return jnp.where(mask_LP, x_LP, jnp.zeros_like(x_LP))
+def apply_mask(mask_LW, x_LW):
+    """`x_LW` with zeros outside the mask of a head."""
+    return jnp.where(mask_LW, x_LW, jnp.zeros_like(x_LW))

@@ -18,8 +18,8 @@ def supports(row_length: int) -> bool:
     return row_length > BLOCK and row_length % BLOCK == 0
 
 
-def long_attention(q_RHLC, k_RHLC, v_RHLC, text_index_RL):
-    """Context [R, H, L, C]; tokens attend to tokens of equal index."""
+def long_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL):
+    """Context [R, H, L, J]; tokens attend to tokens of equal index."""
     segments = SegmentIds(text_index_RL.astype(jnp.int32), text_index_RL.astype(jnp.int32))
     blocks = BlockSizes(
         block_q=BLOCK,
@@ -35,10 +35,10 @@ def long_attention(q_RHLC, k_RHLC, v_RHLC, text_index_RL):
         block_q_dq=BLOCK,
     )
     return flash_attention(
-        q_RHLC,
-        k_RHLC,
-        v_RHLC,
+        q_RHLJ,
+        k_RHLJ,
+        v_RHLJ,
         segment_ids=segments,
-        sm_scale=q_RHLC.shape[-1] ** -0.5,
+        sm_scale=q_RHLJ.shape[-1] ** -0.5,
         block_sizes=blocks,
     )

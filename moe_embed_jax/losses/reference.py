@@ -1,6 +1,6 @@
 """The contrastive loss with all its logits in memory: what the streamed form must equal.
 
-Content ids are compared text by text, so this costs O(C^2) memory in the number of documents; it
+Content ids are compared text by text, so this costs O(Z^2) memory in the number of documents; it
 is meant to be read, and to test `infonce.infonce` against.
 """
 
@@ -16,31 +16,31 @@ from moe_embed_jax.losses.contrast import (
 )
 
 
-def same_content(a_A2, b_C2):
-    """[A, C] bool: equal 64-bit content ids."""
-    return jnp.all(a_A2[:, None, :] == b_C2[None, :, :], axis=-1)
+def same_content(a_A2, b_Z2):
+    """[A, Z] bool: equal 64-bit content ids."""
+    return jnp.all(a_A2[:, None, :] == b_Z2[None, :, :], axis=-1)
 
 
-def exists(a_AK, b_KC):
-    """[A, C] bool: some k with a[a, k] and b[k, c]."""
-    return jnp.matmul(a_AK.astype(jnp.float32), b_KC.astype(jnp.float32)) > 0
+def exists(a_AK, b_KZ):
+    """[A, Z] bool: some k with a[a, k] and b[k, z]."""
+    return jnp.matmul(a_AK.astype(jnp.float32), b_KZ.astype(jnp.float32)) > 0
 
 
 def negative_documents(query_id_B2, document_id_BM2, valid_BM, share_hard_negatives: bool):
-    """[B, B * M] bool: document c is a negative of pair i (rules: `contents.py`)."""
+    """[B, Z] bool: document z is a negative of pair i (rules: `contents.py`)."""
     B, M = valid_BM.shape
-    document_id_C2 = document_id_BM2.reshape(B * M, 2)
-    pair_C, slot_C = jnp.divmod(jnp.arange(B * M), M)
-    own_BC = jnp.arange(B)[:, None] == pair_C[None, :]
-    offered_BC = valid_BM.reshape(-1) & ((slot_C == 0) | own_BC | share_hard_negatives)
+    document_id_Z2 = document_id_BM2.reshape(B * M, 2)
+    pair_Z, slot_Z = jnp.divmod(jnp.arange(B * M), M)
+    own_BZ = jnp.arange(B)[:, None] == pair_Z[None, :]
+    offered_BZ = valid_BM.reshape(-1) & ((slot_Z == 0) | own_BZ | share_hard_negatives)
 
-    order_C = slot_C * B + pair_C
-    same_CC = same_content(document_id_C2, document_id_C2)
-    copy_BC = exists(offered_BC, same_CC & (order_C[:, None] < order_C[None, :]))
+    order_Z = slot_Z * B + pair_Z
+    same_ZZ = same_content(document_id_Z2, document_id_Z2)
+    copy_BZ = exists(offered_BZ, same_ZZ & (order_Z[:, None] < order_Z[None, :]))
 
     same_query_BB = same_content(query_id_B2, query_id_B2)
-    right_answer_BC = exists(same_query_BB, same_content(document_id_BM2[:, 0], document_id_C2))
-    return offered_BC & ~copy_BC & ~right_answer_BC & ~same_content(query_id_B2, document_id_C2)
+    right_answer_BZ = exists(same_query_BB, same_content(document_id_BM2[:, 0], document_id_Z2))
+    return offered_BZ & ~copy_BZ & ~right_answer_BZ & ~same_content(query_id_B2, document_id_Z2)
 
 
 def negative_queries(query_id_B2, document_id_B2):
@@ -64,39 +64,39 @@ def dense_infonce(
     """Arguments and result of `infonce.infonce`; needs no mesh."""
     query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
     scale = score_scale(config, log_scale)
-    documents_BC = negative_documents(
+    documents_BZ = negative_documents(
         query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives
     )
     queries_BB = negative_queries(query_id_B2, document_id_BM2[:, 0])
 
     def one_width(q_BD, d_BMD):
-        return _one_width(config, scale, q_BD, d_BMD, documents_BC, queries_BB)
+        return _one_width(config, scale, q_BD, d_BMD, documents_BZ, queries_BB)
 
     return over_widths(config, query_BD, document_BMD, valid_BM, one_width)
 
 
-def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BC, queries_BB):
+def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BZ, queries_BB):
     """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
-    d_BD, d_CD = d_BMD[:, 0], d_BMD.reshape(-1, d_BMD.shape[-1])
+    d_BD, d_ZD = d_BMD[:, 0], d_BMD.reshape(-1, d_BMD.shape[-1])
     own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
 
-    def logits(x_BD, y_CD, negative_BC):
-        logits_BC = scale * jnp.einsum("BD,CD->BC", x_BD, y_CD, precision="highest")
+    def logits(x_BD, y_ZD, negative_BZ):
+        logits_BZ = scale * jnp.einsum("BD,ZD->BZ", x_BD, y_ZD, precision="highest")
         if config.margin is not None:
-            negative_BC &= logits_BC <= (own_B + config.margin * scale)[:, None]
-        return jnp.where(negative_BC, logits_BC, -jnp.inf)
+            negative_BZ &= logits_BZ <= (own_B + config.margin * scale)[:, None]
+        return jnp.where(negative_BZ, logits_BZ, -jnp.inf)
 
     logits_of = {
-        "q->d": logits(q_BD, d_CD, documents_BC),
+        "q->d": logits(q_BD, d_ZD, documents_BZ),
         "q->q": logits(q_BD, q_BD, queries_BB),
-        "d->d": logits(d_BD, d_CD, documents_BC),
+        "d->d": logits(d_BD, d_ZD, documents_BZ),
         "d->q": logits(d_BD, q_BD, queries_BB),
     }
 
     def negative_log_likelihood(*terms):
-        chosen_BC = jnp.concatenate([logits_of[term] for term in terms if config.has(term)], axis=1)
-        relative_BC = jnp.pad(chosen_BC - own_B[:, None], ((0, 0), (1, 0)))  # 0: the own document
-        return jax.nn.logsumexp(relative_BC, axis=1)
+        chosen_BZ = jnp.concatenate([logits_of[term] for term in terms if config.has(term)], axis=1)
+        relative_BZ = jnp.pad(chosen_BZ - own_B[:, None], ((0, 0), (1, 0)))  # 0: the own document
+        return jax.nn.logsumexp(relative_BZ, axis=1)
 
     if config.partition == "joint":
         loss_B = negative_log_likelihood("q->d", "q->q", "d->d", "d->q")
@@ -106,5 +106,5 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BC, queries
         ) / 2
     else:
         loss_B = negative_log_likelihood("q->d", "q->q")
-    found_BC = logits_of["q->d"]
-    return loss_B, own_B, jnp.max(found_BC, axis=1), jnp.sum(found_BC > -jnp.inf, axis=1)
+    found_BZ = logits_of["q->d"]
+    return loss_B, own_B, jnp.max(found_BZ, axis=1), jnp.sum(found_BZ > -jnp.inf, axis=1)

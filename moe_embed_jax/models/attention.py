@@ -14,7 +14,7 @@ SCORES_AT_A_TIME = 1 << 20  # on a CPU: 4 MB of float32, which its caches can ho
 
 
 def rotation(position_RL, head: int, base: float):
-    """(cos, signed sin), float32 [R, L, C] each, that turn the two halves of a head (NeoX layout,
+    """(cos, signed sin), float32 [R, L, J] each, that turn the two halves of a head (NeoX layout,
     not interleaved): x * cos + halves exchanged(x) * sin. `position_RL` restarts at 0 for every
     text of a row."""
     half = head // 2
@@ -26,67 +26,67 @@ def rotation(position_RL, head: int, base: float):
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_RLHC, rotation_RLC):
-    """`x_RLHC` turned by the tables of `rotation`; computed in float32, in the dtype of x."""
-    cos_RL1C, sin_RL1C = (table[:, :, None] for table in rotation_RLC)
-    first, second = jnp.split(x_RLHC.astype(jnp.float32), 2, axis=-1)
+def rotate(x_RLHJ, rotation_RLJ):
+    """`x_RLHJ` turned by the tables of `rotation`; computed in float32, in the dtype of x."""
+    cos_RL1J, sin_RL1J = (table[:, :, None] for table in rotation_RLJ)
+    first, second = jnp.split(x_RLHJ.astype(jnp.float32), 2, axis=-1)
     exchanged = jnp.concatenate([second, first], axis=-1)
-    rotated = x_RLHC.astype(jnp.float32) * cos_RL1C + exchanged * sin_RL1C
-    return rotated.astype(x_RLHC.dtype)
+    rotated = x_RLHJ.astype(jnp.float32) * cos_RL1J + exchanged * sin_RL1J
+    return rotated.astype(x_RLHJ.dtype)
 
 
-def attention(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
+def attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
     """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`.
 
     Plain XLA, for devices other than TPUs and for shapes that the kernels do not take. On a TPU,
     rows that are too long for the kernels use `long_attention`.
     """
-    rows, length, features = qkv_RLM.shape
-    qkv = qkv_RLM.reshape(rows, length, 3, heads, -1)
-    q_RLHC, k_RLHC, v_RLHC = (qkv[:, :, i] for i in range(3))
-    if rotation_RLC is not None:
-        q_RLHC, k_RLHC = rotate(q_RLHC, rotation_RLC), rotate(k_RLHC, rotation_RLC)
+    rows, length, features = qkv_RLU.shape
+    qkv = qkv_RLU.reshape(rows, length, 3, heads, -1)
+    q_RLHJ, k_RLHJ, v_RLHJ = (qkv[:, :, i] for i in range(3))
+    if rotation_RLJ is not None:
+        q_RLHJ, k_RLHJ = rotate(q_RLHJ, rotation_RLJ), rotate(k_RLHJ, rotation_RLJ)
     # Heads before positions: XLA:CPU multiplies these faster than strided ones.
-    q_RHLC, k_RHLC, v_RHLC = (x.swapaxes(1, 2) for x in (q_RLHC, k_RLHC, v_RLHC))
+    q_RHLJ, k_RHLJ, v_RHLJ = (x.swapaxes(1, 2) for x in (q_RLHJ, k_RLHJ, v_RLHJ))
     if platform() == "tpu" and long_attention.supports(length):
-        context_RHLC = long_attention.long_attention(q_RHLC, k_RHLC, v_RHLC, text_index_RL)
-        return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
-    scale = q_RHLC.shape[-1] ** -0.5
-    score_RHLM = jnp.einsum("RHLC,RHMC->RHLM", q_RHLC, k_RHLC).astype(jnp.float32) * scale
+        context_RHLJ = long_attention.long_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL)
+        return context_RHLJ.swapaxes(1, 2).reshape(rows, length, features // 3)
+    scale = q_RHLJ.shape[-1] ** -0.5
+    score_RHLk = jnp.einsum("RHLJ,RHkJ->RHLk", q_RHLJ, k_RHLJ).astype(jnp.float32) * scale
     # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.
-    same_RLM = text_index_RL[:, :, None] == text_index_RL[:, None, :]
-    score_RHLM = jnp.where(same_RLM[:, None], score_RHLM, jnp.finfo(jnp.float32).min)
-    weight_RHLM = jax.nn.softmax(score_RHLM, axis=-1).astype(qkv_RLM.dtype)
-    context_RHLC = jnp.einsum("RHLM,RHMC->RHLC", weight_RHLM, v_RHLC)
-    return context_RHLC.swapaxes(1, 2).reshape(rows, length, features // 3)
+    same_RLk = text_index_RL[:, :, None] == text_index_RL[:, None, :]
+    score_RHLk = jnp.where(same_RLk[:, None], score_RHLk, jnp.finfo(jnp.float32).min)
+    weight_RHLk = jax.nn.softmax(score_RHLk, axis=-1).astype(qkv_RLU.dtype)
+    context_RHLJ = jnp.einsum("RHLk,RHkJ->RHLJ", weight_RHLk, v_RHLJ)
+    return context_RHLJ.swapaxes(1, 2).reshape(rows, length, features // 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_by_rows(qkv_RLM, text_index_RL, rotation_RLC, heads: int):
+def attention_by_rows(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
     """`attention` for CPUs.
 
     Without gradients it computes a few rows at a time, whose scores stay in the cache: half the
     time for 16 rows of 512 tokens. With gradients it computes all rows at once, because the scores
     must be saved in any case.
     """
-    rows, length, _ = qkv_RLM.shape
+    rows, length, _ = qkv_RLU.shape
     most = max(SCORES_AT_A_TIME // (heads * length**2), 1)
     piece = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
     if piece == rows:
-        return attention(qkv_RLM, text_index_RL, rotation_RLC, heads)
+        return attention(qkv_RLU, text_index_RL, rotation_RLJ, heads)
     pieces = jax.tree.map(
         lambda array: array.reshape(-1, piece, *array.shape[1:]),
-        (qkv_RLM, text_index_RL, rotation_RLC),
+        (qkv_RLU, text_index_RL, rotation_RLJ),
     )
     context_PRLD = jax.lax.map(lambda of_piece: attention(*of_piece, heads), pieces)
     return context_PRLD.reshape(rows, length, -1)
 
 
-def _fwd(qkv_RLM, text_index_RL, rotation_RLC, heads):
-    def whole(qkv_RLM):
-        return attention(qkv_RLM, text_index_RL, rotation_RLC, heads)
+def _fwd(qkv_RLU, text_index_RL, rotation_RLJ, heads):
+    def whole(qkv_RLU):
+        return attention(qkv_RLU, text_index_RL, rotation_RLJ, heads)
 
-    return jax.vjp(whole, qkv_RLM)
+    return jax.vjp(whole, qkv_RLU)
 
 
 def _bwd(heads, vjp, dcontext_RLD):
@@ -114,11 +114,11 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width)
         self.out = linear(width, width)
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLJ):
         """Tokens attend to the tokens of their own text only (equal `text_index`).
 
-        `rotation_RLC` None: positions are in the embeddings (learned), nothing is rotated.
+        `rotation_RLJ` None: positions are in the embeddings (learned), nothing is rotated.
         """
         _, length, width = x_RLD.shape
         function = attention_for(length, width, self.num_heads, self.qkv.dtype)
-        return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLC, self.num_heads))
+        return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLJ, self.num_heads))

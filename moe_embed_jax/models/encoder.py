@@ -67,10 +67,10 @@ class Block(nnx.Module):
         self.norm_2 = _norm(config, rngs)
         self.is_moe = is_moe
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, keep_choices=False):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLJ, keep_choices=False):
         """(x_RLD, statistics or None)."""
         dtype = x_RLD.dtype
-        attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLC)
+        attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLJ)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
         statistics = None
         if self.is_moe:
@@ -90,12 +90,12 @@ class Group(nnx.Module):
         for i in range(size):
             setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
 
-    def __call__(self, x_RLD, text_index_RL, rotation_RLC, keep_choices=False):
+    def __call__(self, x_RLD, text_index_RL, rotation_RLJ, keep_choices=False):
         """(x_RLD, statistics or None)."""
         statistics = None
         for i in range(self.size):
             block = getattr(self, f"block_{i}")
-            x_RLD, block_statistics = block(x_RLD, text_index_RL, rotation_RLC, keep_choices)
+            x_RLD, block_statistics = block(x_RLD, text_index_RL, rotation_RLJ, keep_choices)
             statistics = statistics if block_statistics is None else block_statistics
         return x_RLD, statistics
 
@@ -158,11 +158,11 @@ def encode_rows(
 
     embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
     x_RLD = embeddings(token_RL, position_RL)
-    rotation_RLC = None
+    rotation_RLJ = None
     if config.positions == "rotary":  # the same in all layers
         head = config.width // config.num_heads
-        rotation_RLC = rotation(position_RL, head, config.rotary_base)
-    context = text_index_RL, rotation_RLC
+        rotation_RLJ = rotation(position_RL, head, config.rotary_base)
+    context = text_index_RL, rotation_RLJ
     placed = specs(params, rules_for(config))
     statistics = []
     for name, (_, size) in config.parts.items():
@@ -230,7 +230,7 @@ def encode_tokens(
 
 
 def expert_choices(config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL):
-    """The experts that the routers choose: int32 expert_MRLK, M layers with experts, the one with
+    """The experts that the routers choose: int32 expert_YRLK, Y layers with experts, the one with
     the largest gate first; E for padding. Arguments and mesh as for `encode_tokens`."""
     # Statistics of slices are summed, and without a backward pass there is little to save.
     config = dataclasses.replace(config, remat_rows=0)

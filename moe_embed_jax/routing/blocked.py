@@ -60,38 +60,38 @@ def blocked(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(expert_mlp, block, x_TD, expert_TK, gate_TK, weights):
-    def compute(x_MD, weights):
-        return expert_mlp(x_MD, weights), []
+    def compute(x_sD, weights):
+        return expert_mlp(x_sD, weights), []
 
     return _forward(compute, block, x_TD, expert_TK, gate_TK, weights)[0]
 
 
 def _blocked_fwd(expert_mlp, block, x_TD, expert_TK, gate_TK, weights):
-    def compute(x_MD, weights):
-        y_MD, vjp = _vjp(expert_mlp, x_MD, weights)
-        return y_MD, [leaf for leaf in jax.tree.leaves(vjp) if _is_saved(leaf, x_MD, weights)]
+    def compute(x_sD, weights):
+        y_sD, vjp = _vjp(expert_mlp, x_sD, weights)
+        return y_sD, [leaf for leaf in jax.tree.leaves(vjp) if _is_saved(leaf, x_sD, weights)]
 
     y_TD, saved = _forward(compute, block, x_TD, expert_TK, gate_TK, weights)
     return y_TD, (x_TD, expert_TK, gate_TK, weights, saved)
 
 
-def _vjp(expert_mlp, x_MD, weights):
+def _vjp(expert_mlp, x_sD, weights):
     """`jax.vjp` whose residuals are arguments and the results of `expert_mlp.matmul`."""
     policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    return jax.vjp(jax.checkpoint(expert_mlp, policy=policy, prevent_cse=False), x_MD, weights)
+    return jax.vjp(jax.checkpoint(expert_mlp, policy=policy, prevent_cse=False), x_sD, weights)
 
 
-def _is_saved(residual, x_MD, weights) -> bool:
-    """Whether the forward pass keeps a residual of a block of M rows.
+def _is_saved(residual, x_sD, weights) -> bool:
+    """Whether the forward pass keeps a residual of a block of s rows.
 
     It keeps what has a value per row and is no argument: the backward pass has those anyway.
     """
-    is_argument = any(residual is argument for argument in (x_MD, *jax.tree.leaves(weights)))
-    return residual.shape[:1] == x_MD.shape[:1] and not is_argument
+    is_argument = any(residual is argument for argument in (x_sD, *jax.tree.leaves(weights)))
+    return residual.shape[:1] == x_sD.shape[:1] and not is_argument
 
 
 def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
-    """(y_TD, (y_SD, residuals, layout)) by `compute` of a block: (y_MD, residuals)."""
+    """(y_TD, (y_SD, residuals, layout)) by `compute` of a block: (y_sD, residuals)."""
     top_k, experts = expert_TK.shape[1], count_experts(weights)
     layout = assignment_S, slot_A, first_block_E, blocks_E = _layout(expert_TK, experts, block)
 
@@ -102,20 +102,20 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
 
         def one_block(i, buffers):
             start = (first + i) * block
-            assignment_M = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
-            results = compute(take(x_TD, assignment_M // top_k), weights)
+            assignment_s = jax.lax.dynamic_slice_in_dim(assignment_S, start, block)
+            results = compute(take(x_TD, assignment_s // top_k), weights)
             return _put(buffers, results, start)
 
         return jax.lax.fori_loop(0, count, one_block, buffers), None
 
     # Buffers for the results of all blocks.
-    x_MD = jax.ShapeDtypeStruct((block, x_TD.shape[1]), x_TD.dtype)
+    x_sD = jax.ShapeDtypeStruct((block, x_TD.shape[1]), x_TD.dtype)
     expert = jax.tree.map(
         lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights, is_leaf=is_array
     )
     buffers = jax.tree.map(
         lambda leaf: jnp.zeros((len(assignment_S), *leaf.shape[1:]), leaf.dtype),
-        jax.eval_shape(compute, x_MD, expert),
+        jax.eval_shape(compute, x_sD, expert),
     )
     (y_SD, residuals), _ = jax.lax.scan(one_expert, buffers, (weights, first_block_E, blocks_E))
     y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
@@ -143,22 +143,22 @@ def _blocked_bwd(expert_mlp, block, saved, dy_TD):
         def one_block(i, carry):
             buffers, dweights = carry
             start = (first + i) * block
-            assignment_M, y_MD, *kept = (
+            assignment_s, y_sD, *kept = (
                 jax.lax.dynamic_slice_in_dim(array, start, block)
                 for array in (assignment_S, y_SD, *residuals)
             )
-            token_M = assignment_M // top_k
-            x_MD, dy_MD = take(x_TD, token_M), take(dy_TD, token_M)
-            _, vjp = _vjp(expert_mlp, x_MD, weights)
+            token_s = assignment_s // top_k
+            x_sD, dy_sD = take(x_TD, token_s), take(dy_TD, token_s)
+            _, vjp = _vjp(expert_mlp, x_sD, weights)
             # What the forward pass kept takes the place of what would be computed again.
             computed, structure = jax.tree.flatten(vjp)
             kept = iter(kept)
-            merged = [next(kept) if _is_saved(c, x_MD, weights) else c for c in computed]
+            merged = [next(kept) if _is_saved(c, x_sD, weights) else c for c in computed]
             vjp = jax.tree.unflatten(structure, merged)
-            dx_MD, dweights_of_block = vjp(take(gate_A1, assignment_M) * dy_MD)
-            dgate_M = jnp.sum(y_MD.astype(jnp.float32) * dy_MD, axis=-1)
+            dx_sD, dweights_of_block = vjp(take(gate_A1, assignment_s) * dy_sD)
+            dgate_s = jnp.sum(y_sD.astype(jnp.float32) * dy_sD, axis=-1)
             dweights = jax.tree.map(jnp.add, dweights, dweights_of_block)
-            return _put(buffers, (dx_MD, dgate_M), start), dweights
+            return _put(buffers, (dx_sD, dgate_s), start), dweights
 
         zeros = jax.tree.map(jnp.zeros_like, weights)
         return jax.lax.fori_loop(0, count, one_block, (buffers, zeros))

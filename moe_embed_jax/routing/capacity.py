@@ -1,6 +1,6 @@
 """Cells of fixed size: shapes are static, and what overflows a cell is dropped.
 
-The `capacity` expert layer gives every expert one cell of C assignments (Switch Transformer, arXiv
+The `capacity` expert layer gives every expert one cell of s assignments (Switch Transformer, arXiv
 2101.03961); `exchange.all_to_all` gives every shard of experts one.
 """
 
@@ -13,7 +13,7 @@ from moe_embed_jax.routing.rows import count_experts, sum_choices, take
 
 
 def cell_size(assignments: int, destinations: int, capacity_factor: float) -> int:
-    """C: `capacity_factor` times an equal share of the assignments, rounded up to 8 rows, but
+    """s: `capacity_factor` times an equal share of the assignments, rounded up to 8 rows, but
     never more than all of them."""
     share = math.ceil(capacity_factor * assignments / destinations)
     return min(-(-share // 8) * 8, assignments)
@@ -24,11 +24,11 @@ def fill_cells(destination_TK, destinations: int, cell: int):
 
     Args:
       destination_TK: int32; `destinations` (or more) means "nowhere" (padding).
-      cell: C, slots of each cell.
+      cell: slots of each cell.
 
     Returns:
-      (slot_TK, dropped). slot_TK: int32 destination * C + place; destinations * C for what has no
-      slot; first choices are placed before second ones, and earlier tokens before later ones.
+      (slot_TK, dropped). slot_TK: int32 destination * cell + place; destinations * cell for what
+      has no slot; first choices are placed before second ones, earlier tokens before later ones.
       dropped: float32 scalar, assignments that had a destination and found its cell full.
     """
     tokens, top_k = destination_TK.shape
@@ -60,6 +60,6 @@ def capacity(
     experts, width = count_experts(weights), x_TD.shape[1]
     cell = cell_size(expert_TK.size, experts, capacity_factor)
     slot_TK, dropped = fill_cells(expert_TK, experts, cell)
-    x_ECD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)
-    y_ECD = jax.vmap(expert_mlp)(x_ECD, weights)
-    return sum_choices(y_ECD.reshape(-1, width), slot_TK, gate_TK), dropped
+    x_EsD = into_cells(x_TD, slot_TK, experts * cell).reshape(experts, cell, width)
+    y_EsD = jax.vmap(expert_mlp)(x_EsD, weights)
+    return sum_choices(y_EsD.reshape(-1, width), slot_TK, gate_TK), dropped

@@ -72,11 +72,11 @@ def _order(expert_TK, experts: int):
     sorted_A = jnp.sort(expert_A * assignments + jnp.arange(assignments), stable=False)
     sorted_A %= assignments
     before_E = jnp.cumsum(rows_E) - rows_E
-    within_tM = (jnp.arange(tiles) * tile - first_E[expert_t])[:, None] + jnp.arange(tile)
-    is_row_tM = (within_tM < rows_E[expert_t][:, None]) & (within_tM >= 0)
-    place_S = (before_E[expert_t][:, None] + within_tM).reshape(-1)
+    within_ts = (jnp.arange(tiles) * tile - first_E[expert_t])[:, None] + jnp.arange(tile)
+    is_row_ts = (within_ts < rows_E[expert_t][:, None]) & (within_ts >= 0)
+    place_S = (before_E[expert_t][:, None] + within_ts).reshape(-1)
     assignment_S = sorted_A.at[place_S].get(mode="clip")
-    assignment_S = jnp.where(is_row_tM.reshape(-1), assignment_S, assignments)
+    assignment_S = jnp.where(is_row_ts.reshape(-1), assignment_S, assignments)
     expected = min(assignments + experts * tile // 2, tiles * tile)
     return assignment_S, row_A, Tiles(expert_t, last[None], is_last_t, tile, expected)
 

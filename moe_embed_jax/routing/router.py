@@ -21,7 +21,7 @@ import numpy as np
 class RoutingStatistics:
     """Sums over the valid tokens of one or more layers.
 
-    Several layers have a leading axis M of MoE layers. Statistics that are kept apart per device
+    Several layers have a leading axis Y of MoE layers. Statistics that are kept apart per device
     have an axis of devices before it.
 
     assignments_E: number of (token, choice) pairs of each expert, float32.
@@ -85,10 +85,10 @@ def balance_loss(statistics: RoutingStatistics):
 
     It is 1 at perfect balance, and E if one expert takes everything.
     """
-    assigned_ME = statistics.assignments_E
-    fraction_ME = assigned_ME / jnp.maximum(assigned_ME.sum(-1, keepdims=True), 1.0)
-    mean_ME = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]
-    return assigned_ME.shape[-1] * jnp.mean(jnp.sum(fraction_ME * mean_ME, axis=-1))
+    assigned_YE = statistics.assignments_E
+    fraction_YE = assigned_YE / jnp.maximum(assigned_YE.sum(-1, keepdims=True), 1.0)
+    mean_YE = statistics.probability_E / jnp.maximum(statistics.tokens, 1.0)[..., None]
+    return assigned_YE.shape[-1] * jnp.mean(jnp.sum(fraction_YE * mean_YE, axis=-1))
 
 
 def routing_metrics(statistics: RoutingStatistics) -> dict:
@@ -97,15 +97,15 @@ def routing_metrics(statistics: RoutingStatistics) -> dict:
     The load of an expert is its share of the assignments over the share at balance (1 / E).
     `dropped` is the share of assignments that were not computed.
     """
-    assigned_ME = statistics.assignments_E
-    share_ME = assigned_ME / assigned_ME.sum(-1, keepdims=True)
-    load_ME = share_ME * assigned_ME.shape[-1]
+    assigned_YE = statistics.assignments_E
+    share_YE = assigned_YE / assigned_YE.sum(-1, keepdims=True)
+    load_YE = share_YE * assigned_YE.shape[-1]
     return {
         "router_entropy": jnp.mean(statistics.entropy / statistics.tokens),
-        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_ME),
-        "expert_load": share_ME,
-        "expert_load_max": jnp.max(load_ME),
-        "expert_load_min": jnp.min(load_ME),
+        "dropped": jnp.sum(statistics.dropped) / jnp.sum(assigned_YE),
+        "expert_load": share_YE,
+        "expert_load_max": jnp.max(load_YE),
+        "expert_load_min": jnp.min(load_YE),
     }
 
 

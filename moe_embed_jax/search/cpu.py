@@ -198,11 +198,11 @@ def _running_count(mask_BG):
     """cumsum over G, as products with a triangle: XLA's own takes four times as long here."""
     B, G = mask_BG.shape
     width = 64 if G % 64 == 0 else G
-    part_BPg = mask_BG.astype(jnp.float32).reshape(B, G // width, width)
-    part_BPg = part_BPg @ jnp.triu(jnp.ones((width, width), jnp.float32))
-    total_BP = part_BPg[:, :, -1]
-    before_BP = jnp.cumsum(total_BP, axis=1) - total_BP
-    return (part_BPg + before_BP[:, :, None]).reshape(B, G)
+    part_BWg = mask_BG.astype(jnp.float32).reshape(B, G // width, width)
+    part_BWg = part_BWg @ jnp.triu(jnp.ones((width, width), jnp.float32))
+    total_BW = part_BWg[:, :, -1]
+    before_BW = jnp.cumsum(total_BW, axis=1) - total_BW
+    return (part_BWg + before_BW[:, :, None]).reshape(B, G)
 
 
 def _top_k(score_Bm, k: int):

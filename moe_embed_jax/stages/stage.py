@@ -113,7 +113,7 @@ class HeldOut(Protocol):
         """Lines that show what the model does."""
 
     def expert_shares(self, model) -> dict[str, np.ndarray]:
-        """{language: share of assignments [M, E]} (M layers with E experts)."""
+        """{language: share of assignments [Y, E]} (Y layers with E experts)."""
 
 
 @dataclasses.dataclass(frozen=True)

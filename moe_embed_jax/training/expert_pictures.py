@@ -36,8 +36,8 @@ def maps(
 
 
 def _over_steps(layers: list[int], experts: int, records: list[dict]) -> Map:
-    load_SME = _stretches(records)
-    image_ES = load_SME.reshape(len(load_SME), -1).T
+    load_SYE = _stretches(records)
+    image_ES = load_SYE.reshape(len(load_SYE), -1).T
     first, last = records[0]["step"], records[-1]["step"]
     extent = (first - 0.5, last + 0.5, len(image_ES) - 0.5, -0.5)
 
@@ -58,11 +58,11 @@ def steps_along(axes) -> None:
 
 
 def _stretches(records: list[dict]) -> np.ndarray:
-    """Loads [S, M, E] of at most `MOST_COLUMNS` stretches of steps of equal length."""
-    share_SME = np.array([record["expert_load"] for record in records], np.float32)
-    load_SME = share_SME * share_SME.shape[-1]
-    length = -(-len(load_SME) // MOST_COLUMNS)
-    parts = [load_SME[i : i + length].mean(axis=0) for i in range(0, len(load_SME), length)]
+    """Loads [S, Y, E] of at most `MOST_COLUMNS` stretches of steps of equal length."""
+    share_SYE = np.array([record["expert_load"] for record in records], np.float32)
+    load_SYE = share_SYE * share_SYE.shape[-1]
+    length = -(-len(load_SYE) // MOST_COLUMNS)
+    parts = [load_SYE[i : i + length].mean(axis=0) for i in range(0, len(load_SYE), length)]
     return np.stack(parts)
 
 
@@ -70,11 +70,11 @@ def draw_use(axes, config: Run, records: list[dict]) -> None:
     """Effective number of experts of each layer, as training/health.py judges it; balance loss."""
     model, health = config.model, config.health
     step = [record["step"] for record in records]
-    load_SME = _trailing_mean([record["expert_load"] for record in records], health.window)
-    used_SM = effective_experts(load_SME)
+    load_SYE = _trailing_mean([record["expert_load"] for record in records], health.window)
+    used_SY = effective_experts(load_SYE)
     layers = model.moe_layers
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    for used_S, layer, colour in zip(used_SM.T, layers, colours, strict=True):
+    for used_S, layer, colour in zip(used_SY.T, layers, colours, strict=True):
         axes.plot(step, used_S, color=colour, label=f"layer {layer}", linewidth=1.2)
     if health.stop_on_collapse and model.num_experts > model.experts_per_token:
         lowest = model.experts_per_token + health.least_spread * (

@@ -57,14 +57,14 @@ class Health:
         self._model = model
         self._warmup_steps = warmup_steps
         self._checkpoints = checkpoints
-        self._load_WME = collections.deque(maxlen=config.window)
+        self._load_WYE = collections.deque(maxlen=config.window)
         if model.num_moe_layers:
             shape = (config.window, model.num_moe_layers, model.num_experts)
-            recent_WME = np.zeros(shape, np.float32)
-            for place, record in zip(recent_WME[::-1], reversed(recent), strict=False):
+            recent_WYE = np.zeros(shape, np.float32)
+            for place, record in zip(recent_WYE[::-1], reversed(recent), strict=False):
                 if record["step"] > warmup_steps:
                     place[...] = record["expert_load"]
-            self._load_WME.extend(load for load in from_process_0(recent_WME) if load.any())
+            self._load_WYE.extend(load for load in from_process_0(recent_WYE) if load.any())
 
     def check(self, records: list[dict]) -> None:
         """Raises `UserError` at the first of these steps that is sick: names it, what is wrong, the
@@ -72,7 +72,7 @@ class Health:
         for record in records:
             self._check_finite(record)
             if "expert_load" in record and record["step"] > self._warmup_steps:
-                self._load_WME.append(np.array(record["expert_load"], np.float32))
+                self._load_WYE.append(np.array(record["expert_load"], np.float32))
                 self._check_routers(record)
 
     def check_state(self, step: int, state) -> None:
@@ -99,18 +99,18 @@ class Health:
 
     def _check_routers(self, record: dict) -> None:
         config, model = self._config, self._model
-        if not config.stop_on_collapse or len(self._load_WME) < config.window:
+        if not config.stop_on_collapse or len(self._load_WYE) < config.window:
             return
-        load_ME = np.mean(self._load_WME, axis=0)
-        spread_M = spread(load_ME, model.experts_per_token)
-        collapsed = np.flatnonzero(spread_M < config.least_spread)
+        load_YE = np.mean(self._load_WYE, axis=0)
+        spread_Y = spread(load_YE, model.experts_per_token)
+        collapsed = np.flatnonzero(spread_Y < config.least_spread)
         if not len(collapsed):
             return
         layers = [
-            f"layer {model.moe_layers[m]}: expert {load_ME[m].argmax()} gets "
-            f"{model.experts_per_token * load_ME[m].max():.1%} of the tokens, "
-            f"{effective_experts(load_ME[m]):.2f} of {model.num_experts} experts are in use "
-            f"(spread {spread_M[m]:.3f})"
+            f"layer {model.moe_layers[m]}: expert {load_YE[m].argmax()} gets "
+            f"{model.experts_per_token * load_YE[m].max():.1%} of the tokens, "
+            f"{effective_experts(load_YE[m]):.2f} of {model.num_experts} experts are in use "
+            f"(spread {spread_Y[m]:.3f})"
             for m in collapsed
         ]
         raise UserError(

@@ -29,7 +29,7 @@ def draw_report(
     Args:
       records: lines of metrics.jsonl, of one step at least.
       evaluations: lines of evaluations.jsonl.
-      share_by_language: language -> share of assignments [M, E] (M MoE layers); may be empty.
+      share_by_language: language -> share of assignments [Y, E] (Y MoE layers); may be empty.
       loss_name: of the stage's own loss in `records`. metric: of the evaluations.
     """
     has_experts = "expert_load" in records[0]

@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "expert-shares-of-the-last-call-only",
         "embedder.py",
-        "assigned_ME += to_host(statistics.assignments_E)",
-        "assigned_ME = to_host(statistics.assignments_E)",
+        "assigned_YE += to_host(statistics.assignments_E)",
+        "assigned_YE = to_host(statistics.assignments_E)",
         "test_embedder.py evaluation/test_expert_use.py -k 'expert_shares or shares_of_the_batch'",
     ),
     Fault(

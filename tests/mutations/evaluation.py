@@ -48,8 +48,8 @@ FAULTS = (
     Fault(
         "mining-precision-not-shared-among-claimants",
         "evaluation/bitext.py",
-        "is_right_P / np.maximum(np.bincount(found_P, minlength=count), 1)",
-        "is_right_P / 1.0",
+        "is_right_B / np.maximum(np.bincount(found_B, minlength=count), 1)",
+        "is_right_B / 1.0",
         "evaluation/test_evaluation_scores.py -k mining_scores",
     ),
     Fault(
@@ -62,8 +62,8 @@ FAULTS = (
     Fault(
         "sts-by-pearson",
         "evaluation/similarity.py",
-        "scipy.stats.spearmanr(cosine_P, gold_P)",
-        "scipy.stats.pearsonr(cosine_P, gold_P)",
+        "scipy.stats.spearmanr(cosine_B, gold_B)",
+        "scipy.stats.pearsonr(cosine_B, gold_B)",
         "evaluation/test_evaluation_scores.py -k correlations",
     ),
     Fault(

@@ -8,14 +8,14 @@ FAULTS = (
     Fault(
         "attention-crosses-the-texts-of-a-row",
         "models/attention.py",
-        "same_RLM = text_index_RL[:, :, None] == text_index_RL[:, None, :]",
-        "same_RLM = (text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
+        "same_RLk = text_index_RL[:, :, None] == text_index_RL[:, None, :]",
+        "same_RLk = (text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
         "models/test_encoder.py -k 'packed_equals and 0-options0'",
     ),
     Fault(
         "attention-scores-not-scaled",
         "models/attention.py",
-        "scale = q_RHLC.shape[-1] ** -0.5",
+        "scale = q_RHLJ.shape[-1] ** -0.5",
         "scale = 1.0",
         PARITY,
     ),

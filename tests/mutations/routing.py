@@ -49,8 +49,8 @@ FAULTS = (
     Fault(
         "blocked-backward-without-gate",
         "routing/blocked.py",
-        "vjp(take(gate_A1, assignment_M) * dy_MD)",
-        "vjp(dy_MD)",
+        "vjp(take(gate_A1, assignment_s) * dy_sD)",
+        "vjp(dy_sD)",
         "routing/test_routing.py -k 'equals_reference and blocked and plain'",
     ),
     Fault(
@@ -77,8 +77,8 @@ FAULTS = (
     Fault(
         "grouped-bias-gradient-of-empty-tiles",
         "kernels/experts.py",
-        "jnp.where(in_use_t[:, None, None], dpre_tMF, 0).sum(axis=1)",
-        "dpre_tMF.sum(axis=1)",
+        "jnp.where(in_use_t[:, None, None], dpre_tsF, 0).sum(axis=1)",
+        "dpre_tsF.sum(axis=1)",
         "routing/test_routing.py -k parts_of_the_hidden_layer",
     ),
     Fault(

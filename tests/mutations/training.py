@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "restored-step-is-zero",
         "training/state.py",
-        'return TrainState(rest["step"], params',
-        'return TrainState(jnp.zeros_like(rest["step"]), params',
+        'return TrainState(training["step"], params',
+        'return TrainState(jnp.zeros_like(training["step"]), params',
         RESUME,
     ),
     Fault(
@@ -134,8 +134,8 @@ FAULTS = (
     Fault(
         "collapse-judged-by-one-batch",
         "training/health.py",
-        "load_ME = np.mean(self._load_WME, axis=0)",
-        "load_ME = self._load_WME[-1]",
+        "load_YE = np.mean(self._load_WYE, axis=0)",
+        "load_YE = self._load_WYE[-1]",
         "training/test_health.py -k every_language",
     ),
     Fault(
