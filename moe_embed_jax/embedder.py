@@ -35,6 +35,7 @@ class Embedder:
 
     Attributes:
       prompts: name -> prefix, "query" and "document" among them.
+      has_prompts: whether the model's folder names a prefix that is not empty.
       max_lengths: {"query": tokens, "document": tokens}; longer texts are truncated.
     """
 
@@ -46,6 +47,7 @@ class Embedder:
         max_lengths: Mapping[str, int],
         mesh,
         prompts: Mapping[str, str] = PROMPTS,
+        has_prompts: bool = True,
     ):
         """`vocabulary`: None if the model came without one; then only ids can be encoded."""
         self.model = model
@@ -54,6 +56,7 @@ class Embedder:
         self.max_lengths = dict(max_lengths)
         self.mesh = mesh
         self.prompts = dict(prompts)
+        self.has_prompts = has_prompts
 
     @classmethod
     def load(
@@ -72,7 +75,13 @@ class Embedder:
         mesh = mesh or single_device_mesh()
         loaded = load_model(folder, mesh, step, weights)
         return cls(
-            loaded.model, loaded.params, loaded.vocabulary, loaded.max_lengths, mesh, loaded.prompts
+            loaded.model,
+            loaded.params,
+            loaded.vocabulary,
+            loaded.max_lengths,
+            mesh,
+            loaded.prompts,
+            loaded.has_prompts,
         )
 
     @property
@@ -132,11 +141,6 @@ class Embedder:
     def text_form(self, prompt: str | None) -> dict:
         """What becomes of a text: "prefix" before it, cut at "max_length" tokens."""
         return {"prefix": self.prefix(prompt), "max_length": self._max_length(prompt)}
-
-    @property
-    def has_prompts(self) -> bool:
-        """Whether the model's folder names a prefix that is not empty."""
-        return any(self.prompts.values())
 
     @functools.cached_property
     def _hash(self) -> str:

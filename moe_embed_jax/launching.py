@@ -139,16 +139,19 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
       encoder: an `Embedder` or a teacher.
       prompts: side -> prompt of `Embedder.encode`.
     """
+    assumed = False
     for side, prompt in prompts.items():
         form = encoder.text_form(prompt)
         prefix = json.dumps(form["prefix"], ensure_ascii=False)
+        assumed |= prompt in ("query", "document") and bool(form["prefix"])
         print(f"{side}: prefix {prefix}, at most {form['max_length']} tokens", flush=True)
     asked = [name for name in ("query", "document") if name in prompts.values()]
     if asked and not encoder.has_prompts:
+        others = "Nomic's prefixes are used" if assumed else "there is no prefix"
         print(
-            "warning: the model's folder says nothing about prompts, so there is no prefix for "
-            f"{' and '.join(asked)}; if the model was trained with prefixes, give them by flag "
-            '(for E5: "query: " and "passage: ")',
+            f"warning: the model's folder says nothing about prompts, so {others} for "
+            f"{' and '.join(asked)}; if the model was trained with other prefixes, give them by "
+            'flag (for E5: "query: " and "passage: ")',
             file=sys.stderr,
         )
 

@@ -53,7 +53,8 @@ class LoadedModel:
 
     params: on the mesh it was loaded for. mlm_head: arrays, None without.
     vocabulary: None where the folder has none (then only token ids can be encoded).
-    prompts: name -> prefix. max_lengths: {"query": tokens, "document": tokens}.
+    prompts: name -> prefix. has_prompts: whether the folder names a prefix that is not empty.
+    max_lengths: {"query": tokens, "document": tokens}.
     """
 
     model: EncoderConfig
@@ -62,6 +63,7 @@ class LoadedModel:
     vocabulary: Tokenizer | None
     prompts: dict[str, str]
     max_lengths: dict[str, int]
+    has_prompts: bool = True
 
 
 @dataclasses.dataclass
@@ -77,6 +79,7 @@ class ModelFolder:
     vocabulary_path: pathlib.Path | None
     prompts: dict[str, str]
     max_lengths: dict[str, int]
+    has_prompts: bool
     unused: list[str]
     notes: list[str]
     _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, one of WEIGHTS
@@ -104,7 +107,13 @@ class ModelFolder:
             )
         params, mlm_head = self._read(mesh, progress, weights)
         return LoadedModel(
-            self.model, params, mlm_head, self.vocabulary, self.prompts, self.max_lengths
+            self.model,
+            params,
+            mlm_head,
+            self.vocabulary,
+            self.prompts,
+            self.max_lengths,
+            self.has_prompts,
         )
 
 
@@ -164,7 +173,10 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     published = open_published(settings.weights, positions)
     pooling = settings.pooling or published.model.pooling
     model = published.model = dataclasses.replace(published.model, pooling=pooling)
-    default = PROMPTS if published.model_type == "nomic_bert" else NO_PROMPTS
+    prompts, notes = settings.prompts or NO_PROMPTS, settings.notes
+    if not settings.prompts and published.model_type == "nomic_bert":
+        # Nomic's own models need these prefixes, and their folders do not always name them.
+        prompts, notes = PROMPTS, [*notes, "the folder names no prompts, so Nomic's are used"]
     lengths = {side: max_length(model, said) for side, said in settings.max_lengths.items()}
 
     def read(mesh, progress, weights):
@@ -176,10 +188,11 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
         model,
         None,
         None,
-        with_document(settings.prompts or default),
+        with_document(prompts),
         lengths,
+        any(settings.prompts.values()),
         published.unused,
-        settings.notes,
+        notes,
         read,
     )
 
@@ -235,7 +248,8 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
             refuse_not_finite({"params": restored[0], "mlm_head": restored[1] or {}}, folder)
         return restored
 
-    return ModelFolder(model, None, None, prompts, lengths, [], [], read)
+    has_prompts = any(prompts.values())
+    return ModelFolder(model, None, None, prompts, lengths, has_prompts, [], [], read)
 
 
 def _card_settings(card: dict, where: pathlib.Path) -> tuple[dict[str, str], dict[str, int]]:

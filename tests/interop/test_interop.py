@@ -15,11 +15,12 @@ from helpers.published_models import (
 )
 from safetensors.numpy import load_file, save_file
 
-from moe_embed_jax import Embedder
+from moe_embed_jax import Embedder, launching
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import nomic
 from moe_embed_jax.interop.layers import by_layer, from_layers, shapes_by_layer
 from moe_embed_jax.interop.published import open_published
+from moe_embed_jax.model_folder import open_model
 from moe_embed_jax.models import moe
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 
@@ -43,6 +44,28 @@ def make(folder, change=None, seed=0):
     config = NOMIC | (change or {})
     tensors = random_tensors(nomic_shapes(config), seed)
     return config, tensors, write_folder(folder / "published", config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prefix", "warns"),
+    [(None, "search_query: ", True), ({"query": "Q: "}, "Q: ", False), ({"query": ""}, "", True)],
+)
+def test_a_folder_that_names_no_prompts_has_nomics_and_says_so(
+    prompts, prefix, warns, tmp_path, capsys
+):
+    _, _, folder = make(tmp_path, dict(n_layer=1, num_experts=0))
+    if prompts is not None:
+        text = json.dumps({"prompts": prompts})
+        (folder / "config_sentence_transformers.json").write_text(text)
+    note = ["the folder names no prompts, so Nomic's are used"]
+    assert open_model(folder).notes == (note if prompts is None else [])
+    launching.report_prompts(Embedder.load(folder), {"texts": "query", "others": "a: "})
+    said = capsys.readouterr()
+    assert said.out.startswith(f'texts: prefix "{prefix}", at most')
+    what = "Nomic's prefixes are used" if prompts is None else "there is no prefix"
+    assert (f"says nothing about prompts, so {what} for query; if" in said.err) == warns
+    launching.report_prompts(Embedder.load(folder), {"texts": "a: "})
+    assert not capsys.readouterr().err
 
 
 def make_batch(vocab_size, lengths=(17, 1, 9, 24)):
