@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
 
 import bm25s
 import numpy as np
@@ -62,43 +61,14 @@ def word_tokens(text: str) -> list[str]:
     return tokens
 
 
-def character_tokens(text: str, sizes: tuple[int, ...] = (3,)) -> list[str]:
-    """Character n-grams of the words of `word_tokens`, with the word's ends marked by spaces.
+def evaluate_bm25(retrieval_set: RetrievalSet) -> Metrics:
+    """Metrics of BM25 (Lucene's variant) over words, judged like embeddings (`score_run`).
 
-    They match what words do not: inflected forms, compounds, and cognates across languages, which
-    makes them the stronger baseline where queries and documents differ in language.
+    Documents that share no word with a query are not found by it; equal scores are ordered by the
+    lower document index.
     """
-    tokens = []
-    for word in word_tokens(text):
-        padded = f" {word} "
-        tokens.append(padded)
-        for size in sizes:
-            if size < len(padded):
-                tokens += [padded[i : i + size] for i in range(len(padded) - size + 1)]
-    return tokens
-
-
-TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
-    "words": word_tokens,
-    "characters": character_tokens,
-}
-
-
-def evaluate_bm25(
-    retrieval_set: RetrievalSet,
-    tokenize: str | Callable[[str], list[str]] = "words",
-    k1: float = 1.5,
-    b: float = 0.75,
-) -> Metrics:
-    """Metrics of BM25 (Lucene's variant) on one set, judged like embeddings (`score_run`).
-
-    `tokenize` is `words` (`word_tokens`), `characters` (`character_tokens`) or a function from a
-    text to its tokens. Documents that share no token with a query are not found by it; equal
-    scores are ordered by the lower document index.
-    """
-    split = TOKENIZERS[tokenize] if isinstance(tokenize, str) else tokenize
-    weight_NV, vocabulary = _index([split(text) for text in retrieval_set.documents], k1, b)
-    query_BV = _count_tokens([split(text) for text in retrieval_set.queries], vocabulary)
+    weight_NV, vocabulary = _index([word_tokens(text) for text in retrieval_set.documents])
+    query_BV = _count_tokens([word_tokens(text) for text in retrieval_set.queries], vocabulary)
     weight_VN = weight_NV.T.tocsr()
     found = [
         _rank((query_BV[start : start + QUERY_BLOCK] @ weight_VN).toarray())
@@ -107,7 +77,7 @@ def evaluate_bm25(
     return score_run(retrieval_set, np.concatenate(found))
 
 
-def _index(documents: list[list[str]], k1: float, b: float):
+def _index(documents: list[list[str]], k1: float = 1.5, b: float = 0.75):
     """Token weights [N, V] (float32, sparse) and the vocabulary, from bm25s' eager index."""
     vocabulary: dict[str, int] = {}
     ids = [[vocabulary.setdefault(t, len(vocabulary)) for t in tokens] for tokens in documents]

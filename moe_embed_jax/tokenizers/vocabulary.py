@@ -75,11 +75,6 @@ def content_ids(texts: Sequence[str | bytes]) -> np.ndarray:
     return np.frombuffer(bytes(digests), dtype="<i4").astype(np.int32).reshape(len(texts), 2)
 
 
-def content_id(text: str | bytes) -> np.ndarray:
-    """`content_ids` of one text, int32 [2]."""
-    return content_ids([text])[0]
-
-
 class Vocabulary(Tokenizer):
     """A SentencePiece model with the fairseq id layout.
 

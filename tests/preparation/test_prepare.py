@@ -23,7 +23,7 @@ from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
-    content_id,
+    content_ids,
     train_vocabulary,
 )
 
@@ -119,8 +119,8 @@ def test_store_holds_every_pair(builders, tmp_path, capsys):
         expected = vocabulary.encode_text(DOCUMENT_PREFIX + row["document"], 20)
         np.testing.assert_array_equal(document, expected)
         assert length.tolist() == [len(query), len(document)]
-        np.testing.assert_array_equal(ids[0], content_id(row["query"]))
-        np.testing.assert_array_equal(ids[1], content_id(row["document"]))
+        np.testing.assert_array_equal(ids[0], content_ids([row["query"]])[0])
+        np.testing.assert_array_equal(ids[1], content_ids([row["document"]])[0])
     assert store.lengths.max(axis=0).tolist() == [10, 20]
     statistics = json.loads((tmp_path / "statistics.json").read_text())["tokens"]
     assert statistics["tasks"]["aws_api"]["pairs"] == 2500
@@ -167,7 +167,7 @@ def test_empty_texts_are_left_out_and_named(builders, tmp_path, capsys):
     assert "left out: 3 pairs of translations/de with an empty text (rows 3, 7, 20)" in printed
     kept = [row for i, row in enumerate(home[:40]) if i not in (3, 7, 20)]
     start = store.groups[-1]["start"]
-    expected = [content_id(row["query"]).tolist() for row in kept]
+    expected = [content_ids([row["query"]])[0].tolist() for row in kept]
     assert store.content_ids[start:, 0].tolist() == expected
 
 
