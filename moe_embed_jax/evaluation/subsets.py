@@ -111,7 +111,7 @@ def check_files(paths: Iterable[Path]) -> list[Path]:
     return paths
 
 
-def check_languages(languages, name: str = "languages") -> None:
+def check_languages(languages) -> None:
     """Raises `UserError` unless it is what `find_subsets` takes."""
     codes: Sequence = ()
     if hasattr(languages, "items"):
@@ -119,11 +119,11 @@ def check_languages(languages, name: str = "languages") -> None:
     elif isinstance(languages, (list, tuple)):
         codes = languages
     elif languages is not None and not isinstance(languages, str):
-        raise UserError(f"{name}={languages!r} must be a code, a list of codes, a dict or None")
+        raise UserError(f"languages={languages!r} must be a code, a list of codes, a dict or None")
     if bad := [code for code in codes if not isinstance(code, str)]:
-        raise UserError(f"{name}: {bad[0]!r} is not a code like 'en'")
+        raise UserError(f"languages: {bad[0]!r} is not a code like 'en'")
     if languages is not None and not languages:
-        raise UserError(f"{name} is empty: leave it out to take all that are there")
+        raise UserError("languages is empty: leave it out to take all that are there")
 
 
 def check_place(path: str, key: str = "path") -> None:

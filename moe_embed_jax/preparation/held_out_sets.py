@@ -125,9 +125,9 @@ def write_beir(folder: Path, test_set: TestSet) -> None:
     _write_gzip(folder / _FILES[2], ["query-id\tcorpus-id\tscore", *qrels])
 
 
-def print_sets(section: dict, console: Console | None = None) -> None:
+def print_sets(section: dict) -> None:
     """One line per set, smallest and largest language named; then what was left out."""
-    console = console or Console()
+    console = Console()
     table = Table(title="Held-out retrieval sets")
     for heading in ("set", "languages", "queries", "documents", "queries per language"):
         table.add_column(heading, justify="left" if heading == "set" else "right")

@@ -67,10 +67,6 @@ class PairSource(seqio.FunctionDataSource):
             },
         )
 
-    def languages(self, split: str = "train") -> list[str]:
-        """The languages of the documents, in the order of the rows."""
-        return list(self.groups[split])
-
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # The order is the batch schedule's business.
         return self.dataset_of_batches(split, ROWS_PER_READ).unbatch()

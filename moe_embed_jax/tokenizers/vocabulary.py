@@ -201,7 +201,6 @@ def train_vocabulary(
     texts: Iterable[str],
     path: str | os.PathLike,
     size: int = 16384,
-    num_threads: int = 2,
     max_lines: int = 80_000,
     max_line_characters: int = 150,
 ) -> Vocabulary:
@@ -215,7 +214,6 @@ def train_vocabulary(
       texts: any number of texts; distinct lines of them are sampled.
       path: the model file to write (atomically); its directory is created.
       size: number of ids, <mask> included, so `Vocabulary.load(path).size == size`.
-      num_threads: part of the recipe: another number may give a slightly different model.
       max_lines: at most this many lines are used.
       max_line_characters: longer lines are cut at the last space before this.
 
@@ -247,7 +245,7 @@ def train_vocabulary(
             # Fewer seeds and fewer, larger pruning steps than the library's defaults.
             seed_sentencepiece_size=6 * size,
             shrinking_factor=0.5,
-            num_threads=num_threads,
+            num_threads=2,  # another number may give a slightly different model
             minloglevel=2,
         )
     except RuntimeError as error:

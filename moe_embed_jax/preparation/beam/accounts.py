@@ -140,9 +140,9 @@ def source_counts(
     return counts | {"dropped_negatives": sum(m["dropped_negatives"] for m in read)}
 
 
-def print_manifest(manifest: dict, output: str, console: Console | None = None) -> None:
+def print_manifest(manifest: dict, output: str) -> None:
     """Tables of a finished preparation: counts per source, and per source and language."""
-    console = console or Console()
+    console = Console()
     table = Table(title="Rows")
     table.add_column("source")
     columns = ("in", "out", "quarantine", "exact_duplicates", "normalised_duplicates")

@@ -38,23 +38,21 @@ def connected_components(groups: Iterable[Sequence[str]]) -> list[list[str]]:
     return [sorted(component) for component in components.values()]
 
 
-def choose_held_out(
-    groups: Iterable[Sequence[str]],
-    share: float = HELD_OUT_SHARE,
-    largest_share: float = LARGEST_COMPONENT_SHARE,
-) -> frozenset[str]:
-    """The strings of the test side: whole components, until `share` of all strings is reached.
+def choose_held_out(groups: Iterable[Sequence[str]]) -> frozenset[str]:
+    """The strings of the test side: whole components, until `HELD_OUT_SHARE` of all strings is
+    reached.
 
     Components are taken in the order of the sha256 of their smallest string, so the choice depends
-    on the strings only, not on the order of `groups`. A component with more than `largest_share` of
-    all strings always trains: alone it would fill the test set with one family of strings.
+    on the strings only, not on the order of `groups`. A component with more than
+    `LARGEST_COMPONENT_SHARE` of all strings always trains: alone it would fill the test set with
+    one family of strings.
     """
     components = connected_components(groups)
     total = sum(map(len, components))
-    largest = max(largest_share * total, _LARGEST_COMPONENT_MINIMUM)
+    largest = max(LARGEST_COMPONENT_SHARE * total, _LARGEST_COMPONENT_MINIMUM)
     held_out: set[str] = set()
     for component in sorted(components, key=lambda c: (_order(c[0]), c[0])):
-        if len(held_out) >= share * total:
+        if len(held_out) >= HELD_OUT_SHARE * total:
             break
         if len(component) <= largest:
             held_out.update(component)
@@ -65,14 +63,12 @@ def _order(string: str) -> bytes:
     return hashlib.sha256(string.encode("utf-8", "surrogatepass")).digest()
 
 
-def split_pairs(
-    pairs: Sequence[Pair], share: float = HELD_OUT_SHARE
-) -> tuple[list[Pair], list[Pair], dict[str, dict]]:
+def split_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], dict[str, dict]]:
     """(train, test, shares by source); every pair is in exactly one of the two lists.
 
     All sources given in one call share one decision per string.
     """
-    held_out = choose_held_out((pair.english for pair in pairs), share)
+    held_out = choose_held_out(pair.english for pair in pairs)
     train = [pair for pair in pairs if pair.english[0] not in held_out]
     test = [pair for pair in pairs if pair.english[0] in held_out]
     return train, test, _shares(train, test)

@@ -65,9 +65,9 @@ def write_json(path: Path, content: dict) -> None:
     storage.write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
-def print_package_texts(section: dict, console: Console | None = None) -> None:
+def print_package_texts(section: dict) -> None:
     """Tables of the section that `package_texts.prepare` returns."""
-    console = console or Console()
+    console = Console()
     table = Table(title="Prepared text pairs")
     table.add_column("source")
     for heading in ("train", "test", "languages", "English strings", "held out"):
