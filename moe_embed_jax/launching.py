@@ -205,7 +205,7 @@ def _quieten_orbax() -> None:
     show, show_dropped = sys.excepthook, sys.unraisablehook
     logging.getLogger("absl").setLevel(logging.ERROR)
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_has_no_trace)
+        logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
     def is_of_orbax(kind, error) -> bool:
         return kind is RuntimeError and str(error) == "Event loop is closed"
@@ -219,10 +219,6 @@ def _quieten_orbax() -> None:
             show_dropped(unraisable)
 
     sys.excepthook, sys.unraisablehook = show_others, show_others_dropped
-
-
-def _has_no_trace(record: logging.LogRecord) -> bool:
-    return not record.exc_info
 
 
 def _flush_output() -> None:
@@ -375,7 +371,10 @@ def _silence(process: int) -> None:
 
 
 class _PrefixedLines(io.TextIOBase):
-    """A text stream that puts `prefix` before every line it passes on to `stream`."""
+    """A text stream that puts `prefix` before every line it passes on to `stream`.
+
+    A formatter of `logging` would miss lines that are printed, and stack traces.
+    """
 
     def __init__(self, stream, prefix: str):
         self._stream = stream

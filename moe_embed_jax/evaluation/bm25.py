@@ -32,6 +32,7 @@ UNSPACED_SCRIPTS = (
 INVISIBLE = dict.fromkeys((0x200D, 0x00AD))
 
 
+ASCII_WORD = re.compile(r"[a-z0-9]+")
 # Between the words of an identifier: get|Object, HTTP|Server.
 INSIDE_IDENTIFIER = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -47,7 +48,7 @@ def word_tokens(text: str) -> list[str]:
     """
     text = INSIDE_IDENTIFIER.sub(" ", text)
     if text.isascii():
-        return _ascii_words().findall(text.lower())
+        return ASCII_WORD.findall(text.lower())
     text = unicodedata.normalize("NFKC", text.translate(INVISIBLE)).casefold()
     tokens = []
     words, unspaced, unit = _unicode_words()
@@ -109,11 +110,6 @@ def _rank(score_BN: np.ndarray) -> np.ndarray:
         order = np.argsort(-score_N[candidate], kind="stable")[:k]
         index_Bk[row, : len(order)] = candidate[order]
     return index_Bk
-
-
-@functools.cache
-def _ascii_words() -> re.Pattern:
-    return re.compile(r"[a-z0-9]+")
 
 
 @functools.cache

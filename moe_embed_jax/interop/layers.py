@@ -75,7 +75,9 @@ def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]])
         for key in keys[:-1]:
             node = node.setdefault(key, {})
         if index is None:
-            node[keys[-1]] = jax.tree.map(_packed, array)
+            node[keys[-1]] = jax.tree.map(
+                lambda part: np.ascontiguousarray(part, _dtype(part)), array
+            )
         else:
             if keys[-1] not in node:
                 count = config.parts[keys[0]][0]
@@ -92,7 +94,3 @@ def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]])
 def _dtype(array: np.ndarray) -> np.dtype:
     """Of parameters: float32, or int8 as it comes."""
     return array.dtype if array.dtype == np.int8 else np.dtype(np.float32)
-
-
-def _packed(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, _dtype(array))

@@ -160,7 +160,8 @@ def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
     unused = []
     for name in list(tensors.names):
         if name in layout.TIED:
-            if has_head and not _equal(tensors, name, "embeddings.word_embeddings.weight"):
+            words = "embeddings.word_embeddings.weight"
+            if has_head and not np.array_equal(tensors.read(name), tensors.read(words)):
                 raise UserError(
                     f"{tensors.origin}: {name} is not tied to the word embeddings; such a "
                     "language-model head cannot be kept"
@@ -170,10 +171,6 @@ def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
         unused.append(name)
         tensors.discard(name)
     return unused
-
-
-def _equal(tensors: Tensors, name: str, other: str) -> bool:
-    return np.array_equal(tensors.read(name), tensors.read(other))
 
 
 def _pad_rows(array: np.ndarray, rows: int, value: float) -> np.ndarray:

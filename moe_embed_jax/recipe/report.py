@@ -25,13 +25,16 @@ def write_report(steps: list[Step], workdir: pathlib.Path) -> str:
 
 def markdown(facts: Facts, workdir: pathlib.Path) -> str:
     total = duration(sum(facts.seconds.values()))
+    steps = [[name, duration(time), _outcome(name, facts)] for name, time in facts.seconds.items()]
+    models = [[TITLES[name], *_model_cells(stage)] for name, stage in facts.stages.items()]
+    model_columns = ["", "parameters", "active per token", "steps", "batch", "tokens", "loss"]
     parts = [
         f"# Recipe in {workdir}",
         f"![losses, pairs, evaluations]({PICTURE_FILE})",
         f"## Steps ({total} in all)",
-        _table(["step", "time", "what came out"], _step_rows(facts), "lrl"),
+        _table(["step", "time", "what came out"], steps, "lrl"),
         "## Models",
-        _model_table(facts),
+        _table(model_columns, models, "lrrrrrr"),
         "Loss: mean over the last tenth of the steps. Losses of different stages measure different "
         "things.",
     ]
@@ -39,12 +42,6 @@ def markdown(facts: Facts, workdir: pathlib.Path) -> str:
         parts += ["## Pairs kept by the filter", _filter_table(facts.filtered)]
     parts += ["## Evaluation", _evaluation(facts), "## Use", _use(workdir)]
     return "\n\n".join(parts) + "\n"
-
-
-def _step_rows(facts: Facts) -> list[list[str]]:
-    return [
-        [name, duration(seconds), _outcome(name, facts)] for name, seconds in facts.seconds.items()
-    ]
 
 
 def _outcome(name: str, facts: Facts) -> str:
@@ -66,23 +63,14 @@ def _outcome(name: str, facts: Facts) -> str:
         stage = facts.stages[name]
         loss = f"loss {stage.loss_S[0]:.3f} -> {stage.final_loss:.3f}"
         if TRAINED in stage.perplexity:
-            return f"{loss}, pseudo-perplexity {_arrow(stage.perplexity)}"
+            columns = " -> ".join(f"{value:,.1f}" for value in stage.perplexity.values())
+            return f"{loss}, pseudo-perplexity {columns}"
         return loss
     if name == "evaluate":
         return f"{len(facts.scores) - 1} models and BM25"
     if name == "export":
         return f"a PyTorch folder of {facts.exported_bytes / 1e6:,.1f} MB"
     return "multilingual-e5-small"
-
-
-def _arrow(columns: dict[str, float]) -> str:
-    return " -> ".join(f"{value:,.1f}" for value in columns.values())
-
-
-def _model_table(facts: Facts) -> str:
-    head = ["", "parameters", "active per token", "steps", "batch", "tokens", "loss"]
-    rows = [[TITLES[name], *_model_cells(stage)] for name, stage in facts.stages.items()]
-    return _table(head, rows, "lrrrrrr")
 
 
 def _model_cells(stage: Training) -> list[str]:

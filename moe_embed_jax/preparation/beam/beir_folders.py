@@ -59,7 +59,9 @@ def read_folder(source: Source, part: Part) -> Iterator[Good | Bad]:
     documents = _Found({j.document for j in judgements})
     yield from documents.read(corpus, passage)
     questions = _Found({j.query for j in [*judgements, *filter(None, [header])]})
-    yield from questions.read(queries, lambda record: _query(source, part, record))
+    yield from questions.read(
+        queries, lambda record: (text_of(record, "text"), row_language(source, part, record))
+    )
     if header and header.query in questions.values:
         problem = "the first line is a judgement, and its grade is no integer"
         yield Bad(qrels, header.line, "score", problem, header.raw)
@@ -80,10 +82,6 @@ def read_folder(source: Source, part: Part) -> Iterator[Good | Bad]:
             text, language = questions.values[query]
             kept, dropped = usable_negatives(text, *of_query[query])
             yield Good(line, Texts(text, documents.values[document], kept), language, dropped)
-
-
-def _query(source: Source, part: Part, record: dict) -> tuple[str, str]:
-    return text_of(record, "text"), row_language(source, part, record)
 
 
 def _find(folder: str, *names: str) -> str:
