@@ -8,6 +8,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.row import PairRow, decode_pair
 
 _SHARD = re.compile(r".*\.array_record-(\d{5})-of-(\d{5})")
 # Random access: reading ahead would fetch records that nobody asked for.
@@ -29,7 +30,7 @@ class Records:
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Batched read, under the name that Grain looks for; see `PairFolder.read`."""
+        """Batched read, under the name that Grain looks for; see `read`."""
         rows = np.asarray(rows, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} asked for, there are {len(self)}")
@@ -43,10 +44,22 @@ class Records:
                 out[place] = record
         return out
 
-    def locate(self, row: int) -> tuple[Path, int]:
-        """File and number in the file of a row."""
-        shard = int(np.searchsorted(self._stops, row, side="right"))
-        return self._paths[shard], int(row) - self._start(shard)
+    def read(self, rows: Sequence[int] | np.ndarray) -> list[PairRow]:
+        """The rows in the order asked for, repetitions allowed; batches are several times faster.
+
+        Raises:
+          IndexError: a row number is not in [0, len).
+          UserError: a record is damaged; names the file and the record.
+        """
+        found = []
+        for row, record in zip(rows, self.__getitems__(rows), strict=True):
+            try:
+                found.append(decode_pair(record))
+            except ValueError as error:
+                shard = int(np.searchsorted(self._stops, row, side="right"))
+                number = int(row) - self._start(shard)
+                raise damaged(self._paths[shard], number, error) from error
+        return found
 
     def _start(self, shard: int) -> int:
         return int(self._stops[shard - 1]) if shard else 0

@@ -17,7 +17,7 @@ from moe_embed_jax import storage
 from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.pairs.array_records import damaged, open_records
 from moe_embed_jax.pairs.manifest import MANIFEST, PREFIX, read_manifest
-from moe_embed_jax.pairs.row import PairRow, decode_pair
+from moe_embed_jax.pairs.row import PairRow
 
 
 class PairFolder:
@@ -28,7 +28,7 @@ class PairFolder:
       manifest: the content of manifest.json.
       groups: (source, language) -> (start, stop) of its rows, in the order of the rows.
       content_hash: stands for every row and its place.
-      data_source: the undecoded records, a sequence of bytes.
+      data_source: its `Records`.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -48,20 +48,8 @@ class PairFolder:
         return self.manifest["rows"]
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[PairRow]:
-        """The rows in the order asked for, repetitions allowed; batches are several times faster.
-
-        Raises:
-          IndexError: a row number is not in [0, len).
-          UserError: a record is damaged; names the file and the record.
-        """
-        records = self.data_source.__getitems__(rows)
-        found = []
-        for row, record in zip(rows, records, strict=True):
-            try:
-                found.append(decode_pair(record))
-            except ValueError as error:
-                raise damaged(*self.data_source.locate(row), error) from error
-        return found
+        """`Records.read` of the folder's rows."""
+        return self.data_source.read(rows)
 
     def lengths(self) -> np.ndarray:
         """int32 [rows, 3]: characters of query and document, number of negatives."""

@@ -19,7 +19,6 @@ import numpy as np
 from moe_embed_jax import launching, storage
 from moe_embed_jax.data.data_spec import check_rates
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.preparation import held_out_sets as retrieval_sets
 from moe_embed_jax.preparation.builders import package_texts
 from moe_embed_jax.preparation.builders.package_texts import CONFIGS, open_split
@@ -70,7 +69,7 @@ def export_pairs(
                     chosen = _draw(chosen, round(count * share[source]), source, seed)
                 for begin in range(0, len(chosen), READ_AT_ONCE):
                     for row in rows.read(chosen[begin : begin + READ_AT_ONCE]):
-                        writer.write(PairRow(negatives=(), **row))
+                        writer.write(row)
     return writer.manifest
 
 

@@ -110,7 +110,7 @@ def collect(data_dir: str | Path, configs: Sequence[str]) -> dict[str, TestSet]:
             source, language = group.split("/")
             test_set = sets.setdefault(f"{SET_OF_SOURCE[source]}/{language}", TestSet())
             for row in rows.read(range(start, stop)):
-                test_set.add(row["query"], row["document"])
+                test_set.add(row.query, row.document)
     return {name: sets[name].with_queries(MAX_QUERIES) for name in sorted(sets)}
 
 

@@ -8,7 +8,7 @@ them, and on batches of rows as ragged tensors, as `read_tokens` runs them sever
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from moe_embed_jax import triton_first  # noqa: F401  # isort: skip
 import numpy as np
@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from moe_embed_jax.data.data_spec import check_rates, chosen_tasks
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.pairs.array_records import Records
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.preparation.builders import package_texts
 from moe_embed_jax.preparation.seqio_vocabulary import SeqioVocabulary
@@ -24,12 +25,11 @@ from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
     Vocabulary,
-    clean_text,
 )
 
 PREFIXES = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX, "negatives": DOCUMENT_PREFIX}
 ROWS_PER_READ = 1024
-_TEXT_FEATURES = ("query", "document", "language")
+_TEXTS = {name: tf.io.FixedLenFeature([], tf.string) for name in ("query", "document", "language")}
 
 
 class PairSource(seqio.FunctionDataSource):
@@ -41,6 +41,8 @@ class PairSource(seqio.FunctionDataSource):
       groups: split -> language -> (start, stop) in the builder's split.
       failure: the error that ended the last reading, if any.
     """
+
+    _features = _TEXTS
 
     def __init__(self, data_dir: str | os.PathLike, task: str, config: str):
         sources, groups = {}, {}
@@ -54,7 +56,9 @@ class PairSource(seqio.FunctionDataSource):
             groups[split] = dict(sorted(own.items(), key=lambda item: item[1]))
         self._open(sources, groups)
 
-    def _open(self, sources: Mapping, groups: dict[str, dict[str, tuple[int, int]]]) -> None:
+    def _open(
+        self, sources: Mapping[str, Records], groups: dict[str, dict[str, tuple[int, int]]]
+    ) -> None:
         self.failure: UserError | None = None
         self._sources = sources
         self.groups = groups
@@ -81,7 +85,7 @@ class PairSource(seqio.FunctionDataSource):
     def _signature(self) -> dict[str, tf.TypeSpec]:
         text = tf.TensorSpec([None], tf.string)
         return {
-            **{name: text for name in _TEXT_FEATURES},
+            **dict.fromkeys(_TEXTS, text),
             "row": tf.TensorSpec([None], tf.int64),
         }
 
@@ -99,20 +103,17 @@ class PairSource(seqio.FunctionDataSource):
                     raise
                 yield {**texts, "row": rows}
 
-    def _read(self, source: Sequence, rows: np.ndarray) -> dict:
-        """The text features of `rows` as object arrays of UTF-8 bytes."""
-        if records := getattr(source, "data_source", None):
-            # Records are tf.train.Examples; one by one in Python they take ten times as long.
-            features = {name: tf.io.FixedLenFeature([], tf.string) for name in _TEXT_FEATURES}
-            try:
-                parsed = tf.io.parse_example(records.__getitems__(rows.tolist()), features)
-                return {name: tensor.numpy() for name, tensor in parsed.items()}
-            except tf.errors.InvalidArgumentError:
-                pass  # Damaged: reading it again, row by row, names the record.
-        found = [source[row] for row in rows.tolist()]
+    def _read(self, records: Records, rows: np.ndarray) -> dict:
+        """The features of `rows`: texts as object arrays of UTF-8 bytes."""
+        # Records are tf.train.Examples; one by one in Python they take ten times as long.
+        try:
+            parsed = tf.io.parse_example(records.__getitems__(rows), self._features)
+        except tf.errors.InvalidArgumentError:
+            records.read(rows)  # names the damaged record
+            raise
         return {
-            name: np.array([clean_text(row[name]).encode() for row in found], dtype=object)
-            for name in _TEXT_FEATURES
+            name: value if isinstance(value, tf.RaggedTensor) else value.numpy()
+            for name, value in parsed.items()
         }
 
 
@@ -122,26 +123,17 @@ class FolderSource(PairSource):
     Its only split is "train".
     """
 
+    _features = _TEXTS | {"negatives": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)}
+
     def __init__(self, folder: PairFolder, source: str):
         groups = {
             language: rows for (name, language), rows in folder.groups.items() if name == source
         }
-        self._open({"train": folder}, {"train": groups})
+        self._open({"train": folder.data_source}, {"train": groups})
 
     def _signature(self) -> dict[str, tf.TypeSpec]:
         negatives = tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)
         return {**super()._signature(), "negatives": negatives}
-
-    def _read(self, source: PairFolder, rows: np.ndarray) -> dict:
-        features = {name: tf.io.FixedLenFeature([], tf.string) for name in _TEXT_FEATURES}
-        features["negatives"] = tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)
-        try:
-            parsed = tf.io.parse_example(source.data_source.__getitems__(rows), features)
-        except tf.errors.InvalidArgumentError:
-            source.read(rows)  # names the damaged record
-            raise
-        negatives = parsed.pop("negatives")
-        return {**{name: tensor.numpy() for name, tensor in parsed.items()}, "negatives": negatives}
 
 
 # ---- Preprocessors: datasets of rows or of batches of rows in, the same out ----------------------

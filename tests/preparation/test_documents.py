@@ -128,10 +128,10 @@ def test_the_store_has_every_document_and_held_out_components_in_no_language(pre
             rows, groups = package_texts.open_split(prepared, config, split)
             for name, (start, stop) in groups.items():
                 for row in rows.read(range(start, stop)):
-                    components[split].add((name.split("/")[0], row["query"].split(" List")[0]))
+                    components[split].add((name.split("/")[0], row.query.split(" List")[0]))
                     if split == "train":
-                        expected.append(f"{row['query']}\n{row['document']}")
-                        language_of.append(row["language"])
+                        expected.append(f"{row.query}\n{row.document}")
+                        language_of.append(row.language)
     of_home = {
         s: {c for n, c in found if n == "interface_texts"} for s, found in components.items()
     }

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers.memory_records import MemoryRecords
 
 from moe_embed_jax.data import data_spec
 from moe_embed_jax.data.data_config import DataConfig, VocabularyConfig
@@ -69,8 +70,8 @@ def builders(monkeypatch):
         return {"pairs": 1}
 
     def open_split(data_dir, config, split):
-        rows, groups = data[config]
-        return (rows, groups) if split == "train" else ([], {})
+        rows, groups = data[config] if split == "train" else ([], {})
+        return MemoryRecords(rows), groups
 
     def prepare_sets(data_dir, **_):
         data["calls"].append("sets")

@@ -34,8 +34,8 @@ def test_sets_hold_exactly_the_test_split(data_dir):
     for config in package_texts.CONFIGS:
         rows, _ = package_texts.open_split(data_dir, config, "test")
         for row in rows.read(range(len(rows))):
-            name = f"{retrieval_sets.SET_OF_SOURCE[row['source']]}/{row['language']}"
-            wanted.setdefault(name, set()).add((row["query"], row["document"]))
+            name = f"{retrieval_sets.SET_OF_SOURCE[row.source]}/{row.language}"
+            wanted.setdefault(name, set()).add((row.query, row.document))
     section = statistics.read_section(data_dir, "retrieval_sets")
     assert set(section["sets"]) | set(section["left_out"]) == set(wanted)
     assert {"api/en", "translations/de", "descriptions/ja"} <= set(section["sets"])

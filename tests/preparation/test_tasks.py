@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import ROOT
+from helpers.memory_records import MemoryRecords
 
 seqio = pytest.importorskip("seqio")
 import tensorflow as tf  # noqa: E402
@@ -126,8 +127,8 @@ def builders(monkeypatch):
 
     def open_split(data_dir, config, split):
         assert data_dir == "somewhere"
-        rows, groups = data[config]
-        return (rows, groups) if split == "train" else ([], {})
+        rows, groups = data[config] if split == "train" else ([], {})
+        return MemoryRecords(rows) if isinstance(rows, list) else rows, groups
 
     monkeypatch.setattr(tasks.package_texts, "open_split", open_split)
     return data
@@ -218,13 +219,13 @@ def test_empty_task_is_an_error(builders, small):
 
 
 def test_invalid_text_in_the_data(builders, small):
-    builders["aws_api"] = (
-        [
-            {"query": b"caf\xc3 x", "document": "a\ud800b", "language": "en"},
-            {"query": "", "document": " \x01", "language": "en"},
-        ],
-        {"aws_api/en": (0, 2)},
+    row = {"source": "aws_api", "language": "en"}
+    records = MemoryRecords(
+        [row | {"query": "caf? x", "document": "a?b"}, row | {"query": "", "document": " \x01"}]
     )
+    for old, new in ((b"caf?", b"caf\xc3"), (b"a?b", b"a\xffb")):
+        records.records[0] = records.records[0].replace(old, new)
+    builders["aws_api"] = (records, {"aws_api/en": (0, 2)})
     tasks.register("somewhere", small, 12, 24)
     first, second = (
         seqio.TaskRegistry.get("aws_api")
@@ -237,40 +238,14 @@ def test_invalid_text_in_the_data(builders, small):
     assert second["query"].tolist() == [0, *small.encode(QUERY_PREFIX), 2]
 
 
-class TfdsLikeRows:
-    """Rows of serialised examples, as the builders give them."""
-
-    def __init__(self, records: list[bytes]):
-        self.data_source = self
-        self._records = records
-
-    def __getitems__(self, rows: list[int]) -> list[bytes]:
-        return [self._records[row] for row in rows]
-
-    def __getitem__(self, row: int) -> dict:
-        if self._records[row] == b"broken":
-            raise UserError(f"some.array_record: record {row}: damaged")
-        example = tf.train.Example.FromString(self._records[row])
-        features = example.features.feature
-        return {name: features[name].bytes_list.value[0] for name in features}
-
-
-def serialise(row: dict) -> bytes:
-    feature = {
-        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
-        for name, text in row.items()
-    }
-    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
-
-
-def test_serialised_examples_are_read_and_damage_is_named(builders, small):
+def test_a_damaged_record_is_named(builders, small):
     rows = fake_rows("aws_api", "en", 3000)
-    records = [serialise(row) for row in rows]
-    builders["aws_api"] = (TfdsLikeRows(records), {"aws_api/en": (0, 3000)})
+    records = MemoryRecords(rows)
+    builders["aws_api"] = (records, {"aws_api/en": (0, 3000)})
     tasks.register("somewhere", small, 12, 24, rates={"aws_api": 1})
     task = seqio.TaskRegistry.get("aws_api")
     texts = [t for batch in tasks.read_tokens(task, "train") for t in batch["query_text"].numpy()]
     assert [text.decode() for text in texts] == [row["query"] for row in rows]
-    records[2345] = b"broken"
+    records.records[2345] = b"broken"
     with pytest.raises(UserError, match=r"some\.array_record: record 2345: damaged"):
         list(tasks.read_tokens(task, "train"))

@@ -2,7 +2,7 @@
 
     statistics = prepare(data_dir)
     rows, groups = open_split(data_dir, "home_assistant", "train")
-    rows.read(range(*groups["translations/de"]))  # dicts: query, document, source, language
+    rows.read(range(*groups["translations/de"]))  # `PairRow`s without negatives
 
 Stored under data_dir/tfds/package_texts/<config>/<version>/ as ArrayRecord, ordered by source and
 language, so that each (source, language) is a range of rows, named in groups.json. TFDS writes
@@ -25,6 +25,7 @@ import tensorflow_datasets as tfds
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.ownership import own
+from moe_embed_jax.pairs.array_records import Records, open_records
 from moe_embed_jax.preparation.builders import (
     api_documentation,
     documents,
@@ -35,7 +36,6 @@ from moe_embed_jax.preparation.builders import (
 from moe_embed_jax.preparation.builders import wheels as pinned
 from moe_embed_jax.preparation.builders.parallel import run_in_processes
 from moe_embed_jax.preparation.builders.text_pairs import Pair, ParseReport, ProgressReport
-from moe_embed_jax.preparation.builders.text_rows import TextRows, open_rows
 
 CONFIGS = ("home_assistant", "aws_api", "google_api")
 # Whole documents instead of pairs, see documents.py.
@@ -251,7 +251,7 @@ def prepare(
 
 def open_split(
     data_dir: str | Path, config: str, split: str
-) -> tuple[TextRows, dict[str, tuple[int, int]]]:
+) -> tuple[Records, dict[str, tuple[int, int]]]:
     """Random access to the rows of a split, and {"source/language": (start, stop)}."""
     folder = dataset_folder(data_dir, config)
     if split not in SPLITS:
@@ -266,7 +266,7 @@ def open_split(
         raise UserError(f"{folder / GROUPS_FILE}: names no split {split!r}; delete {folder}")
     groups = {name: (start, stop) for name, (start, stop) in ranges.items()}
     length = max((stop for _, stop in groups.values()), default=0)
-    return open_rows(folder, f"{PackageTexts.name}-{split}", length), groups
+    return open_records(folder, f"{PackageTexts.name}-{split}", length), groups
 
 
 def provenance(data_dir: str | Path, configs: Sequence[str]) -> dict[str, dict]:
