@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_embed_jax.search import knn
-from moe_embed_jax.search.knn import Documents
+from moe_embed_jax.search.knn import Documents, pad_rows
 from moe_embed_jax.search.selection import Best, masked, merge, nothing
 
 LEVELS = 127  # -127 ... 127; -128 is not used, so that a vector and its negative are both exact
@@ -186,10 +186,10 @@ class BinaryVectors:
         query_BW = _words(np.packbits(query_BD > self.threshold_D, axis=1))
         block = min(BLOCK, _power_of_two(N))
         parts = [query_BW[start : start + QUERY_BLOCK] for start in range(0, B, QUERY_BLOCK)]
-        parts = [_pad_rows(part, _power_of_two(len(part))) for part in parts]
+        parts = [pad_rows(part, _power_of_two(len(part))) for part in parts]
         found = [nothing(len(part), wanted) for part in parts]
         for first in range(0, N, block):
-            block_nW = _pad_rows(_words(self.bits_NW[first : first + block]), block)
+            block_nW = pad_rows(_words(self.bits_NW[first : first + block]), block)
             block_nW = jnp.asarray(block_nW)
             found = [
                 _nearer(best, part, block_nW, first, N - first, D)
@@ -296,7 +296,3 @@ def _checked_k(k: int, N: int) -> int:
 def _power_of_two(count: int) -> int:
     """At least `count`: arrays have few sizes, for each is a compilation."""
     return 1 << (count - 1).bit_length()
-
-
-def _pad_rows(x_NW: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(x_NW, ((0, rows - len(x_NW)), (0, 0)))

@@ -113,7 +113,7 @@ def top_k(
     queries = []
     for start in range(0, B, QUERY_BLOCK):
         part_BD = query_BD[start : start + QUERY_BLOCK]
-        part_BD = _pad_rows(part_BD, _bucket(len(part_BD), SMALLEST_QUERIES))
+        part_BD = pad_rows(part_BD, _bucket(len(part_BD), SMALLEST_QUERIES))
         queries.append(to_devices(part_BD, replicated(mesh)))
     if on_cpu:
         found = _walk_on_cpu(queries, document_ND, k, layout, mesh)
@@ -230,7 +230,7 @@ def _in_loads(
             memory[turn][: len(x_ND)] = x_ND
             memory[turn][len(x_ND) :] = 0
             x_ND = memory[turn]
-        return to_devices(_pad_rows(x_ND, rows), NamedSharding(mesh, _rows(mesh)))
+        return to_devices(pad_rows(x_ND, rows), NamedSharding(mesh, _rows(mesh)))
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         pending = reader.submit(read, 0)
@@ -277,7 +277,8 @@ def _checked_values(x_ND, name: str, first: int) -> np.ndarray:
     return x_ND
 
 
-def _pad_rows(x_ND: np.ndarray, rows: int) -> np.ndarray:
+def pad_rows(x_ND: np.ndarray, rows: int) -> np.ndarray:
+    """`rows` rows: those of `x_ND`, then zeros."""
     if len(x_ND) == rows:
         return x_ND
     padded = np.zeros((rows, x_ND.shape[1]), x_ND.dtype)
