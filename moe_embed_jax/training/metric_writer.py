@@ -20,8 +20,11 @@ from moe_embed_jax.training.records import METRICS_FILE, as_line
 
 
 def _import_tensorboard(*modules: str) -> list:
-    """Modules of tensorboardX without PyTorch, which it would import where it finds it: seconds and
-    memory that a training process has no use for. None in sys.modules stands for "not installed".
+    """Modules of tensorboardX without PyTorch.
+
+    Its `__init__` imports PyTorch where it is installed, whatever module is wanted, and no setting
+    prevents that: seconds and memory that a training process has no use for. None in sys.modules
+    stands for "not installed". It is gone again when this returns.
     """
     hidden = "torch" not in sys.modules
     if hidden:
