@@ -232,7 +232,7 @@ def _forward_kernel(
     context_ref,
     log_sum_ref,
     key_ref,
-    value_PK_ref,
+    value_WK_ref,
     key_index_ref,
     *,
     head,
@@ -243,7 +243,7 @@ def _forward_kernel(
     def _():
         def prepare(n):
             _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head)
-            value_PK_ref[n] = v_ref[0, _slots(n)].T
+            value_WK_ref[n] = v_ref[0, _slots(n)].T
 
         _for_each(blocks, prepare)
 
@@ -260,7 +260,7 @@ def _forward_kernel(
             # What masked keys add before the query's first own key, that key shrinks to zero.
             shrink_1Q, weight_KQ = jnp.exp(before_1Q - max_1Q), jnp.exp(score_KQ - max_1Q)
             sum_1Q = sum_1Q * shrink_1Q + weight_KQ.sum(axis=0, keepdims=True)
-            value_JK = value_PK_ref[n, h * head : (h + 1) * head]
+            value_JK = value_WK_ref[n, h * head : (h + 1) * head]
             context_JQ = dot(value_JK, weight_KQ.astype(value_JK.dtype), 1, 0)
             results.append((max_1Q, sum_1Q, total_JQ * shrink_1Q + context_JQ))
         return tuple(results)
@@ -292,7 +292,7 @@ def _backward_kernel(
     dcontext_ref,
     dqkv_ref,
     key_ref,
-    key_PK_ref,
+    key_WK_ref,
     key_index_ref,
     dkey_ref,
     dvalue_ref,
@@ -306,7 +306,7 @@ def _backward_kernel(
     def _():
         def prepare(n):
             _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head)
-            key_PK_ref[n] = key_ref[n].T
+            key_WK_ref[n] = key_ref[n].T
             dkey_ref[n] = dvalue_ref[n] = jnp.zeros(dkey_ref.shape[1:], jnp.float32)
 
         _for_each(blocks, prepare)
@@ -333,7 +333,7 @@ def _backward_kernel(
                 dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QW.dtype)
                 dvalue_KW += dot(weight_KQ.astype(q_QW.dtype), dhead_QW, 1, 0)
                 dkey_KW += dot(dscore_KQ, head_q_QW, 1, 0)
-                results.append(dq_hJQ[h] + dot(key_PK_ref[n, lanes], dscore_KQ, 1, 0))
+                results.append(dq_hJQ[h] + dot(key_WK_ref[n, lanes], dscore_KQ, 1, 0))
             dkey_ref[n] += dkey_KW
             dvalue_ref[n] += dvalue_KW
             return tuple(results)
