@@ -14,7 +14,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from moe_embed_jax import storage
@@ -227,7 +227,7 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[str]:
     anything else, a blank line before another too: the n-th embedding belongs to the n-th line.
     """
     path = storage.path(path)
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = PurePath(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".txt", ".jsonl", ".json", ".ndjson"):
         raise UserError(f"{path}: unknown kind of file, expected .jsonl or .txt, plain or .gz")
     if kind == ".txt":

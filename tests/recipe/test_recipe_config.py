@@ -1,11 +1,10 @@
 """configs/recipe.py: which steps a config gives, and what is refused before anything runs."""
 
-import pathlib
-
 import pytest
 from conftest import ROOT
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.recipe import config, steps
 
@@ -16,7 +15,7 @@ def load(variant="small", **overrides) -> config.Recipe:
 
 
 def table(recipe, workdir="runs/r") -> dict[str, steps.Step]:
-    made = steps.make_steps(recipe, pathlib.Path(workdir), ROOT / "launch", ROOT)
+    made = steps.make_steps(recipe, storage.path(workdir), ROOT / "launch", ROOT)
     return {step.name: step for step in made}
 
 
@@ -32,7 +31,11 @@ def test_small_is_a_chain_of_all_steps():
     assert of_small["stage3"].arguments["loss"]["dims"] == {"128": 1.0, "32": 1.0}
     assert of_small["evaluate"].arguments["dim"] == "128,32"
     # A work directory may be moved: what a step was made with stays the same.
-    assert table(load(), "elsewhere")["stage3"].arguments == of_small["stage3"].arguments
+    for elsewhere in ("elsewhere", "gs://bucket/recipe"):
+        moved = table(load(), elsewhere)
+        assert {n: s.arguments for n, s in moved.items()} == {
+            name: step.arguments for name, step in of_small.items()
+        }
 
 
 def test_the_papers_rules():

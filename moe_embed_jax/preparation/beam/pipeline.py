@@ -365,7 +365,7 @@ def _alone(output: str) -> Iterator[None]:
         yield
         return
     with own(output):
-        for path in pathlib.Path(output).rglob("*.tmp"):
+        for path in storage.path(output).rglob("*.tmp"):
             path.unlink()
         yield
 

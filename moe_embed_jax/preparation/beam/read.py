@@ -246,7 +246,7 @@ def _local(path: str) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory() as folder, open_file(path) as source:
         copy = Path(folder) / f"rows{posixpath.splitext(path)[1]}"
-        with open(copy, "wb") as target:
+        with copy.open("wb") as target:
             shutil.copyfileobj(source, target)
         yield str(copy)
 

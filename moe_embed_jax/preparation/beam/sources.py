@@ -224,7 +224,7 @@ def _list(pattern: str) -> list[tuple[str, int]]:
     return [
         (entry.path, entry.size_in_bytes)
         for entry in result.metadata_list
-        if not (is_local and Path(entry.path).is_dir())
+        if not (is_local and storage.path(entry.path).is_dir())
     ]
 
 

@@ -228,5 +228,5 @@ class WriteShards(beam.DoFn):
 
 def copy(path: pathlib.Path, target: str) -> None:
     """A local file to any of Beam's file systems."""
-    with open(path, "rb") as source, work_module.written_whole(target) as file:
+    with path.open("rb") as source, work_module.written_whole(target) as file:
         shutil.copyfileobj(source, file)
