@@ -1,4 +1,11 @@
-"""The device mesh: axes `data`, `fsdp` and `expert`; the batch is sharded over all three."""
+"""The device mesh: axes `slice`, `data`, `fsdp` and `expert`; the batch is sharded over all four.
+
+Chips of a TPU slice have links of their own; slices exchange arrays over the network of the data
+centre, which is slower by far. So parameters and moments are whole in every slice, and nothing goes
+along `slice` but gradients, the documents of the loss, and sums for metrics.
+"""
+
+import collections
 
 import jax
 import numpy as np
@@ -7,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh_config import MeshConfig
 
-AXES = ("data", "fsdp", "expert")
+AXES = ("slice", "data", "fsdp", "expert")
+IN_SLICE = AXES[1:]
 BATCH_SPEC = PartitionSpec(AXES)  # leading axis of arrays per pair
 ROWS_SPEC = PartitionSpec(
     None, AXES
@@ -17,23 +25,48 @@ ROWS_SPEC = PartitionSpec(
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     """A mesh over `devices` (default: all of the run).
 
-    Raises `UserError` when the axis sizes do not multiply to the number of devices.
+    Raises `UserError` when the axis sizes do not multiply to the number of devices, and when
+    `config` wants other slices than there are.
     """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
+    slices = _slices(config, jax.devices() if devices is None else devices)
+    count = len(slices[0])
     others = config.fsdp * config.expert
     data = count // others if config.data == -1 and others > 0 else config.data
     shape = (data, config.fsdp, config.expert)
     if min(shape) < 1 or data * others != count:
+        of_each = f" of each of {len(slices)} slices" if len(slices) > 1 else ""
         raise UserError(
             f"mesh data={config.data} fsdp={config.fsdp} expert={config.expert} does not fit "
-            f"{count} devices: the product of the axes must be {count}"
+            f"{count} devices{of_each}: the product of the axes must be {count}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Devices of a slice lie as in a run on this slice alone.
+    auto = (AxisType.Auto,)
+    parts = [jax.make_mesh(shape, IN_SLICE, auto * 3, devices=part).devices for part in slices]
+    return jax.sharding.Mesh(np.stack(parts), AXES, axis_types=auto * 4)
+
+
+def _slices(config: MeshConfig, devices) -> list[list]:
+    """The devices of each slice. Where they know of one slice only (CPUs), `config.slice` parts of
+    them stand for slices."""
+    by_index = collections.defaultdict(list)
+    for device in devices:
+        by_index[getattr(device, "slice_index", 0)].append(device)
+    slices = [by_index[index] for index in sorted(by_index)]
+    wanted = len(slices) if config.slice == -1 else config.slice
+    if len(slices) == 1 and wanted > 0 and len(devices) % wanted == 0:
+        size = len(devices) // wanted
+        return [slices[0][first : first + size] for first in range(0, len(devices), size)]
+    if wanted != len(slices) or len({len(part) for part in slices}) > 1:
+        sizes = " + ".join(str(len(part)) for part in slices)
+        raise UserError(
+            f"mesh slice={config.slice} does not fit {sizes} devices of {len(slices)} slice(s): "
+            "leave mesh.slice out, and take slices of one size"
+        )
+    return slices
 
 
 def single_device_mesh() -> jax.sharding.Mesh:
-    """A 1x1x1 mesh on the first local device: what an application embeds with."""
+    """A mesh of size 1 on the first local device: what an application embeds with."""
     return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
 
 
@@ -66,7 +99,8 @@ def vmem_limit_bytes() -> int:
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-    axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1 or name != "slice"}
+    axes = " x ".join(f"{name}={size}" for name, size in sizes.items())
     kind = np.asarray(mesh.devices).flat[0].device_kind
     processes = jax.process_count()
     return f"{axes} on {mesh.size} {kind} device(s), {processes} process(es)"

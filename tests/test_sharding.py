@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from conftest import run_python
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import MeshConfig, make_mesh
+from moe_embed_jax.mesh import AXES, MeshConfig, describe, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, init_params
 from moe_embed_jax.sharding import (
     optimizer_shardings,
@@ -22,7 +23,7 @@ from moe_embed_jax.training.optimizer import decay_mask, make_optimizer
 from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state
 
-MESH = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "expert"))
+MESH = jax.sharding.AbstractMesh((2, 4, 2, 2), AXES)  # parameters and moments: whole in each slice
 TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
 
 
@@ -145,7 +146,62 @@ def test_indivisible_axis_is_named():
 
 
 def test_mesh_sizes():
-    assert make_mesh(MeshConfig()).shape == {"data": jax.device_count(), "fsdp": 1, "expert": 1}
+    count = jax.device_count()
+    assert make_mesh(MeshConfig()).shape == {"slice": 1, "data": count, "fsdp": 1, "expert": 1}
+    assert "slice" not in describe(make_mesh(MeshConfig()))
     for bad in (MeshConfig(data=-1, expert=7), MeshConfig(data=3), MeshConfig(fsdp=0)):
         with pytest.raises(UserError, match="does not fit"):
             make_mesh(bad)
+
+
+def devices_of(*slices: int):
+    """Stand-ins for devices, by the slice that each is in."""
+    return [types.SimpleNamespace(slice_index=index) for index in slices]
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (MeshConfig(fsdp=3), devices_of(0, 0, 0, 0, 1, 1, 1, 1), "4 devices of each of 2 slices"),
+        (MeshConfig(data=8), devices_of(0, 0, 0, 0, 1, 1, 1, 1), "4 devices of each of 2 slices"),
+        (MeshConfig(slice=4), devices_of(0, 0, 1, 1), r"2 \+ 2 devices of 2 slice\(s\): leave"),
+        (MeshConfig(slice=1), devices_of(0, 0, 1, 1), "slice=1 does not fit"),
+        (MeshConfig(), devices_of(0, 0, 1), r"2 \+ 1 devices of 2 slice\(s\)"),
+        (MeshConfig(slice=3), devices_of(0, 0, 0, 0), "slice=3 does not fit 4 devices"),
+        (MeshConfig(slice=0), devices_of(0), "slice=0 does not fit"),
+    ],
+)
+def test_slices_that_do_not_fit_are_one_line(config, devices, message):
+    with pytest.raises(UserError, match=message) as refused:
+        make_mesh(config, devices)
+    assert "\n" not in str(refused.value)
+
+
+def test_devices_of_a_slice_stay_together_in_any_order():
+    """On 8 fake devices, half of which stand for a slice."""
+    program = """
+import jax
+from moe_embed_jax.mesh import MeshConfig, describe, make_mesh, local_device_positions
+
+devices = jax.devices()
+two = make_mesh(MeshConfig(slice=2, expert=2))
+assert describe(two).startswith("slice=2 x data=2 x fsdp=1 x expert=2 on 8"), describe(two)
+for part, own in zip(two.devices, (devices[:4], devices[4:]), strict=True):
+    alone = make_mesh(MeshConfig(expert=2), own)
+    assert (part == alone.devices[0]).all()
+assert local_device_positions(two) == list(range(8))
+
+class InSlice:
+    "A device that knows its slice: every second one is in the other."
+    def __init__(self, device):
+        self.slice_index = device.id % 2
+        self.of = device
+    def __getattr__(self, name):
+        return getattr(self.of, name)
+
+mesh = make_mesh(MeshConfig(), [InSlice(device) for device in devices])
+assert mesh.shape["slice"] == 2 and mesh.shape["data"] == 4
+assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+"""
+    result = run_python(["-c", program], devices=8)
+    assert result.returncode == 0, result.stderr

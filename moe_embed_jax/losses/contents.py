@@ -73,7 +73,8 @@ def compare_contents(
 
     Needs a mesh in context.
     """
-    # Every device needs all of it, and sorts it for itself.
+    # Every device needs all of it, and sorts it for itself. Without the same word about the result,
+    # the compiler sorts a part on each device, and passes single numbers round.
     query_id_B2, document_id_BM2, valid_BM = jax.lax.with_sharding_constraint(
         (query_id_B2, document_id_BM2, valid_BM), P()
     )
@@ -100,7 +101,8 @@ def compare_contents(
     copy_BN = jnp.any(same_BNN & earlier_NN & valid_BN[:, None, :], axis=-1)
     is_own_X = jnp.zeros(X, bool).at[own_B].set(True)  # those count as own documents
     own_negative_BN = valid_BN & ~copy_BN & ~is_own_X[hard_BN] & (hard_BN != query_BM)
-    return Contents(documents, queries, partner_P, own_negative_BN)
+    contents = Contents(documents, queries, partner_P, own_negative_BN)
+    return jax.lax.with_sharding_constraint(contents, P())
 
 
 def number_contents(ids_X2):

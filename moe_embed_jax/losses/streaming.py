@@ -6,19 +6,26 @@ as in FlashAttention, arXiv 2205.14135, and Inf-CL, arXiv 2410.17243). The backw
 candidates a second time and scores them again. Their gradients rotate with them until both are back
 on the candidates' device. Memory per device is a few copies of its own vectors, and one tile of
 scores.
+
+Where the mesh has several slices, every slice has a ring of its own, and in it the candidates of
+all slices: they are gathered over slices once, and their gradients are summed over slices once. No
+step of a ring waits for the network between slices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.losses.contents import Texts
-from moe_embed_jax.mesh import AXES, BATCH_SPEC
+from moe_embed_jax.mesh import BATCH_SPEC, IN_SLICE
 
 TILE = 2048  # anchors or candidates; a tile of float32 scores has 16 MB
-SPECS = (BATCH_SPEC,) * 5 + (P(),)  # of the arguments
+OF_ALL_SLICES = P(None, IN_SLICE)  # [I, B / I, ...]
+# Of the arguments, candidates gathered.
+SPECS = (BATCH_SPEC,) * 3 + (OF_ALL_SLICES,) * 2 + (P(),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -44,10 +51,13 @@ def streamed_log_sum_exp(
     return _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_P)[0]
 
 
-def _forward(tile, *arguments):
-    def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P):
+def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_P):
+    gathered = _gather((candidate_BMD, candidates))
+    arguments = (anchor_BD, other, limit_B, *gathered, partner_P)
+
+    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_P):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
-        rotating = _cut(tile, _flat((candidate_bMD, candidates)))
+        rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
 
         def add_tiles(stats, rotating):
             def one_anchor_tile(_, tiles):
@@ -68,7 +78,7 @@ def _forward(tile, *arguments):
 
         empty = jnp.zeros_like(anchors[2])
         stats = (jnp.full_like(empty, -jnp.inf), empty, empty)
-        carry, _ = jax.lax.scan(ring_step, (stats, rotating), length=jax.lax.axis_size(AXES))
+        carry, _ = jax.lax.scan(ring_step, (stats, rotating), length=jax.lax.axis_size(IN_SLICE))
         top_b, total_b, count_b = (x.reshape(-1)[: len(anchor_bD)] for x in carry[0])
         return top_b + jnp.log(total_b), top_b, count_b
 
@@ -79,9 +89,9 @@ def _forward(tile, *arguments):
 def _backward(tile, residuals, cotangents):
     arguments, lse_B = residuals
 
-    def local(anchor_bD, other, limit_b, candidate_bMD, candidates, partner_P, lse_b, dlse_b):
+    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_P, lse_b, dlse_b):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
-        rotating = _cut(tile, _flat((candidate_bMD, candidates)))
+        rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
         # An anchor without negatives has lse -inf and logits that are all -inf: 0 keeps exp at 0.
         lse, dlse = _cut(tile, (jnp.where(lse_b == -jnp.inf, 0.0, lse_b), dlse_b))
 
@@ -109,12 +119,16 @@ def _backward(tile, residuals, cotangents):
             danchors, drotating = add_gradients(danchors, rotating, drotating)
             return (danchors, *_rotate((rotating, drotating))), None
 
-        carry = (jnp.zeros_like(anchors[0]), rotating, jnp.zeros_like(rotating[0]))
-        # After as many steps as devices, each candidate is on its own device.
-        (danchors, _, drotating), _ = jax.lax.scan(ring_step, carry, length=jax.lax.axis_size(AXES))
-        M, D = candidate_bMD.shape[1:]
-        danchor_bD = danchors.reshape(-1, D)[: len(anchor_bD)]
-        return danchor_bD, drotating.reshape(-1, D)[: len(anchor_bD) * M].reshape(-1, M, D)
+        # The candidates are the same in each slice, their gradients are not.
+        drotating = jax.lax.pcast(jnp.zeros_like(rotating[0]), "slice", to="varying")
+        carry = (jnp.zeros_like(anchors[0]), rotating, drotating)
+        # After as many steps as a slice has devices, each candidate is on its own device.
+        steps = jax.lax.axis_size(IN_SLICE)
+        (danchors, _, drotating), _ = jax.lax.scan(ring_step, carry, length=steps)
+        shape = candidate_IbMD.shape
+        danchor_bD = danchors.reshape(-1, shape[-1])[: len(anchor_bD)]
+        dcandidates = drotating.reshape(-1, shape[-1])[: math.prod(shape[:-1])]
+        return danchor_bD, _scatter(dcandidates.reshape(shape))
 
     danchor_BD, dcandidate_BMD = jax.shard_map(
         local, in_specs=SPECS + (BATCH_SPEC,) * 2, out_specs=(BATCH_SPEC, BATCH_SPEC)
@@ -172,16 +186,30 @@ def _accumulate(stats, logits_ac):
 
 def _rotate(rotating):
     """`rotating` of the previous device of the ring."""
-    devices = jax.lax.axis_size(AXES)
+    devices = jax.lax.axis_size(IN_SLICE)
     if devices == 1:
         return rotating
     ring = [(device, (device + 1) % devices) for device in range(devices)]
-    return jax.lax.ppermute(rotating, AXES, ring)
+    return jax.lax.ppermute(rotating, IN_SLICE, ring)
+
+
+def _gather(tree):
+    """[B, ...] -> [I, B / I, ...]: each device has what those in its place in all slices have."""
+    slices = jax.sharding.get_abstract_mesh().shape["slice"]
+    by_slice = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
+    return jax.lax.with_sharding_constraint(by_slice, OF_ALL_SLICES)
+
+
+def _scatter(gradient_IbMD):
+    """[b, M, D], the sum over slices of what they have for this device's part."""
+    if len(gradient_IbMD) == 1:
+        return gradient_IbMD[0]
+    return jax.lax.psum_scatter(gradient_IbMD, "slice")
 
 
 def _flat(tree):
-    """[b, M, ...] -> [b * M, ...]"""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    """[I, b, M, ...] -> [I * b * M, ...]"""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
 
 
 def _cut(tile, tree):

@@ -7,7 +7,7 @@ import time
 import jax
 
 from moe_embed_jax import storage
-from moe_embed_jax.mesh import describe, make_mesh
+from moe_embed_jax.mesh import IN_SLICE, describe, make_mesh
 from moe_embed_jax.planning import memory, roofline
 from moe_embed_jax.planning.chips import Chip
 from moe_embed_jax.planning.cost import Cost, module_cost
@@ -28,7 +28,7 @@ class Plan:
     topology: str
     chip: Chip
     mesh: str
-    mesh_shape: tuple[int, ...]  # data, fsdp, expert
+    mesh_shape: tuple[int, ...]  # data, fsdp, expert, in each slice
     chips: int
     step_name: str
     step: Step
@@ -95,7 +95,7 @@ def compile_plan(
             topology=topology,
             chip=chip,
             mesh=describe(mesh),
-            mesh_shape=tuple(mesh.shape.values()),
+            mesh_shape=tuple(mesh.shape[name] for name in IN_SLICE),
             chips=mesh.size,
             step_name=step_name,
             step=step,

@@ -161,8 +161,8 @@ def equal_on_1_2_4_and_8_devices():
         learn_temperature=True,
     )
     for config, shapes in (
-        (ContrastConfig(), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2)]),
-        (everything, [(2, 2, 2)]),
+        (ContrastConfig(), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 2), (1, 1, 1, 4)]),
+        (everything, [(2, 2, 2), (2, 1, 2, 2)]),
         (symmetric, [(1, 1, 2), (2, 2, 1)]),
     ):
         query, document, *rest = make_batch(0, 48, 2, 16, 60)

@@ -49,6 +49,13 @@ FAULTS = (
         f"{MEANING} -k 'duplicates or copy'",
     ),
     Fault(
+        "documents-keep-the-gradients-of-their-own-slice",
+        "losses/streaming.py",
+        'return jax.lax.psum_scatter(gradient_IbMD, "slice")',
+        'return gradient_IbMD[jax.lax.axis_index("slice")]',
+        "losses/test_streamed_infonce.py -k equal",
+    ),
+    Fault(
         "streamed-backward-ignores-its-cotangent",
         "losses/streaming.py",
         "jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]",

@@ -104,6 +104,20 @@ FAULTS = (
         "stages/test_meshes.py",
     ),
     Fault(
+        "moments-are-split-over-slices",
+        "sharding.py",
+        'return P(*names[:axis], (*taken, "data"), *names[axis + 1 :])',
+        'return P(*names[:axis], (*taken, "slice", "data"), *names[axis + 1 :])',
+        "test_sharding.py -k table",
+    ),
+    Fault(
+        "devices-of-slices-are-mixed",
+        "mesh.py",
+        'by_index[getattr(device, "slice_index", 0)].append(device)',
+        "by_index[0].append(device)",
+        "test_sharding.py -k slice",
+    ),
+    Fault(
         "moments-are-not-split",
         "sharding.py",
         "of_params = shardings(params, rules, mesh, moments=True)",

@@ -267,11 +267,13 @@ def test_memory_holds_the_logits_of_one_piece_only(optimizer):
 
 # ---- Meshes --------------------------------------------------------------------------------------
 
-# (data, fsdp, expert), config, what is different about its model there, chunks
+# (data, fsdp, expert, slice), config, what is different about its model there, chunks
 MATRIX = [
     ((8, 1, 1), CONFIG, {}, 2),
     ((2, 4, 1), CONFIG, dict(remat_rows=1), 1),
     ((2, 2, 2), MOE, {}, 2),
+    ((2, 2, 1, 2), CONFIG, {}, 2),
+    ((2, 1, 2, 2), MOE, {}, 2),
 ]
 
 

@@ -26,7 +26,7 @@ MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=8
 )
 LOSS = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True)
-# (data, fsdp, expert), what is different about the model there, chunks
+# (data, fsdp, expert, slice), what is different about the model there, chunks
 MATRIX = [
     ((8, 1, 1), {}, CHUNKS),
     ((4, 2, 1), dict(remat_rows=1), CHUNKS),
@@ -36,6 +36,8 @@ MATRIX = [
     ((1, 1, 8), {}, 1),
     ((2, 1, 4), dict(expert_exchange="all_to_all", capacity_factor=8.0), CHUNKS),
     ((2, 2, 2), dict(expert_exchange="all_to_all", capacity_factor=8.0), 1),
+    ((2, 1, 2, 2), {}, CHUNKS),
+    ((2, 2, 1, 2), dict(remat_rows=1), 1),
 ]
 
 
@@ -97,8 +99,8 @@ def train(mesh, model: EncoderConfig, chunks: int):
 
 
 def check_placement(shape, state):
-    """Moments are split over all axes but one (ZeRO), experts and theirs live on their shard."""
-    data, fsdp, expert = shape
+    """Moments are split over all axes of a slice (ZeRO), experts and theirs live on their shard."""
+    data, fsdp, expert = shape[:3]
     adam = state.opt_state[1][0]
     for w_in, splits in (
         (state.params["encoder"]["groups"]["block_1"]["moe"]["w_in"], (expert, fsdp, 1)),
