@@ -13,6 +13,11 @@ four, the clock is 1.75 GHz. Cross-checks with libtpu 0.0.42: at these clocks th
 estimate of an 8192-cubed bfloat16 matmul comes to 88 % (v5e), 90 % (v5p), 93 % (v4) and 70 % (v6e)
 of peak, and that of a float32 addition in HBM to 81 %, 72 %, 77 % and 86 % of the bandwidth. No
 number here was measured on hardware.
+
+Between slices: the pages give the bandwidth of the data center network per pod of 256 chips for v5e
+(6.4 Tbit/s) and v6e (25.6 Tbit/s), and per chip for v5p (50 Gbit/s); that of v4 gives none, and
+v5p's is taken. No page gives a latency: DCN_SECONDS is an assumption, of what a transfer from chip
+to host, to another host and to its chip takes.
 """
 
 import dataclasses
@@ -29,6 +34,7 @@ class Chip:
     hbm_bytes: int  # available to a program
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one inter-chip link, one way
+    dcn_bandwidth: float  # bytes/s, one way, of a chip's share of the network between slices
     torus_dims: int
     clock_hz: float
     cores: int
@@ -44,11 +50,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 1.05e9, 2, 4, "v4:2x2x1"),
-        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 1.5e9, 1, 16, "v5e:4x4"),
-        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 3, 1.75e9, 2, 4, "v5p:2x2x1"),
-        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 2, 1.75e9, 1, 16, "v6e:2x2"),
+        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 6.25e9, 3, 1.05e9, 2, 4, "v4:2x2x1"),
+        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 3.125e9, 2, 1.5e9, 1, 16, "v5e:4x4"),
+        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 6.25e9, 3, 1.75e9, 2, 4, "v5p:2x2x1"),
+        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 12.5e9, 2, 1.75e9, 1, 16, "v6e:2x2"),
     )
 }
 DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+DCN_SECONDS = 3e-4  # latency of one transfer between slices
 HOP_SECONDS = 1e-6  # latency of one step of a ring: Austin et al., "How to Scale Your Model" (2025)

@@ -37,14 +37,22 @@ class Collective:
     links: int
     is_async: bool
 
+    @property
+    def between_slices(self) -> bool:
+        return "slice" in self.axes
+
     def seconds(self, chip: Chip) -> float:
         """Time on idle links: bandwidth of a ring (Chan et al. 2007) plus a latency per step.
 
         A collective-permute moves to a neighbour; an all-to-all crosses a quarter of the ring.
+        Between slices it is the bandwidth alone: see `Cost.waits_for_slices`.
         """
         n = self.group_size
         if n < 2:
             return 0.0
+        if self.between_slices:
+            passes = _ROUNDS[self.kind] * (n - 1) / n if self.kind in _ROUNDS else 1.0
+            return passes * self.bytes / chip.dcn_bandwidth
         bandwidth = chip.link_bandwidth * self.links
         if self.kind in _ROUNDS:
             rounds = _ROUNDS[self.kind]
@@ -73,7 +81,7 @@ def describe(
         kind=kind,
         bytes=operand * size if kind == "all-gather" else operand,
         axes=spanned_axes(groups, mesh),
-        group_size=mesh.size if kind == "collective-permute" else size,
+        group_size=mesh.size if kind == "collective-permute" and size > 1 else size,
         links=_links(groups, mesh),
         is_async=is_async or instruction.opcode.endswith("-start"),
     )
@@ -91,6 +99,8 @@ def device_groups(text: str, devices: int) -> np.ndarray:
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if iota:
         return _iota(iota.group(2)).reshape(_integers(iota.group(1)))
+    if "source_target_pairs={}" in text:  # the part of it in one slice, where nobody talks
+        return np.zeros((1, 1), int)
     axes = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*\](?:T\([\d,]+\))?)\))?"
         r" \{([^}]*)\}",

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import math
 
-from moe_embed_jax.planning import collectives
+from moe_embed_jax.planning import collectives, slices
 from moe_embed_jax.planning.hlo import Computation, Instruction, Module, Shape
 from moe_embed_jax.planning.loops import trip_count
 from moe_embed_jax.planning.matmul import matmul_flops
@@ -31,6 +31,8 @@ FREE = frozenset(
         "async-update",
         "optimization-barrier",
         "add-dependency",
+        "send",
+        "recv",
     ]
 )
 FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
@@ -75,17 +77,21 @@ class Cost:
 
     matmul_flops: dots and convolutions. cycles: the compiler's estimates, also by the place in the
     program. prefetches: bytes of asynchronous copies between HBM and on-chip memory. unknown_loops:
-    loops whose trip count only the data decide.
+    loops whose trip count only the data decide. waits_for_slices: how often the program sends
+    something to other slices and then waits for what they send; what is sent before one wait
+    travels together. slice_loops: transfers between slices that stand in a loop, by its place.
     """
 
     matmul_flops: float = 0.0
     cycles: float = 0.0
+    waits_for_slices: int = 0
     cycles_by_source: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unestimated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     prefetches: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown_loops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    slice_loops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         for field in dataclasses.fields(self):
@@ -141,8 +147,13 @@ class _Walk:
         if key not in self.known:
             total = Cost()
             computation = self.module.computations[name]
+            is_sent = False
             for instruction in computation.instructions.values():
                 total.add(self.instruction(computation, instruction, timed, communicates))
+                is_sent |= instruction.opcode == "send"
+                if is_sent and slices.ends_transfer(instruction):
+                    total.waits_for_slices += 1
+                    is_sent = False
             self.known[key] = total
         return self.known[key]
 
@@ -163,6 +174,9 @@ class _Walk:
                 cost.collectives[found] += 1
             return cost
         cost = Cost()
+        if between := slices.transfer(parent, it, self.mesh):
+            cost.collectives[between] += 1
+            return cost
         if opcode == "fusion":
             (inner,) = it.called["calls"]
             cost.add(self.computation(inner, False, _communication(it, inner, communicates)))
@@ -230,7 +244,11 @@ class _Walk:
         trips = trip_count(self.module, parent, it)
         cost = Cost()
         times = self.unknown_trips if trips is None else trips
-        cost.add(self.computation(it.called["body"][0], timed), times)
+        body = self.computation(it.called["body"][0], timed)
+        cost.add(body, times)
+        crossing = sum(count for found, count in body.collectives.items() if found.between_slices)
+        if crossing:
+            cost.slice_loops[_source(it)] += crossing * times
         if trips is None:
             cost.unknown_loops[_source(it)] += 1
         return cost

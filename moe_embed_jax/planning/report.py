@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_embed_jax.planning.aot import Plan
+from moe_embed_jax.planning.chips import DCN_SECONDS
 from moe_embed_jax.planning.memory import largest_arguments
 
 MIB, GIB = 2**20, 2**30
@@ -55,6 +56,8 @@ def to_json(plan: Plan) -> dict:
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
         result["is_lower_bound"] = is_incomplete(plan)
+        result["waits_for_other_slices"] = plan.cost.waits_for_slices
+        result["transfers_between_slices_in_loops"] = dict(plan.cost.slice_loops)
         result["seconds_by_source"] = seconds_by_source(plan)
         result["seconds_by_kind"] = seconds_by_kind(plan)
         result[f"{plan.step.unit.replace(' ', '_')}_per_second"] = _rate(plan)
@@ -167,6 +170,16 @@ def _print_collectives(plan: Plan, console: Console) -> None:
     for key, (count, size, seconds) in sorted(merged.items(), key=lambda item: -item[1][2]):
         table.add_row(*key, str(count), f"{size / 1e6:.3f}", f"{seconds * 1e3:.3f}")
     console.print(table if merged else "no collectives\n")
+    if plan.cost.waits_for_slices:
+        console.print(
+            f"between slices: the step waits {plan.cost.waits_for_slices} x for the others, "
+            f"{DCN_SECONDS * 1e3:g} ms each (assumed), and {plan.chip.dcn_bandwidth / 1e9:g} GB/s "
+            "per chip\n"
+        )
+    for name, count in plan.cost.slice_loops.items():
+        console.print(
+            f"WARNING: {count} transfers between slices stand in the loop {name}", markup=False
+        )
 
 
 def seconds_by_kind(plan: Plan) -> dict[str, float]:
@@ -177,6 +190,7 @@ def seconds_by_kind(plan: Plan) -> dict[str, float]:
         "Pallas kernels (roofline)": times.kernels,
         "others (roofline)": times.unestimated,
         "blocking collectives": times.blocking_collectives,
+        "between slices": times.between_slices,
         "overlapping collectives": times.async_collectives,
         "copies to on-chip memory": times.prefetches,
     }

@@ -8,15 +8,18 @@ A step is taken to be the sum of
   * other instructions without an estimate (gathers, scatters, sorts): the same, from the bytes that
     they touch in HBM, and for sorts the operations of the vector unit;
   * collectives that block;
+  * transfers between slices, over the chip's share of the hosts' network cards, and DCN_SECONDS for
+    each time that the program waits for them (gradients cross at the end of a step, documents
+    before the loss: there is little to hide them behind);
   * what asynchronous collectives exceed all of the above by: they are taken to be hidden otherwise.
 
 Asynchronous copies between HBM and on-chip memory are taken to be hidden. `serial_seconds` hides
-nothing; the truth should lie between the two. Host input, launch gaps and slow links are not in it.
+nothing; the truth should lie between the two. Host input and launch gaps are not in it.
 """
 
 import dataclasses
 
-from moe_embed_jax.planning.chips import Chip
+from moe_embed_jax.planning.chips import DCN_SECONDS, Chip
 from moe_embed_jax.planning.cost import Cost
 
 # Of a GELU with its slope, or of a masked softmax, per exponential; counted in the sources.
@@ -33,6 +36,7 @@ class Times:
     blocking_collectives: float
     async_collectives: float
     prefetches: float
+    between_slices: float
 
     @property
     def busy(self) -> float:
@@ -44,11 +48,11 @@ class Times:
 
     @property
     def step_seconds(self) -> float:
-        return self.busy + self.blocking_collectives + self.exposed_async
+        return self.busy + self.blocking_collectives + self.between_slices + self.exposed_async
 
     @property
     def serial_seconds(self) -> float:
-        return self.busy + self.blocking_collectives + self.async_collectives + self.prefetches
+        return self.step_seconds - self.exposed_async + self.async_collectives + self.prefetches
 
 
 def predict(cost: Cost, chip: Chip) -> Times:
@@ -59,9 +63,15 @@ def predict(cost: Cost, chip: Chip) -> Times:
             vector_operations / chip.vector_operations,
         )
 
-    collective = {True: 0.0, False: 0.0}
+    blocking, asynchronous, between_slices = 0.0, 0.0, cost.waits_for_slices * DCN_SECONDS
     for found, count in cost.collectives.items():
-        collective[found.is_async] += found.seconds(chip) * count
+        seconds = found.seconds(chip) * count
+        if found.between_slices:
+            between_slices += seconds
+        elif found.is_async:
+            asynchronous += seconds
+        else:
+            blocking += seconds
     return Times(
         estimated=cost.cycles / chip.clock_hz,
         kernels=sum(
@@ -77,8 +87,9 @@ def predict(cost: Cost, chip: Chip) -> Times:
             roofline(it.flops, it.bytes, it.vector_operations) * count
             for it, count in cost.unestimated.items()
         ),
-        blocking_collectives=collective[False],
-        async_collectives=collective[True],
+        blocking_collectives=blocking,
+        async_collectives=asynchronous,
         prefetches=sum(moved * count for moved, count in cost.prefetches.items())
         / chip.hbm_bandwidth,
+        between_slices=between_slices,
     )

@@ -12,7 +12,7 @@ from moe_embed_jax.planning import search
 from moe_embed_jax.planning.aot import Plan, compile_plan
 from moe_embed_jax.planning.report import print_plan, to_json, to_markdown
 from moe_embed_jax.planning.request import Assumptions
-from moe_embed_jax.planning.topology import topology_devices
+from moe_embed_jax.planning.topology import parse_topology, topology_devices
 from moe_embed_jax.training.run_config import Run
 
 
@@ -46,9 +46,8 @@ def _plan(config: Run, topology: str, assumed: Assumptions, arguments, console: 
             "assumed": dataclasses.asdict(assumed),
             "versions": [importlib.metadata.version(name) for name in ("jax", "libtpu")],
         }
-        config, plan = search.search(
-            config, len(devices), plan_of, identity, arguments.cache, console
-        )
+        chips = len(devices) // parse_topology(topology).slices
+        config, plan = search.search(config, chips, plan_of, identity, arguments.cache, console)
         if config is None:
             raise UserError(
                 f"no candidate fits {topology}: take more chips, a smaller batch_size or model"

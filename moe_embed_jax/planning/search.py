@@ -29,7 +29,7 @@ RESULT_KEYS = ("fits", "rows", "predicted_step_seconds")  # of a plan, which a s
 
 
 def mesh_candidates(config: Run, chips: int) -> list[Run]:
-    """Meshes that divide the chips and the experts, in the setting of least memory."""
+    """Meshes that divide the chips of a slice and the experts, in the setting of least memory."""
     experts = EXPERT if config.model.num_moe_layers else (1,)
     meshes = [
         MeshConfig(data=-1, fsdp=fsdp, expert=expert)
@@ -58,6 +58,7 @@ def search(config: Run, chips: int, plan_of, identity: dict, cache_path, console
     none does. The plan is None if the cache had the candidate.
 
     Args:
+      chips: of a slice.
       plan_of: config -> `Plan`.
       identity: what else the plans depend on (topology, versions), for the cache.
       cache_path: JSON file of finished candidates (or None): an interrupted search continues there.

@@ -63,6 +63,20 @@ FAULTS = (
         "planning/test_planning.py -k ring",
     ),
     Fault(
+        "transfers-between-slices-take-the-links-of-one",
+        "planning/collectives.py",
+        "if self.between_slices:\n",
+        "if False:\n",
+        "planning/test_slices.py -k network",
+    ),
+    Fault(
+        "every-transfer-between-slices-waits-alone",
+        "planning/cost.py",
+        "                    is_sent = False\n",
+        "",
+        "planning/test_slices.py -k sent_together",
+    ),
+    Fault(
         "groups-vary-over-the-other-axes",
         "planning/collectives.py",
         "moved = np.moveaxis(positions, places, range(-len(places), 0))",

@@ -15,6 +15,7 @@ import types
 
 import pytest
 from conftest import ROOT, run_python
+from helpers.tpu_plans import plan, tpu_aot
 from rich.console import Console
 
 from moe_embed_jax import config as config_files
@@ -33,13 +34,6 @@ from moe_embed_jax.stages.contrastive import Contrastive
 from moe_embed_jax.stages.masked_lm import MaskedLM
 from moe_embed_jax.training.overview import training_flops_per_token
 
-tpu_aot = [
-    pytest.mark.tpu_aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="the TPU compiler is not installed: pip install -e .[plan]",
-    ),
-]
 # By the libtpu that compiled it: one version gives the same program again.
 GOLDEN = {
     "0.0.42.1": pathlib.Path("tests/golden/plan_v5e_2x2.json"),
@@ -55,13 +49,6 @@ SMALL = (
 )
 GOLDEN_COMMAND = (*SMALL, "--set=mesh.fsdp=2")
 ONE_WIDE_LAYER = dict(width=768, num_heads=12, num_layers=1, moe_every=1)
-
-
-def plan(command, output):
-    """(what it printed, the JSON) of launch/plan.py."""
-    result = run_python([*command, f"--output={output}"], timeout=900)
-    assert result.returncode == 0, result.stderr
-    return result.stdout, json.loads(output.read_text())
 
 
 @pytest.fixture
