@@ -5,17 +5,18 @@
 #   launch/tpu_vm.sh run     --name=NAME --zone=ZONE [--project=PROJECT] -- COMMAND ARGUMENT...
 #   launch/tpu_vm.sh stop    --name=NAME --zone=ZONE [--project=PROJECT]
 #
-# A single TPU VM and a slice of many workers take the same commands; the slice's processes find
-# each other. `install` copies the tracked files (git archive of HEAD) to --dir and makes a virtual
+# A single TPU VM, a slice of many workers and several slices (multislice) take the same commands;
+# their processes find each other. `install` copies the tracked files (git archive of HEAD) to --dir and makes a virtual
 # environment there; `run` runs COMMAND in it, on all workers at once, and ends with the command;
 # `stop` sends the command SIGTERM: training saves a checkpoint and exits, `run` again resumes it.
 #
 # Flags (or environment variables):
-#   --name=NAME        TPU_NAME        the TPU VM or slice
+#   --name=NAME        TPU_NAME        the TPU VM or slice; with --slices the queued resource
 #   --zone=ZONE        TPU_ZONE        its zone
 #   --project=PROJECT  TPU_PROJECT     default: gcloud's
 #   --dir=DIR          TPU_DIR         folder on the workers, below $HOME; default moe_embed_jax
 #   --python=PYTHON    TPU_PYTHON      Python 3.11 to 3.13 on the workers; default python3
+#   --slices           TPU_SLICES=1    NAME is a queued resource of several slices (multislice)
 #   --dry_run                          print the commands, run nothing
 #
 # Example, on a v5e slice of 4 workers whose shared disk is mounted at /mnt/shared:
@@ -44,17 +45,17 @@ execute() {
   fi
 }
 
-# Runs a shell line on every worker of the TPU.
+# Runs a shell line on every worker of the TPU, of all its slices.
 on_workers() {
-  execute gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" "${project_flag[@]}" \
-    --worker=all --command="$1"
+  execute gcloud compute tpus "$resource" ssh "$name" --zone="$zone" "${project_flag[@]}" \
+    "${workers[@]}" --command="$1"
 }
 
 install() {
   git rev-parse HEAD > /dev/null 2>&1 || fail "install needs the git repository"
   execute git archive --format=tar.gz --output=source.tar.gz HEAD
-  execute gcloud compute tpus tpu-vm scp source.tar.gz "$name:moe_embed_jax.tar.gz" \
-    --zone="$zone" "${project_flag[@]}" --worker=all
+  execute gcloud compute tpus "$resource" scp source.tar.gz "$name:moe_embed_jax.tar.gz" \
+    --zone="$zone" "${project_flag[@]}" "${workers[@]}"
   execute rm source.tar.gz
   # The versions that were tested together, for the Python that the workers have.
   on_workers "set -e; mkdir -p $dir; tar -xzf moe_embed_jax.tar.gz -C $dir; cd $dir; \
@@ -80,6 +81,7 @@ zone=${TPU_ZONE:-}
 project=${TPU_PROJECT:-}
 dir=${TPU_DIR:-moe_embed_jax}
 python=${TPU_PYTHON:-python3}
+slices=${TPU_SLICES:-0}
 dry_run=0
 action=${1:-}
 case $action in
@@ -98,6 +100,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --project=*) project=${1#*=} ;;
     --dir=*) dir=${1#*=} ;;
     --python=*) python=${1#*=} ;;
+    --slices) slices=1 ;;
     --dry_run) dry_run=1 ;;
     *) fail "unknown argument $1" ;;
   esac
@@ -122,6 +125,12 @@ fi
 project_flag=()
 if [[ -n $project ]]; then
   project_flag=(--project="$project")
+fi
+resource=tpu-vm
+workers=(--worker=all)
+if [[ $slices != 0 ]]; then
+  resource=queued-resources
+  workers=(--node=all --worker=all)
 fi
 
 cd "$(dirname "$0")/.."

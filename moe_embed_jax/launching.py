@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -277,7 +278,7 @@ def start_distributed() -> None:
     Any one of these does:
     * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
     * TPU_WORKER_HOSTNAMES with several hosts, MEGASCALE_COORDINATOR_ADDRESS: Kubernetes sets them;
-    * a TPU VM that is one of several workers of its slice, by the metadata of Compute Engine.
+    * a TPU VM with other workers in its slice, or other slices, by Compute Engine's metadata.
 
     From then on only process 0 prints and logs; warnings and errors of the others keep coming, with
     the number of the process in front. Must come before anything that asks jax for devices.
@@ -321,16 +322,17 @@ def _several_processes(of_variables_alone: bool = False) -> str | None:
     for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
         if os.environ.get(name):
             return f"{name} names several hosts" if "," in os.environ[name] else None
-    if not of_variables_alone and "," in _slice_workers():
-        return "this TPU VM is a worker of a larger slice"
+    if not of_variables_alone and (
+        "," in _metadata("worker-network-endpoints")
+        or re.search(r"MEGASCALE_NUM_SLICES: *'?([2-9]|\d\d)", _metadata("tpu-env"))
+    ):
+        return "this TPU VM has other workers beside it"
     return None
 
 
-def _slice_workers() -> str:
-    """Comma-separated workers of the TPU slice that this VM belongs to; "" elsewhere.
-
-    `gcloud compute tpus tpu-vm ssh` starts a bare shell: only the metadata server knows.
-    """
+def _metadata(attribute: str) -> str:
+    """What the metadata server says of this TPU VM; "" elsewhere. The bare shell of `gcloud compute
+    tpus ... ssh` knows neither the workers of the slice nor the other slices."""
     # Compute Engine's TPU VMs show their chips as one or the other.
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     if not chips or os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -339,7 +341,7 @@ def _slice_workers() -> str:
 
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
-        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}",
         headers={"Metadata-Flavor": "Google"},
     )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -83,14 +83,28 @@ def test_incomplete_environment_is_one_line(monkeypatch):
         launching.start_distributed()
 
 
-@pytest.mark.parametrize(("workers", "joins"), [("10.0.0.2,10.0.0.3", True), ("10.0.0.2", False)])
-def test_metadata_of_a_tpu_vm(started, monkeypatch, workers, joins):
+@pytest.mark.parametrize(
+    ("workers", "slices", "joins"),
+    [
+        ("10.0.0.2,10.0.0.3", None, True),
+        ("10.0.0.2", None, False),
+        ("10.0.0.2", 1, False),
+        ("10.0.0.2", 2, True),
+        ("10.0.0.2", 16, True),
+    ],
+)
+def test_metadata_of_a_tpu_vm(started, monkeypatch, workers, slices, joins):
+    attributes = {"worker-network-endpoints": workers}
+    if slices is not None:
+        attributes["tpu-env"] = f"WORKER_ID: '0'\nMEGASCALE_NUM_SLICES: '{slices}'\n"
+
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            found = self.path.endswith("/instance/attributes/worker-network-endpoints")
+            folder, _, name = self.path.rpartition("/")
+            found = folder.endswith("/instance/attributes") and name in attributes
             self.send_response(200 if found and self.headers["Metadata-Flavor"] else 404)
             self.end_headers()
-            self.wfile.write(workers.encode())
+            self.wfile.write(attributes.get(name, "").encode())
 
         def log_message(self, *arguments):
             pass
@@ -153,6 +167,21 @@ def test_tpu_vm_install_and_stop():
 
 
 @pytest.mark.parametrize("action", ["install", "run", "stop"])
+def test_tpu_vm_reaches_every_worker_of_every_slice(action):
+    command = ["--", "python", "x.py"] if action == "run" else []
+    flags = (action, "--name=n", "--zone=z", "--dry_run")
+    of_one = tpu_vm(*flags, *command).stdout
+    for of_several in (
+        tpu_vm(*flags, "--slices", *command).stdout,
+        tpu_vm(*flags, *command, TPU_SLICES="1").stdout,
+    ):
+        assert of_several.count("gcloud compute tpus queued-resources s") >= 1
+        assert of_several == of_one.replace("tpu-vm", "queued-resources").replace(
+            "--worker=all", "--node=all --worker=all"
+        )
+
+
+@pytest.mark.parametrize("action", ["install", "run", "stop"])
 def test_tpu_vm_lines_for_the_workers_are_shell(action):
     command = ["--", "python", "x.py"] if action == "run" else []
     output = tpu_vm(action, "--name=n", "--zone=z", "--dry_run", *command).stdout
@@ -185,14 +214,41 @@ def test_tpu_vm_refuses_in_one_line(arguments, message):
     assert re.fullmatch(f"error: {message}.*\n", result.stderr), result.stderr
 
 
-def test_gke_job_fits_its_slice():
-    _, job = yaml.safe_load_all((ROOT / "launch" / "gke_job.yaml").read_text())
+def gke_job(name: str) -> dict:
+    """The job of one slice in a file of launch/."""
+    *_, job = yaml.safe_load_all((ROOT / "launch" / name).read_text())
+    if job["kind"] == "Job":
+        return job
+    assert job["kind"] == "JobSet"
+    (replicated,) = job["spec"]["replicatedJobs"]
+    assert replicated["replicas"] > 1
+    # A slice is a node pool, and no pod starts again without the others.
+    assert list(job["metadata"]["annotations"].values()) == ["cloud.google.com/gke-nodepool"]
+    assert replicated["template"]["spec"]["backoffLimit"] == 0
+    assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
+    return replicated["template"]
+
+
+@pytest.mark.parametrize("name", ["gke_job.yaml", "gke_slices.yaml"])
+def test_gke_job_fits_its_slice(name):
+    job = gke_job(name)
     workers, pod = job["spec"]["completions"], job["spec"]["template"]["spec"]
     assert workers == job["spec"]["parallelism"]
     rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
     assert workers * chips == int(rows) * int(columns)
     subprocess.run(["bash", "-n", "-c", pod["containers"][0]["args"][0]], check=True)
+
+
+def test_one_slice_and_several_run_the_same():
+    of_one, of_several = (
+        gke_job(name)["spec"]["template"]["spec"] for name in ("gke_job.yaml", "gke_slices.yaml")
+    )
+    del of_one["subdomain"]  # a JobSet makes its own
+    for pod in (of_one, of_several):
+        ports = {port["containerPort"] for port in pod["containers"][0].pop("ports")}
+        assert {8471, 8482} <= ports
+    assert of_one == of_several
 
 
 # ---- How launchers end ---------------------------------------------------------------------------
