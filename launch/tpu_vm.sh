@@ -6,8 +6,9 @@
 #   launch/tpu_vm.sh stop    --name=NAME --zone=ZONE [--project=PROJECT]
 #
 # A single TPU VM, a slice of many workers and several slices (multislice) take the same commands;
-# their processes find each other. `install` copies the tracked files (git archive of HEAD) to --dir and makes a virtual
-# environment there; `run` runs COMMAND in it, on all workers at once, and ends with the command;
+# their processes find each other. `install` copies the tracked files (git archive of HEAD) to --dir
+# and makes a virtual environment there; `run` runs COMMAND in it, on all workers at once, and ends
+# with the command;
 # `stop` sends the command SIGTERM: training saves a checkpoint and exits, `run` again resumes it.
 #
 # Flags (or environment variables):
@@ -19,9 +20,9 @@
 #   --slices           TPU_SLICES=1    NAME is a queued resource of several slices (multislice)
 #   --dry_run                          print the commands, run nothing
 #
-# Example, on a v5e slice of 4 workers whose shared disk is mounted at /mnt/shared:
+# Example:
 #   launch/tpu_vm.sh run --name=my-slice --zone=us-west4-a -- python launch/train.py \
-#     --config=configs/quickstart.py --workdir=/mnt/shared/run1 --config.data.dir=/mnt/shared/data
+#     --config=configs/quickstart.py --workdir=gs://BUCKET/run1 --config.data.dir=gs://BUCKET/data
 set -euo pipefail
 
 fail() {
@@ -61,7 +62,7 @@ install() {
   on_workers "set -e; mkdir -p $dir; tar -xzf moe_embed_jax.tar.gz -C $dir; cd $dir; \
 constraints=constraints/\$($python -c 'import sys; print(\"python%d.%d.txt\" % sys.version_info[:2])'); \
 ls \$constraints; $python -m venv .venv; \
-.venv/bin/python -m pip install --quiet --constraint \$constraints --editable .[tpu]"
+.venv/bin/python -m pip install --quiet --constraint \$constraints --editable .[tpu,gcs]"
 }
 
 run() {

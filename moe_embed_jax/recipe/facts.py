@@ -17,8 +17,8 @@ from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.stages.registry import STAGES as STAGE_OF
+from moe_embed_jax.training.finished import RESULTS_FILE
 from moe_embed_jax.training.records import METRICS_FILE, read_records
-from moe_embed_jax.training.workdir import RESULTS_FILE
 
 WHOLE = "all"  # dimensions
 TRAINED = "trained"  # of the columns of results.json

@@ -11,7 +11,8 @@ from moe_embed_jax.config import RUN_CONFIG
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.recipe.config import STAGES, WHEEL_TEACHER, Recipe, training_run
-from moe_embed_jax.training.workdir import RESULTS_FILE, identity
+from moe_embed_jax.training.finished import RESULTS_FILE
+from moe_embed_jax.training.workdir import identity
 
 WORKDIR = pathlib.PurePath("WORKDIR")  # in records, so that a work directory may be moved
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_embed_jax.config import save_json
 from moe_embed_jax.processes import wait_for_all
+from moe_embed_jax.training.finished import RESULTS_FILE
 from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,
@@ -17,7 +18,6 @@ from moe_embed_jax.training.records import (
     read_records,
 )
 from moe_embed_jax.training.run_config import Run
-from moe_embed_jax.training.workdir import RESULTS_FILE
 
 ROUTING_FILE = "routing.json"
 PICTURE_FILE = "report.png"

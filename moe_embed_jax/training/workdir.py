@@ -28,7 +28,6 @@ from moe_embed_jax.training.records import CHECKSUMS
 from moe_embed_jax.training.run_config import RUN_CONFIGS, Run, RunConfig
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
-RESULTS_FILE = "results.json"  # appears when the run is finished
 
 
 def drops_tokens(config: Run) -> bool:

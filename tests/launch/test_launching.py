@@ -162,7 +162,7 @@ def test_tpu_vm_install_and_stop():
     lines = tpu_vm("install", *flags).stdout.splitlines()
     assert [line.split()[1] for line in lines] == ["git", "gcloud", "rm", "gcloud"]
     assert lines[1].endswith("scp source.tar.gz slice:moe_embed_jax.tar.gz --zone=z --worker=all")
-    assert "python3.11 -m venv .venv" in lines[3] and "--editable .[tpu]" in lines[3]
+    assert "python3.11 -m venv .venv" in lines[3] and "--editable .[tpu,gcs]" in lines[3]
     assert "kill -TERM $(cat run.pid)" in tpu_vm("stop", *flags).stdout
 
 
