@@ -34,6 +34,8 @@ def main():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only moves strings here
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    # Beam misses BigQuery's library, which is not used, where libraries of Google's cloud are.
+    logging.getLogger().addFilter(lambda record: "apitools not found" not in str(record.msg))
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError("Apache Beam is not installed: pip install -e .[beam]")
     from moe_embed_jax.preparation.beam.sources import read_sources

@@ -33,6 +33,8 @@ SCHEME = "gs://"
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 # It logs every error that it raises, with a trace.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+# It warns of each place where it finds no credentials; that there are none is said by the error.
+logging.getLogger("google.auth").setLevel(logging.ERROR)
 _PosixGPath = type(epath.Path(f"{SCHEME}bucket"))
 
 
