@@ -78,13 +78,17 @@ def system_error(error: BaseException, path) -> OSError | None:
     something else."""
     said = " ".join(str(error).split())[:300]
     refused = isinstance(error, gcsfs.retry.HttpError | google.auth.exceptions.GoogleAuthError)
-    if isinstance(error, _LOST):
+    by_tensorstore = said if isinstance(error, ValueError) and SCHEME in said else ""
+    is_forbidden = (
+        (refused and int(getattr(error, "code", 401) or 0) in (401, 403))
+        # gcsfs makes an OSError of status 403, and a ValueError of most with status 400.
+        or (isinstance(error, OSError) and said.startswith("Forbidden"))
+        or by_tensorstore.startswith(("PERMISSION_DENIED", "UNAUTHENTICATED"))
+    )
+    if isinstance(error, _LOST) or "retry attempts failed" in by_tensorstore:
         kind, number, what = LostConnection, errno.ENETUNREACH, f"cannot be reached ({said})"
         what += ": check the network, then repeat the command"
-    # gcsfs makes an OSError of status 403, and a ValueError of most with status 400.
-    elif (refused and int(getattr(error, "code", 401) or 0) in (401, 403)) or (
-        isinstance(error, OSError) and said.startswith("Forbidden")
-    ):
+    elif is_forbidden:
         kind, number, what = PermissionError, errno.EACCES, f"gives no access ({said})"
         what += ": log in (gcloud auth application-default login), or let the owner of the bucket "
         what += "grant it"

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_embed_jax import checksums, storage
-from moe_embed_jax.errors import UserError, first_line
+from moe_embed_jax.errors import LostConnection, UserError, first_line
 from moe_embed_jax.processes import from_process_0, wait_for_all
 from moe_embed_jax.refusals import is_lost_connection
 from moe_embed_jax.sharding import path_of
@@ -197,7 +197,7 @@ class Checkpoints:
                 return f"{described} was changed (it names other items)", True
         except FileNotFoundError:
             return f"{path} is missing", has_checksums
-        except PermissionError:
+        except (PermissionError, LostConnection):
             raise
         except OSError as error:
             return f"{path} cannot be read ({error.strerror or error})", has_checksums

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from moe_embed_jax import storage
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.safe_names import check_name
 
 FILE_NAME = "checksums.json"
@@ -79,7 +79,7 @@ def damage_of(path: pathlib.Path, expected: str) -> str | None:
         actual = _checksum_like(path, expected)
     except FileNotFoundError:
         return f"{path} is missing"
-    except PermissionError:
+    except (PermissionError, LostConnection):
         raise
     except OSError as error:
         return f"{path} cannot be read ({error.strerror or error})"
@@ -148,7 +148,7 @@ def verify_checksums(folder: pathlib.Path) -> None:
         return
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): prepare the data again") from None
     for name in values:
         for part in name.split("/"):

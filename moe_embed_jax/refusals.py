@@ -31,6 +31,9 @@ _OTHER_REFUSALS = {
 }
 
 
+_CLIENT = ("aiohttp", "gcsfs", "google", "requests")
+
+
 def refusal_of_system(error: BaseException) -> str | None:
     """One line if the operating system refused something: the path, what is wrong, what to do.
 
@@ -62,8 +65,9 @@ def is_lost_connection(error: BaseException) -> bool:
 def _refusal_of_bucket(error: BaseException, chain: list[BaseException]) -> str | None:
     if isinstance(error, OSError) and str(error.filename).startswith(storage.SCHEME):
         return f"{error.filename}: {error.strerror}"
-    # Orbax asks the client without `storage` between.
-    if type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests"):
+    # Orbax asks the client without `storage` between, and TensorStore raises a ValueError.
+    is_of_client = type(error).__module__.partition(".")[0] in _CLIENT
+    if is_of_client or (isinstance(error, ValueError) and storage.SCHEME in str(error)):
         from moe_embed_jax import bucket
 
         name = _path_of(error, chain)

@@ -33,6 +33,7 @@ SCHEME = "gs://"
 CACHE = "MOE_EMBED_CACHE"  # environment variable: the folder of local copies
 _PART_BYTES = 1 << 20  # of an appended file in a bucket, where a part is written whole
 _BLOCK = 16 << 20
+_RETRIES = 5  # of TensorStore, in half a minute, as gcsfs has; its own default takes a quarter hour
 
 
 def is_remote(name: str | os.PathLike) -> bool:
@@ -75,11 +76,19 @@ def _file_system(name: pathlib.Path, only_bucket: bool = True) -> Iterator:
         yield bucket.file_system()
 
 
+@contextlib.contextmanager
+def errors_of(name: pathlib.Path) -> Iterator[None]:
+    """Turns what TensorStore says of a bucket into an `OSError`, see `bucket.errors_of`."""
+    with _bucket(str(name)).errors_of(name) if is_remote(name) else contextlib.nullcontext():
+        yield
+
+
 def kvstore(folder: pathlib.Path) -> dict:
     """The specification of a folder for TensorStore."""
     if is_remote(folder):
         bucket, _, inside = os.fspath(folder).removeprefix(SCHEME).partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{inside.rstrip('/')}/"}
+        place = {"driver": "gcs", "bucket": bucket, "path": f"{inside.rstrip('/')}/"}
+        return place | {"gcs_request_retries": {"max_retries": _RETRIES}}
     return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 

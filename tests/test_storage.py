@@ -219,6 +219,10 @@ def test_what_a_bucket_refuses_is_one_line(bucket):
     [
         (OSError("Forbidden: b/x\nno permission"), "gs://b/x: Cloud Storage gives no access (Forb"),
         (ValueError("Bad Request: b/x\ninvalid name"), "gs://b/x: Cloud Storage says: Bad Request"),
+        (
+            ValueError("PERMISSION_DENIED: gs://b/x"),
+            "gs://b/x: Cloud Storage gives no access (PERM",
+        ),
         (TimeoutError("after 9 s"), "gs://b/x: Cloud Storage cannot be reached (after 9 s): check"),
     ],
 )

@@ -125,10 +125,12 @@ def read_cache(path: Path, made_of: str, names: Sequence[str]) -> list[np.ndarra
     Each array in it has a CRC-32, which NumPy's reader checks. A damaged file is said, not used.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            found = [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
+    try:
+        with np.load(io.BytesIO(data)) as stored:
+            found = [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
     except (
         OSError,
         ValueError,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from moe_embed_jax import storage
 from moe_embed_jax.config import differences, save_json
-from moe_embed_jax.errors import UserError, first_line
+from moe_embed_jax.errors import LostConnection, UserError, first_line
 from moe_embed_jax.ownership import own
 from moe_embed_jax.parts import Part, not_done
 from moe_embed_jax.processes import from_process_0, on_process_0, process_0_first
@@ -84,7 +84,10 @@ class VectorStore:
             if not path.is_file():  # TensorStore would fill the rows
                 raise self._damaged(f"{path} is missing")
         try:
-            return self._array[start:stop].read().result()
+            with storage.errors_of(self.folder):
+                return self._array[start:stop].read().result()
+        except (LostConnection, PermissionError):
+            raise
         except (ValueError, OSError) as error:
             raise self._damaged(f"rows {start} to {stop}: {first_line(error)}") from error
 
@@ -300,16 +303,21 @@ def _embed(
                     row = start + int(np.argmin(finite_N))
                     raise UserError(f"{folder}: the encoder gives text {row} no finite vector")
                 if array is not None:
-                    if pending is not None:
-                        pending.result()
+                    _wait(folder, pending)
                     x_ND = x_ND.astype(_numpy_dtype(about["dtype"]))
                     pending = array[start : start + size].write(x_ND)
                 bar.update(size)
     finally:
-        if pending is not None:
-            pending.result()
+        _wait(folder, pending)
     if next(texts, None) is not None:
         raise _changed(count, f"{count + 1} or more")
+
+
+def _wait(folder: Path, pending) -> None:
+    """For a chunk that is being written; None: there is none."""
+    if pending is not None:
+        with storage.errors_of(folder):
+            pending.result()
 
 
 def _changed(count: int, found: int | str) -> UserError:
@@ -322,7 +330,8 @@ def _open(folder: Path, about: dict, create: bool = False):
     Raises `UserError` if it cannot be opened.
     """
     try:
-        return _open_array(folder, about, _CHECKED, create)
+        with storage.errors_of(folder):
+            return _open_array(folder, about, _CHECKED, create)
     except ValueError as error:
         with contextlib.suppress(ValueError):
             array = _open_array(folder, about, _CODECS, create=False)
@@ -365,7 +374,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged_file(path, first_line(error)) from None
     if not isinstance(content, dict):
         raise _damaged_file(path, "no JSON object")

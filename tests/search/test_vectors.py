@@ -13,7 +13,8 @@ import pytest
 from conftest import python_environment
 from helpers.commands import files_of
 
-from moe_embed_jax.errors import UserError
+from moe_embed_jax import storage
+from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.parts import Part
 from moe_embed_jax.search import DTYPES, vectors
 from moe_embed_jax.search.knn import top_k
@@ -262,3 +263,29 @@ if __name__ == "__main__":
         return encode(texts)
 
     write_vectors(sys.argv[1], lambda: TEXTS, slowly, ENCODER)
+
+
+def test_a_lost_connection_is_no_damage_and_loses_nothing(bucket, cloud_server, monkeypatch):
+    from moe_embed_jax import bucket as client
+
+    monkeypatch.setattr(storage, "_RETRIES", 1)
+    cut_off = Counting()
+
+    def encode_until_cut_off(texts):
+        if len(cut_off.sizes) == 2 and texts:
+            cloud_server.stop()
+        return cut_off(texts)
+
+    try:
+        with pytest.raises(LostConnection, match="Cloud Storage cannot be reached") as caught:
+            write_vectors(bucket / "v", lambda: TEXTS, encode_until_cut_off, ENCODER)
+        assert caught.value.filename == f"{bucket}/v"
+        with pytest.raises(LostConnection):
+            VectorStore(bucket / "v")
+    finally:
+        cloud_server.start()
+        monkeypatch.setattr(client, "_lost", None)
+    resumed = Counting()
+    store = write_vectors(bucket / "v", lambda: TEXTS, resumed, ENCODER)
+    np.testing.assert_array_equal(store[:], encode(TEXTS))
+    assert 0 < sum(resumed.sizes) < len(TEXTS)
