@@ -138,19 +138,19 @@ class Batches(abc.ABC):
 
     def iterate(self, start: int, stop: int):
         """Batches of steps start..stop-1, prepared in a thread while the device computes."""
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            pending = []
-            try:
-                for step in range(start, min(start + PREFETCH, stop)):
-                    pending.append(executor.submit(self.at, step))
-                for step in range(start, stop):
-                    batch = pending.pop(0).result()
-                    if step + PREFETCH < stop:
-                        pending.append(executor.submit(self.at, step + PREFETCH))
-                    yield batch
-            finally:
-                for future in pending:
-                    future.cancel()
+        executor = concurrent.futures.ThreadPoolExecutor(1)
+        pending = []
+        try:
+            for step in range(start, min(start + PREFETCH, stop)):
+                pending.append(executor.submit(self.at, step))
+            for step in range(start, stop):
+                batch = pending.pop(0).result()
+                if step + PREFETCH < stop:
+                    pending.append(executor.submit(self.at, step + PREFETCH))
+                yield batch
+        finally:
+            # No wait: ArrayRecord's reader looks for a lost bucket for a quarter of an hour.
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def sample_steps(self, most: int) -> list[int]:
         """At most `most` steps, evenly spaced over the run."""

@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(places, launch, capsys, tmp_path, flags, message)
         "model": f"{places[0]}/published",
         "input": f"{tmp_path}/texts.txt",
         "output": f"{tmp_path}/e.npy",
-        "prompt": "document",
+        "prompt": "none",
     }
     given |= flags
     assert launch("embed", *(f"--{name}={value}" for name, value in given.items())) == 2

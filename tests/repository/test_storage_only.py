@@ -84,7 +84,7 @@ CALLS = {
     *("open", "Path", "pathlib.Path"),
 }
 # First arguments that are no names of a user: open files, and the module itself.
-OPEN = {"file", "source", "io.BytesIO", "__file__"}
+OPEN = {"file", "io.BytesIO", "__file__"}
 
 
 def name_of(node: ast.expr) -> str:
@@ -103,7 +103,8 @@ def local_calls(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and not (node.args and name_of(node.args[0]) in OPEN):
             name = name_of(node.func)
-            if name in CALLS or ("." in name and name.partition(".")[0] in MODULES):
+            is_of_module = "." in name and name.partition(".")[0] in MODULES
+            if name in CALLS or (is_of_module and name != "shutil.copyfileobj"):  # of open files
                 found.add(name)
     return found
 
