@@ -41,6 +41,13 @@ FAULTS = (
         "data/test_batches.py -k function_of_the_step",
     ),
     Fault(
+        "a-store-that-was-damaged-on-its-way-to-the-disk-is-used",
+        "data/store_copy.py",
+        "if damage := damage_of(partial / name, files[name]):",
+        "if damage := None:",
+        "data/test_store_copy.py -k cannot_be_made",
+    ),
+    Fault(
         "every-epoch-has-the-same-order",
         "data/schedule.py",
         "(seed, group_index, epoch)",
