@@ -33,7 +33,7 @@ class Texts:
 
     number: int32, equal for equal contents, over queries and documents alike.
     counts: whether it is a real text, and the first with its content.
-    first_partner, partners: the numbers of its partners are a range of `Contents.partner_P`, from
+    first_partner, partners: the numbers of its partners are a range of `Contents.partner_O`, from
       `first_partner`, `partners` long.
     """
 
@@ -55,14 +55,14 @@ class Contents:
 
     documents: [B, M], the own document in slot 0; [B, 1] if hard negatives are not shared.
     queries: [B, 1].
-    partner_P: numbers of partners, int32; P = 2 B, every pair in both directions.
+    partner_O: numbers of partners, int32; O = 2 B, every pair in both directions.
     own_negative_BN: which hard negatives that are not among `documents` are negatives of their own
       pair; [B, 0] if hard negatives are shared.
     """
 
     documents: Texts
     queries: Texts
-    partner_P: jax.Array
+    partner_O: jax.Array
     own_negative_BN: jax.Array
 
 
@@ -83,7 +83,7 @@ def compare_contents(
     query_BM, document_BM = number_X[:B, None], number_X[B:].reshape(B, M)
     query_B, own_B, X = query_BM[:, 0], document_BM[:, 0], len(number_X)
     # A content can be a document of one pair and the query of another: two lists, two keys.
-    first_Y, length_Y, partner_P = _lists(
+    first_Y, length_Y, partner_O = _lists(
         jnp.concatenate([own_B, query_B + X]), jnp.concatenate([query_B, own_B]), 2 * X
     )
 
@@ -101,7 +101,7 @@ def compare_contents(
     copy_BN = jnp.any(same_BNN & earlier_NN & valid_BN[:, None, :], axis=-1)
     is_own_X = jnp.zeros(X, bool).at[own_B].set(True)  # those count as own documents
     own_negative_BN = valid_BN & ~copy_BN & ~is_own_X[hard_BN] & (hard_BN != query_BM)
-    contents = Contents(documents, queries, partner_P, own_negative_BN)
+    contents = Contents(documents, queries, partner_O, own_negative_BN)
     return jax.lax.with_sharding_constraint(contents, P())
 
 
@@ -126,11 +126,11 @@ def _is_first(number_BM, valid_BM, numbers: int):
     return valid_BM & (order_BM == first_X[number_BM])
 
 
-def _lists(key_P, value_P, keys: int):
+def _lists(key_O, value_O, keys: int):
     """The distinct values of each key: first_Y, length_Y (Y keys), and all values, by key."""
-    sorted_P2 = jnp.stack([key_P, value_P], axis=1)[jnp.lexsort((value_P, key_P))]
-    is_new_P = _is_new(sorted_P2)
-    slot_P = jnp.where(is_new_P, jnp.cumsum(is_new_P) - 1, len(key_P))  # past the end: dropped
-    values_P = jnp.zeros_like(value_P).at[slot_P].set(sorted_P2[:, 1], mode="drop")
-    length_Y = jnp.zeros(keys, jnp.int32).at[sorted_P2[:, 0]].add(is_new_P)
-    return jnp.cumsum(length_Y, dtype=jnp.int32) - length_Y, length_Y, values_P
+    sorted_O2 = jnp.stack([key_O, value_O], axis=1)[jnp.lexsort((value_O, key_O))]
+    is_new_O = _is_new(sorted_O2)
+    slot_O = jnp.where(is_new_O, jnp.cumsum(is_new_O) - 1, len(key_O))  # past the end: dropped
+    values_O = jnp.zeros_like(value_O).at[slot_O].set(sorted_O2[:, 1], mode="drop")
+    length_Y = jnp.zeros(keys, jnp.int32).at[sorted_O2[:, 0]].add(is_new_O)
+    return jnp.cumsum(length_Y, dtype=jnp.int32) - length_Y, length_Y, values_O

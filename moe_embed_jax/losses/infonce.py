@@ -69,7 +69,7 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
             limit_B,
             d_BMD[:, : contents.documents.number.shape[1]],
             contents.documents,
-            contents.partner_P,
+            contents.partner_O,
         )
         hard_BND = d_BMD[:, d_BMD.shape[1] - contents.own_negative_BN.shape[1] :]
         hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
@@ -87,7 +87,7 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
             limit_B,
             q_BD[:, None],
             contents.queries,
-            contents.partner_P,
+            contents.partner_O,
         )
         return lse_B[:, None]
 

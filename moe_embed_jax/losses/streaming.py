@@ -30,7 +30,7 @@ SPECS = (BATCH_SPEC,) * 3 + (OF_ALL_SLICES,) * 2 + (P(),)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def streamed_log_sum_exp(
-    tile: int, anchor_BD, other: Texts, limit_B, candidate_BMD, candidates: Texts, partner_P
+    tile: int, anchor_BD, other: Texts, limit_B, candidate_BMD, candidates: Texts, partner_O
 ):
     """Log-sum-exp, maximum and number of each anchor's scores with its negatives.
 
@@ -41,21 +41,21 @@ def streamed_log_sum_exp(
         documents are scored, its document where queries are (`contents.py`).
       limit_B: scores above it are left out; inf for no limit.
       candidate_BMD, candidates: the texts that are scored, float32 and [B, M].
-      partner_P: partner lists, see `Contents`.
+      partner_O: partner lists, see `Contents`.
 
     Returns:
       lse_B (-inf where there is no negative), top_B (the same) and count_B, float32. Only lse_B has
       a gradient, to anchor_BD and candidate_BMD. All sharded like the batch; needs a mesh in
       context whose size divides B.
     """
-    return _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_P)[0]
+    return _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O)[0]
 
 
-def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_P):
+def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O):
     gathered = _gather((candidate_BMD, candidates))
-    arguments = (anchor_BD, other, limit_B, *gathered, partner_P)
+    arguments = (anchor_BD, other, limit_B, *gathered, partner_O)
 
-    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_P):
+    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_O):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
         rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
 
@@ -64,7 +64,7 @@ def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner
                 anchor, stats = tiles
 
                 def one_candidate_tile(stats, candidate):
-                    logits_ac = _logits(anchor, candidate, partner_P)
+                    logits_ac = _logits(anchor, candidate, partner_O)
                     return _accumulate(stats, logits_ac), None
 
                 return None, jax.lax.scan(one_candidate_tile, stats, rotating)[0]
@@ -89,7 +89,7 @@ def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner
 def _backward(tile, residuals, cotangents):
     arguments, lse_B = residuals
 
-    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_P, lse_b, dlse_b):
+    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_O, lse_b, dlse_b):
         anchors = _cut(tile, (anchor_bD, other, limit_b))
         rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
         # An anchor without negatives has lse -inf and logits that are all -inf: 0 keeps exp at 0.
@@ -101,7 +101,7 @@ def _backward(tile, residuals, cotangents):
 
                 def one_anchor_tile(dcandidate_cD, tiles):
                     anchor, lse_a, dlse_a, danchor_aD = tiles
-                    logits_ac = _logits(anchor, candidate, partner_P)
+                    logits_ac = _logits(anchor, candidate, partner_O)
                     dlogits_ac = jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]
                     danchor_aD += _matmul("ac,cD->aD", dlogits_ac, candidate[0])
                     dcandidate_cD += _matmul("ac,aD->cD", dlogits_ac, anchor[0])
@@ -143,7 +143,7 @@ def _matmul(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, precision="highest")
 
 
-def _logits(anchor, candidate, partner_P):
+def _logits(anchor, candidate, partner_O):
     """logits_ac of one tile, -inf where the candidate is no negative of the anchor."""
     x_aD, other, limit_a = anchor
     y_cD, text = candidate
@@ -154,8 +154,8 @@ def _logits(anchor, candidate, partner_P):
     by_candidate = longest_c <= longest_a
 
     def is_partner(k):
-        left_a = jnp.where(by_candidate, other.number, _partner(other, k, partner_P))
-        right_c = jnp.where(by_candidate, _partner(text, k, partner_P), text.number)
+        left_a = jnp.where(by_candidate, other.number, _partner(other, k, partner_O))
+        right_c = jnp.where(by_candidate, _partner(text, k, partner_O), text.number)
         return left_a[:, None] == right_c[None, :]
 
     left_out_ac = ~text.counts | (other.number[:, None] == text.number) | is_partner(0)
@@ -169,9 +169,9 @@ def _logits(anchor, candidate, partner_P):
     return jnp.where(left_out_ac | (logits_ac > limit_a[:, None]), -jnp.inf, logits_ac)
 
 
-def _partner(texts: Texts, k, partner_P):
+def _partner(texts: Texts, k, partner_O):
     """Number of the k-th partner of each text, -1 for none."""
-    number = partner_P.at[texts.first_partner + k].get(mode="clip")
+    number = partner_O.at[texts.first_partner + k].get(mode="clip")
     return jnp.where(k < texts.partners, number, -1)
 
 
