@@ -40,7 +40,6 @@ from moe_embed_jax.pairs.manifest import (
     empty_group,
     make_manifest,
     manifest_text,
-    read_manifest,
 )
 from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.parts import WHOLE, Part, not_done
@@ -178,12 +177,15 @@ class Curation(abc.ABC):
         return {self.kind: self.about, "from": self.pairs.manifest["about"]}
 
     def _is_done(self, output: Path) -> bool:
-        """Whether `output` is what this makes: a process may be killed after it appeared."""
+        """Whether `output` is what this makes: a process may be killed after it appeared.
+
+        Raises `UserError` if it is something else, or if a file of it is missing.
+        """
         if not output.exists():
             return False
         if (output / MANIFEST).is_file():
             made = json.loads(json.dumps(self._manifest_about()))
-            if read_manifest(output)["about"] == made:
+            if PairFolder(output).manifest["about"] == made:
                 return True
         raise UserError(
             f"{output} exists, and is not what this command makes: choose another folder"

@@ -183,8 +183,7 @@ def _free_port() -> int:
 def reference(world: World, name: str) -> dict:
     """Of an undisturbed run: its result, seconds, and bytes on disk; kept in the world."""
     path = world.folder / f"reference_{name}.json"
-    for part in COMMANDS[name].parts:
-        world.part(part)
+    world.make_apart(COMMANDS[name].parts)
     with world.lock(f"reference_{name}"):
         if not path.is_file():
             scratch = world.folder / f"undisturbed_{name}"

@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
 from campaign import xlmr_folder
 from helpers import evaluation_data, published_models, raw_sources, synthetic_data
 from helpers.labelled_model import write_model
@@ -37,6 +39,12 @@ class World:
                     PARTS[name](self, path)
                     (self.folder / f".{name}.made").touch()
         return path
+
+    def make_apart(self, names) -> None:
+        """Makes the parts in another process: a fork of one that has read ArrayRecord files may
+        crash when it reads one."""
+        if not all((self.folder / f".{name}.made").exists() for name in names):
+            self.launch("tests/campaign/world.py", self.folder, *names)
 
     @contextlib.contextmanager
     def lock(self, name: str):
@@ -222,3 +230,8 @@ NEEDS = {
     "imported": ["model"],
     "exported": ["imported"],
 }
+
+if __name__ == "__main__":
+    world = World(pathlib.Path(sys.argv[1]))
+    for name in sys.argv[2:]:
+        world.part(name)

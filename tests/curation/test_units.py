@@ -153,6 +153,9 @@ def test_damage_is_named(tmp_path, pairs, capsys):
     assert f"{folder}/unit.json is damaged: made again" in capsys.readouterr().err
     curation.run(tmp_path / "out")
     PairFolder(tmp_path / "out").verify()
+    (tmp_path / "out" / "features.json").unlink()
+    with pytest.raises(UserError, match=r"features\.json: damaged \(it is missing\)"):
+        curation.run(tmp_path / "out")
 
 
 def test_a_unit_has_one_owner(tmp_path, pairs):
