@@ -185,3 +185,25 @@ def test_a_full_disk_leaves_no_owner(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_who_waits_long_says_so_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ownership, "LONGEST_PAUSE", 0.05)
+
+    def wait():
+        with own(tmp_path / "target", wait=True):
+            turns.append("waited")
+
+    turns = []
+    thread = threading.Thread(target=wait)
+    with own(tmp_path / "target"):
+        thread.start()
+        said = ""
+        while not said:
+            said = capsys.readouterr().err
+        time.sleep(0.3)  # it looks some more times
+        turns.append("first")
+    thread.join(60)
+    assert turns == ["first", "waited"]
+    assert said.startswith(f"waiting: {tmp_path}/target is in use by process {os.getpid()} on ")
+    assert (said + capsys.readouterr().err).count("waiting") == 1
