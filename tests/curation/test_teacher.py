@@ -65,6 +65,8 @@ def test_sentence_transformers_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "sentence_transformers", raising=False)
     with pytest.raises(UserError, match=r"sentence-transformers:some/model needs .*\[pytorch\]"):
         load_teacher("sentence-transformers:some/model", single_device_mesh())
+    with pytest.raises(UserError, match=r"sentence-transformers:gs://b/m: PyTorch reads no bucket"):
+        load_teacher("sentence-transformers:gs://b/m", single_device_mesh())
 
 
 class FakeModel:

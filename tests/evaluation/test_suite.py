@@ -19,6 +19,7 @@ from moe_embed_jax.evaluation.language_tags import language_tag
 from moe_embed_jax.evaluation.picture import scores_by_language
 from moe_embed_jax.evaluation.subsets import SubsetScores
 from moe_embed_jax.evaluation.suite import KINDS, TaskResult, load_suite, run_tasks
+from moe_embed_jax.evaluation.suite_model import model_card
 
 PAGE = """
 def get_config(variant=""):
@@ -248,6 +249,22 @@ def retrieval_result(name, scores, documents):
         for s, v in scores.items()
     )
     return TaskResult(name, "miracl", "dev", "ndcg_at_10", "0" * 40, subsets, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("hf://org/model@main", "org/model"),
+        ("sentence-transformers:org/model", "org/model"),
+        ("runs/model", "local/model"),
+        ("gs://bucket/runs/model", "local/model"),
+    ],
+)
+def test_results_are_filed_under_the_name_of_the_model(bucket, monkeypatch, tmp_path, model, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/model").mkdir(parents=True)
+    vectors = text_vectors(tmp_path / "cache")
+    assert model_card(StandInTeacher(), vectors, model).name == name
 
 
 def test_published_rows_only_beside_the_same_measure():
