@@ -187,13 +187,13 @@ def test_processes_stop_together_and_continue_as_one(config, whole_run, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "mesh"),
-    [(4, (4, 1, 1)), (1, (1, 1, 1)), (8, (2, 2, 2))],
-    ids=["4 devices", "1 device", "2x2x2 devices"],
+    [(4, (4, 1, 1, 1)), (1, (1, 1, 1, 1)), (8, (1, 2, 2, 2))],
+    ids=["4 devices", "1 device", "2 slices of 2x2 devices"],
 )
 def test_run_moves_to_other_devices(config, whole_run, tmp_path, devices, mesh):
     workdir = tmp_path / "run"
     stopped_run(whole_run, workdir)
-    axes = zip(("data", "fsdp", "expert"), mesh, strict=True)
+    axes = zip(("data", "fsdp", "expert", "slice"), mesh, strict=True)
     flags = [f"--config.mesh.{axis}={size}" for axis, size in axes]
     result = run_python(command(config, workdir, *flags), devices=devices)
     assert result.returncode == 0, result.stderr
