@@ -84,7 +84,8 @@ def main():
         shape, done = write_zarr(what, arguments.part, arguments.finish)
     seconds = time.monotonic() - start
     name = output if arguments.part is None else f"part {arguments.part} of {output}"
-    print(f"{name}: {arguments.dtype} {shape}, {seconds:.1f} s, {done / seconds:,.0f} texts/s")
+    rate = f", {seconds:.1f} s, {done / seconds:,.0f} texts/s" if done else ""
+    print(f"{name}: {arguments.dtype} {shape}{rate}")
 
 
 def write_zarr(what: tuple, part, finish: bool) -> tuple[list[int], int]:

@@ -76,7 +76,7 @@ def test_embeds_in_parts(embed, tmp_path, capsys):
     assert "3 of 5 chunks of 8 texts are not done (numbers 0, 2, 4)" in capsys.readouterr().err
     assert embed("e.zarr", "--dtype=float16", "--part=0/2") == 0
     assert embed("e.zarr", "--dtype=float16", "--finish") == 0
-    assert "e.zarr: float16 [35, 64], " in capsys.readouterr().out
+    assert "\ne.zarr: float16 [35, 64]\n" in capsys.readouterr().out
     assert files_of(tmp_path / "e.zarr") == files_of(tmp_path / "whole.zarr")
     assert not list(tmp_path.glob(".*"))
 
