@@ -129,7 +129,7 @@ FAULTS = (
         "preparation/beam/pipeline.py",
         "bad <= limit * rows",
         "bad < limit * rows",
-        "preparation/test_prepare_pipeline.py -k 'nothing_is_lost or too_many_bad'",
+        "preparation/test_prepare_rows.py -k too_many_bad",
     ),
     Fault(
         "piece-of-a-document-cut-a-token-short",
