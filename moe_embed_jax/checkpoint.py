@@ -27,7 +27,6 @@ from moe_embed_jax.sharding import path_of
 
 TREES = ("params", "optimizer", "mlm_head")
 DATA, CHECKSUMS = "data", "checksums"
-_FINISHED = "commit_success.txt"  # in a bucket, Orbax takes a step without this file for unfinished
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's; it names the items of the checkpoint
 _LONGEST_REASON = 600  # bytes of a message that every process gets
 _MOST_ATTEMPTS = 20  # of a reader beside a run that removes its old checkpoints
@@ -54,8 +53,6 @@ class _ChecksumHandler(ocp.CheckpointHandler):
         folder = storage.path(directory)
         text = checksums.dump(checksums.checksums(folder.parent, (DATA, *TREES)))
         (folder / checksums.FILE_NAME).write_text(text)
-        if not storage.is_remote(folder):  # so that a copy in a bucket is a checkpoint, too
-            (folder.parent / _FINISHED).write_text("")
 
 
 @ocp.args.register_with_handler(_ChecksumHandler, for_save=True, for_restore=True)
@@ -269,7 +266,7 @@ class Checkpoints:
     def restore_each(self, step: int, name: str, abstract) -> Iterator[tuple[str, jax.Array]]:
         """(path, array) of the leaves of the tree `name`, in their order and each when it is asked
         for, so that a caller who makes them smaller never holds the whole tree."""
-        with self._reading(step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        with self._reading(step), contextlib.closing(ocp.PyTreeCheckpointer()) as reader:
             self._check_shapes(step, name, abstract)
             for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
                 branch = leaf  # the tree with this leaf alone
@@ -362,9 +359,7 @@ def check_step(folder, step: int | None) -> None:
 def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
     steps = checkpoints.steps()
     if not steps:
-        copied = f"; a copy from a disk needs an empty file {_FINISHED} in the folder of its step"
-        what = "holds no finished checkpoint yet" + copied * storage.is_remote(checkpoints.folder)
-        raise UserError(f"{checkpoints.folder} {what}")
+        raise UserError(f"{checkpoints.folder} holds no finished checkpoint yet")
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")

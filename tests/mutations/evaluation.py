@@ -80,4 +80,11 @@ FAULTS = (
         "for offset in range(PASSES - 1)]",
         "evaluation/test_pseudo_perplexity.py -k hidden_once",
     ),
+    Fault(
+        "hidden-files-are-data",
+        "evaluation/subsets.py",
+        "return [path for path in root.glob(pattern) if not is_hidden(path)]",
+        "return list(root.glob(pattern))",
+        "launch/test_models_in_a_bucket.py -k evaluations",
+    ),
 )

@@ -94,4 +94,11 @@ FAULTS = (
         "    if False:\n        missing",
         "search/test_vectors.py -k taken_over",
     ),
+    Fault(
+        "a-lost-connection-is-damage",
+        "search/vectors.py",
+        "    except (ValueError, RecursionError) as error:\n        raise _damaged_file",
+        "    except (OSError, ValueError, RecursionError) as error:\n        raise _damaged_file",
+        "search/test_vectors.py -k lost_connection",
+    ),
 )
