@@ -93,7 +93,7 @@ def leaves(section, prefix=""):
 
 RHYTHM = {"log_every", "eval_every", "eval_languages", "checkpoint_every", "keep_checkpoints"}
 HEALTH = {"health.stop_on_collapse", "health.least_spread", "health.window"}
-PLACES = {"data.dir", "data.wheels_dir", "data.vocabulary.path"}
+PLACES = {"data.dir", "data.cache_dir", "data.wheels_dir", "data.vocabulary.path"}
 EXPERTS = {"model.expert_backend", "model.expert_exchange", "model.capacity_factor"}
 MEMORY = {"model.remat_rows", "data.chunk_rows", "mesh.data", "mesh.fsdp", "mesh.expert"}
 
