@@ -95,7 +95,8 @@ RHYTHM = {"log_every", "eval_every", "eval_languages", "checkpoint_every", "keep
 HEALTH = {"health.stop_on_collapse", "health.least_spread", "health.window"}
 PLACES = {"data.dir", "data.cache_dir", "data.wheels_dir", "data.vocabulary.path"}
 EXPERTS = {"model.expert_backend", "model.expert_exchange", "model.capacity_factor"}
-MEMORY = {"model.remat_rows", "data.chunk_rows", "mesh.data", "mesh.fsdp", "mesh.expert"}
+MESH = {"mesh.slice", "mesh.data", "mesh.fsdp", "mesh.expert"}
+MEMORY = MESH | {"model.remat_rows", "data.chunk_rows"}
 
 
 @pytest.mark.parametrize(
