@@ -172,10 +172,10 @@ def measure(arguments, temporary: pathlib.Path, proxy: Proxy, port: int) -> dict
     start = time.perf_counter()
     copy = copied_store(folder, str(temporary / "disk"))
     seconds = time.perf_counter() - start
-    of_copy = waits(copy, arguments.batch_size, arguments.steps, arguments.step)
+    from_copy = waits(copy, arguments.batch_size, arguments.steps, arguments.step)
     return {
         "bucket": float(in_bucket.mean()),
-        "copy": float(of_copy.mean()),
+        "copy": float(from_copy.mean()),
         "requests": requests,
         "seconds_to_copy": seconds,
     }

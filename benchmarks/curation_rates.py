@@ -69,8 +69,8 @@ def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
     lengths = np.array([len(ids) for ids in sequences])
     clock.stop("tokenise", int(lengths.sum()), "tokens")
     for call in plan_calls(lengths, arguments.chips):
-        of_call = [sequences[i] for i in call.members]
-        fill_rows(call.packing, of_call, call.rows, call.row_length, 1, None)
+        members = [sequences[i] for i in call.members]
+        fill_rows(call.packing, members, call.rows, call.row_length, 1, None)
     clock.stop("pack", len(texts), "texts")
     vectors_ND = np.random.default_rng(0).normal(size=(8192, arguments.width)).astype(np.float32)
     clock.start()
@@ -87,8 +87,8 @@ def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
     clock.stop("read vectors", len(texts), "texts")
     unit = units.Unit(0, "all", "en", 0, rows, work)
     numbers = range(0, rows, 8192)
-    of_pairs = (row for n in numbers for row in pairs.read(range(n, min(n + 8192, rows))))
-    _, shards = units.write_shards(unit, of_pairs)
+    pair_rows = (row for n in numbers for row in pairs.read(range(n, min(n + 8192, rows))))
+    _, shards = units.write_shards(unit, pair_rows)
     clock.stop("write shards", rows, "pairs")
     (work / "output").mkdir()
     for number, shard in enumerate(shards):
@@ -100,17 +100,17 @@ def measure(arguments, work: pathlib.Path) -> dict[str, dict]:
 
 def costs(arguments, steps: dict[str, dict]) -> list[tuple[str, float, str]]:
     """(step, hours, of what) of one host; one host does --finish for all."""
-    of_host = arguments.total / arguments.hosts
-    of_pair = {"pairs": 1, "texts": 2, "tokens": arguments.tokens}
+    pairs_per_host = arguments.total / arguments.hosts
+    units_per_pair = {"pairs": 1, "texts": 2, "tokens": arguments.tokens}
     lines = []
     for name, step in steps.items():
-        pairs = arguments.total if name == FINISH else of_host
-        hours = pairs * of_pair[step["unit"]] / step["per_second"] / 3600
+        pairs = arguments.total if name == FINISH else pairs_per_host
+        hours = pairs * units_per_pair[step["unit"]] / step["per_second"] / 3600
         lines.append((name, hours, "of a core, measured"))
-    slots = of_host * arguments.tokens / FULL
+    slots = pairs_per_host * arguments.tokens / FULL
     for name, work, rate in (
         ("embed", slots, SLOTS_PER_SECOND),
-        ("search", of_host, QUERIES_PER_SECOND),
+        ("search", pairs_per_host, QUERIES_PER_SECOND),
     ):
         lines.append((name, work / rate / arguments.chips / 3600, "of all chips, predicted"))
     return lines

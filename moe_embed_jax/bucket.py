@@ -27,8 +27,8 @@ import requests
 from etils import epath
 
 from moe_embed_jax.errors import LostConnection
+from moe_embed_jax.storage import SCHEME
 
-SCHEME = "gs://"
 # Other processes write the same folders: what a listing said a moment ago may be wrong.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
 # It logs every error that it raises, with a trace.

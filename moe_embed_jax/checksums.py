@@ -18,7 +18,7 @@ from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.safe_names import check_name
 
 FILE_NAME = "checksums.json"
-_OF_BUCKET = "crc32c:"
+_CRC32C = "crc32c:"
 _READ_AT_ONCE = 1 << 22
 _THREADS = 4  # zlib releases the interpreter's lock
 
@@ -30,7 +30,7 @@ def checksum(path: pathlib.Path) -> str:
     keeps; the object is not read. Raises `OSError` if it cannot be read.
     """
     if storage.is_remote(path):
-        return _of_object(path.info())
+        return _object_checksum(path.info())
     crc, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(_READ_AT_ONCE):
@@ -42,7 +42,7 @@ def checksums(root: pathlib.Path, folders: Iterable[str]) -> dict[str, str]:
     """{path relative to `root`, with slashes: checksum} of every file below these folders."""
     if storage.is_remote(root):
         return {
-            (root / folder / name).relative_to(root).as_posix(): _of_object(info)
+            (root / folder / name).relative_to(root).as_posix(): _object_checksum(info)
             for folder in folders
             for name, info in (root / folder).infos().items()
         }
@@ -74,8 +74,9 @@ def damage_of(path: pathlib.Path, expected: str) -> str | None:
     """What is wrong with a file, as "FILE is missing" or alike; None: it has the `expected`
     checksum. Raises `PermissionError`."""
     try:
-        if path.stat().st_size != int(expected.partition("-")[0]):
-            return f"{path} has {path.stat().st_size} of {expected.partition('-')[0]} bytes"
+        size, whole = path.stat().st_size, int(expected.partition("-")[0])
+        if size != whole:
+            return f"{path} has {size} of {whole} bytes"
         actual = _checksum_like(path, expected)
     except FileNotFoundError:
         return f"{path} is missing"
@@ -86,17 +87,17 @@ def damage_of(path: pathlib.Path, expected: str) -> str | None:
     return None if actual == expected else f"{path} was changed (its CRC-32 differs)"
 
 
-def _of_object(info: dict) -> str:
-    return f"{info['size']}-{_OF_BUCKET}{info['crc32c']}"
+def _object_checksum(info: dict) -> str:
+    return f"{info['size']}-{_CRC32C}{info['crc32c']}"
 
 
 def _checksum_like(path: pathlib.Path, value: str) -> str:
     """The checksum of a file in the form of `value`: a folder may have come from a bucket to this
     disk, or the other way round."""
-    of_bucket = _OF_BUCKET in value
-    if of_bucket == storage.is_remote(path):
+    from_bucket = _CRC32C in value
+    if from_bucket == storage.is_remote(path):
         return checksum(path)
-    if not of_bucket:
+    if not from_bucket:
         return checksum(storage.local_copy(path))
     try:
         import google_crc32c
@@ -111,7 +112,7 @@ def _checksum_like(path: pathlib.Path, value: str) -> str:
         crc = google_crc32c.Checksum()
         while block := file.read(_READ_AT_ONCE):
             crc.update(block)
-    return f"{path.stat().st_size}-{_OF_BUCKET}{base64.b64encode(crc.digest()).decode()}"
+    return f"{path.stat().st_size}-{_CRC32C}{base64.b64encode(crc.digest()).decode()}"
 
 
 def dump(values: Mapping[str, str]) -> str:

@@ -34,10 +34,10 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
     data = count // others if config.data == -1 and others > 0 else config.data
     shape = (data, config.fsdp, config.expert)
     if min(shape) < 1 or data * others != count:
-        of_each = f" of each of {len(slices)} slices" if len(slices) > 1 else ""
+        in_each = f" of each of {len(slices)} slices" if len(slices) > 1 else ""
         raise UserError(
             f"mesh data={config.data} fsdp={config.fsdp} expert={config.expert} does not fit "
-            f"{count} devices{of_each}: the product of the axes must be {count}"
+            f"{count} devices{in_each}: the product of the axes must be {count}"
         )
     # Devices of a slice lie as in a run on this slice alone.
     auto = (AxisType.Auto,)

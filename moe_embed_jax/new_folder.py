@@ -83,12 +83,12 @@ def upload(source: pathlib.Path, target: pathlib.Path, last: str) -> None:
     (target / UPLOADING).write_bytes(b"")
     names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
 
-    def upload(name: pathlib.PurePath) -> None:
+    def copy(name: pathlib.PurePath) -> None:
         storage.copy(source / name, target / name.as_posix())
 
     with concurrent.futures.ThreadPoolExecutor(_UPLOADS_AT_ONCE) as pool:
-        list(pool.map(upload, [name for name in names if str(name) != last]))
-    upload(pathlib.PurePath(last))
+        list(pool.map(copy, [name for name in names if str(name) != last]))
+    copy(pathlib.PurePath(last))
     (target / UPLOADING).unlink()
 
 

@@ -119,8 +119,8 @@ def _gathered(values, size: int) -> np.ndarray:
     padded[: len(values)] = values
     rows = multihost_utils.process_allgather(padded)
     # They come in the order of the devices, which need not be that of the processes.
-    of_rows = np.array(jax.devices()).reshape(jax.process_count(), -1)[:, 0]
-    return rows[np.argsort([device.process_index for device in of_rows])]
+    device_P = np.array(jax.devices()).reshape(jax.process_count(), -1)[:, 0]
+    return rows[np.argsort([device.process_index for device in device_P])]
 
 
 def to_devices(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

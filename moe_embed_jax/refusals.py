@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from moe_embed_jax import storage
 from moe_embed_jax.errors import LostConnection
 
+_CLIENT = ("aiohttp", "gcsfs", "google", "requests")  # libraries of the client of buckets
 # Error number -> what is wrong and what to do.
 _REFUSALS = {
     errno.ENOSPC: "there is no room left on this disk: make room, then repeat the command",
@@ -31,9 +32,6 @@ _OTHER_REFUSALS = {
 }
 
 
-_CLIENT = ("aiohttp", "gcsfs", "google", "requests")
-
-
 def refusal_of_system(error: BaseException) -> str | None:
     """One line if the operating system refused something: the path, what is wrong, what to do.
 
@@ -41,8 +39,8 @@ def refusal_of_system(error: BaseException) -> str | None:
     """
     chain = list(_chain(error))
     for each in reversed(chain):  # the first error; it caused the others, or files were closing
-        if refused := _refusal_of_bucket(each, chain):
-            return refused
+        if refused := _error_of_bucket(each, chain):
+            return f"{refused.filename}: {refused.strerror}"
         number = getattr(each, "errno", None) or _number_in(str(each))
         # An error that was caught before may have nothing to do with the last one.
         known = _REFUSALS if each is not error else _REFUSALS | _OTHER_REFUSALS
@@ -55,24 +53,20 @@ def refusal_of_system(error: BaseException) -> str | None:
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether a bucket could not be reached."""
-    return any(
-        isinstance(each, LostConnection)
-        or type(each).__module__.startswith(("aiohttp.", "requests."))
-        for each in _chain(error)
-    )
+    chain = list(_chain(error))
+    return any(isinstance(_error_of_bucket(each, chain), LostConnection) for each in chain)
 
 
-def _refusal_of_bucket(error: BaseException, chain: list[BaseException]) -> str | None:
+def _error_of_bucket(error: BaseException, chain: list[BaseException]) -> OSError | None:
+    """What a bucket refused, with the path; None: the error is another one."""
     if isinstance(error, OSError) and str(error.filename).startswith(storage.SCHEME):
-        return f"{error.filename}: {error.strerror}"
+        return error
     # Orbax asks the client without `storage` between, and TensorStore raises a ValueError.
-    is_of_client = type(error).__module__.partition(".")[0] in _CLIENT
-    if is_of_client or (isinstance(error, ValueError) and storage.SCHEME in str(error)):
+    by_client = type(error).__module__.partition(".")[0] in _CLIENT
+    if by_client or (isinstance(error, ValueError) and storage.SCHEME in str(error)):
         from moe_embed_jax import bucket
 
-        name = _path_of(error, chain)
-        if (translated := bucket.system_error(error, name)) is not None:
-            return f"{name}: {translated.strerror}"
+        return bucket.system_error(error, _path_of(error, chain))
     return None
 
 

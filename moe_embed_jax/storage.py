@@ -19,6 +19,7 @@ library of a bucket before a path of one appears.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -76,11 +77,9 @@ def _file_system(name: pathlib.Path, only_bucket: bool = True) -> Iterator:
         yield bucket.file_system()
 
 
-@contextlib.contextmanager
-def errors_of(name: pathlib.Path) -> Iterator[None]:
+def errors_of(name: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Turns what TensorStore says of a bucket into an `OSError`, see `bucket.errors_of`."""
-    with _bucket(str(name)).errors_of(name) if is_remote(name) else contextlib.nullcontext():
-        yield
+    return _bucket(str(name)).errors_of(name) if is_remote(name) else contextlib.nullcontext()
 
 
 def kvstore(folder: pathlib.Path) -> dict:
@@ -305,16 +304,15 @@ def replace_appended(target: pathlib.Path, content: bytes) -> None:
     if not is_remote(target):
         write(target, content)
         return
-    number, parts = 0, _parts(target)
+    parts = _parts(target)
+    edges = [0, *itertools.accumulate(part.stat().st_size for part in parts)]
+    pieces = [content[start:stop] for start, stop in itertools.pairwise(edges)]
     # From the last part on: a kill leaves a file that was cut at one of its parts' ends.
-    sizes = [part.stat().st_size for part in parts]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    for number in reversed(range(len(parts))):
-        kept = content[starts[number] : starts[number] + sizes[number]]
-        if kept or number == 0:
-            parts[number].write_bytes(kept)
+    for part, piece in reversed(list(zip(parts, pieces, strict=True))):
+        if piece or part == parts[0]:
+            part.write_bytes(piece)
         else:
-            parts[number].unlink()
+            part.unlink()
 
 
 def _parts(target: pathlib.Path) -> list[pathlib.Path]:

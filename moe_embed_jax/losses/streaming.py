@@ -23,9 +23,9 @@ from moe_embed_jax.losses.contents import Texts
 from moe_embed_jax.mesh import BATCH_SPEC, IN_SLICE
 
 TILE = 2048  # anchors or candidates; a tile of float32 scores has 16 MB
-OF_ALL_SLICES = P(None, IN_SLICE)  # [I, B / I, ...]
+GATHERED_SPEC = P(None, IN_SLICE)  # [I, B / I, ...]
 # Of the arguments, candidates gathered.
-SPECS = (BATCH_SPEC,) * 3 + (OF_ALL_SLICES,) * 2 + (P(),)
+SPECS = (BATCH_SPEC,) * 3 + (GATHERED_SPEC,) * 2 + (P(),)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -197,7 +197,7 @@ def _gather(tree):
     """[B, ...] -> [I, B / I, ...]: each device has what those in its place in all slices have."""
     slices = jax.sharding.get_abstract_mesh().shape["slice"]
     by_slice = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
-    return jax.lax.with_sharding_constraint(by_slice, OF_ALL_SLICES)
+    return jax.lax.with_sharding_constraint(by_slice, GATHERED_SPEC)
 
 
 def _scatter(gradient_IbMD):
