@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 
 MOST_BYTES = 16 << 20  # of a configuration
@@ -44,7 +45,7 @@ def read_object(path: pathlib.Path) -> dict:
 
 def read_optional(path: pathlib.Path) -> dict:
     """`read_object`; {} if there is no such file."""
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if storage.has_entry(path) else {}
 
 
 def printable(words: str, most: int = 60) -> str:

@@ -125,7 +125,7 @@ def is_run(folder: pathlib.Path) -> bool:
 
 def weights_folder(folder: pathlib.Path) -> pathlib.Path:
     """Where config.json, weights and tokenizer lie: `folder`, or what its modules.json says."""
-    return folder if (folder / CONFIG_FILE).is_file() else read_modules(folder)[0]
+    return folder if storage.has_entry(folder / CONFIG_FILE) else read_modules(folder)[0]
 
 
 def open_model(
@@ -148,6 +148,10 @@ def open_model(
         find_tokenizer(weights_folder(folder)) if vocabulary is None else storage.path(vocabulary)
     )
     tokenizer = None if path is None else load_tokenizer(path)
+    if tokenizer is None and path is not None:
+        raise UserError(
+            f"{path} has no tokenizer file: name a tokenizer.json or SentencePiece model"
+        )
     if is_ours:
         own = tokenizer.content_hash if tokenizer and vocabulary is None else None
         opened = _open_run(folder, step, own)

@@ -91,6 +91,15 @@ def kvstore(folder: pathlib.Path) -> dict:
     return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
+def has_entry(name: pathlib.Path) -> bool:
+    """Whether there is anything of this name.
+
+    For files that may be missing: `is_file` would pass over a folder, or a link to nothing (half a
+    download of the hub's client), as if there were none. Reading them says what is wrong.
+    """
+    return name.exists() or name.is_symlink()
+
+
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a file, also between a disk and a bucket; `target` is replaced."""
     if not is_remote(source) and not is_remote(target):

@@ -152,7 +152,9 @@ def refuse_without_tokenizer(folder: pathlib.Path) -> None:
     tokenizer: transformers takes one by the model's type, another one for a BERT, and says
     nothing."""
     known = ("tokenizer.json", "tokenizer_config.json")
-    if (folder / XLMR_FILE).is_file() and not any((folder / name).is_file() for name in known):
+    if storage.has_entry(folder / XLMR_FILE) and not any(
+        (folder / name).is_file() for name in known
+    ):
         raise UserError(
             f"{folder} has {XLMR_FILE}, but neither {' nor '.join(known)}: sentence-transformers "
             "would guess a tokenizer. Save one of them there, or name the folder without "

@@ -202,7 +202,7 @@ class Curation(abc.ABC):
     def _made(self, unit: Unit) -> dict | None:
         """unit.json; None: it must be made. A damaged one is said, not used."""
         path = unit.folder / UNIT_FILE
-        if not path.is_file():
+        if not storage.has_entry(path):
             return None
         try:
             made = json.loads(path.read_text(encoding="utf-8"))

@@ -192,7 +192,7 @@ def held_out_path(config: Mapping, data_dir: str | os.PathLike) -> Path:
 def token_store_path(config: Mapping, data_dir: str | os.PathLike) -> Path | None:
     """The folder of the prepared token store of `config`, or None if there is none yet."""
     path = planned_store_path(config, data_dir)
-    return path if (path / "spec.json").is_file() else None
+    return path if storage.has_entry(path / "spec.json") else None
 
 
 def _vocabulary_key(complete: dict) -> dict:

@@ -188,7 +188,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path:
     """The first of the files, each plain before .gz."""
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
+            if storage.has_entry(path):
                 return path
     raise UserError(f"{folder}: no {' or '.join(names)}, neither plain nor .gz")
 

@@ -84,7 +84,7 @@ class PublishedModel:
 def read_config(folder: pathlib.Path) -> dict:
     """config.json of a model folder. Raises `UserError`: there is none, or it is no JSON object."""
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not storage.has_entry(path):
         raise UserError(f"{folder} is not a model folder: {CONFIG_FILE} is missing")
     return read_object(path)
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import (
     flag,
@@ -111,7 +112,7 @@ def read_modules(folder: pathlib.Path) -> tuple[pathlib.Path, str | None, bool |
     Raises `UserError`, see `read_settings`.
     """
     path = folder / MODULES_FILE
-    if not path.is_file():
+    if not storage.has_entry(path):
         return folder, None, None
     modules = parse(read_bytes(path), path)
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
@@ -157,7 +158,7 @@ def _inside(folder: pathlib.Path, path: str | None, where: pathlib.Path) -> path
 
 def _pooling(path: pathlib.Path) -> str:
     """The library's rules: `pooling_mode` before the old keys, and the mean where none is on."""
-    if not path.is_file():
+    if not storage.has_entry(path):
         raise UserError(f"{path} is missing, so the pooling is not known: copy the folder again")
     config = read_object(path)
     old = {key: key.removeprefix("pooling_mode_") for key in config if key != "pooling_mode"}

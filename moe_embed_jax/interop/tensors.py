@@ -38,10 +38,10 @@ class Tensors:
         """Raises `UserError`: no weights, pickle files only, a damaged or incomplete file."""
         self._handles = {}
         single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-        if single.is_file():
+        if storage.has_entry(single):
             self.origin = str(single)
             files = {name: single for name in self._open(single).keys()}  # noqa: SIM118
-        elif index.is_file():
+        elif storage.has_entry(index):
             self.origin = str(index)
             files = self._indexed(index)
         else:

@@ -131,7 +131,7 @@ class _Cache:
         self.path = path and storage.path(path)
         self.identity = identity
         self.known = {}
-        if self.path and self.path.is_file():
+        if self.path and storage.has_entry(self.path):
             self.known = json_file.read_object(self.path)
 
     def get(self, config: Run) -> dict | None:

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax import storage
 from moe_embed_jax.evaluation.heldout_documents import HeldOutDocuments, geometric_mean
 from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.evaluation.model_scores import BM25
@@ -80,7 +81,7 @@ def collect(steps: list[Step], workdir: pathlib.Path) -> Facts:
 def _curation_report(folder: pathlib.Path) -> dict:
     """The work folder has it too, and had it first."""
     paths = [folder / "report.json", folder.with_name(f"{folder.name}.work") / "report.json"]
-    return next((read_object(path) for path in paths if path.is_file()), {})
+    return next((read_object(path) for path in paths if storage.has_entry(path)), {})
 
 
 def _training(folder: pathlib.Path) -> Training:

@@ -33,7 +33,7 @@ class Records:
 
     def read(self, name: str) -> dict | None:
         path = self.folder / f"{name}.json"
-        if not path.is_file():
+        if not storage.has_entry(path):
             return None
         record = read_object(path)
         if record.keys() != RECORD_KEYS:

@@ -233,7 +233,7 @@ def _start(folder: Path, about: dict) -> np.ndarray:
     What it is comes first: a kill at any time leaves a folder that is known, or an empty one.
     """
     count = about["texts"]["count"]
-    if (folder / ABOUT).is_file():
+    if storage.has_entry(folder / ABOUT):
         found = differences(_read_json(folder / ABOUT), about)
         if found:
             raise UserError(
@@ -374,7 +374,7 @@ def _read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
-    except (ValueError, RecursionError) as error:
+    except (IsADirectoryError, ValueError, RecursionError) as error:
         raise _damaged_file(path, first_line(error)) from None
     if not isinstance(content, dict):
         raise _damaged_file(path, "no JSON object")
@@ -383,7 +383,7 @@ def _read_json(path: Path) -> dict:
 
 def _is_complete(folder: Path, count: int) -> bool:
     """Whether progress.json says so. Earlier versions wrote there how many rows were."""
-    if not (folder / PROGRESS).is_file():
+    if not storage.has_entry(folder / PROGRESS):
         return False
     rows = _read_json(folder / PROGRESS).get("rows")
     if type(rows) is not int or not 0 <= rows <= count or (rows % CHUNK and rows != count):

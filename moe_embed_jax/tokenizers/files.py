@@ -70,8 +70,8 @@ def find_tokenizer(folder: str | os.PathLike) -> pathlib.Path | None:
     markup in texts is text to both, and no token was added."""
     folder = storage.path(folder)
     paths = [folder / name for name in (XLMR_FILE, SENTENCEPIECE_FILE)]
-    pieces = next((path for path in paths if path.is_file()), None)
-    if not (folder / JSON_FILE).is_file():
+    pieces = next((path for path in paths if storage.has_entry(path)), None)
+    if not storage.has_entry(folder / JSON_FILE):
         return pieces
     config = folder / CONFIG_FILE
     if pieces and flag(read_optional(config), MARKUP_IS_TEXT, config):
@@ -93,7 +93,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
     path = storage.path(path)
     if path.is_dir():
         found = find_tokenizer(path)
-        return None if found is None else load_tokenizer(found)
+        return None if found is None else _load_file(found)
+    return _load_file(path)
+
+
+def _load_file(path: pathlib.Path) -> Tokenizer:
     vocabulary = open_vocabulary(path)
     if isinstance(vocabulary, TokenizerJson):
         return vocabulary
@@ -101,7 +105,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer | None:
     other = path.with_name(JSON_FILE)
     pieces = [piece.piece for piece in _read(vocabulary).pieces[3:]]
     # Models such as CamemBERT ship a file of the same name for another layout of ids.
-    if other.is_file() and _pieces_of(other)[4 : 4 + len(pieces)] != pieces:
+    if storage.has_entry(other) and _pieces_of(other)[4 : 4 + len(pieces)] != pieces:
         raise UserError(
             f"{other} gives the pieces of {path.name} other ids than XLM-R's layout does: name "
             f"{other} as the tokenizer, or move it away if it does not belong to this model"

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import flag, parse, read_bytes, read_optional, text
 
@@ -97,7 +98,8 @@ def lower_cases(folder: Path) -> bool:
 
 def transformer_file(folder: Path) -> Path | None:
     """The first of `TRANSFORMER_FILES` in `folder`; None: there is none."""
-    return next((folder / name for name in TRANSFORMER_FILES if (folder / name).is_file()), None)
+    paths = [folder / name for name in TRANSFORMER_FILES]
+    return next((path for path in paths if storage.has_entry(path)), None)
 
 
 def wanted_tokens(folder: Path, config: dict) -> Iterator[dict]:

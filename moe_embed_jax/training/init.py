@@ -44,7 +44,7 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
     if not init.source:
         return config, []
     saved_path = workdir / RUN_CONFIG
-    if saved_path.is_file():
+    if storage.has_entry(saved_path):
         saved = read_object(saved_path)
         # Built, so that a key that is newer than the file has its default.
         if config_files.build(type(init), saved.get("init", {}), "init") == init:

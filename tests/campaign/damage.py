@@ -47,7 +47,8 @@ def damage(rng: random.Random, folder: pathlib.Path, outside: pathlib.Path, skip
     """Damages one file under `folder`; returns what was done."""
     path = pick_file(rng, folder, skip)
     name = path.relative_to(folder)
-    operations = [flip, flip, truncate, empty, delete, become_folder, swap, zero, insert]
+    operations = [flip, flip, truncate, empty, delete, become_folder, link_to_nothing, swap]
+    operations += [zero, insert]
     if path.suffix in (".json", ".jsonl") or path.name.endswith("METADATA"):
         operations += [json_value] * 4 + [escape]
     operation = rng.choice(operations)
@@ -87,6 +88,12 @@ def become_folder(rng, path, **_) -> str:
     path.unlink()
     path.mkdir()
     return "a folder in its place"
+
+
+def link_to_nothing(rng, path, **_) -> str:
+    path.unlink()
+    path.symlink_to("nothing")
+    return "a link to nothing in its place"
 
 
 def swap(rng, path, folder, **_) -> str:
@@ -249,7 +256,9 @@ def _fuzz_plain(rng, path, folder, outside) -> str:
 
 
 def damage_file(rng, path, folder) -> str:
-    operation = rng.choice((flip, flip, truncate, empty, delete, become_folder, zero, insert))
+    operation = rng.choice(
+        (flip, flip, truncate, empty, delete, become_folder, link_to_nothing, zero, insert)
+    )
     return f"{operation.__name__}: {operation(rng, path, folder=folder)}"
 
 
