@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from moe_embed_jax import launching  # noqa: E402
 from moe_embed_jax.curation.consistency_rule import ConsistencyRule  # noqa: E402
 from moe_embed_jax.curation.teacher_config import TeacherConfig  # noqa: E402
+from moe_embed_jax.markdown_table import markdown_table  # noqa: E402
 
 COLUMNS = ("pairs", "planted", "dropped", "precision", "recall", "F1", "clean lost")
 
@@ -89,9 +90,8 @@ def table(scores: dict[str, dict]) -> str:
     def cell(value):
         return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
-    lines = [["source", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    lines += [[name, *(cell(of_one[c]) for c in COLUMNS)] for name, of_one in scores.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[name, *(cell(of_one[c]) for c in COLUMNS)] for name, of_one in scores.items()]
+    return markdown_table(["source", *COLUMNS], rows, "lr")
 
 
 def run(arguments, work: pathlib.Path) -> dict:

@@ -2,13 +2,10 @@
 
 from efficiency_models import DENSE, INT8, OURS, PEER
 
+from moe_embed_jax.markdown_table import markdown_table
+
 GOAL = 2.5  # documents/s of ours / sentence-transformers
 MILLION = 1_000_000
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def markdown(report: dict) -> str:
@@ -79,7 +76,7 @@ def speed(report: dict) -> str:
         "MB in use",
         "MB peak",
     ]
-    return table(header, rows)
+    return markdown_table(header, rows, "lr")
 
 
 def verdict(report: dict) -> str:
@@ -120,7 +117,7 @@ def quality(report: dict) -> str:
         rows.append([f"{first['dim']}, {first['index']}", size, *scores])
     header = ["dimensions, index", "MB per million documents"]
     header += [f"{name}, {weights} weights" for name in sets for weights in report["quality"][name]]
-    return table(header, rows)
+    return markdown_table(header, rows, "lr")
 
 
 def cost_of_int8(report: dict) -> str:

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from moe_embed_jax.errors import UserError  # noqa: E402
+from moe_embed_jax.markdown_table import markdown_table  # noqa: E402
 
 
 def launch(script: str, flags: list[str], where: str, **process) -> None:
@@ -73,5 +74,4 @@ def interval(values) -> tuple[float, float]:
 def markdown(lines: list[list[str]]) -> str:
     """A table; the first line is its head."""
     head, *rows = lines
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(head, rows, "lr")

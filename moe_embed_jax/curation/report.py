@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from moe_embed_jax.config import save_json
+from moe_embed_jax.markdown_table import markdown_table
 
 JSON_FILE, MARKDOWN_FILE = "report.json", "report.md"
 LONGEST_SHOWN = 160  # characters of a text in report.md; report.json has all of it
@@ -70,8 +71,7 @@ class Report(abc.ABC):
         ]
         rows.append(["all", "", *self._cells(self.total)])
         names = ["source", "language", *self.counts, *self._shares(self.total)]
-        rule = ["---", "---", *["---:"] * (len(names) - 2)]
-        return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in [names, rule, *rows])
+        return markdown_table(names, rows, "llr")
 
     def _cells(self, counts: dict) -> list[str]:
         return [*(f"{counts[name]:,}" for name in self.counts), *self._shares(counts).values()]
@@ -122,10 +122,6 @@ class MiningReport(Report):
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f}" if whole else "-"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _shown(text: str) -> str:

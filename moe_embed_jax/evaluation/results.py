@@ -18,6 +18,7 @@ from moe_embed_jax.evaluation.picture import save_picture
 from moe_embed_jax.evaluation.published import MEASURES
 from moe_embed_jax.evaluation.subsets import WHOLE
 from moe_embed_jax.evaluation.suite import KINDS, TaskResult
+from moe_embed_jax.markdown_table import markdown_table
 
 RESULTS, TABLE, PICTURE = "results", "table.md", "languages.png"
 COUNTS = ("queries", "documents", "pairs", "texts")
@@ -167,12 +168,11 @@ def _subsets(card: ModelCard, result: TaskResult, widths) -> list[str]:
 
 
 def _table(head: list[str], rows: list[list]) -> list[str]:
-    def line(cells) -> str:
-        return "| " + " | ".join(cells) + " |"
+    """Numbers on the right, those with a fraction with two decimals."""
 
     def text(cell) -> str:
         return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
     numbers = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(head))]
-    rules = ["---:" if is_number else "---" for is_number in numbers]
-    return [line(head), line(rules), *(line(map(text, row)) for row in rows)]
+    sides = "".join("r" if is_number else "l" for is_number in numbers)
+    return markdown_table(head, [map(text, row) for row in rows], sides).splitlines()

@@ -11,6 +11,7 @@ from moe_embed_jax import storage
 from moe_embed_jax.evaluation.expert_use import LABELS, shares
 from moe_embed_jax.evaluation.load_maps import Map, map_of_groups, map_of_layers
 from moe_embed_jax.made_by import keep_command
+from moe_embed_jax.markdown_table import markdown_table
 from moe_embed_jax.new_folder import new_folder
 
 JSON_FILE = "routing.json"
@@ -107,12 +108,13 @@ def tables(report: dict) -> str:
         "",
         "## By layer",
         "",
-        *_table(
+        markdown_table(
             ["layer", "effective experts", "highest load", "lowest load"],
             [
                 [layer["layer"], *_numbers(layer, "effective_experts", "load_max", "load_min")]
                 for layer in report["layers"]
             ],
+            "l",
         ),
     ]
     for label in _labels(report):
@@ -130,23 +132,25 @@ def tables(report: dict) -> str:
             f"{label}s out at random, {report['shuffles']} times. p: how often shuffled labels "
             "reach as many bits.",
             "",
-            *_table(
+            markdown_table(
                 ["layer", "choices", *(name.replace("_", " ") for name in columns), "p"],
                 [
                     [layer, choices, *_numbers(each, *columns, digits=4), f"{each['p']:.3f}"]
                     for layer, choices, each in information
                 ],
+                "l",
             ),
             "",
             f"Of each {label} and layer: effective experts, the busiest expert and its load.",
             "",
-            *_table(
+            markdown_table(
                 [label, "texts", "tokens", *(f"layer {layer}" for layer in layers)],
                 [
                     [name, f"{group['texts']:,}", f"{group['tokens']:,}"]
                     + [_busiest(layer) for layer in group["layers"]]
                     for name, group in part["groups"].items()
                 ],
+                "l",
             ),
         ]
     return "\n".join(lines) + "\n"
@@ -163,11 +167,6 @@ def _numbers(values: dict, *keys: str, digits: int = 2) -> list[str]:
 def _busiest(layer: dict) -> str:
     expert = int(np.argmax(layer["share"]))
     return f"{layer['effective_experts']:.2f}; expert {expert}: {layer['load_max']:.2f}"
-
-
-def _table(columns: list[str], rows: list[list]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in x)} |" for x in lines]
 
 
 def _rounded(value):

@@ -4,6 +4,7 @@ import pathlib
 
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.evaluation.model_scores import BM25
+from moe_embed_jax.markdown_table import markdown_table
 from moe_embed_jax.recipe import picture
 from moe_embed_jax.recipe.config import STAGES
 from moe_embed_jax.recipe.facts import TRAINED, Facts, Training, collect
@@ -32,9 +33,9 @@ def markdown(facts: Facts, workdir: pathlib.Path) -> str:
         f"# Recipe in {workdir}",
         f"![losses, pairs, evaluations]({PICTURE_FILE})",
         f"## Steps ({total} in all)",
-        _table(["step", "time", "what came out"], steps, "lrl"),
+        markdown_table(["step", "time", "what came out"], steps, "lrl"),
         "## Models",
-        _table(model_columns, models, "lrrrrrr"),
+        markdown_table(model_columns, models, "lrrrrrr"),
         "Loss: mean over the last tenth of the steps. Losses of different stages measure different "
         "things.",
     ]
@@ -92,7 +93,7 @@ def _filter_table(report: dict) -> str:
         counts[0] += group["pairs"]
         counts[1] += group["kept"]
     rows = [[name, f"{n:,}", f"{kept:,}", f"{kept / n:.1%}"] for name, (n, kept) in sources.items()]
-    return _table(["source", "pairs", "kept", "share"], rows, "lrrr")
+    return markdown_table(["source", "pairs", "kept", "share"], rows, "lrrr")
 
 
 def _evaluation(facts: Facts) -> str:
@@ -118,7 +119,7 @@ def evaluation_table(facts: Facts) -> str:
             rows.append([name, str(metrics["languages"]), dim, *cells])
     rows.sort(key=lambda row: row[0])  # stable: the widths of a set stay in their order
     head = ["set", "languages", "dimensions", *(TITLES[model] for model in models)]
-    return _table(head, rows, "lrrrrrr")
+    return markdown_table(head, rows, "lrrrrrr")
 
 
 def _use(workdir: pathlib.Path) -> str:
@@ -137,8 +138,3 @@ documents = embedder.encode(["..."], prompt="document")
 
 `{workdir}/export` is the same model for PyTorch: a self-contained folder that sentence-transformers
 and transformers load (`trust_remote_code=True`)."""
-
-
-def _table(head: list[str], rows: list[list[str]], sides: str) -> str:
-    rule = [{"l": "---", "r": "---:"}[side] for side in sides]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
