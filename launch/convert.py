@@ -17,7 +17,7 @@ import functools
 import sys
 import time
 
-from moe_embed_jax import launching
+from moe_embed_jax import distributed, launching
 
 
 def main():
@@ -49,7 +49,7 @@ def main():
     launching.add_flags(upcycling, UpcycleConfig)
     options = vars(flags.parse_args())
     action = options.pop("action")
-    launching.refuse_several_processes()
+    distributed.refuse_several_processes()
     check(action, options)
 
     from tqdm import tqdm

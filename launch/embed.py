@@ -25,7 +25,7 @@ import pathlib
 import sys
 import time
 
-from moe_embed_jax import launching, storage
+from moe_embed_jax import distributed, launching, storage
 from moe_embed_jax.parts import add_part_flags
 
 TEXTS_PER_CHUNK = 8192
@@ -44,7 +44,7 @@ def main():
     arguments = flags.parse_args()
     alone = arguments.part is not None or arguments.finish
     if alone:
-        launching.refuse_several_processes("start the parts by themselves")
+        distributed.refuse_several_processes("start the parts by themselves")
 
     from moe_embed_jax.data.text_files import read_texts
     from moe_embed_jax.errors import UserError
@@ -61,7 +61,7 @@ def main():
     launching.check_model(arguments.model)
     count = sum(1 for _ in read_texts(arguments.input, arguments.field))
     if not alone:
-        launching.start_distributed()
+        distributed.start()
 
     from moe_embed_jax.embedder import Embedder
     from moe_embed_jax.mesh import MeshConfig, make_mesh

@@ -26,7 +26,7 @@ that the model's folder knows ("query" and "document" always), "none", or the pr
 import json
 import sys
 
-from moe_embed_jax import launching, storage
+from moe_embed_jax import distributed, launching, storage
 
 
 def main():
@@ -75,7 +75,7 @@ def score_suite(arguments) -> None:
     if not data.is_dir():
         raise UserError(f"--data={data}: no such folder")
     launching.check_model(arguments.model)
-    launching.start_distributed()
+    distributed.start()
 
     from moe_embed_jax.curation.teacher import load_teacher
     from moe_embed_jax.evaluation.suite import check_files, load_suite, run_tasks
@@ -117,10 +117,10 @@ def score_sets(arguments) -> None:
     if output.is_dir():
         raise UserError(f"--output={output} is a folder, expected a file to write")
     if arguments.model == BM25:
-        launching.refuse_several_processes()
+        distributed.refuse_several_processes()
     else:
         launching.check_model(arguments.model)
-        launching.start_distributed()
+        distributed.start()
     dims = arguments.dim
     groups = [load_heldout(arguments.heldout)] if arguments.heldout else []
     folders = [folder for folder in arguments.dataset.split(",") if folder]

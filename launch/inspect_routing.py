@@ -18,7 +18,7 @@ docs/routing_inspection.md.
 
 import sys
 
-from moe_embed_jax import launching, storage
+from moe_embed_jax import distributed, launching, storage
 
 
 def main():
@@ -33,7 +33,7 @@ def main():
     flags.add_argument("--shuffles", type=int, default=200, help="of labels, to compare with")
     flags.add_argument("--seed", type=int, default=0, help="of the shuffles")
     arguments = flags.parse_args()
-    launching.refuse_several_processes()
+    distributed.refuse_several_processes()
 
     from moe_embed_jax.interop.source import source_folder
     from moe_embed_jax.made_by import done_before, hash_command

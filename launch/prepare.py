@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 
-from moe_embed_jax import launching
+from moe_embed_jax import distributed, launching
 from moe_embed_jax.errors import UserError
 
 
@@ -29,7 +29,7 @@ def main():
     flags.add_argument("--output", required=True, help="folder to make")
     launching.add_flags(flags, Options)
     arguments, rest = flags.parse_known_args()
-    launching.refuse_several_processes()
+    distributed.refuse_several_processes()
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only moves strings here
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

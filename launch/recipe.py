@@ -11,7 +11,7 @@ field of the config can be changed on the command line (--config.filter.k=5,
 import pathlib
 import sys
 
-from moe_embed_jax import launching, storage
+from moe_embed_jax import distributed, launching, storage
 
 LAUNCHERS = pathlib.Path(__file__).resolve().parent
 
@@ -22,7 +22,7 @@ def main():
     from moe_embed_jax.recipe.config import Recipe
 
     arguments, recipe = launching.parse_with_config(flags, Recipe)
-    launching.refuse_several_processes()
+    distributed.refuse_several_processes()
     from moe_embed_jax.recipe.run import Stopped, run_steps
     from moe_embed_jax.recipe.steps import make_steps
 

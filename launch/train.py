@@ -9,7 +9,7 @@ pods), jax.distributed is initialised by itself.
 
 import sys
 
-from moe_embed_jax import launching
+from moe_embed_jax import distributed, launching
 
 
 def main():
@@ -18,7 +18,7 @@ def main():
     from moe_embed_jax.training.run_config import RUN_CONFIGS
 
     arguments, config = launching.parse_with_config(flags, RUN_CONFIGS)
-    launching.start_distributed()
+    distributed.start()
     from moe_embed_jax.training.loop import train
 
     train(config, arguments.workdir)

@@ -1,23 +1,21 @@
-"""What every launcher does: flags, the processes' runtime, one line for a user's mistake."""
+"""What every launcher does: flags, and one line for a user's mistake."""
 
 import argparse
 import atexit
 import contextlib
 import dataclasses
-import glob
 import io
 import json
 import logging
 import os
 import pathlib
-import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_files
-from moe_embed_jax import storage
+from moe_embed_jax import distributed, storage
 from moe_embed_jax.curation.teacher_config import PROMPT_HELP as PROMPT_HELP
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
@@ -26,10 +24,6 @@ from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
 from moe_embed_jax.parts import add_part_flags
 from moe_embed_jax.refusals import is_lost_connection, refusal_of_system
 from moe_embed_jax.search import check_dtype
-
-# Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
-# with an error alone takes the others down after this time.
-EXIT_WAIT = 60
 
 
 class _Parser(argparse.ArgumentParser):
@@ -110,7 +104,7 @@ def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
     An --output that is a prepared folder may be the result of the same command.
     """
     from_flags(TeacherConfig, arguments)  # finds a wrong dtype
-    refuse_several_processes("share the work with --part=0/4, --part=1/4, ...")
+    distributed.refuse_several_processes("share the work with --part=0/4, --part=1/4, ...")
     pairs, output = storage.path(arguments.pairs), storage.path(arguments.output)
     read_manifest(pairs)
     if output.exists() and not (output / MANIFEST).is_file():
@@ -270,131 +264,3 @@ def _interrupts() -> Iterator[list]:
     sys.unraisablehook = show
     if not raised:  # else it stays, for what Python does at its end
         signal.signal(signal.SIGINT, before)
-
-
-def start_distributed() -> None:
-    """Joins the other processes of the run where the environment says that there are some.
-
-    Any one of these does:
-    * JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID;
-    * TPU_WORKER_HOSTNAMES with several hosts, MEGASCALE_COORDINATOR_ADDRESS: Kubernetes sets them;
-    * a TPU VM with other workers in its slice, or other slices, by Compute Engine's metadata.
-
-    From then on only process 0 prints and logs; warnings and errors of the others keep coming, with
-    the number of the process in front. Must come before anything that asks jax for devices.
-
-    Raises `UserError` where the environment is incomplete.
-    """
-    cause = _several_processes()
-    if cause is None:
-        return
-    import jax
-
-    try:
-        jax.distributed.initialize(
-            num_processes=_number("JAX_NUM_PROCESSES"),
-            process_id=_number("JAX_PROCESS_ID"),
-            shutdown_timeout_seconds=EXIT_WAIT,
-        )
-    except ValueError as error:  # jax found no cluster that knows what is missing
-        raise UserError(
-            f"{cause}, but jax cannot join the run ({error}): set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID, or unset it to run alone"
-        ) from error
-    if jax.process_index() > 0:
-        _silence(jax.process_index())
-
-
-def refuse_several_processes(instead: str = "start it on one machine") -> None:
-    """For a launcher that is one process. instead: the advice, after "unset it, and".
-
-    Raises `UserError` where a variable says that this process is one of several.
-    """
-    if cause := _several_processes(of_variables_alone=True):
-        raise UserError(f"{cause}, but this command runs as one process: unset it, and {instead}")
-
-
-def _several_processes(of_variables_alone: bool = False) -> str | None:
-    """What in the environment says that this process has others beside it; None: nothing."""
-    for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS"):
-        if os.environ.get(name):
-            return f"{name} is set"
-    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
-        if os.environ.get(name):
-            return f"{name} names several hosts" if "," in os.environ[name] else None
-    if not of_variables_alone and (
-        "," in _metadata("worker-network-endpoints")
-        or re.search(r"MEGASCALE_NUM_SLICES: *'?([2-9]|\d\d)", _metadata("tpu-env"))
-    ):
-        return "this TPU VM has other workers beside it"
-    return None
-
-
-def _metadata(attribute: str) -> str:
-    """What the metadata server says of this TPU VM; "" elsewhere. The bare shell of `gcloud compute
-    tpus ... ssh` knows neither the workers of the slice nor the other slices."""
-    # Compute Engine's TPU VMs show their chips as one or the other.
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if not chips or os.environ.get("JAX_PLATFORMS") == "cpu":
-        return ""
-    import urllib.request
-
-    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    request = urllib.request.Request(
-        f"http://{server}/computeMetadata/v1/instance/attributes/{attribute}",
-        headers={"Metadata-Flavor": "Google"},
-    )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(request, timeout=10) as answer:
-            return answer.read().decode()
-    except OSError:
-        return ""
-
-
-def _number(variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if text is None:
-        return None
-    if not text.isdecimal():
-        raise UserError(f"environment variable {variable}={text!r} must be a whole number")
-    return int(text)
-
-
-def _silence(process: int) -> None:
-    """Prints go nowhere, what is logged below a warning neither, the rest says where it is from."""
-    sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # of the libraries underneath Python too
-    sys.stderr = _PrefixedLines(sys.stderr, f"[process {process}] ")
-    logging.disable(logging.INFO)
-    from absl import logging as absl_logging
-
-    absl_logging.get_absl_handler().python_handler.setStream(sys.stderr)
-
-
-class _PrefixedLines(io.TextIOBase):
-    """A text stream that puts `prefix` before every line it passes on to `stream`.
-
-    A formatter of `logging` would miss lines that are printed, and stack traces.
-    """
-
-    def __init__(self, stream, prefix: str):
-        self._stream = stream
-        self._prefix = prefix
-        self._at_line_start = True
-
-    def write(self, text: str) -> int:
-        if text:
-            lines = text.splitlines(keepends=True)
-            parts = [self._prefix + line for line in lines]
-            if not self._at_line_start:
-                parts[0] = lines[0]
-            self._stream.write("".join(parts))
-            self._at_line_start = text.endswith("\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()

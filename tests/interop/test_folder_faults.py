@@ -4,7 +4,6 @@ import copy
 import json
 import pathlib
 import random
-import re
 import shutil
 import struct
 
@@ -74,27 +73,6 @@ def test_the_older_layout(bert_folder, tmp_path):
     import_model(folder, tmp_path / "imported")
     again = Embedder.load(tmp_path / "imported").encode(st_folders.TEXTS, None)
     np.testing.assert_allclose(again, expected, atol=1e-6)
-
-
-# Files that say nothing of the vectors.
-WITHOUT_MEANING = {"README.md"}
-
-
-@pytest.mark.parametrize("kind", ["folder", "link to nothing"])
-def test_what_is_no_file_is_named(kind, bert_folder, tmp_path):
-    """A folder, or a link to nothing, where an optional file may be: not as if there were none."""
-    names = [path.relative_to(bert_folder) for path in bert_folder.rglob("*") if path.is_file()]
-    assert pathlib.Path("1_Pooling/config.json") in names
-    for number, name in enumerate(name for name in names if name.name not in WITHOUT_MEANING):
-        folder = tmp_path / f"{number}"
-        shutil.copytree(bert_folder, folder)
-        (folder / name).unlink()
-        if kind == "folder":
-            (folder / name).mkdir()
-        else:
-            (folder / name).symlink_to("nothing")
-        with pytest.raises((UserError, OSError), match=re.escape(str(folder / name))):
-            Embedder.load(folder)
 
 
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/../../other", "linked", "\0", "\ud800", 3])

@@ -69,7 +69,7 @@ def main(folder: str, output: str) -> None:
     import importlib.util
     import pathlib
 
-    from moe_embed_jax import launching
+    from moe_embed_jax import distributed
     from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 
     encode_texts, counts = Tokenizer.encode_texts, []
@@ -79,13 +79,13 @@ def main(folder: str, output: str) -> None:
         return encode_texts(self, texts, max_length)
 
     Tokenizer.encode_texts = counted
-    start = launching.start_distributed
+    start = distributed.start
 
     def start_once():
-        launching.start_distributed = lambda: None
+        distributed.start = lambda: None
         start()
 
-    launching.start_distributed = start_once
+    distributed.start = start_once
     for name, *flags in commands(folder, output):
         spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)

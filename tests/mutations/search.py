@@ -97,8 +97,8 @@ FAULTS = (
     Fault(
         "a-lost-connection-is-damage",
         "search/vectors.py",
-        "    except (ValueError, RecursionError) as error:\n        raise _damaged_file",
-        "    except (OSError, ValueError, RecursionError) as error:\n        raise _damaged_file",
+        "    except (IsADirectoryError, ValueError, RecursionError) as error:",
+        "    except (OSError, ValueError, RecursionError) as error:",
         "search/test_vectors.py -k lost_connection",
     ),
 )

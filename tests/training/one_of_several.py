@@ -14,7 +14,7 @@ import numpy as np
 from helpers import synthetic_data
 
 from moe_embed_jax import config as config_files
-from moe_embed_jax import launching
+from moe_embed_jax import distributed
 from moe_embed_jax.data.batches import PairBatches
 from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.errors import UserError
@@ -27,7 +27,7 @@ STEPS = (0, 5, 11)
 
 
 def main(folder: pathlib.Path) -> None:
-    launching.start_distributed()
+    distributed.start()
     process = jax.process_index()
     data_dir = folder / "data"
     prepared = []

@@ -16,7 +16,7 @@ from conftest import ROOT, metric, run_python
 from helpers import synthetic_data
 from helpers.two_processes import Together
 
-from moe_embed_jax import Embedder, launching
+from moe_embed_jax import Embedder, distributed
 from moe_embed_jax.evaluation.heldout import evaluate_heldout, load_heldout
 
 STEPS = 12
@@ -106,16 +106,16 @@ def test_each_process_reads_its_slice(tmp_path):
 
 FAILS_ALONE = """
 import sys, jax
-from moe_embed_jax import launching, processes
+from moe_embed_jax import distributed, launching, processes
 from moe_embed_jax.errors import UserError
 
 def main():
-    launching.start_distributed()
+    distributed.start()
     if jax.process_index() == int(sys.argv[1]):
         raise {"mistake": UserError, "fault": RuntimeError}[sys.argv[2]]("it fails alone")
     processes.wait_for_all("a place that one of them never reaches")
 
-launching.EXIT_WAIT = 2
+distributed.EXIT_WAIT = 2
 sys.exit(launching.run(main))
 """
 
@@ -136,7 +136,7 @@ def test_a_process_that_fails_alone_ends_all_with_status_134(tmp_path, failing, 
     assert time.monotonic() - start > 2
     assert line in together.output(f"err{failing}").splitlines()
     manual = " ".join((ROOT / "docs" / "tpu_pods.md").read_text().split())
-    assert f"prints it, waits {launching.EXIT_WAIT} seconds for the others" in manual
+    assert f"prints it, waits {distributed.EXIT_WAIT} seconds for the others" in manual
 
 
 @pytest.mark.slow
