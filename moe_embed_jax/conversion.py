@@ -6,6 +6,7 @@ import pathlib
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
+from moe_embed_jax.interop.prompts import with_document_prefix
 from moe_embed_jax.interop.published import has_mlm_head
 from moe_embed_jax.interop.source import source_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
@@ -110,6 +111,7 @@ def export_model(
             loaded.vocabulary,
             loaded.prompts,
             max(loaded.max_lengths.values()),
+            loaded.matryoshka_dims,
             progress,
             command,
         )
@@ -178,9 +180,7 @@ def _open(
     if query_prefix is not None:
         opened.prompts["query"] = query_prefix
     if document_prefix is not None:
-        for name in ("passage", "corpus"):
-            opened.prompts.pop(name, None)
-        opened.prompts["document"] = document_prefix
+        opened.prompts = with_document_prefix(opened.prompts, document_prefix)
     return opened
 
 

@@ -17,6 +17,7 @@ from moe_embed_jax import storage
 from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
+from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY, read_matryoshka_dims
 from moe_embed_jax.interop.published import open_published, read_config
 from moe_embed_jax.interop.sentence_transformers import NO_LIMIT, read_modules, read_settings
 from moe_embed_jax.interop.source import CONFIG_FILE, source_folder
@@ -55,6 +56,7 @@ class LoadedModel:
     vocabulary: None where the folder has none (then only token ids can be encoded).
     prompts: name -> prefix. has_prompts: whether the folder names a prefix that is not empty.
     max_lengths: {"query": tokens, "document": tokens}.
+    matryoshka_dims: widths that vectors can be cut to, as trained; (): not known.
     """
 
     model: EncoderConfig
@@ -64,6 +66,7 @@ class LoadedModel:
     prompts: dict[str, str]
     max_lengths: dict[str, int]
     has_prompts: bool = True
+    matryoshka_dims: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -82,6 +85,7 @@ class ModelFolder:
     has_prompts: bool
     unused: list[str]
     notes: list[str]
+    matryoshka_dims: tuple[int, ...]
     _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, one of WEIGHTS
 
     def load(
@@ -114,6 +118,7 @@ class ModelFolder:
             self.prompts,
             self.max_lengths,
             self.has_prompts,
+            self.matryoshka_dims,
         )
 
 
@@ -197,6 +202,7 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
         any(settings.prompts.values()),
         published.unused,
         notes,
+        read_matryoshka_dims(settings.weights, model.width),
         read,
     )
 
@@ -253,7 +259,8 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
         return restored
 
     has_prompts = any(prompts.values())
-    return ModelFolder(model, None, None, prompts, lengths, has_prompts, [], [], read)
+    dims = read_matryoshka_dims(folder, model.width)
+    return ModelFolder(model, None, None, prompts, lengths, has_prompts, [], [], dims, read)
 
 
 def _card_settings(card: dict, where: pathlib.Path) -> tuple[dict[str, str], dict[str, int]]:
@@ -374,6 +381,7 @@ def save_model(
                 "model": dataclasses.asdict(loaded.model),
                 "data": {f"{side}_length": n for side, n in loaded.max_lengths.items()},
                 "prompts": loaded.prompts,
+                MATRYOSHKA_KEY: list(loaded.matryoshka_dims),
                 "origin": origin,
             },
         )

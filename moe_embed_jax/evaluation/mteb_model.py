@@ -14,6 +14,7 @@ import numpy as np
 from moe_embed_jax import triton_first
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.prompts import SYMMETRIC_TYPES
 from moe_embed_jax.models.encoder import count_params
 
 triton_first.before_torch()
@@ -29,18 +30,6 @@ except ImportError as error:
         f"the adapter to MTEB needs mteb, which is not installed ({error}): pip install -e .[mteb]"
     ) from None
 
-# Task types that MTEB encodes without saying which side a text is on: both texts of a pair, or
-# texts alone, get the same prompt.
-SYMMETRIC_TYPES = (
-    "BitextMining",
-    "Classification",
-    "Clustering",
-    "MultilabelClassification",
-    "PairClassification",
-    "Regression",
-    "STS",
-    "Summarization",
-)
 # Retrieval, reranking and instruction tasks say "query" or "document", and get what the model was
 # trained on. The rest are documents: that side has seen texts of every length, and it is what MTEB
 # takes for Nomic's models where their own table is silent.

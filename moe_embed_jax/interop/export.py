@@ -7,18 +7,19 @@ transformers' BERT, which needs nothing of ours.
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import safetensors.numpy
 
 from moe_embed_jax import storage
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
+from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY
+from moe_embed_jax.interop.prompts import exported_prompts
 from moe_embed_jax.interop.rules import entries, to_theirs
 from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
 from moe_embed_jax.interop.source import CONFIG_FILE
-from moe_embed_jax.interop.tensors import WEIGHTS_FILE
+from moe_embed_jax.interop.tensors import WEIGHTS_FILE, write_tensors
 from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.new_folder import new_folder
@@ -61,6 +62,7 @@ def write_folder(
     vocabulary,
     prompts: dict,
     max_length: int,
+    matryoshka_dims: Sequence[int] = (),
     progress=iter,
     command: str | None = None,
 ) -> None:
@@ -70,6 +72,7 @@ def write_folder(
       vocabulary: None leaves the tokenizer out (then only token ids can be embedded).
       prompts: name -> prefix; "document" is there as "passage" too.
       max_length: of a text, in tokens; PyTorch's side has one for queries and documents.
+      matryoshka_dims: widths that vectors may be cut to; servers refuse others.
       progress: wraps the iterable of tensors, as tqdm does.
       command: as of `made_by`, to be kept in the folder.
 
@@ -77,19 +80,17 @@ def write_folder(
     """
     with new_folder(folder, last=CONFIG_FILE) as partial:
         tensors = export_tensors(model, by_layer(model, params))
-        contiguous = {name: np.ascontiguousarray(x) for name, x in progress(tensors)}
-        safetensors.numpy.save_file(contiguous, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        del contiguous
+        write_tensors(partial / WEIGHTS_FILE, progress(tensors))
         config = export_config(model, max_length, 1 if vocabulary is None else vocabulary.pad_id)
+        if matryoshka_dims:
+            config[MATRYOSHKA_KEY] = list(matryoshka_dims)
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if not leaves_as_bert(model):
             source = pathlib.Path(__file__).with_name("torch_model.py")
             storage.copy(source, partial / MODELING_FILE)
         if vocabulary is not None:
             write_tokenizer(vocabulary, partial, max_length)
-        # sentence-transformers' encode_document looks for "document" first and takes no prefix
-        # at all where it is missing; the published model says "passage".
-        prompts = {"passage": prompts["document"], **prompts}
+        prompts = exported_prompts(prompts)
         write_settings(partial, model.width, prompts, max_length, model.pooling)
         (partial / "README.md").write_text(model_card(model, prompts, max_length))
         if command:

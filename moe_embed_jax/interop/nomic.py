@@ -52,8 +52,9 @@ IGNORED = ()
 # `hidden_act`, which no other reader of this layout uses (they read `activation_function`): a list
 # stops it, and its error shows these words. The same text stands in torch_model.py.
 NATIVE_CLASS_GUARD = [
-    "the nomic_bert class inside transformers cannot run this checkpoint (mixture of experts): "
-    "pass trust_remote_code=True to use modeling_moe_embed.py of this folder"
+    "the nomic_bert class inside transformers reads other keys than this config.json has, and "
+    "fills what it misses with random numbers: pass trust_remote_code=True to use "
+    "modeling_moe_embed.py of this folder"
 ]
 
 # What the encoder can be: config.json key -> values that mean it; absent means the first.

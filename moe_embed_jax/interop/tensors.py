@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
@@ -24,6 +25,19 @@ DTYPES = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+
+
+def write_tensors(path: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes a safetensors file on a disk, which PyTorch's libraries read.
+
+    Its mode is that of any new file: the library renames a temporary one that only its owner may
+    read.
+    """
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors}
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 class Tensors:

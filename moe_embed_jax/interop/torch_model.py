@@ -18,11 +18,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 # transformers >= 5.5 has a class of its own for model_type "nomic_bert". It knows neither experts
-# nor biases, and without trust_remote_code loads this checkpoint with random weights in their
-# place. It wants a string in `hidden_act`: a list stops it, with these words in the error.
+# nor biases, reads the sizes from other keys, and without trust_remote_code loads this checkpoint
+# with random weights. It wants a string in `hidden_act`: a list stops it, and its error shows it.
 NATIVE_CLASS_GUARD = [
-    "the nomic_bert class inside transformers cannot run this checkpoint (mixture of experts): "
-    "pass trust_remote_code=True to use modeling_moe_embed.py of this folder"
+    "the nomic_bert class inside transformers reads other keys than this config.json has, and "
+    "fills what it misses with random numbers: pass trust_remote_code=True to use "
+    "modeling_moe_embed.py of this folder"
 ]
 
 # Fields of the published config.json which this file reads, and what absence means.

