@@ -226,24 +226,6 @@ def test_the_more_specific_prompt_decides(make, local):
     assert prompts(changed, mteb.get_task("STS12").metadata)[0] == "query"
 
 
-def test_an_exported_folder_has_the_prompts_of_the_adapter(make, embedder, local):
-    """For every task type, by MTEB's own choice among the prompts of sentence-transformers."""
-    from mteb.models.abs_encoder import get_prompt
-    from mteb.types import PromptType
-
-    from moe_embed_jax.interop.prompts import SYMMETRIC_TYPES, exported_prompts
-
-    adapter, exported = make(), exported_prompts(embedder.prompts)
-    for kind, sides in (
-        *((kind, (None, *PromptType)) for kind in SYMMETRIC_TYPES),
-        *((kind, tuple(PromptType)) for kind in ("Retrieval", "Reranking")),
-    ):
-        metadata = local.describe(kind, "main")
-        for side in sides:
-            expected = embedder.prefix(adapter.prompt_for(metadata, side))
-            assert get_prompt(exported, metadata, side) == expected, (kind, side)
-
-
 def test_prompts_of_the_models_own_folder(make, local, embedder):
     published = {  # some of nomic-embed-text-v2-moe's
         "query": "search_query: ",
