@@ -6,6 +6,7 @@ along `slice` but gradients, the documents of the loss, and sums for metrics.
 """
 
 import collections
+import re
 
 import jax
 import numpy as np
@@ -20,6 +21,21 @@ BATCH_SPEC = PartitionSpec(AXES)  # leading axis of arrays per pair
 ROWS_SPEC = PartitionSpec(
     None, AXES
 )  # [chunks, rows, ...]: every device has its rows of each chunk
+
+# Compute capability by a word of a GPU's name, as in "NVIDIA A100-SXM4-80GB": all that is known of
+# GPUs that are elsewhere.
+CARDS = {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+    "A10": (8, 6),
+    "A10G": (8, 6),
+    "L4": (8, 9),
+    "L40S": (8, 9),
+    "H100": (9, 0),
+    "H200": (9, 0),
+    "B200": (10, 0),
+}
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -85,16 +101,39 @@ def local_device_positions(mesh: jax.sharding.Mesh) -> list[int]:
     return [i for i, d in enumerate(np.asarray(mesh.devices).flat) if d.process_index == here]
 
 
-def platform() -> str:
-    """ "cpu", "tpu", ...: of the mesh in context, else of this process's devices."""
+def device_in_context():
+    """A device of the mesh in context, else of this process. Those of a mesh that a program is
+    compiled for may be elsewhere: all that is known of them is `platform` and `device_kind`."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return jax.local_devices()[0] if device is None else device
+
+
+def platform() -> str:
+    """ "cpu", "tpu", "gpu": of the devices in context."""
+    return device_in_context().platform
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """(major, minor) of the NVIDIA GPUs in context, (8, 0) for an A100; None for other devices."""
+    kind = device_in_context().device_kind
+    here = [device for device in jax.local_devices() if device.device_kind == kind]
+    number = str(getattr(here[0], "compute_capability", "")) if here else ""
+    if re.fullmatch(r"\d+\.\d+", number):
+        major, minor = number.split(".")
+        return int(major), int(minor)
+    words = kind.replace("-", " ").split()
+    return next((CARDS[word] for word in words[1:] if word in CARDS), None)
+
+
+def has_triton() -> bool:
+    """Whether the devices in context are GPUs that take Triton's kernels."""
+    capability = compute_capability()
+    return capability is not None and capability >= (8, 0)
 
 
 def vmem_limit_bytes() -> int:
     """The VMEM (on-chip memory) that a kernel may use on the TPUs of the mesh in context."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    small = device is not None and device.device_kind in ("TPU v2", "TPU v3", "TPU v4")
+    small = device_in_context().device_kind in ("TPU v2", "TPU v3", "TPU v4")
     return (12 if small else 48) * 2**20  # of 16; of 64 (v5p) or 128 (v5e, v6e)
 
 

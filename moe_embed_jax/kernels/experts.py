@@ -1,8 +1,8 @@
 """The experts' two matrix products and the activation between them, as TPU kernels.
 
-Rows are sorted by expert, and each expert's rows start at a new tile (routing/grouped.py). A tile
-therefore belongs to one expert. The expert's matrices stay in VMEM until the last of its tiles is
-done. The hidden layer is activated, and its gradient taken, in VMEM too: as separate passes over
+Rows are sorted by expert, and each expert's rows start at a new tile (routing/sorted_tiles.py). A
+tile therefore belongs to one expert. The expert's matrices stay in VMEM until the last of its tiles
+is done. The hidden layer is activated, and its gradient taken, in VMEM too: as separate passes over
 [S, F] these cost as much as a matrix product.
 
 A program has one tile of s rows. F is cut only if an expert's matrices do not fit. Tiles behind the
@@ -19,29 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.mxu import dot
+from moe_embed_jax.kernels.tiles import Tiles, bias_gradient
 from moe_embed_jax.mesh import vmem_limit_bytes
 
 COLUMNS = 512  # of F at a time inside a program
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Tiles:
-    """Which expert each tile of s rows belongs to.
-
-    expert_t: int32; tiles that are not in use repeat the last one. last_1: number of the last tile
-    in use. is_last_t: 1 where an expert's last tile is.
-    rows: s. expected: how many rows are in use, on average, for cost estimates.
-    """
-
-    expert_t: jax.Array
-    last_1: jax.Array
-    is_last_t: jax.Array
-    rows: int = dataclasses.field(metadata=dict(static=True))
-    expected: int = dataclasses.field(metadata=dict(static=True))
-
-    def __len__(self) -> int:
-        return len(self.expert_t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +35,19 @@ class ActivationMLP:
 
     activation: Callable
 
-    def forward(self, x_SD, weights, tiles: Tiles, interpret: bool):
-        """y_SD of rows that are sorted by expert."""
+    def forward(self, x_SD, weights, tiles: Tiles, interpret: bool, save: bool):
+        """(y_SD of rows that are sorted by expert, what `backward` needs of it: nothing)."""
+        del save
         arrays = weights["w_in"], weights["bias_in"], weights["w_out"]
-        return forward(x_SD, *arrays, tiles, self.activation, interpret)
+        return forward(x_SD, *arrays, tiles, self.activation, interpret), None
 
-    def backward(self, x_SD, dy_SD, gate_S1, weights, tiles: Tiles, interpret: bool):
-        """(dx_SD, dgate_S1 float32, dweights) of gate * y, given dy.
+    def backward(self, saved, x_SD, dy_SD, gate_S1, weights, tiles: Tiles, interpret: bool):
+        """(dx_SD, dgate_S1 float32, dweights) of gate * y, given dy; computes the hidden layer
+        again.
 
         The gradients of an expert without rows are undefined.
         """
+        del saved
         arrays = w_in_EDF, bias_in_EF, _ = weights["w_in"], weights["bias_in"], weights["w_out"]
         experts = len(w_in_EDF)
         dx_SD, dpre_SF, hidden_SF, dgate_S1 = backward(
@@ -71,7 +55,7 @@ class ActivationMLP:
         )
         dbias_in_EF = None
         if bias_in_EF is not None:
-            dbias_in_EF = _bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
+            dbias_in_EF = bias_gradient(dpre_SF, tiles, experts).astype(bias_in_EF.dtype)
         return (
             dx_SD,
             dgate_S1,
@@ -226,14 +210,6 @@ def _weight_gradient_kernel(expert_ref, last_ref, is_last_ref, x_ref, dy_ref, dw
         @pl.when(is_last_ref[tile] == 1)
         def _():
             dw_ref[0] = total_ref[...].astype(dw_ref.dtype)
-
-
-def _bias_gradient(dpre_SF, tiles: Tiles, experts: int):
-    """Sum over each expert's rows, [E, F] float32."""
-    in_use_t = jnp.arange(len(tiles)) <= tiles.last_1
-    dpre_tsF = dpre_SF.reshape(len(tiles), tiles.rows, -1).astype(jnp.float32)
-    of_tile_tF = jnp.where(in_use_t[:, None, None], dpre_tsF, 0).sum(axis=1)
-    return jax.ops.segment_sum(of_tile_tF, tiles.expert_t, experts)
 
 
 class _ExpertGrid:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_embed_jax.kernels import experts as kernels
-from moe_embed_jax.kernels.experts import Tiles
 from moe_embed_jax.kernels.mxu import sum_tokens
+from moe_embed_jax.kernels.tiles import Tiles
 
 TILE_TOKENS = 256
 

@@ -7,7 +7,7 @@ from moe_embed_jax.config import FREE_IF_DROPLESS, setting
 from moe_embed_jax.errors import UserError
 
 # Names in routing/exchange.py, whose functions need jax.
-BACKENDS = ("blocked", "grouped", "capacity")
+BACKENDS = ("blocked", "grouped", "ragged", "capacity")
 EXCHANGES = ("ring", "all_to_all")
 POOLINGS = ("mean", "cls", "last")
 # The largest sizes that are believed: a config that says more is damaged, and building that model
@@ -49,7 +49,7 @@ class EncoderConfig:
     initializer_range: float = 0.02
     # Of activations and matrix products; parameters stay float32.
     dtype: str = setting("float32", computes=True)
-    # "auto": grouped on TPU, blocked elsewhere; or one of `BACKENDS`. "capacity" may drop tokens.
+    # "auto": the fastest for the devices; or one of `BACKENDS`. "capacity" may drop tokens.
     expert_backend: str = setting("auto", FREE_IF_DROPLESS, computes=True)
     # Over a mesh with an expert axis; or "all_to_all", which may drop tokens.
     expert_exchange: str = setting("ring", FREE_IF_DROPLESS, computes=True)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_embed_jax.kernels.experts import ActivationMLP
-from moe_embed_jax.models.feed_forward import gelu
+from moe_embed_jax.kernels.triton_experts import TritonMLP
+from moe_embed_jax.models.feed_forward import gelu, gelu_and_slope
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.routing.exchange import Experts, apply_experts
 from moe_embed_jax.routing.expert_mlp import ExpertMLP, matmul
@@ -25,7 +26,7 @@ def gelu_mlp(x_TD, weights: dict):
     return matmul(gelu(pre_TF), weights["w_out"])
 
 
-GELU_MLP = ExpertMLP(gelu_mlp, ActivationMLP(gelu))
+GELU_MLP = ExpertMLP(gelu_mlp, ActivationMLP(gelu), TritonMLP(gelu_and_slope))
 
 
 class MoE(nnx.Module):

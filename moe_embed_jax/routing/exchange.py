@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.mesh import platform
+from moe_embed_jax.mesh import has_triton, platform
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import (
     capacity,
@@ -31,6 +31,8 @@ from moe_embed_jax.routing.capacity import (
 )
 from moe_embed_jax.routing.expert_mlp import ExpertMLP
 from moe_embed_jax.routing.grouped import grouped
+from moe_embed_jax.routing.ragged import ragged
+from moe_embed_jax.routing.reference import reference
 from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices
 
 
@@ -38,7 +40,7 @@ from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices
 class Experts:
     """How expert layers are computed.
 
-    backend: one of `encoder_config.BACKENDS`; "auto" is `grouped` on TPU and `blocked` elsewhere.
+    backend: one of `encoder_config.BACKENDS`, or "auto".
     exchange: one of `EXCHANGES`, used where the mesh has an `expert` axis.
     capacity_factor: of the cells of `capacity` and `all_to_all`; 1 is an equal share.
     """
@@ -49,19 +51,34 @@ class Experts:
 
     def layer(self, mlp: ExpertMLP) -> Callable:
         """(x_TD, expert_TK, gate_TK, weights) -> (y_TD, dropped), for the mesh in context."""
-        name = self.backend
-        if name == "auto":
-            name = "grouped" if platform() == "tpu" and mlp.kernel else "blocked"
+        name = self._choose(mlp) if self.backend == "auto" else self.backend
+        if name == "ragged" and platform() == "gpu" and not has_triton():
+            raise UserError(
+                "model.expert_backend='ragged' needs NVIDIA GPUs of compute capability 8.0 or more "
+                "(A100, L4, H100): choose 'auto'"
+            )
+        kernel = {"grouped": mlp.kernel, "ragged": mlp.triton_kernel}.get(name)
+        if name in ("grouped", "ragged") and kernel is None:
+            raise UserError(
+                f"model.expert_backend={name!r}: this expert MLP has no kernel for it; choose "
+                "'blocked' or 'capacity'"
+            )
         if name == "grouped":
-            if mlp.kernel is None:
-                raise UserError(
-                    "model.expert_backend='grouped': this expert MLP has no kernel; choose "
-                    "'blocked' or 'capacity'"
-                )
-            return functools.partial(grouped, mlp.kernel)
+            return functools.partial(grouped, kernel)
+        if name == "ragged":
+            return functools.partial(ragged, kernel)
         if name == "capacity":
             return functools.partial(capacity, mlp.function, capacity_factor=self.capacity_factor)
-        return functools.partial(blocked, mlp.function)
+        return functools.partial(reference if name == "reference" else blocked, mlp.function)
+
+    def _choose(self, mlp: ExpertMLP) -> str:
+        """What "auto" is on the devices of the mesh: the fastest that drops nothing."""
+        if platform() == "tpu" and mlp.kernel:
+            return "grouped"
+        if platform() == "gpu":
+            # Not `blocked`: for every block of its loops a GPU waits for the host.
+            return "ragged" if has_triton() and mlp.triton_kernel else "reference"
+        return "blocked"
 
 
 def apply_experts(

@@ -1,4 +1,5 @@
-"""What an expert computes. Another expert MLP is one function, made of `matmul`, and its kernel."""
+"""What an expert computes. Another expert MLP is one function, made of `matmul`, and its
+kernels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,17 +14,19 @@ PRODUCT = "expert_product"  # the results of `matmul`, which `blocked` saves for
 
 @dataclasses.dataclass(frozen=True)
 class ExpertMLP:
-    """The network of one expert, in the two forms that back ends take. It does not know who brings
-    the tokens.
+    """The network of one expert, in the forms that back ends take. It does not know who brings the
+    tokens.
 
-    function: (x_TD, weights of one expert, a pytree) -> y_TD, for `blocked` and `capacity`. It
-      computes in the dtype of x, whatever the dtype of the weights.
+    function: (x_TD, weights of one expert, a pytree) -> y_TD, for `blocked`, `capacity` and
+      `reference`. It computes in the dtype of x, whatever the dtype of the weights.
     kernel: the same on tiles of sorted rows, for `grouped` (`kernels.experts.ActivationMLP` says
       what it must have); None: `grouped` cannot compute this MLP.
+    triton_kernel: likewise for `ragged` (`kernels.triton_experts.TritonMLP`).
     """
 
     function: Callable
-    kernel: Any
+    kernel: Any = None
+    triton_kernel: Any = None
 
 
 def matmul(x_TD, w_DF):

@@ -1,5 +1,5 @@
 """An example of another expert MLP: SwiGLU (arXiv 2002.05202). This file is all that it takes, but
-for a kernel, which only the back end `grouped` needs."""
+for the kernels that the back ends `grouped` and `ragged` need."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def swiglu_mlp(x_TD, weights: dict):
     return matmul(jax.nn.silu(gate_TF) * up_TF, weights["w_down"])
 
 
-SWIGLU_MLP = ExpertMLP(swiglu_mlp, kernel=None)
+SWIGLU_MLP = ExpertMLP(swiglu_mlp)
 
 
 def swiglu_weights(experts: int, width: int, ffn: int) -> dict:

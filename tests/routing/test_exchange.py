@@ -109,7 +109,7 @@ MESHES = [(1, 1, 8), (2, 2, 2), (4, 1, 2), (2, 1, 4)]
 
 def check_exchanges():
     """Dropless where cells hold everything; with every back end inside."""
-    backends = ("blocked", "grouped", "blocked", "capacity")
+    backends = ("blocked", "grouped", "ragged", "capacity")
     for name, options in CASES.items():
         case = make_case(**options)
         expected, _ = on_one_device(case)
@@ -137,7 +137,7 @@ def check_the_ring_sums_weight_gradients_in_float32():
         (_, _, _, *oracle), _ = on_one_device((precise[0], case[1], case[2], precise[1]))
         oracle = [np.asarray(leaf) for leaf in oracle]
     mesh = make_mesh(MeshConfig(1, 1, 8))
-    for backend in ("blocked", "capacity", "grouped"):
+    for backend in ("blocked", "capacity", "grouped", "ragged"):
         how = Experts(backend, "ring", capacity_factor=float(EXPERTS))
         (_, _, _, *found), _ = on_mesh(mesh, how, (x, case[1], case[2], weights))
         for actual, expected in zip(found, oracle, strict=True):

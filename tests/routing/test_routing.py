@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.other_devices import device_named
 from helpers.swiglu_expert import SWIGLU_MLP, swiglu_mlp, swiglu_weights
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.kernels import experts as expert_kernels
+from moe_embed_jax.kernels import triton_experts
 from moe_embed_jax.models.encoder_config import BACKENDS
 from moe_embed_jax.models.feed_forward import gelu
 from moe_embed_jax.models.moe import GELU_MLP, gelu_mlp
+from moe_embed_jax.routing import ragged as ragged_module
 from moe_embed_jax.routing.blocked import blocked
 from moe_embed_jax.routing.capacity import capacity, cell_size, fill_cells
 from moe_embed_jax.routing.exchange import Experts
@@ -23,6 +26,7 @@ WIDTH, FFN = 16, 24
 ORACLE = functools.partial(reference, gelu_mlp)
 
 
+@functools.cache
 def layer(backend: str, mlp=GELU_MLP):
     """The back end, with cells that hold everything where it has cells."""
     return Experts(backend, "ring", capacity_factor=8.0).layer(mlp)
@@ -46,17 +50,21 @@ def make_case(tokens, experts, top_k, seed=0, choose=None, bias=False):
     )
 
 
-def gradients(layer, case):
-    """Result, number of dropped assignments and all gradients of a layer."""
-    x, expert, gate, weights = case
-    target = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
+@functools.cache
+def program(layer):
+    """(x, expert, gate, weights) -> result, number of dropped assignments, all gradients."""
 
-    def scalar(x, gate, weights):
+    def scalar(x, gate, weights, expert):
+        target = jnp.asarray(np.random.default_rng(9).normal(size=x.shape), jnp.float32)
         y, dropped = layer(x, expert, gate, weights)
         return jnp.sum(y * target), (y, dropped)
 
-    grad = jax.grad(scalar, argnums=(0, 1, 2), has_aux=True)
-    (dx, dgate, dweights), (y, dropped) = jax.jit(grad)(x, gate, weights)
+    grad = jax.jit(jax.grad(scalar, argnums=(0, 1, 2), has_aux=True))
+    return lambda x, expert, gate, weights: grad(x, gate, weights, expert)
+
+
+def gradients(layer, case):
+    (dx, dgate, dweights), (y, dropped) = program(layer)(*case)
     dweights = {name: leaf for name, leaf in dweights.items() if leaf is not None}
     return {"y": y, "dropped": dropped, "x": dx, "gate": dgate, **dweights}
 
@@ -66,29 +74,19 @@ def assert_equal(actual, expected):
         np.testing.assert_allclose(actual[key], value, atol=2e-5, rtol=1e-5, err_msg=key)
 
 
+SMALL = dict(tokens=90, experts=8, top_k=2, bias=True)  # one program for many cases
 CASES = {
     "plain": dict(tokens=300, experts=8, top_k=2),
     "top_1": dict(tokens=100, experts=4, top_k=1),
-    "bias": dict(tokens=200, experts=4, top_k=2, bias=True),
-    "bias_and_padding": dict(
-        tokens=64,
-        experts=4,
-        top_k=2,
-        choose=lambda e: np.where(np.arange(64)[:, None] % 3, e, 4),
-        bias=True,
-    ),
+    "bias": SMALL,
+    "padding": dict(choose=lambda e: np.where(np.arange(90)[:, None] % 3, e, 8), **SMALL),
+    "only_padding": dict(choose=lambda e: np.full_like(e, 8), **SMALL),
+    "all_to_two_experts": dict(choose=lambda e: np.tile([[5, 2]], (len(e), 1)), **SMALL),
     "top_4_of_64": dict(tokens=70, experts=64, top_k=4),
     "top_4_of_8": dict(tokens=90, experts=8, top_k=4, bias=True),
     "one_token": dict(tokens=1, experts=8, top_k=2),
     "not_a_multiple_of_the_block": dict(tokens=257, experts=3, top_k=1),
-    "all_to_one_expert": dict(
-        tokens=90, experts=8, top_k=2, choose=lambda e: np.tile([[5, 2]], (len(e), 1))
-    ),
-    "padding": dict(
-        tokens=64, experts=4, top_k=2, choose=lambda e: np.where(np.arange(64)[:, None] % 3, e, 4)
-    ),
-    "more_than_a_tile": dict(tokens=700, experts=4, top_k=2),
-    "only_padding": dict(tokens=16, experts=4, top_k=2, choose=lambda e: np.full_like(e, 4)),
+    "more_than_a_tile": dict(tokens=300, experts=3, top_k=2),
 }
 
 
@@ -110,9 +108,10 @@ def test_another_expert_mlp_is_one_function(backend, name):
     assert_equal(gradients(layer(backend, SWIGLU_MLP), case), expected)
 
 
-def test_an_expert_mlp_without_a_kernel_is_refused_by_grouped():
-    with pytest.raises(UserError, match=r"model\.expert_backend='grouped': .* choose 'blocked'"):
-        layer("grouped", SWIGLU_MLP)
+@pytest.mark.parametrize("backend", ["grouped", "ragged"])
+def test_an_expert_mlp_without_a_kernel_is_refused(backend):
+    with pytest.raises(UserError, match=f"model.expert_backend='{backend}': .* choose 'blocked'"):
+        layer(backend, SWIGLU_MLP)
 
 
 @pytest.mark.parametrize("tokens", [300, 4096])
@@ -154,17 +153,19 @@ def test_reference_is_the_formula():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["blocked", "grouped"])
+@pytest.mark.parametrize("backend", ["blocked", "grouped", "ragged"])
 def test_empty_expert_gets_exactly_zero_gradient(backend):
-    case = make_case(64, 4, 1, choose=lambda e: np.where(e == 3, 0, e))
+    case = make_case(100, 4, 1, choose=lambda e: np.where(e == 3, 0, e))
     result = gradients(layer(backend), case)
     assert not np.asarray(result["w_in"][3]).any()
     assert not np.asarray(result["w_out"][3]).any()
 
 
-@pytest.mark.parametrize("limit", [1, 2**30])
-def test_parts_of_the_hidden_layer_and_empty_tiles_do_not_matter(limit, monkeypatch):
-    """What is cut where an expert's matrices do not fit fast memory."""
+@pytest.mark.parametrize(
+    ("backend", "limit"), [("grouped", 1), ("grouped", 2**30), ("ragged", 2**30)]
+)
+def test_parts_of_the_hidden_layer_and_empty_tiles_do_not_matter(backend, limit, monkeypatch):
+    """What is cut: for TPUs where an expert's matrices do not fit fast memory."""
     rng = np.random.default_rng(0)
     case = make_case(300, 8, 2, choose=lambda e: np.where(e > 5, 8, e))
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 16, jnp.float32)  # noqa: E731
@@ -172,7 +173,41 @@ def test_parts_of_the_hidden_layer_and_empty_tiles_do_not_matter(limit, monkeypa
     case = (*case[:3], weights)
     expected = gradients(ORACLE, case)
     monkeypatch.setattr(expert_kernels, "vmem_limit_bytes", lambda: limit)
-    assert_equal(gradients(layer("grouped"), case), expected)
+    program.cache_clear()
+    assert_equal(gradients(layer(backend), case), expected)
+
+
+@pytest.mark.parametrize("of_card", [triton_experts.A100, triton_experts.H100])
+def test_blocks_of_every_card_give_the_same(of_card, monkeypatch):
+    case = make_case(**CASES["more_than_a_tile"])
+    monkeypatch.setattr(triton_experts, "blocks", lambda: of_card)
+    monkeypatch.setattr(ragged_module, "blocks", lambda: of_card)
+    program.cache_clear()
+    assert_equal(gradients(layer("ragged"), case), gradients(ORACLE, case))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "mlp", "chosen"),
+    [
+        ("cpu", "cpu", GELU_MLP, "blocked"),
+        ("tpu", "TPU v5 lite", GELU_MLP, "grouped"),
+        ("tpu", "TPU v5 lite", SWIGLU_MLP, "blocked"),
+        ("gpu", "NVIDIA H100 80GB HBM3", GELU_MLP, "ragged"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", GELU_MLP, "ragged"),
+        ("gpu", "NVIDIA L4", GELU_MLP, "ragged"),
+        ("gpu", "NVIDIA L4", SWIGLU_MLP, "reference"),
+        ("gpu", "Tesla T4", GELU_MLP, "reference"),
+        ("gpu", "AMD Instinct MI300X", GELU_MLP, "reference"),
+    ],
+)
+def test_auto_is_the_fastest_back_end_that_drops_nothing(platform, kind, mlp, chosen):
+    with device_named(platform, kind):
+        assert Experts("auto", "ring", 1.0).layer(mlp).func.__name__ == chosen
+
+
+def test_ragged_is_refused_on_a_gpu_without_triton():
+    with device_named("gpu", "Tesla T4"), pytest.raises(UserError, match="NVIDIA GPUs of compute"):
+        Experts("ragged", "ring", 1.0).layer(GELU_MLP)
 
 
 @pytest.mark.parametrize("block", [8, 64])
