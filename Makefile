@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/python$(VERSION).txt
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check
-TEST_EXTRAS ?= test,pytorch,plan,beam,mteb,docs
+TEST_EXTRAS ?= test,pytorch,onnx,openvino,plan,beam,mteb,docs
 # Test files in three processes, because they wait for children and disks a seventh of the time; each
 # needs up to 4 GB: make test PYTEST_FLAGS= for one.
 PYTEST_FLAGS ?= -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0

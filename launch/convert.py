@@ -21,6 +21,7 @@ from moe_embed_jax import distributed, launching
 
 
 def main():
+    from moe_embed_jax.interop.onnx_export import CHOICES
     from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
     flags = launching.parser(__doc__)
@@ -43,6 +44,13 @@ def main():
         choices=("learned", "rotary"),
         help="learned: keep the position table (exact). rotary: drop it, for stage 1 (the default "
         "for XLM-RoBERTa with its language-model head)",
+    )
+    parsers["export"].add_argument(
+        "--onnx",
+        nargs="?",
+        const="fp32",
+        choices=CHOICES,
+        help="write onnx/model.onnx too (fp32, the default), or onnx/model_qint8.onnx, or both",
     )
     upcycling = parsers["upcycle"]
     upcycling.add_argument("--mode", required=True, choices=("paper", "preserving"))
@@ -68,12 +76,15 @@ def main():
 
 def check(action: str, options: dict) -> None:
     """Finds the mistakes that can be found without importing jax, which takes seconds."""
+    from moe_embed_jax.interop.onnx_export import check_packages
     from moe_embed_jax.interop.source import check_source
     from moe_embed_jax.made_by import done_before
     from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
     if action == "upcycle":
         UpcycleConfig(**{f.name: options[f.name] for f in dataclasses.fields(UpcycleConfig)})
+    if options.get("onnx"):
+        check_packages()
     done_before(options["target"])
     check_source(options["source"])
 

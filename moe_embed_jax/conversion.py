@@ -80,15 +80,18 @@ def export_model(
     vocabulary: str | None = None,
     query_prefix: str | None = None,
     document_prefix: str | None = None,
+    onnx: str | None = None,
     dry_run: bool = False,
     progress=iter,
 ) -> bool:
     """Any model folder to a self-contained one for PyTorch, see `interop.export`.
 
+    onnx: files of ONNX to write too, see `interop.onnx_export`.
+
     Returns: False if the same call was finished before; nothing is done then.
     """
     folder = source_folder(source)
-    options = [step, query_prefix, document_prefix]
+    options = [step, query_prefix, document_prefix, *([onnx] if onnx else [])]
     command = _command("export", folder, vocabulary, options)
     if done_before(target, command):
         return False
@@ -114,6 +117,7 @@ def export_model(
             loaded.matryoshka_dims,
             progress,
             command,
+            onnx,
         )
     return True
 

@@ -15,6 +15,7 @@ from moe_embed_jax import storage
 from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY
+from moe_embed_jax.interop.onnx_export import write_onnx
 from moe_embed_jax.interop.prompts import exported_prompts
 from moe_embed_jax.interop.rules import entries, to_theirs
 from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
@@ -65,6 +66,7 @@ def write_folder(
     matryoshka_dims: Sequence[int] = (),
     progress=iter,
     command: str | None = None,
+    onnx: str | None = None,
 ) -> None:
     """Writes `folder`, which appears when it is complete.
 
@@ -75,6 +77,7 @@ def write_folder(
       matryoshka_dims: widths that vectors may be cut to; servers refuse others.
       progress: wraps the iterable of tensors, as tqdm does.
       command: as of `made_by`, to be kept in the folder.
+      onnx: None, or one of `onnx_export.CHOICES`.
 
     Raises `UserError` if `folder` exists.
     """
@@ -93,6 +96,8 @@ def write_folder(
         prompts = exported_prompts(prompts)
         write_settings(partial, model.width, prompts, max_length, model.pooling)
         (partial / "README.md").write_text(model_card(model, prompts, max_length))
+        if onnx:
+            write_onnx(partial, onnx)
         if command:
             keep_command(partial, command)
 

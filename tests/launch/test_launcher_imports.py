@@ -10,7 +10,8 @@ from helpers import labelled_model
 LAUNCHERS = sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
 HEAVY = {
     *("apache_beam", "array_record", "bm25s", "datasets", "flax", "grain", "huggingface_hub"),
-    *("ir_measures", "jax", "jaxlib", "matplotlib", "mteb", "numpy", "optax", "orbax", "pandas"),
+    *("ir_measures", "jax", "jaxlib", "matplotlib", "mteb", "numpy", "onnx", "onnxruntime"),
+    *("onnxscript", "openvino", "optax", "orbax", "pandas"),
     *("pyarrow", "safetensors", "scipy", "sentence_transformers", "sentencepiece", "seqio"),
     *("sklearn", "tensorboardX", "tensorflow", "tensorflow_datasets", "tensorflow_text"),
     *("tensorstore", "tokenizers", "torch", "transformers"),
