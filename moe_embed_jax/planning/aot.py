@@ -1,4 +1,4 @@
-"""Compiles a step for a TPU topology, ahead of time, and says what the compiler thinks of it."""
+"""Compiles a step for a topology, ahead of time, and says what the compiler thinks of it."""
 
 import dataclasses
 import os
@@ -9,8 +9,11 @@ import jax
 from moe_embed_jax import storage
 from moe_embed_jax.mesh import IN_SLICE, describe, make_mesh
 from moe_embed_jax.planning import memory, roofline
+from moe_embed_jax.planning.cards import Card
 from moe_embed_jax.planning.chips import Chip
 from moe_embed_jax.planning.cost import Cost, module_cost
+from moe_embed_jax.planning.gpu_cost import gpu_module_cost
+from moe_embed_jax.planning.gpu_target import compiler_options
 from moe_embed_jax.planning.hlo import parse_module
 from moe_embed_jax.planning.memory import Memory, OutOfMemory
 from moe_embed_jax.planning.request import Assumptions
@@ -26,7 +29,7 @@ class Plan:
 
     config: Run
     topology: str
-    chip: Chip
+    chip: Chip | Card
     mesh: str
     mesh_shape: tuple[int, ...]  # data, fsdp, expert, in each slice
     chips: int
@@ -76,7 +79,7 @@ class Plan:
 def compile_plan(
     config: Run,
     topology: str,
-    chip: Chip,
+    chip: Chip | Card,
     devices: list,
     step_name: str,
     assumed: Assumptions,
@@ -88,6 +91,7 @@ def compile_plan(
     # A source of parameters decides the architecture; no work directory has a say here.
     config, _ = init.apply_source(config, storage.path(os.devnull))
     mesh = make_mesh(config.mesh, devices)
+    is_gpu = isinstance(chip, Card)
     with jax.set_mesh(mesh):
         step = make_step(step_name, config, mesh, assumed)
         plan = Plan(
@@ -103,7 +107,7 @@ def compile_plan(
         )
         start = time.perf_counter()
         try:
-            compiled = step.lower().compile()
+            compiled = step.lower().compile(compiler_options() if is_gpu else None)
         except jax.errors.JaxRuntimeError as error:
             exhausted = memory.parse_exhausted(str(error))
             if exhausted is None:
@@ -111,7 +115,8 @@ def compile_plan(
             seconds = time.perf_counter() - start
             return dataclasses.replace(plan, compile_seconds=seconds, exhausted=exhausted)
     seconds = time.perf_counter() - start
-    cost = module_cost(parse_module(compiled.as_text()), mesh, step.unknown_trips)
+    read = gpu_module_cost if is_gpu else module_cost
+    cost = read(parse_module(compiled.as_text()), mesh, step.unknown_trips)
     return dataclasses.replace(
         plan,
         compile_seconds=seconds,

@@ -41,6 +41,10 @@ class Chip:
     wraps_at: int  # a torus dimension that is a multiple of it is closed to a ring
     example: str  # a topology that exists
 
+    def product_flops(self, precision: str) -> float:
+        """FLOP/s of what the compiler gives no cycles for, in any `matmul.precision`."""
+        return self.peak_flops
+
     @property
     def vector_operations(self) -> float:
         """Per second: 8 x 128 lanes with four units each, per core and cycle."""

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from moe_embed_jax.planning.cards import Card
 from moe_embed_jax.planning.chips import CHIPS, DEVICE_KINDS, HOP_SECONDS, Chip
 from moe_embed_jax.planning.hlo import Computation, Instruction
 
@@ -41,15 +42,18 @@ class Collective:
     def between_slices(self) -> bool:
         return "slice" in self.axes
 
-    def seconds(self, chip: Chip) -> float:
+    def seconds(self, chip: Chip | Card) -> float:
         """Time on idle links: bandwidth of a ring (Chan et al. 2007) plus a latency per step.
 
-        A collective-permute moves to a neighbour; an all-to-all crosses a quarter of the ring.
-        Between slices it is the bandwidth alone: see `Cost.waits_for_slices`.
+        A collective-permute moves to a neighbour; an all-to-all crosses a quarter of the ring, or,
+        between GPUs, the switch that all of them share. Between slices it is the bandwidth alone:
+        see `Cost.waits_for_slices`.
         """
         n = self.group_size
         if n < 2:
             return 0.0
+        if isinstance(chip, Card):
+            return self._switched_seconds(chip)
         if self.between_slices:
             passes = _ROUNDS[self.kind] * (n - 1) / n if self.kind in _ROUNDS else 1.0
             return passes * self.bytes / chip.dcn_bandwidth
@@ -60,6 +64,15 @@ class Collective:
         if self.kind in ("all-to-all", "ragged-all-to-all"):
             return self.bytes * max(n / 4, 1.0) / bandwidth + HOP_SECONDS * n / 2
         return self.bytes / chip.link_bandwidth + HOP_SECONDS
+
+    def _switched_seconds(self, card: Card) -> float:
+        n, steps, moved = self.group_size, 1.0, float(self.bytes)
+        if self.kind in _ROUNDS:
+            steps = _ROUNDS[self.kind] * (n - 1)
+            moved *= steps / n
+        elif self.kind in ("all-to-all", "ragged-all-to-all"):
+            moved *= (n - 1) / n
+        return moved / card.link_bandwidth + steps * card.link_seconds
 
 
 def kind_of(opcode: str) -> str | None:

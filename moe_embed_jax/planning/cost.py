@@ -11,7 +11,7 @@ import math
 from moe_embed_jax.planning import collectives, slices
 from moe_embed_jax.planning.hlo import Computation, Instruction, Module, Shape
 from moe_embed_jax.planning.loops import trip_count
-from moe_embed_jax.planning.matmul import matmul_flops
+from moe_embed_jax.planning.matmul import matmul_flops, precision
 
 # Take no time of their own: names, or work that is counted elsewhere.
 FREE = frozenset(
@@ -62,30 +62,33 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Unestimated:
-    """An instruction that the compiler gives no cycles for: bytes of HBM, FLOPs of matrix products,
-    operations of the vector unit (of sorts; what else there is, is taken to be memory-bound)."""
+    """An instruction that the compiler gives no cycles for: bytes of HBM, FLOPs of matrix products
+    and their `matmul.precision`, operations of the vector unit (of sorts; what else there is, is
+    taken to be memory-bound)."""
 
     opcode: str
     bytes: int
     flops: float
     vector_operations: float
+    precision: str = "bfloat16"
 
 
 @dataclasses.dataclass
 class Cost:
     """Totals; Counters hold how often each thing happens.
 
-    matmul_flops: dots and convolutions. cycles: the compiler's estimates, also by the place in the
-    program. prefetches: bytes of asynchronous copies between HBM and on-chip memory. unknown_loops:
-    loops whose trip count only the data decide. waits_for_slices: how often the program sends
-    something to other slices and then waits for what they send; what is sent before one wait
-    travels together. slice_loops: transfers between slices that stand in a loop, by its place.
+    products: FLOPs of dots and convolutions, by `matmul.precision`. cycles: the compiler's
+    estimates, also by the place in the program. prefetches: bytes of asynchronous copies between
+    HBM and on-chip memory. unknown_loops: loops whose trip count only the data decide.
+    waits_for_slices: how often the program sends something to other slices and then waits for what
+    they send; what is sent before one wait travels together. slice_loops: transfers between slices
+    that stand in a loop, by its place.
     """
 
-    matmul_flops: float = 0.0
     cycles: float = 0.0
     waits_for_slices: int = 0
     cycles_by_source: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unestimated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -103,6 +106,10 @@ class Cost:
                 setattr(self, field.name, mine + theirs * times)
 
     @property
+    def matmul_flops(self) -> float:
+        return sum(self.products.values())
+
+    @property
     def kernel_flops(self) -> float:
         return sum((kernel.flops or 0.0) * count for kernel, count in self.kernels.items())
 
@@ -115,7 +122,7 @@ class Cost:
 def module_cost(module: Module, mesh, unknown_trips: int = 1) -> Cost:
     """`mesh`: over whose devices the program is partitioned (names the axes of collectives).
     `unknown_trips`: how often loops are taken to run whose bounds only the data decide."""
-    return _Walk(module, mesh, unknown_trips).computation(module.entry, timed=True)
+    return Walk(module, mesh, unknown_trips).computation(module.entry, timed=True)
 
 
 def _kernel(it: Instruction, operands: list[Shape]) -> Kernel:
@@ -134,7 +141,9 @@ def _kernel(it: Instruction, operands: list[Shape]) -> Kernel:
     return Kernel(name, *counts)
 
 
-class _Walk:
+class Walk:
+    """Over a program for TPUs; `gpu_cost` has the one for GPUs."""
+
     def __init__(self, module: Module, mesh, unknown_trips: int):
         self.module = module
         self.mesh = mesh
@@ -184,7 +193,7 @@ class _Walk:
                 return cost
         elif opcode in ("dot", "convolution"):
             lhs, rhs = (shapes[0] for shapes in parent.operand_shapes(it)[:2])
-            cost.matmul_flops += matmul_flops(it, lhs, rhs)
+            cost.products[precision(it, lhs)] += matmul_flops(it, lhs, rhs)
         elif opcode == "custom-call" and "tpu_custom_call" in it.rest:
             operands = [shapes[0] for shapes in parent.operand_shapes(it) if shapes]
             cost.kernels[_kernel(it, operands)] += 1
@@ -210,10 +219,10 @@ class _Walk:
             cost.cycles += float(cycles)
             cost.cycles_by_source[_source(it)] += int(cycles)
             return
-        cost.unestimated[self.roofline_work(parent, it, cost.matmul_flops)] += 1
+        cost.unestimated[self.roofline_work(parent, it, cost.products)] += 1
 
-    def roofline_work(self, parent: Computation, it: Instruction, flops: float) -> "Unestimated":
-        """The work of an instruction without an estimate."""
+    def roofline_work(self, parent: Computation, it: Instruction, products) -> Unestimated:
+        """The work of an instruction without an estimate; `products`: as `Cost.products`."""
         operands = [shapes[0] for shapes in parent.operand_shapes(it) if shapes]
         label = it.opcode
         if label == "fusion":
@@ -230,7 +239,7 @@ class _Walk:
             moved = changed + _hbm(updates)
         else:
             moved = result + _hbm(operands)
-        return Unestimated(label, moved, flops, _comparisons(label, it, operands))
+        return unestimated(label, moved, products, comparisons(label, it, operands))
 
     def opcodes(self, name: str) -> set[str]:
         found = set()
@@ -277,7 +286,13 @@ def _communication(it: Instruction, inner: str, communicates: str) -> str:
     return communicates
 
 
-def _comparisons(label: str, it: Instruction, operands: list[Shape]) -> float:
+def unestimated(label: str, moved: int, products, vector_operations: float) -> Unestimated:
+    """A fusion has one product, or several of one precision."""
+    kind = max(products, key=products.get, default="bfloat16")
+    return Unestimated(label, moved, float(sum(products.values())), vector_operations, kind)
+
+
+def comparisons(label: str, it: Instruction, operands: list[Shape]) -> float:
     """Operations of a bitonic sort (Batcher 1968) along the sorted axis, or of its part that finds
     the k largest: log(log + 1) / 2 stages, each of which compares, and selects, every array."""
     if label == "sort":

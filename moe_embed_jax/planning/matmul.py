@@ -16,6 +16,14 @@ def matmul_flops(instruction: Instruction, lhs: Shape, rhs: Shape) -> float:
     return _convolution_flops(instruction, lhs, rhs)
 
 
+def precision(instruction: Instruction, lhs: Shape) -> str:
+    """ "bfloat16" (float16 too); of float32 "default", which GPUs round to TF32, or "highest"."""
+    if lhs.dtype in ("bf16", "f16"):
+        return "bfloat16"
+    chosen = instruction.attribute("operand_precision") or ""
+    return "highest" if "high" in chosen else "default"
+
+
 def _convolution_flops(instruction: Instruction, lhs: Shape, rhs: Shape) -> float:
     """Products that fall into padding or between dilated values are not counted.
 

@@ -35,7 +35,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """What the compiler said: `space` is "hbm" or "vmem"; bytes None where it did not say;
+    """What the compiler said: `space` is "hbm", or a kernel's on-chip memory: "vmem" (TPU) or
+    "shared memory" (GPU); bytes None where it did not say;
     `largest` the allocations it names, or the kernel."""
 
     space: str
@@ -84,6 +85,8 @@ def parse_exhausted(message: str) -> OutOfMemory | None:
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
     space = "vmem" if "vmem" in message.lower() and "HBM" not in message else "hbm"
+    if "Shared memory size limit" in message:
+        space = "shared memory"
     needed, available = _sizes(message)
     lines = []
     for block in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:6]:
@@ -97,12 +100,13 @@ def parse_exhausted(message: str) -> OutOfMemory | None:
 
 
 def _sizes(message: str) -> tuple[int | None, int | None]:
-    """(needed, available) bytes, in any of the wordings of libtpu."""
+    """(needed, available) bytes, in any of the wordings of the compilers."""
     patterns = (
         rf"Used {_SIZE} of {_SIZE}",
         rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}\)",
         r"size=(\d+)(B?)\) would exceed memory \(size=(\d+)(B?)\)",
         rf"size {_SIZE} and limit {_SIZE}",
+        r"requested (\d+)(), available: (\d+)()",
     )
     for pattern in patterns:
         match = re.search(pattern, message)
@@ -114,7 +118,7 @@ def _sizes(message: str) -> tuple[int | None, int | None]:
 
 def advice(config, step: str, space: str, dominant: str | None) -> list[str]:
     """What could make `step` fit, most promising first; `dominant`: the largest kind of memory."""
-    if space == "vmem":
+    if space != "hbm":
         return [
             "a kernel's tiles are too large for on-chip memory: change model.width, "
             "model.ffn_width or data.row_length to multiples of 128, or model.expert_backend"

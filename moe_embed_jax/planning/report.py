@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_embed_jax.planning.aot import Plan
+from moe_embed_jax.planning.cards import MEMORY_FRACTION, Card
 from moe_embed_jax.planning.chips import DCN_SECONDS
 from moe_embed_jax.planning.memory import largest_arguments
 
@@ -53,9 +54,10 @@ def to_json(plan: Plan) -> dict:
     }
     if plan.cost:
         result["pallas_flops_per_chip"] = plan.cost.kernel_flops
+        result["kernels"] = _kernel_calls(plan)
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
-        result["is_lower_bound"] = is_incomplete(plan)
+        result["is_lower_bound"] = is_incomplete(plan) or isinstance(plan.chip, Card)
         result["waits_for_other_slices"] = plan.cost.waits_for_slices
         result["transfers_between_slices_in_loops"] = dict(plan.cost.slice_loops)
         result["seconds_by_source"] = seconds_by_source(plan)
@@ -101,7 +103,7 @@ def _print_exhausted(plan: Plan, console: Console) -> None:
     found = plan.exhausted
     console.print(f"the compiler ran out of {found.space.upper()}: {found.message}", markup=False)
     if found.needed:
-        unit, name = (MIB, "MiB") if found.space == "vmem" else (GIB, "GiB")
+        unit, name = (GIB, "GiB") if found.space == "hbm" else (MIB, "MiB")
         needed, available = found.needed / unit, found.available / unit
         console.print(f"predicted need at least {needed:.2f} of {available:.2f} {name} per chip")
     for line in found.largest:
@@ -118,6 +120,11 @@ def _print_memory(plan: Plan, console: Console) -> None:
     table.add_row("total", f"{total / GIB:.3f}", f"{total / capacity:.1%}", style="bold")
     table.add_row("capacity", f"{capacity / GIB:.3f}", "fits" if plan.fits else "DOES NOT FIT")
     console.print(table)
+    if isinstance(plan.chip, Card):
+        console.print(
+            f"capacity is what jax takes of the card, {MEMORY_FRACTION:.0%} of "
+            f"{plan.chip.memory_bytes / GIB:.2f} GiB; XLA_PYTHON_CLIENT_MEM_FRACTION changes that"
+        )
     kinds = plan.memory.by_kind()
     largest = ", ".join(
         f"{path} {size / GIB:.3f} GiB"
@@ -129,14 +136,22 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 
 def _print_work(plan: Plan, console: Console) -> None:
-    cost = plan.cost
+    cost, is_gpu = plan.cost, isinstance(plan.chip, Card)
     table = _table("FLOPs per chip and step (predicted)", "", "TFLOP", "compiled / model")
     table.add_row(f"model, {plan.step.work}", f"{plan.model_flops / 1e12:.4g}", "")
     table.add_row("compiled: matrix products", f"{cost.matmul_flops / 1e12:.4g}", "")
-    table.add_row("compiled: Pallas kernels", f"{cost.kernel_flops / 1e12:.4g}", "")
+    table.add_row(
+        "compiled: kernels of our own and cuDNN's" if is_gpu else "compiled: Pallas kernels",
+        f"{cost.kernel_flops / 1e12:.4g}",
+        "",
+    )
     ratio = f"{cost.flops / plan.model_flops:.2f}"
     table.add_row("compiled", f"{cost.flops / 1e12:.4g}", ratio, style="bold")
     console.print(table)
+    if is_gpu:
+        calls = "; ".join(f"{count} x {name}" for name, count in _kernel_calls(plan).items())
+        launches = sum(cost.kernels.values()) + sum(cost.unestimated.values())
+        console.print(f"kernels     {launches:,} a step, of which {calls or 'none of our own'}")
     for kernel in _kernels_without_estimate(plan):
         console.print(f"Pallas kernel without a cost estimate, counted as nothing: {kernel}")
     if is_incomplete(plan):
@@ -204,8 +219,15 @@ def _print_time(plan: Plan, console: Console) -> None:
         note = f"{hidden[kind] * 1e3:.3f} ms of it not hidden" if kind in hidden else ""
         table.add_row(kind, f"{seconds * 1e3:.3f}", note)
     table.add_row("step", f"{times.step_seconds * 1e3:.3f}", "", style="bold")
-    table.add_row("step, nothing hidden", f"{times.serial_seconds * 1e3:.3f}", "upper bound")
+    is_gpu = isinstance(plan.chip, Card)
+    bound = "" if is_gpu else "upper bound"
+    table.add_row("step, nothing hidden", f"{times.serial_seconds * 1e3:.3f}", bound)
     console.print(table)
+    if is_gpu:
+        console.print(
+            "a lower bound: each kernel is taken to reach the full rate of what limits it "
+            "(products or memory), and gaps between kernels are left out"
+        )
     share = plan.step.real_share
     lines = [
         f"MFU         {plan.mfu:.1%} of {plan.step.work}"
@@ -269,6 +291,8 @@ def seconds_by_source(plan: Plan) -> dict[str, float]:
 
 
 def _print_sources(plan: Plan, console: Console) -> None:
+    if not plan.cost.cycles:  # of a compiler that gives none
+        return
     table = _table("Where the compiler's cycles go (predicted)", "place in the program", "ms", "")
     for source, seconds in seconds_by_source(plan).items():
         share = seconds / plan.times.step_seconds
@@ -278,6 +302,14 @@ def _print_sources(plan: Plan, console: Console) -> None:
 
 def _kernels_without_estimate(plan: Plan) -> list[str]:
     return sorted({kernel.name for kernel in plan.cost.kernels if kernel.flops is None})
+
+
+def _kernel_calls(plan: Plan) -> dict[str, int]:
+    """How often a step calls each kernel of our own, and cuDNN's."""
+    calls = collections.Counter()
+    for kernel, count in plan.cost.kernels.items():
+        calls[kernel.name] += count
+    return dict(sorted(calls.items()))
 
 
 def _rate(plan: Plan) -> float:

@@ -41,12 +41,14 @@ def _plan(config: Run, topology: str, assumed: Assumptions, arguments, console: 
 
     plan = None
     if arguments.search:
+        parsed = parse_topology(topology)
+        compiler = "jax-cuda12-pjrt" if parsed.is_gpu else "libtpu"
         identity = {
             "topology": topology,
             "assumed": dataclasses.asdict(assumed),
-            "versions": [importlib.metadata.version(name) for name in ("jax", "libtpu")],
+            "versions": [importlib.metadata.version(name) for name in ("jax", compiler)],
         }
-        chips = len(devices) // parse_topology(topology).slices
+        chips = len(devices) // parsed.slices
         config, plan = search.search(config, chips, plan_of, identity, arguments.cache, console)
         if config is None:
             raise UserError(

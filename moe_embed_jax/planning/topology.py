@@ -1,4 +1,4 @@
-"""TPU topologies to compile for, without a TPU."""
+"""Topologies to compile for: TPU slices and GPUs of a host, without either."""
 
 import dataclasses
 import importlib.util
@@ -7,9 +7,15 @@ import os
 import re
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.planning.cards import CARDS, Card
 from moe_embed_jax.planning.chips import CHIPS, Chip
+from moe_embed_jax.planning.gpu_target import gpu_devices
 
-EXAMPLES = ", ".join(chip.example for chip in CHIPS.values()) + ", 2xv5e:16x16 (two slices)"
+EXAMPLES = (
+    ", ".join(chip.example for chip in CHIPS.values())
+    + ", 2xv5e:16x16 (two slices); GPUs: "
+    + ", ".join(card.example for card in CARDS.values())
+)
 # libtpu asks the metadata server of a TPU VM, which is not there, what it runs on, and takes a lock
 # on the TPU, which is not there either.
 ENVIRONMENT = {
@@ -24,11 +30,16 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` slices, each with `sizes` chips along the dimensions of its torus."""
+    """`slices` slices, each with `sizes` chips along the dimensions of its torus; or `sizes` GPUs
+    of one host."""
 
     slices: int
-    chip: Chip
+    chip: Chip | Card
     sizes: tuple[int, ...]
+
+    @property
+    def is_gpu(self) -> bool:
+        return isinstance(self.chip, Card)
 
     @property
     def slice_name(self) -> str:
@@ -37,11 +48,20 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5e:4x4`, or `2xv5e:4x4` for two slices."""
+    """`v5e:4x4`, `2xv5e:4x4` for two slices, or `h100:8` for eight GPUs."""
     parts = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)", name, re.ASCII)
-    if parts is None or parts[2] not in CHIPS:
-        raise UserError(f"--topology={name} is no TPU topology; examples: {EXAMPLES}")
-    chip, sizes = CHIPS[parts[2]], tuple(map(int, parts[3].split("x")))
+    if parts is None or parts[2] not in CHIPS | CARDS:
+        raise UserError(f"--topology={name} is no topology; examples: {EXAMPLES}")
+    sizes = tuple(map(int, parts[3].split("x")))
+    if parts[2] in CARDS:
+        card = CARDS[parts[2]]
+        if parts[1] or len(sizes) > 1 or sizes[0] > card.most_cards:
+            raise UserError(
+                f"--topology={name}: GPUs are planned on one host, {card.name}:1 to "
+                f"{card.name}:{card.most_cards}"
+            )
+        return Topology(1, card, sizes)
+    chip = CHIPS[parts[2]]
     if len(sizes) != chip.torus_dims:
         raise UserError(
             f"--topology={name}: {chip.name} has {chip.torus_dims} dimensions, as {chip.example}"
@@ -49,13 +69,15 @@ def parse_topology(name: str) -> Topology:
     return Topology(int(parts[1] or 1), chip, sizes)
 
 
-def topology_devices(name: str) -> tuple[Chip, list]:
+def topology_devices(name: str) -> tuple[Chip | Card, list]:
     """The chip and the devices of a topology, for `make_mesh` and ahead-of-time compilation.
 
     Must be called before anything else touches libtpu. Raises `UserError` for a name that the
-    compiler does not know, and where libtpu is missing or held by another process.
+    compiler does not know, and where a compiler is missing or libtpu held by another process.
     """
     parsed = parse_topology(name)
+    if parsed.is_gpu:
+        return parsed.chip, gpu_devices(parsed.chip, *parsed.sizes)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "the TPU compiler (libtpu) is not installed: pip install -e .[plan] (Linux on x86-64)"
