@@ -152,7 +152,7 @@ def spanned_axes(groups: np.ndarray, mesh) -> tuple[str, ...]:
 def _links(groups: np.ndarray, mesh) -> int:
     """One per torus dimension that the groups spread over, two where it is closed to a ring."""
     devices = mesh.devices.reshape(-1)
-    if not hasattr(devices[0], "coords"):  # fake CPU devices: no torus
+    if getattr(devices[0], "platform", "") != "tpu":  # fake CPU devices, GPUs: no torus
         return 1
     chip = CHIPS[DEVICE_KINDS[devices[0].device_kind]]
     coords = np.array([d.coords for d in devices])

@@ -5,7 +5,6 @@ them installed loads the plugin with jax's first device, whatever it does.
 """
 
 import importlib.util
-import pathlib
 
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.planning.cards import Card
@@ -16,7 +15,7 @@ MISSING = (
 )
 
 
-def cuda_folder() -> pathlib.Path | None:
+def cuda_folder() -> str | None:
     """Of the wheel with ptxas and libdevice; None where a wheel of [plan-gpu] is missing."""
     needed = ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc")
     try:
@@ -25,7 +24,7 @@ def cuda_folder() -> pathlib.Path | None:
         return None
     if None in specs:
         return None
-    return pathlib.Path(next(iter(specs[-1].submodule_search_locations)))
+    return next(iter(specs[-1].submodule_search_locations))
 
 
 def gpu_devices(card: Card, count: int) -> list:
@@ -42,4 +41,4 @@ def gpu_devices(card: Card, count: int) -> list:
 
 def compiler_options() -> dict:
     """Of `Lowered.compile`: where ptxas is, and no measuring of candidates, which takes a GPU."""
-    return {"xla_gpu_cuda_data_dir": str(cuda_folder()), "xla_gpu_autotune_level": 0}
+    return {"xla_gpu_cuda_data_dir": cuda_folder(), "xla_gpu_autotune_level": 0}

@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "compute-and-memory-of-a-kernel-add-up",
         "planning/roofline.py",
-        "        return max(\n            flops / chip.peak_flops,\n",
-        "        return math.fsum(\n            [flops / chip.peak_flops,\n",
+        "        return max(\n            flops / chip.product_flops(precision),\n",
+        "        return math.fsum(\n            [flops / chip.product_flops(precision),\n",
         FREE,
         more=(
             (
@@ -110,6 +110,20 @@ FAULTS = (
             ),
             ("import dataclasses\n", "import dataclasses\nimport math\n"),
         ),
+    ),
+    Fault(
+        "a-gpu-fusion-reads-all-of-what-it-slices",
+        "planning/gpu_cost.py",
+        "if user.opcode in SLICES and user.operands[0] == it.name:",
+        "if user.opcode in () and user.operands[0] == it.name:",
+        "planning/test_gpu_cost.py -k fusion",
+    ),
+    Fault(
+        "highest-precision-runs-at-the-rate-of-tf32",
+        "planning/matmul.py",
+        'return "highest" if "high" in chosen else "default"',
+        'return "default"',
+        "planning/test_gpu_cost.py -k precision",
     ),
     Fault(
         "bytes-on-chip-count-as-hbm",
