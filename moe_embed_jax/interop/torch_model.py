@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# transformers >= 5.5 has a class of its own for model_type "nomic_bert". It knows neither experts
-# nor biases, reads the sizes from other keys, and without trust_remote_code loads this checkpoint
-# with random weights. It wants a string in `hidden_act`: a list stops it, and its error shows it.
+# transformers >= 5.5 has a class of its own for model_type "nomic_bert", which knows neither these
+# keys nor experts. It wants a string in `hidden_act`: a list stops it, and its error shows it.
 NATIVE_CLASS_GUARD = [
     "the nomic_bert class inside transformers reads other keys than this config.json has, and "
     "fills what it misses with random numbers: pass trust_remote_code=True to use "
@@ -112,11 +112,10 @@ class NomicBertConfig(PretrainedConfig):
 
     def is_published_architecture(self) -> bool:
         """Whether other runtimes for `nomic_bert` compute this model: no extension of ours."""
-        experts = self.num_experts and self.moe_every_n_layers
         special = self.moe_expert_bias or self.moe_normalize_expert_weights
-        return bool(self.rotary_emb_fraction) and not (
-            experts and (special or self.moe_every_n_layers == 1)
-        )
+        experts = self.num_experts and self.moe_every_n_layers
+        ours = experts and (special or self.moe_every_n_layers == 1)
+        return bool(self.rotary_emb_fraction) and not ours
 
     def to_dict(self):
         fields = super().to_dict() | {"hidden_act": list(NATIVE_CLASS_GUARD)}
@@ -136,11 +135,10 @@ class Embeddings(nn.Module):
         if not config.rotary_emb_fraction:
             self.position_embeddings = nn.Embedding(config.n_positions, config.n_embd)
 
-    def forward(self, input_ids, token_type_ids, position_ids):
-        """Ids [B, L], position ids [1 or B, L] -> [B, L, D]."""
+    def forward(self, words, token_type_ids, position_ids):
+        """Rows of words [B, L, D], type ids [B, L], position ids [1 or B, L] -> [B, L, D]."""
         types = self.token_type_embeddings
-        x = self.word_embeddings(input_ids)
-        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+        x = words + (types.weight[0] if token_type_ids is None else types(token_type_ids))
         if hasattr(self, "position_embeddings"):
             x = x + self.position_embeddings(position_ids)
         return x
@@ -149,9 +147,8 @@ class Embeddings(nn.Module):
 def rotary_tables(position_ids, head_size: int, base: float):
     """cos and sin [1 or B, 1, L, C / 2] of the angles, in float32.
 
-    Computed in every forward: a buffer would be lost when transformers builds on the meta device.
-    The frequencies are Python's, rounded once: the float32 power of a processor may differ, and a
-    position of 400 multiplies that to 3e-5.
+    No buffer: it would be lost when transformers builds on the meta device. The frequencies are
+    Python's: the float32 power of a processor may differ, and a position of 400 makes that 3e-5.
     """
     half = head_size // 2
     frequency = torch.tensor(
@@ -170,22 +167,43 @@ def rotate(x, cos, sin):
     return turned.to(x.dtype)
 
 
-class Attention(nn.Module):
-    """Bidirectional; q, k, v in one matrix laid out [q | k | v], heads contiguous in each."""
+def eager_attention_forward(module, q, k, v, key_mask, scaling, **kwargs):
+    """q, k, v [B, H, L, C], key_mask bool [B, 1, 1, L] or None -> ([B, L, H, C], weights)."""
+    scores = q @ k.transpose(-1, -2) * scaling
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights
 
-    def __init__(self, config):
+
+# `torch.nn`: where transformers finds the text "Attention(nn.Module)" in this file, it wants one
+# spelling of the call below, which differs between 4.57 and 5.
+class Attention(torch.nn.Module):
+    """Bidirectional; q, k, v in one matrix laid out [q | k | v], heads contiguous in each.
+
+    Computed by what `attn_implementation` names: eager, sdpa, flash attention, a server's own.
+    """
+
+    is_causal = False
+
+    def __init__(self, config, layer_idx: int):
         super().__init__()
+        self.config, self.layer_idx = config, layer_idx
         self.n_head = config.n_head
+        self.scaling = (config.n_embd // config.n_head) ** -0.5
         self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.out_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, key_mask, rotary):
-        """x [B, L, D]; key_mask bool [B, 1, 1, L] or None; rotary (cos, sin) or None."""
+        """x [B, L, D]; key_mask as the implementation takes it; rotary (cos, sin) or None."""
         q, k, v = self.Wqkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        context = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)  # [B, H, L, C]
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        attend = ALL_ATTENTION_FUNCTIONS.get(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, _ = attend(self, q, k, v, key_mask, scaling=self.scaling, dropout=0.0)
+        return self.out_proj(context.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -244,11 +262,7 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.n_embd))
 
     def forward(self, x, gates, experts):
-        """x [T, D], gates [T, K], experts [T, K] (E: none) -> [T, D].
-
-        Only the routed work is done, and no Python decision depends on a value, so the loop can be
-        traced and exported.
-        """
+        """x [T, D], gates [T, K], experts [T, K] (E: none) -> [T, D]; no decision needs a value."""
         y = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, slot = torch.where(experts == expert)  # [n] each
@@ -279,7 +293,7 @@ class Block(nn.Module):
 
     def __init__(self, config, index: int):
         super().__init__()
-        self.attn = Attention(config)
+        self.attn = Attention(config, index)
         self.norm1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MoE(config) if config.is_moe_layer(index) else FeedForward(config)
         self.norm2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -304,6 +318,8 @@ class NomicBertModel(PreTrainedModel):
     config_class = NomicBertConfig
     base_model_prefix = "model"
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True  # another function may compute attention
 
     def __init__(self, config):
         super().__init__(config)
@@ -332,40 +348,45 @@ class NomicBertModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         token_type_ids=None,
         position_ids=None,
+        inputs_embeds=None,
         return_dict=None,
         **kwargs,
     ):
         """Token states [B, L, D]; at padding they are finite and mean nothing.
 
         input_ids [B, L]; attention_mask [B, L], 0 for padding (None: no padding); token_type_ids
-        [B, L] (None: type 0); position_ids [1 or B, L] (None: the column index).
+        [B, L] (None: type 0); position_ids [1 or B, L] (None: the column index);
+        inputs_embeds [B, L, D] stands for the rows of words of `input_ids`.
         """
         config = self.config
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.word_embeddings(input_ids)
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            length = inputs_embeds.shape[1]
+            position_ids = torch.arange(length, device=inputs_embeds.device)[None]
         valid = key_mask = rotary = None
         if attention_mask is not None:
             valid = attention_mask.bool()
             # An empty text attends to its padding: a softmax over nothing would be NaN.
-            key_mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]
+            key_mask = valid | ~valid.any(dim=-1, keepdim=True)
+            if "flash" not in config._attn_implementation:  # which counts tokens in [B, L]
+                key_mask = key_mask[:, None, None, :]
         if config.rotary_emb_fraction:
             head_size = config.n_embd // config.n_head
             rotary = rotary_tables(position_ids, head_size, config.rotary_emb_base)
-        x = self.emb_ln(self.embeddings(input_ids, token_type_ids, position_ids))
+        x = self.emb_ln(self.embeddings(inputs_embeds, token_type_ids, position_ids))
         x = self.encoder(x, valid, key_mask, rotary)
         return (x,) if return_dict is False else BaseModelOutput(last_hidden_state=x)
 
     def embed(self, input_ids, attention_mask=None, dim: int | None = None, normalize: bool = True):
         """Text embeddings [B, dim]: the real tokens' states pooled, cut, then normalised.
 
-        The mean, or the state of the first or last real token, as `pooling` of config.json says.
-
-        `dim` keeps the first features (Matryoshka). The cut comes after the pooling: the published
-        modelling code slices the axis of positions instead.
+        Pooled to their mean, or to the first or last of them, as config.json says. `dim` keeps the
+        first features (Matryoshka).
         """
         x = self(input_ids, attention_mask, return_dict=False)[0].float()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

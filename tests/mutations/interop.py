@@ -254,9 +254,16 @@ FAULTS = (
     Fault(
         "pytorch-attends-to-padding",
         "interop/torch_model.py",
-        "key_mask = (valid | ~valid.any(dim=-1, keepdim=True))[:, None, None, :]",
-        "key_mask = None",
+        "key_mask = valid | ~valid.any(dim=-1, keepdim=True)",
+        "key_mask = torch.ones_like(valid)",
         TORCH,
+    ),
+    Fault(
+        "pytorch-gives-flash-attention-a-mask-of-four-axes",
+        "interop/torch_model.py",
+        'if "flash" not in config._attn_implementation:',
+        "if True:",
+        "interop/test_torch_attention.py -k flash",
     ),
     Fault(
         "pytorch-expert-output-without-its-gate",
