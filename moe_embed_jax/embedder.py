@@ -15,15 +15,21 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
 from moe_embed_jax.mesh import batch_sharding, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
-from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, expert_choices
+from moe_embed_jax.models.encoder import (
+    EncoderConfig,
+    encode_tokens,
+    expert_choices,
+    unstack_params,
+)
 from moe_embed_jax.models.pooling import pool_texts
 from moe_embed_jax.processes import to_devices, to_host, tokenized_together
 from moe_embed_jax.shapes import PADDING
+from moe_embed_jax.unstacked import Unstacked
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
 # On a CPU calls are a quarter as large for models with fewer parameters in their blocks, so that
-# activations stay in its caches. But a call copies all weights: with 21 M (multilingual-e5-small)
-# smaller calls won, with 283 M (nomic-embed-text-v2-moe) they lost.
+# activations stay in its caches: with 21 M (multilingual-e5-small) smaller calls won, with 283 M
+# (nomic-embed-text-v2-moe) they lost, when a call copied all weights (int8 weights still are).
 FEW_BLOCK_PARAMS = 64 << 20
 
 
@@ -74,9 +80,12 @@ class Embedder:
         """
         mesh = mesh or single_device_mesh()
         loaded = load_model(folder, mesh, step, weights)
+        params = loaded.params
+        if weights == "float32" and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+            params = unstack_params(params)
         return cls(
             loaded.model,
-            loaded.params,
+            params,
             loaded.vocabulary,
             loaded.max_lengths,
             mesh,
@@ -149,10 +158,13 @@ class Embedder:
             "vocabulary": self.vocabulary and self.vocabulary.content_hash,
         }
         sha256 = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            array = to_host(leaf)
-            sha256.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-            sha256.update(np.ascontiguousarray(array).view(np.uint8))
+        leaves = jax.tree_util.tree_leaves_with_path(
+            self.params, is_leaf=lambda node: isinstance(node, Unstacked)
+        )
+        for path, leaf in leaves:
+            sha256.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+            for array in leaf.arrays() if isinstance(leaf, Unstacked) else [leaf]:
+                sha256.update(np.ascontiguousarray(to_host(array)).view(np.uint8))
         return sha256.hexdigest()
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.unstacked import Unstacked
 
 # Parameters of blocks have a leading scan axis (G), which is never sharded.
 DENSE_RULES = (
@@ -68,7 +69,7 @@ def rules_for(model) -> tuple[tuple[str, P], ...]:
 def specs(tree, rules) -> object:
     """PartitionSpecs of the leaves of `tree` (arrays or ShapeDtypeStructs), by path.
 
-    Scalars are replicated without a rule.
+    Scalars are replicated without a rule. The pieces of an `Unstacked` parameter have their own.
     """
     used = set()
 
@@ -79,7 +80,7 @@ def specs(tree, rules) -> object:
         for index, (pattern, spec) in enumerate(rules):
             if re.search(pattern, path):
                 used.add(index)
-                return spec
+                return leaf.specs(spec) if isinstance(leaf, Unstacked) else spec
         raise UserError(f"parameter {path} {leaf.shape} matches no sharding rule in sharding.py")
 
     result = jax.tree_util.tree_map_with_path(spec_of, tree, is_leaf=is_array)

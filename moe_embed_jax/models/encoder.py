@@ -25,6 +25,7 @@ from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.routing.router import RoutingStatistics
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
+from moe_embed_jax.unstacked import is_unstacked, piece_of, unstack
 
 BLOCK_SUM = "block_sum"  # the sum before the last norm of a block: what `remat_rows` saves
 
@@ -143,6 +144,25 @@ def in_compute_dtype(config: EncoderConfig, params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_array)
 
 
+def unstack_params(params: dict) -> dict:
+    """`params` on a CPU with `Unstacked` blocks and experts, to encode few texts fast. Takes the
+    parameters out of `params`, so that memory holds no second copy of them."""
+
+    def unstacked(tree: dict, path: str) -> dict:
+        result = {}
+        for name in list(tree):
+            leaf, own_path = tree.pop(name), f"{path}/{name}"
+            if isinstance(leaf, dict):
+                result[name] = unstacked(leaf, own_path)
+            else:
+                is_of_experts = re.search(r"/moe/(w_in|w_out|bias_in)$", own_path)
+                result[name] = leaf if leaf is None else unstack(leaf, 2 if is_of_experts else 1)
+        return result
+
+    embeddings = {"embeddings": params.pop("embeddings")}
+    return embeddings | {name: unstacked(params.pop(name), name) for name in list(params)}
+
+
 def encode_rows(
     config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL, keep_choices=False
 ) -> tuple[jax.Array, RoutingStatistics | None]:
@@ -165,18 +185,29 @@ def encode_rows(
     context = text_index_RL, rotation_RLJ
     placed = specs(params, rules_for(config))
     statistics = []
-    for name, (_, size) in config.parts.items():
+    for name, (count, size) in config.parts.items():
         whole = functools.partial(gather, tree_specs=placed[name], axis="fsdp", skip=1)
         one_group = functools.partial(
             _one_group, config, size, whole, slices, keep_choices, context
         )
-        x_RLD, part_statistics = jax.lax.scan(one_group, x_RLD, params[name])
+        x_RLD, part_statistics = _each_group(one_group, count, x_RLD, params[name])
         if part_statistics is not None:
             statistics.append(part_statistics)
     x_RLD = x_RLD[:rows]
     if not statistics:
         return x_RLD, None
     return x_RLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *statistics)
+
+
+def _each_group(one_group, count: int, x_RLD, params):
+    """`jax.lax.scan` over the groups; those of `Unstacked` parameters unrolled."""
+    if not is_unstacked(params):
+        return jax.lax.scan(one_group, x_RLD, params)
+    statistics = []
+    for g in range(count):
+        x_RLD, of_group = one_group(x_RLD, piece_of(params, g))
+        statistics.append(of_group)
+    return x_RLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *statistics)
 
 
 def _one_group(config, size: int, whole, slices: int, keep_choices: bool, context, x_RLD, params):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from moe_embed_jax.routing.expert_mlp import PRODUCT
 from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices, take
 from moe_embed_jax.sharding import is_array
+from moe_embed_jax.unstacked import is_unstacked, piece_of
 
 
 def block_rows(assignments: int, experts: int) -> int:
@@ -117,7 +118,13 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
         lambda leaf: jnp.zeros((len(assignment_S), *leaf.shape[1:]), leaf.dtype),
         jax.eval_shape(compute, x_sD, expert),
     )
-    (y_SD, residuals), _ = jax.lax.scan(one_expert, buffers, (weights, first_block_E, blocks_E))
+    if is_unstacked(weights):
+        for e in range(experts):
+            expert = piece_of(weights, e), first_block_E[e], blocks_E[e]
+            buffers, _ = one_expert(buffers, expert)
+    else:
+        buffers, _ = jax.lax.scan(one_expert, buffers, (weights, first_block_E, blocks_E))
+    y_SD, residuals = buffers
     y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
     return y_TD, (y_SD, residuals, layout)
 

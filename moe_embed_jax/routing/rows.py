@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.sharding import is_array
+
 
 def take(array_AX, index):
     """Rows of `array`; zero where the index is past the end."""
@@ -22,7 +24,7 @@ def sum_choices(y_SD, slot_TK, gate_TK):
 
 def count_experts(weights) -> int:
     """The leading axis of the experts' weights."""
-    return jax.tree.leaves(weights)[0].shape[0]
+    return jax.tree.leaves(weights, is_leaf=is_array)[0].shape[0]
 
 
 def in_float32(weights):

@@ -19,6 +19,7 @@ FLOORS = (
         "parts",
         "safe_names",
         "triton_first",
+        "unstacked",
     },
     {"checksums", "new_folder", "made_by", "kernels"},
     {"tokenizers", "pairs"},
