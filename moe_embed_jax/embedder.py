@@ -13,7 +13,7 @@ from tqdm import tqdm
 from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
-from moe_embed_jax.mesh import batch_sharding, single_device_mesh
+from moe_embed_jax.mesh import batch_sharding, check_dtype, single_device_mesh
 from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
@@ -55,7 +55,11 @@ class Embedder:
         prompts: Mapping[str, str] = PROMPTS,
         has_prompts: bool = True,
     ):
-        """`vocabulary`: None if the model came without one; then only ids can be encoded."""
+        """`vocabulary`: None if the model came without one; then only ids can be encoded.
+
+        Raises `UserError` on GPUs that cannot compute in the model's dtype.
+        """
+        check_dtype(model.dtype, mesh)
         self.model = model
         self.params = params
         self.vocabulary = vocabulary

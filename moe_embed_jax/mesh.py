@@ -22,6 +22,8 @@ ROWS_SPEC = PartitionSpec(
     None, AXES
 )  # [chunks, rows, ...]: every device has its rows of each chunk
 
+# The compute capability from which on NVIDIA GPUs take Triton's kernels, and compute in bfloat16.
+TRITON = (8, 0)
 # Compute capability by a word of a GPU's name, as in "NVIDIA A100-SXM4-80GB": all that is known of
 # GPUs that are elsewhere.
 CARDS = {
@@ -128,7 +130,19 @@ def compute_capability() -> tuple[int, int] | None:
 def has_triton() -> bool:
     """Whether the devices in context are GPUs that take Triton's kernels."""
     capability = compute_capability()
-    return capability is not None and capability >= (8, 0)
+    return capability is not None and capability >= TRITON
+
+
+def check_dtype(dtype: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises `UserError` where the devices of the mesh cannot compute in `model.dtype`."""
+    with jax.set_mesh(mesh):
+        kind, capability = device_in_context().device_kind, compute_capability()
+    if dtype == "bfloat16" and capability is not None and capability < TRITON:
+        raise UserError(
+            "model.dtype='bfloat16' needs GPUs of compute capability 8.0 or more (A100, L4, H100), "
+            f"and {kind} has {capability[0]}.{capability[1]}: set model.dtype='float32', or take "
+            "the CPU (JAX_PLATFORMS=cpu)"
+        )
 
 
 def vmem_limit_bytes() -> int:

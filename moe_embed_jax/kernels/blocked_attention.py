@@ -30,6 +30,7 @@ from moe_embed_jax.kernels.head_lanes import (
     supports_heads,
 )
 from moe_embed_jax.kernels.mxu import dot
+from moe_embed_jax.kernels.text_blocks import blocks_to_visit, number_padding_last
 from moe_embed_jax.mesh import vmem_limit_bytes
 
 BLOCK = 256  # queries of a program, and keys that it visits at a time
@@ -53,10 +54,7 @@ def blocked_attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int, interpre
     Args: as those of `fused_attention.fused_attention`.
     """
     head = qkv_RLU.shape[-1] // 3 // heads
-    # Padding stands at the end of a row: numbered after all texts it is not mistaken for a
-    # neighbour of every one.
-    last = jnp.iinfo(jnp.int32).max
-    index_R1L = jnp.where(text_index_RL < 0, last, text_index_RL).astype(jnp.int32)[:, None]
+    index_R1L = number_padding_last(text_index_RL)[:, None]
     tables = rotation_lanes(rotation_RLJ, text_index_RL, head)
     return _attention(qkv_RLU, index_R1L, *tables, heads, interpret)
 
@@ -91,7 +89,8 @@ class _AttentionGrid:
         self.blocks, self.groups = self.length // BLOCK, self.width // self.lanes
         self.heads, self.dtype, self.interpret = heads, qkv_RLU.dtype, interpret
         self.heads_of_group = heads // self.groups
-        self.visited = _blocks_to_visit(index_R1L[:, 0])
+        visited = blocks_to_visit(index_R1L[:, 0], BLOCK, BLOCK)
+        self.visited = [block_RN.reshape(-1) for block_RN in visited]
         self.inputs = [
             (qkv_RLU, self._queries()),
             *((qkv_RLU, self._row_of_group(part)) for part in (1, 2)),
@@ -207,17 +206,6 @@ class _AttentionGrid:
             interpret=self.interpret,
             name=name,
         )(*self.visited, *arrays)
-
-
-def _blocks_to_visit(index_RL):
-    """(first, behind the last) block that may share a text with each block, [R N] int32."""
-    index_RNB = index_RL.reshape(len(index_RL), -1, BLOCK)
-    low_RN, high_RN = index_RNB.min(axis=-1), index_RNB.max(axis=-1)
-    shares_RNN = (low_RN[:, :, None] <= high_RN[:, None]) & (low_RN[:, None] <= high_RN[:, :, None])
-    blocks = shares_RNN.shape[-1]
-    first_RN = jnp.argmax(shares_RNN, axis=-1)
-    stop_RN = blocks - jnp.argmax(shares_RNN[:, :, ::-1], axis=-1)
-    return first_RN.reshape(-1).astype(jnp.int32), stop_RN.reshape(-1).astype(jnp.int32)
 
 
 def _forward_kernel(

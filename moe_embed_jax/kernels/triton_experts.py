@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from moe_embed_jax.kernels.tiles import Tiles, bias_gradient
+from moe_embed_jax.kernels.triton_dot import dot
 from moe_embed_jax.mesh import compute_capability
 
 SMALLEST = 16  # side of a block
@@ -30,23 +31,26 @@ SMALLEST = 16  # side of a block
 class Blocks:
     """What a program multiplies at a time: [rows, inner] by [inner, columns].
 
-    inner_bytes: of the inner side. warps: of 32 threads each, which share rows x columns sums in
-    float32. stages: blocks that are in shared memory, or on their way to it, at a time.
+    columns: where more than the product is computed, and of the gradients of matrices.
+    plain_columns: of plain products. inner_bytes: of the inner side. warps: of 32 threads each,
+    which share rows x columns sums in float32. stages: steps along the inner side whose blocks are
+    on their way from memory at a time.
     """
 
     rows: int
     columns: int
+    plain_columns: int
     inner_bytes: int
     warps: int
     stages: int
 
 
-# 227 KiB of shared memory: 96 KiB a program, so that two programs run at a time.
-H100 = Blocks(rows=128, columns=128, inner_bytes=128, warps=8, stages=3)
-# 163 KiB of shared memory: 64 KiB a program, two at a time.
-A100 = Blocks(rows=128, columns=128, inner_bytes=64, warps=8, stages=4)
-# 99 KiB of shared memory: 36 KiB a program, two at a time.
-L4 = Blocks(rows=64, columns=128, inner_bytes=64, warps=4, stages=3)
+# Chosen by what the compiler reports, and not yet measured on a card: the sums stay in registers,
+# and a program takes at most 144 of an H100's 227 KiB of shared memory, 48 of an A100's 163, and 32
+# of an L4's 99.
+H100 = Blocks(128, columns=128, plain_columns=256, inner_bytes=128, warps=8, stages=3)
+A100 = Blocks(128, columns=128, plain_columns=128, inner_bytes=64, warps=8, stages=4)
+L4 = Blocks(64, columns=128, plain_columns=128, inner_bytes=64, warps=4, stages=3)
 
 
 def blocks() -> Blocks:
@@ -78,7 +82,7 @@ class TritonMLP:
         """(y_SD of rows that are sorted by expert, what `backward` needs if `save`)."""
         width = x_SD.shape[1]
         x_SD, (w_in_EDF, bias_in_EF, w_out_EFD) = _fill(x_SD), _fill_weights(weights)
-        grid = _Grid(tiles, w_in_EDF.shape[2], interpret)
+        grid = _Grid(tiles, w_in_EDF.shape[2], blocks().columns, interpret)
         kernel = functools.partial(
             _hidden_kernel,
             activation_and_slope=self.activation_and_slope,
@@ -95,7 +99,7 @@ class TritonMLP:
         x_SD, dy_SD = _fill(x_SD), _fill(dy_SD)
         w_in_EDF, bias_in_EF, w_out_EFD = _fill_weights(weights)
         (pre_SF,) = saved
-        grid = _Grid(tiles, pre_SF.shape[1], interpret)
+        grid = _Grid(tiles, pre_SF.shape[1], blocks().columns, interpret)
         kernel = functools.partial(
             _hidden_gradient_kernel, activation_and_slope=self.activation_and_slope
         )
@@ -119,7 +123,8 @@ class TritonMLP:
 
 def _product(x_SK, w_E, transposed: bool, tiles: Tiles, interpret: bool):
     """y_SN: each tile by the matrix of its expert, [E, K, N], or [E, N, K] if `transposed`."""
-    grid = _Grid(tiles, w_E.shape[1 if transposed else 2], interpret)
+    columns = w_E.shape[1 if transposed else 2]
+    grid = _Grid(tiles, columns, blocks().plain_columns, interpret)
     kernel = functools.partial(_product_kernel, transposed=transposed)
     inputs = [grid.rows(x_SK), _whole(w_E)]
     return grid.run(kernel, inputs, [grid.result(x_SK.dtype)], "expert_product")[0]
@@ -156,9 +161,9 @@ def _hidden_gradient_kernel(
 ):
     dhidden_sf, gate_s1 = _sums(place, dy_ref, w_ref, True), gate_ref[...]
     hidden_sf, slope_sf = activation_and_slope(pre_ref[...].astype(jnp.float32))
+    hidden_ref[...] = (gate_s1 * hidden_sf).astype(hidden_ref.dtype)
     dgate_ref[...] = jnp.sum(hidden_sf * dhidden_sf, axis=1)
     dpre_ref[...] = (slope_sf * (gate_s1 * dhidden_sf)).astype(dpre_ref.dtype)
-    hidden_ref[...] = (gate_s1 * hidden_sf).astype(hidden_ref.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,18 +183,11 @@ def _sums(place: _Place, x_ref, w_ref, transposed: bool):
     def add(i, sums_sn):
         inner = pl.ds(i * step, step)
         if transposed:
-            return sums_sn + _dot(x_ref[:, inner], w_ref[place.expert, place.columns, inner], 1, 1)
-        return sums_sn + _dot(x_ref[:, inner], w_ref[place.expert, inner, place.columns], 1, 0)
+            return sums_sn + dot(x_ref[:, inner], w_ref[place.expert, place.columns, inner], 1, 1)
+        return sums_sn + dot(x_ref[:, inner], w_ref[place.expert, inner, place.columns], 1, 0)
 
     start_sn = jnp.zeros((rows, place.columns.size), jnp.float32)
     return jax.lax.fori_loop(0, size // step, add, start_sn)
-
-
-def _dot(x, y, x_axis: int, y_axis: int):
-    """In float32. float32 blocks are rounded to TF32 where XLA's own products are
-    (`jax_default_matmul_precision`)."""
-    dimensions = (((x_axis,), (y_axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 class _Grid:
@@ -198,9 +196,9 @@ class _Grid:
     Blocks of one tile run together: they share its rows and the expert's matrix in the cache.
     """
 
-    def __init__(self, tiles: Tiles, columns: int, interpret: bool):
+    def __init__(self, tiles: Tiles, columns: int, at_a_time: int, interpret: bool):
         self.tiles, self.interpret, self.blocks = tiles, interpret, blocks()
-        self.columns, self.part = columns, _side(columns, self.blocks.columns)
+        self.columns, self.part = columns, _side(columns, at_a_time)
         self.slots = len(tiles) * tiles.rows
         self.block_spec = pl.BlockSpec((tiles.rows, self.part), lambda part, tile: (tile, part))
 
@@ -262,7 +260,7 @@ def _weight_gradient(experts: int, tiles: Tiles, interpret: bool, x_SK, dy_SN):
 
         def add(i, dw_kn):
             rows = pl.ds(i * step, step)
-            return dw_kn + _dot(x_ref[rows, k_columns], dy_ref[rows, n_columns], 0, 0)
+            return dw_kn + dot(x_ref[rows, k_columns], dy_ref[rows, n_columns], 0, 0)
 
         expert = pl.program_id(2)
         start_kn = jnp.zeros((k_part, n_part), jnp.float32)

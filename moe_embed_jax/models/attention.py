@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_embed_jax.kernels import blocked_attention, fused_attention, long_attention
-from moe_embed_jax.mesh import platform
+from moe_embed_jax.kernels import (
+    blocked_attention,
+    fused_attention,
+    long_attention,
+    triton_attention,
+)
+from moe_embed_jax.mesh import has_triton, platform
 
 SCORES_AT_A_TIME = 1 << 20  # on a CPU: 4 MB of float32, which its caches can hold
+LONGEST_MASK = 512  # tokens of a row: for cuDNN, [R, L, L] in memory
 
 
 def rotation(position_RL, head: int, base: float):
@@ -38,27 +44,66 @@ def rotate(x_RLHJ, rotation_RLJ):
 def attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
     """Context vectors [R, L, D]; the arguments of `fused_attention.fused_attention`.
 
-    Plain XLA, for devices other than TPUs and for shapes that the kernels do not take. On a TPU,
-    rows that are too long for the kernels use `long_attention`.
+    Plain XLA, for devices and shapes that the kernels do not take. On a TPU, rows that are too long
+    for the kernels use `long_attention`.
     """
-    rows, length, features = qkv_RLU.shape
-    qkv = qkv_RLU.reshape(rows, length, 3, heads, -1)
+    q_RLHJ, k_RLHJ, v_RLHJ = _rotated_heads(qkv_RLU, rotation_RLJ, heads)
+    # Heads before positions: XLA:CPU multiplies these faster than strided ones.
+    q_RHLJ, k_RHLJ, v_RHLJ = (x.swapaxes(1, 2) for x in (q_RLHJ, k_RLHJ, v_RLHJ))
+    if platform() == "tpu" and long_attention.supports(qkv_RLU.shape[1]):
+        context_RHLJ = long_attention.long_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL)
+        return _side_by_side(context_RHLJ.swapaxes(1, 2))
+    scale = q_RHLJ.shape[-1] ** -0.5
+    score_RHLk = jnp.einsum("RHLJ,RHkJ->RHLk", q_RHLJ, k_RHLJ).astype(jnp.float32) * scale
+    score_RHLk = jnp.where(_same_text(text_index_RL), score_RHLk, jnp.finfo(jnp.float32).min)
+    weight_RHLk = jax.nn.softmax(score_RHLk, axis=-1).astype(qkv_RLU.dtype)
+    context_RHLJ = jnp.einsum("RHLk,RHkJ->RHLJ", weight_RHLk, v_RHLJ)
+    return _side_by_side(context_RHLJ.swapaxes(1, 2))
+
+
+def cudnn_attention(
+    qkv_RLU, text_index_RL, rotation_RLJ, heads: int, implementation: str = "cudnn"
+):
+    """`attention` by NVIDIA's cuDNN, for rows so short that a mask [R, L, L] costs little.
+
+    implementation: "xla" computes the same call without a GPU.
+    """
+    q_RLHJ, k_RLHJ, v_RLHJ = _rotated_heads(qkv_RLU, rotation_RLJ, heads)
+    mask_R1Lk = _same_text(text_index_RL)
+    context_RLHJ = jax.nn.dot_product_attention(
+        q_RLHJ, k_RLHJ, v_RLHJ, mask=mask_R1Lk, implementation=implementation
+    )
+    return _side_by_side(context_RLHJ)
+
+
+def long_triton_attention(
+    qkv_RLU, text_index_RL, rotation_RLJ, heads: int, interpret: bool = False
+):
+    """`attention` by the kernels of triton_attention.py, for long rows on GPUs."""
+    q_RLHJ, k_RLHJ, v_RLHJ = _rotated_heads(qkv_RLU, rotation_RLJ, heads)
+    context_RLHJ = triton_attention.triton_attention(
+        q_RLHJ, k_RLHJ, v_RLHJ, text_index_RL, interpret
+    )
+    return _side_by_side(context_RLHJ)
+
+
+def _rotated_heads(qkv_RLU, rotation_RLJ, heads: int):
+    """q and k, rotated, and v, [R, L, H, J] each."""
+    qkv = qkv_RLU.reshape(*qkv_RLU.shape[:2], 3, heads, -1)
     q_RLHJ, k_RLHJ, v_RLHJ = (qkv[:, :, i] for i in range(3))
     if rotation_RLJ is not None:
         q_RLHJ, k_RLHJ = rotate(q_RLHJ, rotation_RLJ), rotate(k_RLHJ, rotation_RLJ)
-    # Heads before positions: XLA:CPU multiplies these faster than strided ones.
-    q_RHLJ, k_RHLJ, v_RHLJ = (x.swapaxes(1, 2) for x in (q_RLHJ, k_RLHJ, v_RLHJ))
-    if platform() == "tpu" and long_attention.supports(length):
-        context_RHLJ = long_attention.long_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL)
-        return context_RHLJ.swapaxes(1, 2).reshape(rows, length, features // 3)
-    scale = q_RHLJ.shape[-1] ** -0.5
-    score_RHLk = jnp.einsum("RHLJ,RHkJ->RHLk", q_RHLJ, k_RHLJ).astype(jnp.float32) * scale
-    # Padding sees padding (index -1 equals itself): finite numbers that nobody reads.
-    same_RLk = text_index_RL[:, :, None] == text_index_RL[:, None, :]
-    score_RHLk = jnp.where(same_RLk[:, None], score_RHLk, jnp.finfo(jnp.float32).min)
-    weight_RHLk = jax.nn.softmax(score_RHLk, axis=-1).astype(qkv_RLU.dtype)
-    context_RHLJ = jnp.einsum("RHLk,RHkJ->RHLJ", weight_RHLk, v_RHLJ)
-    return context_RHLJ.swapaxes(1, 2).reshape(rows, length, features // 3)
+    return q_RLHJ, k_RLHJ, v_RLHJ
+
+
+def _same_text(text_index_RL):
+    """[R, 1, L, L]: which tokens see each other. Padding sees padding (index -1 equals itself):
+    finite numbers that nobody reads."""
+    return (text_index_RL[:, :, None] == text_index_RL[:, None, :])[:, None]
+
+
+def _side_by_side(context_RLHJ):
+    return context_RLHJ.reshape(*context_RLHJ.shape[:2], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -97,13 +142,23 @@ attention_by_rows.defvjp(_fwd, _bwd)
 
 
 def attention_for(row_length: int, width: int, heads: int, dtype):
-    """The function that computes attention for this shape on the devices of the mesh."""
+    """The function that computes attention for this shape on the devices in context."""
     shape = row_length, width, heads, dtype
     if platform() == "tpu" and fused_attention.supports(*shape):
         return fused_attention.fused_attention
     if platform() == "tpu" and blocked_attention.supports(*shape):
         return blocked_attention.blocked_attention
+    if has_triton() and _cudnn_supports(*shape):
+        return cudnn_attention
+    if has_triton() and triton_attention.supports(*shape):
+        return long_triton_attention
     return attention_by_rows if platform() == "cpu" else attention
+
+
+def _cudnn_supports(row_length: int, width: int, heads: int, dtype) -> bool:
+    head = width // heads
+    takes_shape = row_length % 2 == 0 and head % 8 == 0 and head <= 128
+    return dtype == jnp.bfloat16 and row_length <= LONGEST_MASK and takes_shape
 
 
 class Attention(nnx.Module):

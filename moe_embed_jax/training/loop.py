@@ -12,7 +12,7 @@ from moe_embed_jax import storage
 from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.config import CHECKPOINTS
 from moe_embed_jax.errors import Interrupted, end_at_once
-from moe_embed_jax.mesh import make_mesh
+from moe_embed_jax.mesh import check_dtype, make_mesh
 from moe_embed_jax.ownership import own
 from moe_embed_jax.processes import process_0_first, true_anywhere
 from moe_embed_jax.stages.registry import STAGES
@@ -64,6 +64,7 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
     mesh = make_mesh(config.mesh)
     workdir_module.read_run_config(workdir)  # a damaged one is named
     config, changed = init.apply_source(config, workdir)
+    check_dtype(config.model.dtype, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)  # may refuse: before data are made
     owner = process_0_first(
         "owner", lambda: on_exit.enter_context(own(workdir, inside=True)) if is_writer else None

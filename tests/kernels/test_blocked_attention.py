@@ -1,18 +1,26 @@
-"""The attention kernel for long rows (interpreted here) against plain attention."""
+"""The attention kernels for long rows (interpreted here), and cuDNN's call, against plain
+attention."""
 
-from unittest import mock
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.other_devices import device_named
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_embed_jax.kernels import blocked_attention as blocked_module
 from moe_embed_jax.kernels.blocked_attention import blocked_attention, supports
-from moe_embed_jax.models import attention as attention_module
-from moe_embed_jax.models.attention import attention, attention_for, rotation
+from moe_embed_jax.kernels.text_blocks import blocks_to_visit
+from moe_embed_jax.models.attention import (
+    attention,
+    attention_for,
+    cudnn_attention,
+    long_triton_attention,
+    rotation,
+)
 
 BLOCK = 128  # half of the kernel's own, for speed; test_planning.py compiles that one
 ROW = 3 * BLOCK
@@ -23,6 +31,13 @@ ROWS = {  # lengths of the texts; the rest of the row is padding
     "texts that end where blocks do": [BLOCK, BLOCK],
     "a text over two blocks, then padding": [BLOCK + 20],
     "padding": [],
+}
+
+
+KERNELS = {
+    "TPU": functools.partial(blocked_attention, interpret=True),
+    "Triton": functools.partial(long_triton_attention, interpret=True),
+    "cuDNN": functools.partial(cudnn_attention, implementation="xla"),
 }
 
 
@@ -49,13 +64,13 @@ def make_case(rows, heads, head, dtype=jnp.float32):
     return jnp.asarray(values, dtype), text_index, rotation(jnp.asarray(position), head, 1e4)
 
 
-def value_and_gradient(function, case, heads, **options):
+def value_and_gradient(function, case, heads):
     qkv, text_index, angles = case
     shape = (*qkv.shape[:2], qkv.shape[2] // 3)
     weight = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
 
     def scalar(qkv):
-        context = function(qkv, text_index, angles, heads, **options)
+        context = function(qkv, text_index, angles, heads)
         return jnp.sum(context * weight), context
 
     gradient = jax.jit(jax.grad(scalar, has_aux=True))
@@ -63,13 +78,22 @@ def value_and_gradient(function, case, heads, **options):
 
 
 @pytest.mark.parametrize(
-    ("heads", "head", "rotary"), [(2, 64, True), (8, 32, True), (1, 128, True), (4, 64, False)]
+    ("kernel", "heads", "head", "rotary"),
+    [
+        ("TPU", 2, 64, True),
+        ("TPU", 8, 32, True),
+        ("TPU", 1, 128, True),
+        ("TPU", 4, 64, False),
+        ("Triton", 2, 64, True),
+        ("Triton", 4, 32, False),
+        ("cuDNN", 2, 64, True),
+    ],
 )
-def test_equals_plain_attention(small_blocks, heads, head, rotary):
+def test_equals_plain_attention(small_blocks, kernel, heads, head, rotary):
     """Rows of all kinds in one call; two groups of lanes with 8 and 4 heads."""
     qkv, text_index, angles = make_case(ROWS.values(), heads, head)
     case = (qkv, text_index, angles if rotary else None)
-    gradient, context = value_and_gradient(blocked_attention, case, heads, interpret=True)
+    gradient, context = value_and_gradient(KERNELS[kernel], case, heads)
     expected_gradient, expected = value_and_gradient(attention, case, heads)
     for row, name in enumerate(ROWS):
         np.testing.assert_allclose(context[row], expected[row], atol=1e-5, err_msg=name)
@@ -78,19 +102,21 @@ def test_equals_plain_attention(small_blocks, heads, head, rotary):
         )
 
 
-def test_bfloat16_is_closer_to_float32_than_plain_attention(small_blocks):
-    """The kernel keeps scores in float32; plain attention rounds them."""
+@pytest.mark.parametrize("kernel", ["TPU", "Triton"])
+def test_bfloat16_is_closer_to_float32_than_plain_attention(small_blocks, kernel):
+    """The kernels keep scores in float32; plain attention rounds them."""
     rows = [ROWS["one text fills the row"], ROWS["short texts"]]
     case = make_case(rows, 2, 64, jnp.bfloat16)
     exact = value_and_gradient(attention, make_case(rows, 2, 64), 2)
-    blocked = value_and_gradient(blocked_attention, case, 2, interpret=True)
+    blocked = value_and_gradient(KERNELS[kernel], case, 2)
     plain = value_and_gradient(attention, case, 2)
     for ours, theirs, right in zip(blocked, plain, exact, strict=True):
         errors = [np.abs(x - right).mean() for x in (ours, theirs)]
         assert errors[0] <= 1.05 * errors[1] and errors[0] < 0.01, errors
 
 
-def test_blocks_without_a_common_text_are_skipped(small_blocks):
+@pytest.mark.parametrize("kernel", ["TPU", "Triton"])
+def test_blocks_without_a_common_text_are_skipped(small_blocks, kernel):
     """Forward and backward: values that are no numbers cannot reach what never meets them. (A
     block that is met multiplies them by zero, which is no number either.)"""
     qkv, text_index, angles = make_case([[BLOCK, 2 * BLOCK]], 2, 64)
@@ -98,7 +124,7 @@ def test_blocks_without_a_common_text_are_skipped(small_blocks):
     of_case = {}
     for name, values in (("whole", qkv), ("spoilt", spoilt)):
         case = values, text_index, angles
-        of_case[name] = value_and_gradient(blocked_attention, case, 2, interpret=True)
+        of_case[name] = value_and_gradient(KERNELS[kernel], case, 2)
     for whole, of_spoilt in zip(of_case["whole"], of_case["spoilt"], strict=True):
         np.testing.assert_array_equal(of_spoilt[:, :BLOCK], whole[:, :BLOCK])
         assert np.isnan(of_spoilt[:, BLOCK:]).all()
@@ -107,20 +133,18 @@ def test_blocks_without_a_common_text_are_skipped(small_blocks):
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=12, max_size=12), min_size=1, max_size=3),
+    st.sampled_from([(3, 3), (6, 3), (2, 4)]),
     st.booleans(),
 )
-def test_no_pair_of_a_text_is_left_out(rows, are_sorted):
+def test_no_pair_of_a_text_is_left_out(rows, sizes, are_sorted):
     """Of any texts, in order or not, against a loop; in order, blocks met do share a text or lie
     between two that do."""
     index = np.sort(rows) if are_sorted else np.asarray(rows)
-    with mock.patch.object(blocked_module, "BLOCK", 3):
-        first, stop = (
-            np.asarray(x).reshape(len(rows), 4)
-            for x in blocked_module._blocks_to_visit(jnp.asarray(index))
-        )
-    for row, texts in enumerate(index.reshape(-1, 4, 3)):
-        for block in range(4):
-            sharing = [n for n in range(4) if set(texts[n]) & set(texts[block])]
+    first, stop = map(np.asarray, blocks_to_visit(jnp.asarray(index), *sizes))
+    for row, texts in enumerate(index):
+        blocks, others = (texts.reshape(-1, size) for size in sizes)
+        for block, own in enumerate(blocks):
+            sharing = [n for n, other in enumerate(others) if set(other) & set(own)]
             assert first[row, block] <= min(sharing) and max(sharing) < stop[row, block]
             if are_sorted:
                 assert (first[row, block], stop[row, block]) == (min(sharing), max(sharing) + 1)
@@ -134,12 +158,25 @@ def test_what_the_kernel_takes():
     assert not supports(1024, 96, 2, jnp.bfloat16) and not supports(1024, 128, 16, jnp.bfloat16)
 
 
-def test_every_row_length_has_its_function():
-    def chosen(device, *shape):
-        with mock.patch.object(attention_module, "platform", lambda: device):
-            return attention_for(*shape, jnp.bfloat16).__name__
-
-    assert chosen("tpu", 512, 768, 12) == "fused_attention"
-    assert chosen("tpu", 2048, 768, 12) == "blocked_attention"
-    assert chosen("tpu", 16_384, 768, 12) == chosen("gpu", 2048, 768, 12) == "attention"
-    assert chosen("cpu", 2048, 768, 12) == "attention_by_rows"
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "chosen"),
+    [
+        ("TPU v5 lite", (512, 768, 12), "bfloat16", "fused_attention"),
+        ("TPU v5 lite", (2048, 768, 12), "bfloat16", "blocked_attention"),
+        ("TPU v5 lite", (16_384, 768, 12), "bfloat16", "attention"),
+        ("cpu", (2048, 768, 12), "float32", "attention_by_rows"),
+        ("NVIDIA L4", (256, 768, 12), "bfloat16", "cudnn_attention"),
+        ("NVIDIA L4", (512, 768, 12), "bfloat16", "cudnn_attention"),
+        ("NVIDIA L4", (256, 768, 12), "float32", "long_triton_attention"),
+        ("NVIDIA L4", (255, 768, 12), "bfloat16", "attention"),
+        ("NVIDIA A100-SXM4-80GB", (2048, 768, 12), "bfloat16", "long_triton_attention"),
+        ("NVIDIA A100-SXM4-80GB", (2048, 768, 6), "float32", "attention"),  # shared memory
+        ("NVIDIA H100 80GB HBM3", (1000, 768, 12), "bfloat16", "attention"),  # no whole blocks
+        ("NVIDIA H100 80GB HBM3", (2048, 96, 2), "bfloat16", "attention"),  # heads of 48
+        ("Tesla T4", (256, 768, 12), "float32", "attention"),
+    ],
+)
+def test_every_device_and_shape_has_its_function(kind, shape, dtype, chosen):
+    platform = kind[:3].lower() if kind[:3] in ("cpu", "TPU") else "gpu"
+    with device_named(platform, kind):
+        assert attention_for(*shape, jnp.dtype(dtype)).__name__ == chosen

@@ -8,8 +8,8 @@ FAULTS = (
     Fault(
         "attention-crosses-the-texts-of-a-row",
         "models/attention.py",
-        "same_RLk = text_index_RL[:, :, None] == text_index_RL[:, None, :]",
-        "same_RLk = (text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
+        "text_index_RL[:, :, None] == text_index_RL[:, None, :]",
+        "(text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
         "models/test_encoder.py -k 'packed_equals and 0-options0'",
     ),
     Fault(
@@ -18,6 +18,41 @@ FAULTS = (
         "scale = q_RHLJ.shape[-1] ** -0.5",
         "scale = 1.0",
         PARITY,
+    ),
+    Fault(
+        "triton-attention-never-shrinks-what-it-has",
+        "kernels/triton_attention.py",
+        "sum_Q * shrink_Q + weight_QK.sum(axis=1)",
+        "sum_Q + weight_QK.sum(axis=1)",
+        "kernels/test_blocked_attention.py -k 'equals_plain and Triton'",
+    ),
+    Fault(
+        "triton-attention-gradient-without-the-mean",
+        "kernels/triton_attention.py",
+        "weight_QK * (dweight_QK - mean_Q[:, None])",
+        "weight_QK * dweight_QK",
+        "kernels/test_blocked_attention.py -k 'equals_plain and Triton'",
+    ),
+    Fault(
+        "long-attention-leaves-out-the-last-block-with-the-text",
+        "kernels/text_blocks.py",
+        "stop_RN = shares_RNn.shape[-1] - jnp.argmax",
+        "stop_RN = shares_RNn.shape[-1] - 1 - jnp.argmax",
+        "kernels/test_blocked_attention.py -k no_pair",
+    ),
+    Fault(
+        "cudnn-attention-sees-other-texts",
+        "models/attention.py",
+        "mask=mask_R1Lk, implementation",
+        "mask=mask_R1Lk | True, implementation",
+        "kernels/test_blocked_attention.py -k 'equals_plain and cuDNN'",
+    ),
+    Fault(
+        "old-gpus-compute-in-bfloat16",
+        "mesh.py",
+        "capability is not None and capability < TRITON:",
+        "capability is not None and capability < (7, 0):",
+        "test_mesh.py -k bfloat16",
     ),
     Fault(
         "rotary-turns-the-other-way",
