@@ -20,7 +20,7 @@ export JAX_PLATFORMS ?= cpu
 # Python keeps its bytecode: without it each process compiles jax and orbax again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-frameworks mutations campaign docs clean
+.PHONY: quickstart test test-frameworks test-gpu-plans mutations campaign docs clean
 
 quickstart: $(VENV)/base-$(VERSION)
 	$(RUN) launch/train.py --config=configs/quickstart.py --workdir=runs/quickstart
@@ -33,6 +33,11 @@ test: $(VENV)/test-$(VERSION)
 # The tests that import PyTorch or TensorFlow: continuous integration runs them on a second Python.
 test-frameworks: $(VENV)/test-$(VERSION)
 	$(RUN) -m pytest $(PYTEST_FLAGS) -m frameworks
+
+# The tests that compile for GPUs. Their compiler is in a folder of its own, not in the environment:
+# jax would load it in every process, a second each, and it writes lines to stderr.
+test-gpu-plans: $(VENV)/gpu-$(VERSION)
+	$(RUN) -m pytest -m gpu_aot tests/planning
 
 # Do the tests notice single faults? About half an hour.
 mutations: $(VENV)/test-$(VERSION)
@@ -69,6 +74,13 @@ $(VENV)/base-$(VERSION): $(VENV)/empty-$(VERSION)
 $(VENV)/test-$(VERSION): $(VENV)/empty-$(VERSION)
 	$(call install,[$(TEST_EXTRAS)])
 	@touch $(VENV)/base-$(VERSION) $@
+
+# In the releases of constraints/, and without what they depend on: a GPU's libraries.
+GPU_COMPILER := jax-cuda12-pjrt jax-cuda12-plugin nvidia-cuda-nvcc-cu12
+$(VENV)/gpu-$(VERSION): $(VENV)/test-$(VERSION)
+	$(RUN) -m uv pip install --quiet --python $(RUN) --target $(VENV)/plan-gpu --no-deps --constraint $(CONSTRAINTS) $(GPU_COMPILER) \
+		|| $(PIP) --target $(VENV)/plan-gpu --no-deps --constraint $(CONSTRAINTS) $(GPU_COMPILER)
+	@touch $@
 
 $(VENV)/docs-$(VERSION): $(VENV)/empty-$(VERSION)
 	$(call install,[docs])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks
+from moe_embed_jax.data.buckets import choose_buckets, in_chunks, most_buckets
 from moe_embed_jax.data.document_rows import RowTable
 from moe_embed_jax.data.masking import Masking
 from moe_embed_jax.data.packing import fill_rows, pack
@@ -191,11 +191,13 @@ class PairBatches(Batches):
         pad_id: int,
         chunk_rows: int = 0,
         negatives: int = 0,
+        row_buckets: int = 0,
     ):
         """
         Args:
           chunk_rows: as of `Batches`.
           negatives: hard negatives of a pair (N), at most: the first of those it has.
+          row_buckets: the most row counts; 0: as `most_buckets` says.
         """
         super().__init__(schedule, mesh, chunk_rows)
         self.negatives = negatives
@@ -216,9 +218,8 @@ class PairBatches(Batches):
             [self._rows_needed(self._packings(self.schedule.rows(step))) for step in sample],
             None if len(sample) == schedule.steps else (2 + negatives) * self.per_device,
             chunk_rows,
+            row_buckets or most_buckets(schedule.steps, mesh.devices.flat[0].platform),
         )
-        # A shape is a compilation; nobody waits for a fifth one by surprise.
-        assert len(self.buckets) <= MAX_BUCKETS
         self.mean_tokens = self.mean_tokens_of(sample)  # for estimates
 
     def _hard(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,15 @@ import math
 import numpy as np
 
 MAX_BUCKETS = 4  # row counts, hence compilations, per run
+SHORT_RUN = 1000  # steps
+
+
+def most_buckets(steps: int, platform: str) -> int:
+    """How many row counts a run may have where its config does not say (`data.row_buckets=0`).
+
+    One in a short run on a TPU or GPU: a compilation takes minutes there, and a step milliseconds.
+    """
+    return 1 if platform in ("tpu", "gpu") and steps < SHORT_RUN else MAX_BUCKETS
 
 
 def in_chunks(rows: int, chunk_rows: int) -> tuple[int, int]:
@@ -15,14 +24,15 @@ def in_chunks(rows: int, chunk_rows: int) -> tuple[int, int]:
 
 
 def choose_buckets(
-    rows_needed, most_rows: int | None = None, chunk_rows: int = 0
+    rows_needed, most_rows: int | None = None, chunk_rows: int = 0, most: int = MAX_BUCKETS
 ) -> tuple[int, ...]:
-    """At most `MAX_BUCKETS` row counts that waste least on these steps.
+    """At most `most` row counts that waste least on these steps.
 
     Args:
       rows_needed: rows per device of every step of the run, or of a sample of them.
       most_rows: for a sample, the last bucket (one text per row), so that every step fits one; the
         one before it gets 3 % of head room for steps that were not sampled.
+        It comes on top if `most` is 1, and hardly any step needs it.
       chunk_rows: buckets are whole numbers of equal chunks, see `in_chunks`.
 
     The exact optimum over thresholds taken from `rows_needed`, by dynamic programming. A threshold
@@ -31,7 +41,7 @@ def choose_buckets(
     needed = np.array([math.prod(in_chunks(int(rows), chunk_rows)) for rows in rows_needed])
     values, counts = np.unique(needed, return_counts=True)
     best = {(0, 0): (0, ())}  # (values covered, thresholds used) -> (slots wasted, thresholds)
-    for used in range(1, MAX_BUCKETS + (most_rows is None)):
+    for used in range(1, max(most - (most_rows is not None), 1) + 1):
         for end in range(1, values.size + 1):
             options = []
             for begin in range(end):

@@ -53,6 +53,13 @@ class DataConfig:
     # Rows that a device encodes at a time (GradCache): memory for activations of one chunk only, at
     # the price of a second forward pass; the numbers are the same. 0: all rows at once.
     chunk_rows: int = setting(0, FREE_IF_DROPLESS)
+    # Row counts that batches may have, at most 4: each is a compilation, and few of them waste
+    # slots. 0: 4, but 1 in a run of fewer than 1,000 steps on a TPU or GPU.
+    row_buckets: int = setting(0, FREE_IF_DROPLESS)
+
+    def __post_init__(self):
+        if not 0 <= self.row_buckets <= 4:
+            raise UserError(f"data.row_buckets={self.row_buckets} must be 0 (automatic) to 4")
 
     def preparation(self) -> dict:
         """What decides the content of the token store (arguments of preparation.tokenize)."""

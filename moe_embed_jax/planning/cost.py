@@ -259,7 +259,7 @@ class Walk:
         if crossing:
             cost.slice_loops[_source(it)] += crossing * times
         if trips is None:
-            cost.unknown_loops[_source(it)] += 1
+            cost.unknown_loops[self.module.place(it) or _source(it)] += 1
         return cost
 
     def branches(self, it: Instruction, timed: bool) -> Cost:

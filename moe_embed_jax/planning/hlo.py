@@ -105,8 +105,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """`places`: stack frame -> the file and function of the program's source, where the text says
+    so."""
+
     computations: dict[str, Computation]
     entry: str
+    places: dict[str, str]
+
+    def place(self, instruction: Instruction) -> str | None:
+        """Where the source makes the instruction: "losses/infonce.py, against_documents"."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
+        return self.places.get(found[1]) if found else None
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
@@ -134,7 +143,29 @@ def parse_module(text: str) -> Module:
                 instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError("no ENTRY computation in the text of the compiled module")
-    return Module(computations, entry)
+    return Module(computations, entry, _places(text))
+
+
+def _places(text: str) -> dict[str, str]:
+    """From the tables before the first computation."""
+    head = text.partition("\n\n%")[0]
+    tables = dict(re.findall(r"^(\w+)\n((?:\d+ .*\n?)*)", head, re.MULTILINE))
+    files, functions = (
+        dict(re.findall(r'^(\d+) "(.*)"$', tables.get(name, ""), re.MULTILINE))
+        for name in ("FileNames", "FunctionNames")
+    )
+    of_location = {
+        number: f"{files[file].split('moe_embed_jax/')[-1]}, {functions[function].split('.')[-1]}"
+        for number, file, function in re.findall(
+            r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+)",
+            tables.get("FileLocations", ""),
+            re.MULTILINE,
+        )
+    }
+    frames = re.findall(
+        r"^(\d+) \{file_location_id=(\d+)", tables.get("StackFrames", ""), re.MULTILINE
+    )
+    return {frame: of_location[location] for frame, location in frames}
 
 
 def _lines(text: str):

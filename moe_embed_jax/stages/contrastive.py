@@ -291,6 +291,7 @@ def pair_batches(store: TokenStore, config: RunConfig, mesh, pad_id: int) -> Pai
         pad_id,
         data.chunk_rows,
         data.negatives,
+        data.row_buckets,
     )
 
 

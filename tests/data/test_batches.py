@@ -6,7 +6,7 @@ import pytest
 from helpers import synthetic_data
 
 from moe_embed_jax.data.batches import PairBatches
-from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks
+from moe_embed_jax.data.buckets import MAX_BUCKETS, choose_buckets, in_chunks, most_buckets
 from moe_embed_jax.data.data_spec import planned_store_path
 from moe_embed_jax.data.packing import pack
 from moe_embed_jax.data.schedule import Group, Schedule
@@ -22,9 +22,10 @@ def store(data_dir):
     return TokenStore.open(planned_store_path(synthetic_data.PREPARATION, data_dir))
 
 
-def make_batches(store, steps=60, batch_size=16, row_length=48, chunk_rows=0):
+def make_batches(store, steps=60, batch_size=16, row_length=48, chunk_rows=0, **limits):
     schedule = Schedule([Group(**group) for group in store.groups], batch_size, steps, seed=0)
-    return PairBatches(store, schedule, single_device_mesh(), row_length, SLOTS, 1, chunk_rows)
+    mesh = single_device_mesh()
+    return PairBatches(store, schedule, mesh, row_length, SLOTS, 1, chunk_rows, **limits)
 
 
 @pytest.mark.parametrize("chunk_rows", [0, 4])
@@ -69,6 +70,22 @@ def test_few_shapes(store):
     shapes = {batches.at(step).arrays.token_CRL.shape for step in range(0, 200, 3)}
     assert len(shapes) <= MAX_BUCKETS
     assert {shape[0] * shape[1] for shape in shapes} <= set(batches.buckets)
+
+
+def test_one_shape_where_a_compilation_costs_more_than_the_run(store):
+    """A short run on a TPU or GPU, and any run whose config says so."""
+    assert [most_buckets(999, platform) for platform in ("cpu", "gpu", "tpu")] == [
+        MAX_BUCKETS,
+        1,
+        1,
+    ]
+    assert most_buckets(1000, "gpu") == MAX_BUCKETS
+    many, one = make_batches(store), make_batches(store, row_buckets=1)
+    assert len(many.buckets) > 1
+    needed = max(one._rows_needed(one._packings(one.schedule.rows(step))) for step in range(60))
+    assert one.buckets == (needed,)
+    # Steps of which some were not seen: one row count for them, and one that every step fits.
+    assert choose_buckets([40, 100, 60], most_rows=512, most=1) == (103, 512)
 
 
 def test_buckets_are_few_sorted_and_cover_everything():

@@ -199,3 +199,44 @@ def test_a_kernel_that_wants_too_much_shared_memory_is_a_result():
     assert found.space == "shared memory"
     assert (found.needed, found.available) == (128 * KIB, 99 * KIB)
     assert "tiles" in advice(None, "train", found.space, None)[0]
+
+
+def test_a_loop_that_the_data_bound_is_named_by_its_source():
+    """XLA writes tables of files, functions and stack frames before the computations."""
+    body = """  ROOT %l = (s32[], f32[64,256]) while(%start), condition=%c, body=%b, \
+metadata={op_name="jit(step)/while" stack_frame_id=2}"""
+    text = f"""HloModule jit_step
+
+FileNames
+1 "/home/somebody/moe_embed_jax/moe_embed_jax/losses/infonce.py"
+2 "/lib/python3.11/site-packages/flax/nnx.py"
+
+FunctionNames
+1 "main"
+2 "against.<locals>.walk"
+
+FileLocations
+1 {{file_name_id=2 function_name_id=1 line=4 end_line=4 column=1 end_column=9}}
+2 {{file_name_id=1 function_name_id=2 line=9 end_line=9 column=1 end_column=9}}
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+2 {{file_location_id=2 parent_frame_id=1}}
+
+
+%c (state: (s32[], f32[64,256])) -> pred[] {{
+  %state = (s32[], f32[64,256]) parameter(0)
+  ROOT %more = pred[] custom-call(%state), custom_call_target="decide"
+}}
+
+%b (state.1: (s32[], f32[64,256])) -> (s32[], f32[64,256]) {{
+  ROOT %state.1 = (s32[], f32[64,256]) parameter(0)
+}}
+
+ENTRY %main (start: (s32[], f32[64,256])) -> (s32[], f32[64,256]) {{
+  %start = (s32[], f32[64,256]) parameter(0)
+{body}
+}}
+"""
+    cost = gpu_module_cost(parse_module(text), MESH)
+    assert cost.unknown_loops == {"losses/infonce.py, walk": 1}

@@ -1,15 +1,19 @@
 """Notebooks run from top to bottom as a reader runs them, in small mode, and are clean to read."""
 
 import collections
+import fnmatch
 import glob
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 from conftest import ROOT, metric, python_environment
 from helpers import synthetic_data
@@ -28,6 +32,8 @@ NEEDS = {
     "plan_a_pod": ("plan", ["libtpu"]),
     "pytorch_in_and_out": ("pytorch", ["torch", "transformers", "sentence_transformers"]),
 }
+CONSTRAINTS = f"constraints/python{sys.version_info.major}.{sys.version_info.minor}.txt"
+ON_CPU = ("plan_a_pod", "pytorch_in_and_out")  # whatever the machine has
 NOWHERE = "http://127.0.0.1:9"  # nothing listens on the discard port
 # After the notebook, in its kernel: what it found, and which Python found it.
 REPORT = 'import json, sys; print(json.dumps([sys.executable, globals().get("result")]))'
@@ -74,7 +80,7 @@ def test_a_reader_can_begin_and_rely_on_the_end(path):
     first, second = notebook.cells[:2]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert "open in colab" in first.source.lower()
-    assert second.cell_type == "code" and "pip" in second.source
+    assert second.cell_type == "code" and "installation.py" in second.source
     assert re.search(r"^assert ", code_cells(notebook)[-1].source, re.MULTILINE)
     for cell in notebook.cells:
         found = re.search(
@@ -87,17 +93,31 @@ def test_a_reader_can_begin_and_rely_on_the_end(path):
 
 
 class Machine:
-    """Where a first cell runs: records the commands; `git clone` gives a repository."""
+    """Where a first cell runs: records the commands; `git clone` gives a repository.
 
-    def __init__(self, monkeypatch, importable=(), files=(), programs=()):
+    `devices`: what JAX sees; an error, what it raises.
+    """
+
+    def __init__(self, monkeypatch, importable=(), files=(), programs=(), devices=("gpu",)):
         self.commands = []
+        monkeypatch.setenv("JAX_PLATFORMS", "")
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        self.devices = devices
+        monkeypatch.setattr(jax, "devices", self.seen)
         monkeypatch.setattr(sys, "path", list(sys.path))
         spec = importlib.util.find_spec("moe_embed_jax")
         known = {name: spec for name in importable}
         monkeypatch.setattr(importlib.util, "find_spec", known.get)
-        monkeypatch.setattr(glob, "glob", lambda pattern: [f for f in files if f in pattern])
+        monkeypatch.setattr(
+            glob, "glob", lambda pattern: [f for f in files if fnmatch.fnmatch(f, pattern)]
+        )
         monkeypatch.setattr(shutil, "which", lambda name: name if name in programs else None)
         monkeypatch.setattr(subprocess, "run", self.run)
+
+    def seen(self):
+        if isinstance(self.devices, Exception):
+            raise self.devices
+        return [types.SimpleNamespace(platform=name, device_kind=name) for name in self.devices]
 
     def run(self, command, check):
         assert check
@@ -107,7 +127,10 @@ class Machine:
 
 
 def write_repository(folder: pathlib.Path) -> pathlib.Path:
-    (folder / "configs").mkdir(parents=True)
+    for name in ("notebooks/installation.py", CONSTRAINTS):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / "configs").mkdir()
     (folder / "configs" / "quickstart.py").touch()
     return folder
 
@@ -119,21 +142,21 @@ def first_cell(path: pathlib.Path) -> str:
 @by_notebook
 def test_the_first_cell_installs_from_the_repository_around_it(path, tmp_path, monkeypatch):
     repository = write_repository(tmp_path / "repository")
-    (repository / "notebooks").mkdir()
     monkeypatch.chdir(repository / "notebooks")
     machine = Machine(monkeypatch)
     exec(first_cell(path), {})
     (command,) = machine.commands
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
-    extra = NEEDS.get(path.stem, ("", []))[0]
-    assert command[-2:] == ["--editable", f"{repository}[{extra}]"]
+    assert command[-4:-2] == ["--constraint", str(repository / CONSTRAINTS)]
+    extra = f"[{NEEDS[path.stem][0]}]" if path.stem in NEEDS else ""
+    assert command[-2:] == ["--editable", f"{repository}{extra}"]
     assert sys.path[0] == str(repository)
 
 
 @by_notebook
 def test_alone_the_first_cell_clones_what_the_reader_names(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    machine = Machine(monkeypatch, files=["/dev/accel"], programs=["nvidia-smi"])
+    machine = Machine(monkeypatch)
     source = first_cell(path)
     with pytest.raises(RuntimeError, match="set REPOSITORY"):
         exec(source, {})
@@ -141,10 +164,7 @@ def test_alone_the_first_cell_clones_what_the_reader_names(path, tmp_path, monke
     address = "https://example.org/moe_embed_jax.git"
     exec(source.replace('REPOSITORY = ""', f'REPOSITORY = "{address}"'), {})
     clone, install = machine.commands
-    assert address in clone
-    # A TPU and a GPU are seen (no machine has both).
-    assert any(re.fullmatch(r".*\[(.*,)?tpu\]", word) for word in install)
-    assert "jax[cuda12]" in install
+    assert address in clone and str(tmp_path / "repository") in install[-1]
 
 
 @by_notebook
@@ -159,6 +179,63 @@ def test_the_first_cell_leaves_an_installation_alone(path, tmp_path, monkeypatch
         machine = Machine(monkeypatch, ["moe_embed_jax", *modules[1:]])
         exec(first_cell(path), {})
         assert len(machine.commands) == 1
+
+
+ACCELERATORS = {
+    "tpu": dict(files=["/dev/accel0"], devices=["tpu"]),
+    "tpu behind vfio": dict(files=["/dev/vfio/0"], devices=["tpu"]),
+    "cuda12": dict(programs=["nvidia-smi"], devices=["gpu"]),
+}
+
+
+def in_repository(tmp_path, monkeypatch) -> pathlib.Path:
+    repository = write_repository(tmp_path / "repository")
+    monkeypatch.chdir(repository)
+    return repository
+
+
+@by_notebook
+@pytest.mark.parametrize("kind", ACCELERATORS)
+def test_the_first_cell_installs_the_jax_of_the_machine(path, kind, tmp_path, monkeypatch, capsys):
+    in_repository(tmp_path, monkeypatch)
+    machine = Machine(monkeypatch, **ACCELERATORS[kind])
+    exec(first_cell(path), {})
+    (command,) = machine.commands
+    extras = command[-1].partition("[")[2].strip("]").split(",")
+    needed = [] if path.stem in ON_CPU else [kind.split()[0]]
+    assert [extra for extra in extras if extra in ("tpu", "cuda12")] == needed
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(pathlib.Path.cwd() / "runs/compiled")
+    assert ("JAX" in capsys.readouterr().out) == bool(needed)
+
+
+@pytest.mark.parametrize("devices", [["cpu"], RuntimeError("no device\nmore")])
+def test_an_accelerator_that_jax_does_not_see_is_one_line(devices, tmp_path, monkeypatch):
+    in_repository(tmp_path, monkeypatch)
+    path = ROOT / "notebooks" / "train_and_search.ipynb"
+    Machine(monkeypatch, ["moe_embed_jax"], programs=["nvidia-smi"], devices=devices)
+    with pytest.raises(RuntimeError, match=r"has a GPU, but JAX does not see it.*restart") as said:
+        exec(first_cell(path), {})
+    assert len(str(said.value).splitlines()) == 1
+    Machine(monkeypatch, ["moe_embed_jax"], programs=["nvidia-smi"], devices=devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # the reader's wish
+    exec(first_cell(path), {})
+
+
+def test_what_was_imported_before_the_installation_changed_it_is_named(tmp_path, monkeypatch):
+    in_repository(tmp_path, monkeypatch)
+    Machine(monkeypatch)
+    monkeypatch.setattr(jax, "__version__", "0.7.2")
+    path = ROOT / "notebooks" / "train_and_search.ipynb"
+    with pytest.raises(RuntimeError, match="has imported the old jax: restart"):
+        exec(first_cell(path), {})
+
+
+def test_a_python_without_constraints_is_refused(tmp_path, monkeypatch):
+    (in_repository(tmp_path, monkeypatch) / CONSTRAINTS).unlink()
+    machine = Machine(monkeypatch)
+    with pytest.raises(RuntimeError, match="is not supported"):
+        exec(first_cell(ROOT / "notebooks" / "train_and_search.ipynb"), {})
+    assert not machine.commands
 
 
 # ---- From top to bottom --------------------------------------------------------------------------
