@@ -11,6 +11,7 @@ import traceback
 import numpy as np
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.refusals import refusal_of_system
 
 SAME = "same bits"  # equal to the undisturbed result: compared, not assumed
 ACCEPTED = "accepted"  # read as another input; nothing could be compared
@@ -50,7 +51,10 @@ def judge(action, pristine: str, is_checked: bool, named=()) -> Outcome:
         return Outcome(REFUSED if len(lines) == 1 else TRACE, str(error)[:2000])
     except Timeout:
         return Outcome(HANG, _last_lines(traceback.format_exc()))
-    except BaseException:
+    except BaseException as error:
+        line = refusal_of_system(error)  # as a launcher says it
+        if line is not None and len(line.splitlines()) == 1:
+            return Outcome(REFUSED, line[:2000])
         return Outcome(TRACE, _last_lines(traceback.format_exc()))
     found, words = digest(result), said.getvalue().strip()
     if found == pristine:

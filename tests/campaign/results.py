@@ -46,10 +46,13 @@ def of_run(target: pathlib.Path, arrays: dict[str, str]) -> dict[str, str]:
 
 
 def of_recipe(target: pathlib.Path) -> dict[str, str]:
-    """Manifests say where the pairs came from, in their `hash` too; `content_hash` stays."""
+    """Manifests say where the pairs came from, in their `hash` too; `content_hash` stays.
+
+    The export's made_by.json stands for paths and times of the files of its run.
+    """
     found = {}
     for step in ("pairs", "filtered", "mined", "export", "evaluation"):
-        without = ("report", "work")
+        without = ("report", "work", "made_by")
         found |= {
             f"{step}/{k}": v for k, v in of_files(target / step, without, target.parent).items()
         }
