@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -240,8 +241,15 @@ def test_killed_between_the_moves_of_the_end(mixed, prepared, tmp_path, monkeypa
     with pytest.raises(_Killed):
         prepare(mixed, tmp_path / "pairs")
     monkeypatch.setattr(work, "move", move)
+    shutil.copytree(tmp_path / "pairs", tmp_path / "lost")
     prepare(mixed, tmp_path / "pairs")
     assert files(tmp_path / "pairs") == files(prepared)
+
+    (left, *_) = sorted((tmp_path / "lost" / "work" / "shards").glob("*.array_record"))
+    left.unlink()
+    with pytest.raises(UserError, match=rf"{left} is missing: delete the folder of --output"):
+        prepare(mixed, tmp_path / "lost")
+    assert not (tmp_path / "lost" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,12 @@ class _Run:
             for key, suffix in (("file", "array_record"), ("lengths", "npy")):
                 target = posixpath.join(output, entry[key])
                 path = self._work.path("shards", f"{shard_work_name(number)}.{suffix}")
-                if FileSystems.exists(path):  # else a killed process has moved it
+                if FileSystems.exists(path):
                     work_module.move(path, target)
+                elif not FileSystems.exists(target):  # no killed process has moved it
+                    raise UserError(
+                        f"{path} is missing: delete the folder of --output, and prepare again"
+                    )
         with tempfile.TemporaryDirectory() as folder:
             manifest = pair_writer.write_tfds_metadata(pathlib.Path(folder), manifest)
             for path in sorted(pathlib.Path(folder).iterdir()):
