@@ -148,7 +148,7 @@ def attention_for(row_length: int, width: int, heads: int, dtype):
         return fused_attention.fused_attention
     if platform() == "tpu" and blocked_attention.supports(*shape):
         return blocked_attention.blocked_attention
-    if has_triton() and _cudnn_supports(*shape):
+    if has_triton() and _cudnn_supports(*shape) and has_cudnn():
         return cudnn_attention
     if has_triton() and triton_attention.supports(*shape):
         return long_triton_attention
@@ -159,6 +159,22 @@ def _cudnn_supports(row_length: int, width: int, heads: int, dtype) -> bool:
     head = width // heads
     takes_shape = row_length % 2 == 0 and head % 8 == 0 and head <= 128
     return dtype == jnp.bfloat16 and row_length <= LONGEST_MASK and takes_shape
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether JAX finds cuDNN's library, for which it looks as it traces a call.
+
+    JAX's CUDA builds bring it. Where programs are compiled for a GPU that is elsewhere it may be
+    missing.
+    """
+    x_RLHJ = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    call = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.eval_shape(call, x_RLHJ, x_RLHJ, x_RLHJ)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Attention(nnx.Module):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_embed_jax.kernels import blocked_attention as blocked_module
 from moe_embed_jax.kernels.blocked_attention import blocked_attention, supports
 from moe_embed_jax.kernels.text_blocks import blocks_to_visit
+from moe_embed_jax.models import attention as attention_module
 from moe_embed_jax.models.attention import (
     attention,
     attention_for,
@@ -176,7 +177,20 @@ def test_what_the_kernel_takes():
         ("Tesla T4", (256, 768, 12), "float32", "attention"),
     ],
 )
-def test_every_device_and_shape_has_its_function(kind, shape, dtype, chosen):
+def test_every_device_and_shape_has_its_function(kind, shape, dtype, chosen, monkeypatch):
     platform = kind[:3].lower() if kind[:3] in ("cpu", "TPU") else "gpu"
+    monkeypatch.setattr(attention_module, "has_cudnn", lambda: True)
     with device_named(platform, kind):
         assert attention_for(*shape, jnp.dtype(dtype)).__name__ == chosen
+
+
+@pytest.mark.parametrize(("length", "chosen"), [(256, "long_triton_attention"), (64, "attention")])
+def test_without_cudnn_short_rows_have_another_function(length, chosen, monkeypatch):
+    def not_found(*arrays, **options):
+        raise RuntimeError("cuDNN is not detected.")  # what JAX says
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", not_found)
+    attention_module.has_cudnn.cache_clear()
+    with device_named("gpu", "NVIDIA L4"):
+        assert attention_for(length, 768, 12, jnp.dtype("bfloat16")).__name__ == chosen
+    attention_module.has_cudnn.cache_clear()
