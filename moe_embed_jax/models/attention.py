@@ -158,7 +158,7 @@ def attention_for(row_length: int, width: int, heads: int, dtype):
 def _cudnn_supports(row_length: int, width: int, heads: int, dtype) -> bool:
     head = width // heads
     takes_shape = row_length % 2 == 0 and head % 8 == 0 and head <= 128
-    return dtype == jnp.bfloat16 and row_length <= LONGEST_MASK and takes_shape
+    return jnp.dtype(dtype) == jnp.bfloat16 and row_length <= LONGEST_MASK and takes_shape
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def test_every_device_and_shape_has_its_function(kind, shape, dtype, chosen, mon
     platform = kind[:3].lower() if kind[:3] in ("cpu", "TPU") else "gpu"
     monkeypatch.setattr(attention_module, "has_cudnn", lambda: True)
     with device_named(platform, kind):
-        assert attention_for(*shape, jnp.dtype(dtype)).__name__ == chosen
+        assert attention_for(*shape, dtype).__name__ == chosen
 
 
 @pytest.mark.parametrize(("length", "chosen"), [(256, "long_triton_attention"), (64, "attention")])
@@ -192,5 +192,5 @@ def test_without_cudnn_short_rows_have_another_function(length, chosen, monkeypa
     monkeypatch.setattr(jax.nn, "dot_product_attention", not_found)
     attention_module.has_cudnn.cache_clear()
     with device_named("gpu", "NVIDIA L4"):
-        assert attention_for(length, 768, 12, jnp.dtype("bfloat16")).__name__ == chosen
+        assert attention_for(length, 768, 12, "bfloat16").__name__ == chosen
     attention_module.has_cudnn.cache_clear()
