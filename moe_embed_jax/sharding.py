@@ -37,8 +37,8 @@ EXPERT_RULES = (
     (r"(groups|tail)/.*/moe/router/kernel$", P()),  # [G, D, E]
     (r"(groups|tail)/.*/moe/w_in$", P(None, "expert", "fsdp", None)),  # [G, E, D, F]
     (r"(groups|tail)/.*/moe/w_out$", P(None, "expert", None, "fsdp")),  # [G, E, F, D]
-    (r"(groups|tail)/.*/moe/bias$", P()),  # [G, D]
 )
+EXPERT_OUTPUT_BIAS_RULES = ((r"(groups|tail)/.*/moe/bias$", P()),)  # [G, D]
 EXPERT_BIAS_RULES = ((r"(groups|tail)/.*/moe/bias_in$", P(None, "expert", None)),)  # [G, E, F]
 LEARNED_POSITION_RULES = ((r"embeddings/position$", P()),)  # [positions, D]
 
@@ -62,6 +62,7 @@ def rules_for(model) -> tuple[tuple[str, P], ...]:
         (model.num_moe_layers < model.num_layers, FEED_FORWARD_RULES),
         (model.num_moe_layers > 0, EXPERT_RULES),
         (model.num_moe_layers > 0 and model.expert_bias, EXPERT_BIAS_RULES),
+        (model.num_moe_layers > 0 and model.expert_output_bias, EXPERT_OUTPUT_BIAS_RULES),
     )
     return tuple(rule for present, rules in parts if present for rule in rules)
 

@@ -6,6 +6,9 @@ untransposed, and `experts.bias` is one output bias per layer, added once after 
 `pooling` in config.json ("cls", "last"; absent: "mean") is for `embed` of our modelling file; other
 readers take the pooling from the modules of sentence-transformers.
 
+`moe_expert_output_bias` false says that `experts.bias` is zero and stays so here. Other readers
+need not know.
+
 Extensions of ours, absent from the published model and unknown to other runtimes, each with a key
 in config.json: `moe_expert_bias` (tensor `experts.mlp.b1`), `moe_normalize_expert_weights` true,
 `moe_every_n_layers` 1, and learned positions (`rotary_emb_fraction` 0, tensor
@@ -46,6 +49,8 @@ HEAD_RULES = mlm_head(
 PREFIXES = ("bert.", "trunk.")
 TIED = ("cls.predictions.decoder.weight",)  # to the word embeddings
 IGNORED = ()
+# Zero in the file of a model without an output bias of its experts.
+OUTPUT_BIAS = r"encoder\.layers\.\d+\.mlp\.experts\.bias"
 
 # transformers from 5.5 on has a built-in class for model_type "nomic_bert", which knows neither
 # experts nor biases and takes random weights in their place, without an error. It wants a string in
@@ -86,6 +91,7 @@ ABSENT = {
     "moe_every_n_layers": 2,
     "moe_normalize_expert_weights": False,
     "moe_expert_bias": False,
+    "moe_expert_output_bias": True,
 }
 
 
@@ -125,6 +131,7 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
             "experts_per_token": size("moe_top_k", "num_experts"),
             "normalize_gates": switch("moe_normalize_expert_weights"),
             "expert_bias": switch("moe_expert_bias"),
+            "expert_output_bias": switch("moe_expert_output_bias"),
         }
     width = size("n_embd", "width")
     return EncoderConfig(
@@ -207,6 +214,8 @@ def config_from_model(model: EncoderConfig, max_length: int, pad_id: int) -> dic
         config["pooling"] = model.pooling
     if model.moe_every and model.expert_bias:
         config["moe_expert_bias"] = True
+    if model.moe_every and not model.expert_output_bias:
+        config["moe_expert_output_bias"] = False
     return config
 
 

@@ -136,6 +136,8 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
         flat = jax.tree_util.tree_flatten_with_path(mlm_head_shapes(file_model))[0]
         shapes |= {f"mlm_head/{path_of(path)}": leaf.shape for path, leaf in flat}
     unused = _set_aside(tensors, layout, has_head)
+    if layout is nomic and not file_model.expert_output_bias:
+        _drop_zero_biases(tensors)
     table = entries(rules, shapes)
     to_ours(table, tensors)  # raises what does not fit
 
@@ -171,6 +173,17 @@ def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
         unused.append(name)
         tensors.discard(name)
     return unused
+
+
+def _drop_zero_biases(tensors: Tensors) -> None:
+    """Raises `UserError` for an output bias of experts in a model that says it has none."""
+    for name in [name for name in tensors.names if re.fullmatch(nomic.OUTPUT_BIAS, name)]:
+        if tensors.read(name).any():
+            raise UserError(
+                f"{tensors.origin}: {name} is not zero, but config.json says "
+                "moe_expert_output_bias=false; remove that key"
+            )
+        tensors.discard(name)
 
 
 def _pad_rows(array: np.ndarray, rows: int, value: float) -> np.ndarray:

@@ -49,6 +49,7 @@ def upcycled_model(model: EncoderConfig, config: UpcycleConfig) -> EncoderConfig
         moe_every=config.moe_every,
         normalize_gates=preserving,
         expert_bias=preserving,
+        expert_output_bias=config.expert_output_bias,
     )
 
 

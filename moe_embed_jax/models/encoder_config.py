@@ -39,6 +39,9 @@ class EncoderConfig:
     moe_every: int = 2  # 0: all dense; 1: every layer MoE; n: layers 1, n+1, 2n+1, ... (from 0)
     normalize_gates: bool = False  # gates of a token's experts sum to 1 (the paper: not)
     expert_bias: bool = False  # a hidden bias in every expert (the paper: none)
+    # An output bias of each layer with experts, as published. llama.cpp's converter drops it, so
+    # GGUF files are exact only for models without.
+    expert_output_bias: bool = True
     positions: str = "rotary"  # or "learned": a table of max_positions rows, as BERT
     max_positions: int = 0  # 0 with rotary positions, which know no limit
     rotary_base: float = 10_000.0

@@ -1,4 +1,4 @@
-"""The sparse feed-forward layer: router, experts, one shared output bias."""
+"""The sparse feed-forward layer: router, experts, one output bias for all of them."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ class MoE(nnx.Module):
         self.w_in = nnx.Param(kernel_init(rngs.params(), (experts, width, ffn)))
         self.w_out = nnx.Param(kernel_init(rngs.params(), (experts, ffn, width)))
         self.bias_in = nnx.Param(jnp.zeros((experts, ffn))) if config.expert_bias else None
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.bias = nnx.Param(jnp.zeros(width)) if config.expert_output_bias else None
 
     def __call__(self, x_RLD, valid_RL, keep_choices=False) -> tuple[jax.Array, RoutingStatistics]:
         logits_RLE = self.router(x_RLD.astype(jnp.float32))
@@ -65,4 +65,6 @@ class MoE(nnx.Module):
         y_RLD, dropped = apply_experts(GELU_MLP, x_RLD, expert_RLK, gate_RLK, weights, self.experts)
         kept_RLK = expert_RLK if keep_choices else None
         statistics = dataclasses.replace(statistics, dropped=dropped, expert_RLK=kept_RLK)
-        return add_bias(y_RLD, self.bias[...].astype(x_RLD.dtype)), statistics
+        if self.bias is not None:
+            y_RLD = add_bias(y_RLD, self.bias[...].astype(x_RLD.dtype))
+        return y_RLD, statistics

@@ -18,6 +18,7 @@ class UpcycleConfig:
     # Standard deviation added to each expert's matrices, in units of their own.
     noise: float = setting(0.0, flag="on the experts, relative")
     seed: int = setting(0, flag="of the routers and the noise")
+    expert_output_bias: bool = EncoderConfig.expert_output_bias  # of the result
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -25,6 +26,11 @@ class UpcycleConfig:
         if self.moe_every < 1:
             raise UserError(
                 f"moe_every={self.moe_every}: upcycling needs layers with experts (>= 1)"
+            )
+        if self.mode == "preserving" and not self.expert_output_bias:
+            raise UserError(
+                "mode 'preserving' with expert_output_bias=False: the dense layer's output bias "
+                "would be lost, and no GGUF file is made of this architecture; use mode 'paper'"
             )
         if self.noise < 0:
             raise UserError(f"noise={self.noise} must not be negative")

@@ -33,9 +33,9 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
     """(the config with the architecture and vocabulary of `init.source`, what that changed).
 
     With `init.source` the source decides the architecture and the vocabulary, so a config leaves
-    them out; of `model` it may state `COMPUTE_FIELDS` and, for upcycling, the number of experts
-    and where they are. A resumed run takes both from its work directory: the source may be gone by
-    then.
+    them out; of `model` it may state `COMPUTE_FIELDS`, `expert_output_bias=False`, which drops that
+    bias of the source, and, for upcycling, the number of experts and where they are. A resumed run
+    takes both from its work directory: the source may be gone by then.
 
     Raises `UserError` for a source without a tokenizer, and for a config that states another
     architecture or vocabulary; names both values.
@@ -66,6 +66,8 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
     model = opened.model
     if init.upcycle:
         model = upcycled_model(model, upcycle_config(config))
+    elif _drops_output_bias(config):
+        model = dataclasses.replace(model, expert_output_bias=False)
     vocabulary = VocabularyConfig(kind="file", path=str(opened.vocabulary_path), size=0)
     return _replaced(config, model, vocabulary)
 
@@ -110,6 +112,12 @@ def _other_vocabulary(config, vocabulary: VocabularyConfig, stated: set[str]) ->
     return [] if same else [f"data.vocabulary.path={own.path} (the source has {path})"]
 
 
+def _drops_output_bias(config) -> bool:
+    """Whether a config asks for a source's experts without their output bias."""
+    stated = "model.expert_output_bias" in config_files.stated(config)
+    return stated and not config.model.expert_output_bias
+
+
 def upcycle_config(config: Run) -> UpcycleConfig:
     """The upcycling of `init`, with the experts of the config's `model`."""
     model, init = config.model, config.init
@@ -120,6 +128,7 @@ def upcycle_config(config: Run) -> UpcycleConfig:
         model.moe_every,
         init.noise,
         config.seed,
+        model.expert_output_bias,
     )
 
 
@@ -132,6 +141,7 @@ def initial_params(config: Run, mesh: jax.sharding.Mesh) -> dict | None:
     """
     if not config.init.source:
         return None
+    from moe_embed_jax.interop.output_bias import drop_output_bias
     from moe_embed_jax.interop.upcycle import upcycle
     from moe_embed_jax.model_folder import open_model, place
 
@@ -139,6 +149,11 @@ def initial_params(config: Run, mesh: jax.sharding.Mesh) -> dict | None:
     if not config.init.upcycle:
         loaded = opened.load(mesh)
         params = loaded.params
+        if opened.model.num_moe_layers and (
+            opened.model.expert_output_bias > config.model.expert_output_bias
+        ):
+            _, params, size = drop_output_bias(opened.model, params)
+            print(f"init        output bias of the experts dropped (root mean square {size:.2g})")
     else:
         loaded = opened.load(single_device_mesh())
         _, params = upcycle(loaded.model, loaded.params, upcycle_config(config))

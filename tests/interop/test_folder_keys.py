@@ -88,6 +88,7 @@ NOMIC_KEYS = SHARED | {
     "mlp_fc2_bias": refused(False),
     "moe_every_n_layers": honoured(0),
     "moe_expert_bias": honoured(True),
+    "moe_expert_output_bias": refused(False),
     "moe_impl": harmless("other", "how the reference computes it"),
     "moe_normalize_expert_weights": honoured(True),
     "moe_resid_pdrop": harmless(0.5, TRAINING),
