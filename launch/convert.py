@@ -1,14 +1,16 @@
-"""Brings models in, takes them out, and makes sparse models of dense ones.
+"""Brings models in, takes them out, makes sparse models of dense ones, and uploads exports.
 
     python launch/convert.py import  --source=FOLDER --target=DIR
     python launch/convert.py export  --source=DIR --target=FOLDER
     python launch/convert.py upcycle --source=DIR --target=DIR --mode=paper|preserving
+    python launch/convert.py push    --source=FOLDER --target=OWNER/NAME [--private]
 
 import: a published checkpoint (safetensors; nomic-embed-text-v2-moe, BERT, XLM-RoBERTa) becomes a
 folder that training configs (init.source) and all launchers read. export: any model folder becomes
-a self-contained one for PyTorch. upcycle: any dense encoder becomes an MoE encoder. A source is a
-model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not exist, or be
-what the same command made of the same files.
+a self-contained one for PyTorch and servers. upcycle: any dense encoder becomes an MoE encoder. A
+source is a model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not
+exist, or be what the same command made of the same files. push: an exported folder goes to the hub,
+as the user whom the hub's own client knows (`hf auth login`, or HF_TOKEN).
 --dry_run checks all that can be checked without writing. Nothing is ever unpickled.
 """
 
@@ -21,6 +23,7 @@ from moe_embed_jax import distributed, launching
 
 
 def main():
+    from moe_embed_jax.interop.card_config import CardConfig
     from moe_embed_jax.interop.onnx_export import CHOICES
     from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
@@ -52,12 +55,28 @@ def main():
         choices=CHOICES,
         help="write onnx/model.onnx too (fp32, the default), or onnx/model_qint8.onnx, or both",
     )
+    parsers["export"].add_argument(
+        "--drop_expert_output_bias",
+        action="store_true",
+        help="take it out of a model with experts, because llama.cpp's converter drops it; prints "
+        "what that costs",
+    )
+    launching.add_flags(parsers["export"], CardConfig)
     upcycling = parsers["upcycle"]
     upcycling.add_argument("--mode", required=True, choices=("paper", "preserving"))
     launching.add_flags(upcycling, UpcycleConfig)
+    pushing = actions.add_parser("push", allow_abbrev=False)
+    pushing.add_argument("--source", required=True, help="exported folder")
+    pushing.add_argument("--target", required=True, help="OWNER/NAME on the hub")
+    pushing.add_argument("--private", action="store_true", help="a new model is not public")
+    pushing.add_argument("--message", default="Upload the model", help="of the commit")
+    pushing.add_argument("--dry_run", action="store_true", help="check and list, send nothing")
     options = vars(flags.parse_args())
     action = options.pop("action")
     distributed.refuse_several_processes()
+    if action == "export":
+        names = [field.name for field in dataclasses.fields(CardConfig)]
+        options["card"] = CardConfig(**{name: options.pop(name) for name in names})
     check(action, options)
 
     from tqdm import tqdm
@@ -65,6 +84,11 @@ def main():
     from moe_embed_jax import conversion
 
     start = time.monotonic()
+    if action == "push":
+        conversion.push_model(**options)
+        done = "checked, nothing sent" if options["dry_run"] else f"sent to {options['target']}"
+        print(f"{done}, {time.monotonic() - start:.1f} s")
+        return
     action = getattr(conversion, f"{action}_model")
     bar = functools.partial(tqdm, unit=" tensors", disable=not sys.stderr.isatty(), leave=False)
     if not action(**options, progress=bar):
@@ -82,10 +106,12 @@ def check(action: str, options: dict) -> None:
     from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
     if action == "upcycle":
-        UpcycleConfig(**{f.name: options[f.name] for f in dataclasses.fields(UpcycleConfig)})
+        names = [field.name for field in dataclasses.fields(UpcycleConfig)]
+        UpcycleConfig(**{name: options[name] for name in names if name in options})
     if options.get("onnx"):
         check_packages()
-    done_before(options["target"])
+    if action != "push":
+        done_before(options["target"])
     check_source(options["source"])
 
 

@@ -1,18 +1,27 @@
-"""What launch/convert.py does: import, export and upcycle model folders."""
+"""What launch/convert.py does: import, export, upcycle and upload model folders."""
 
 import dataclasses
 import pathlib
 
+import numpy as np
+
 from moe_embed_jax import storage
+from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
+from moe_embed_jax.interop.card_config import CardConfig
+from moe_embed_jax.interop.card_results import mteb_scores, run_scores
+from moe_embed_jax.interop.hub import check_push, files_to_push, push
+from moe_embed_jax.interop.output_bias import check_output_bias, drop_output_bias
 from moe_embed_jax.interop.prompts import with_document_prefix
-from moe_embed_jax.interop.published import has_mlm_head
-from moe_embed_jax.interop.source import source_folder
+from moe_embed_jax.interop.published import has_mlm_head, read_config
+from moe_embed_jax.interop.source import HUB, source_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
+from moe_embed_jax.interop.verify.golden import golden_texts
 from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import (
+    LoadedModel,
     ModelFolder,
     is_run,
     open_model,
@@ -81,22 +90,32 @@ def export_model(
     query_prefix: str | None = None,
     document_prefix: str | None = None,
     onnx: str | None = None,
+    drop_expert_output_bias: bool = False,
+    card: CardConfig | None = None,
     dry_run: bool = False,
     progress=iter,
 ) -> bool:
     """Any model folder to a self-contained one for PyTorch, see `interop.export`.
 
-    onnx: files of ONNX to write too, see `interop.onnx_export`.
+    onnx: files of ONNX to write too, see `interop.onnx_export`. drop_expert_output_bias: for exact
+    GGUF files; what it costs is printed.
 
     Returns: False if the same call was finished before; nothing is done then.
     """
     folder = source_folder(source)
+    card = card or CardConfig()
     options = [step, query_prefix, document_prefix, *([onnx] if onnx else [])]
+    options += ["drop_expert_output_bias"] * drop_expert_output_bias
+    options += [dataclasses.asdict(card)] * (card != CardConfig())
     command = _command("export", folder, vocabulary, options)
     if done_before(target, command):
         return False
+    scores = mteb_scores(card.evaluation) if card.evaluation else run_scores(folder)
+    card = dataclasses.replace(card, base_model=card.base_model or _base_model(folder))
     opened = _open(folder, vocabulary, query_prefix, document_prefix, step=step)
     _say(opened)
+    if drop_expert_output_bias:
+        check_output_bias(opened.model)
     as_bert = export.leaves_as_bert(opened.model)
     print("layout      " + ("bert" if as_bert else "nomic_bert, needs trust_remote_code"))
     if opened.vocabulary is None:
@@ -107,6 +126,8 @@ def export_model(
         print(f"note        {', '.join(special)}: only the folder's own PyTorch code knows that")
     if not dry_run:
         loaded = opened.load(single_device_mesh())
+        if drop_expert_output_bias:
+            _drop_output_bias(loaded)
         export.write_folder(
             target,
             loaded.model,
@@ -118,8 +139,64 @@ def export_model(
             progress,
             command,
             onnx,
+            card,
+            scores,
         )
     return True
+
+
+def _base_model(folder: pathlib.Path) -> str:
+    """OWNER/NAME on the hub of what a folder of ours was trained from or imported from; or ""."""
+    config = read_config(weights_folder(folder)) if is_run(folder) else {}
+    start = config.get("init", {}).get("source") or config.get("origin") or ""
+    return start.removeprefix(HUB).partition("@")[0] if start.startswith(HUB) else ""
+
+
+def _drop_output_bias(loaded: LoadedModel) -> None:
+    """Takes the bias out of `loaded`, and prints how far that moves the golden texts' vectors."""
+    lengths, mesh = loaded.max_lengths, single_device_mesh()
+
+    def embed(texts, prompt):
+        arguments = (loaded.model, loaded.params, loaded.vocabulary, lengths, mesh, loaded.prompts)
+        return Embedder(*arguments).encode(texts, prompt=prompt)
+
+    texts = golden_texts(max(lengths.values()))
+    sides = {
+        side: [golden.text for golden in texts if golden.prompt == side]
+        for side in ("query", "document")
+    }
+    known = loaded.vocabulary is not None
+    before = [embed(*item[::-1]) for item in sides.items()] if known else []
+    loaded.model, loaded.params, size = drop_output_bias(loaded.model, loaded.params)
+    print(f"dropped     output bias of the experts, root mean square {size:.3g}")
+    if not known:
+        print("note        no tokenizer, so what that costs was not measured")
+        return
+    after = [embed(*item[::-1]) for item in sides.items()]
+    cosines = np.sum(np.concatenate(before) * np.concatenate(after), axis=1)
+    print(
+        f"            {len(cosines)} texts: cosine to the vectors with it {cosines.min():.5f} at "
+        f"least, {cosines.mean():.5f} on average; evaluate both before you use the new one"
+    )
+
+
+def push_model(
+    source,
+    target: str,
+    private: bool = False,
+    message: str = "Upload the model",
+    dry_run: bool = False,
+) -> None:
+    """An exported folder to `target`, OWNER/NAME, on the hub; see `interop.hub`."""
+    folder, notes = check_push(source, target)
+    files = files_to_push(folder)
+    for name, size in files.items():
+        print(f"{size:>14,}  {name}")
+    print(f"{sum(files.values()):>14,}  bytes in {len(files)} files")
+    for note in notes:
+        print(f"note        {note}")
+    if not dry_run:
+        print(push(folder, target, private, message))
 
 
 def upcycle_model(

@@ -5,6 +5,7 @@ needs `trust_remote_code=True` and no network. A dense encoder with learned posi
 transformers' BERT, which needs nothing of ours.
 """
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +14,15 @@ import numpy as np
 
 from moe_embed_jax import storage
 from moe_embed_jax.interop import bert, nomic
+from moe_embed_jax.interop.card_config import CardConfig
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY
+from moe_embed_jax.interop.model_card import Exported, model_card
 from moe_embed_jax.interop.onnx_export import write_onnx
+from moe_embed_jax.interop.output_bias import output_bias_size
 from moe_embed_jax.interop.prompts import exported_prompts
 from moe_embed_jax.interop.rules import entries, to_theirs
-from moe_embed_jax.interop.sentence_transformers import POOLING_MODES, write_settings
+from moe_embed_jax.interop.sentence_transformers import write_settings
 from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE, write_tensors
 from moe_embed_jax.made_by import keep_command
@@ -36,9 +40,15 @@ def leaves_as_bert(model: EncoderConfig) -> bool:
 def export_tensors(
     model: EncoderConfig, arrays: Mapping[str, np.ndarray]
 ) -> Iterable[tuple[str, np.ndarray]]:
-    """(name, array) of the published layout from {path by layer: array}."""
+    """(name, array) of the published layout from {path by layer: array}.
+
+    The layout has an output bias of the experts, which is zero for a model without.
+    """
     rules = bert.RULES if leaves_as_bert(model) else nomic.RULES
-    return to_theirs(entries(rules, shapes_by_layer(model)), arrays)
+    layout = dataclasses.replace(model, expert_output_bias=True)
+    shapes = shapes_by_layer(layout)
+    zeros = {path: np.zeros(shapes[path], np.float32) for path in shapes.keys() - arrays.keys()}
+    return to_theirs(entries(rules, shapes), {**arrays, **zeros})
 
 
 def export_config(model: EncoderConfig, max_length: int, pad_id: int) -> dict:
@@ -67,6 +77,8 @@ def write_folder(
     progress=iter,
     command: str | None = None,
     onnx: str | None = None,
+    card: CardConfig | None = None,
+    scores: Sequence[dict] = (),
 ) -> None:
     """Writes `folder`, which appears when it is complete.
 
@@ -78,12 +90,14 @@ def write_folder(
       progress: wraps the iterable of tensors, as tqdm does.
       command: as of `made_by`, to be kept in the folder.
       onnx: None, or one of `onnx_export.CHOICES`.
+      card: what the model card says that weights do not.
+      scores: for the card, as of `card_results`.
 
     Raises `UserError` if `folder` exists.
     """
     with new_folder(folder, last=CONFIG_FILE) as partial:
-        tensors = export_tensors(model, by_layer(model, params))
-        write_tensors(partial / WEIGHTS_FILE, progress(tensors))
+        arrays = by_layer(model, params)
+        write_tensors(partial / WEIGHTS_FILE, progress(export_tensors(model, arrays)))
         config = export_config(model, max_length, 1 if vocabulary is None else vocabulary.pad_id)
         if matryoshka_dims:
             config[MATRYOSHKA_KEY] = list(matryoshka_dims)
@@ -95,47 +109,19 @@ def write_folder(
             write_tokenizer(vocabulary, partial, max_length)
         prompts = exported_prompts(prompts)
         write_settings(partial, model.width, prompts, max_length, model.pooling)
-        (partial / "README.md").write_text(model_card(model, prompts, max_length))
         if onnx:
             write_onnx(partial, onnx)
+        exported = Exported(
+            model,
+            prompts,
+            max_length,
+            matryoshka_dims,
+            output_bias_size(arrays),
+            leaves_as_bert(model),
+            sorted(path.name for path in (partial / "onnx").glob("*.onnx")),
+            scores,
+        )
+        text = model_card(exported, card or CardConfig())
+        (partial / "README.md").write_text(text, encoding="utf-8")
         if command:
             keep_command(partial, command)
-
-
-def model_card(model: EncoderConfig, prompts: Mapping[str, str], max_length: int) -> str:
-    """README.md of the folder: how to load it and what it needs."""
-    trust = "" if leaves_as_bert(model) else ", trust_remote_code=True"
-    lines = [
-        "---",
-        "library_name: sentence-transformers",
-        "pipeline_tag: sentence-similarity",
-        "---",
-        "# Text embedding model",
-        "",
-        f"{model.num_layers} layers of width {model.width}, {POOLING_MODES[model.pooling]} "
-        f"pooling, unit norm, up to "
-        f"{max_length} tokens.",
-        "",
-        "```python",
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        f'model = SentenceTransformer("FOLDER"{trust})',
-        'queries = model.encode(["..."], prompt_name="query")',
-        'documents = model.encode(["..."], prompt_name="passage")',
-        "```",
-        "",
-        *(f"* prompt `{name}`: `{text}`" for name, text in prompts.items()),
-    ]
-    if trust:
-        lines += [
-            "",
-            f"The model is defined by `{MODELING_FILE}` in this folder, plain PyTorch; without "
-            "`trust_remote_code=True` loading is an error.",
-        ]
-    if special := nomic.extensions(model) if trust else []:
-        lines += [
-            "",
-            f"Beyond the published architecture it has {', '.join(special)}: runtimes with code of "
-            "their own for that (vLLM, text-embeddings-inference, llama.cpp) do not take it.",
-        ]
-    return "\n".join(lines) + "\n"
