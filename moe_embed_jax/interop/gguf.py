@@ -41,10 +41,15 @@ def gguf_facts(model: EncoderConfig, output_bias: float, is_bert: bool) -> list[
     return ["GGUF: exact; equal to 5e-5 where the token ids are.", *conversion]
 
 
-def ollama_fact(model: EncoderConfig, is_bert: bool) -> str:
+def ollama_fact(model: EncoderConfig, output_bias: float, is_bert: bool) -> str:
+    """What Ollama, which runs GGUF files, makes of the model. Arguments as of `gguf_facts`."""
     if is_bert:
         return "Ollama was not tried."
+    if nomic.extensions(model) or not model.num_moe_layers:
+        return "Ollama: none, because there is no GGUF file."
     return (
         "**Ollama: wrong vectors.** Its sources (read in November 2026) split the texts of all "
-        "nomic models by WordPiece, whatever their tokenizer is. Use llama.cpp's server instead."
+        "nomic models by WordPiece, whatever their tokenizer is."
+        + " Use llama.cpp's own server."
+        * (output_bias == 0)
     )

@@ -54,7 +54,7 @@ def model_card(exported: Exported, card: CardConfig) -> str:
             f" {model.num_moe_layers} layers have {model.num_experts} experts, of which a token "
             f"uses {model.experts_per_token}."
         )
-    lines += ["", *_inputs(exported), "", *_use(exported, name), "", *_limits(exported)]
+    lines += ["", *_inputs(exported), "", *_use(exported, name), *_limits(exported)]
     if exported.scores:
         lines += ["", "## Evaluation", "", "| data | metric | score |", "|---|---|---:|"]
         lines += [
@@ -94,9 +94,9 @@ def _inputs(exported: Exported) -> list[str]:
             "adds them where `prompt_name` says so (`encode_query` and `encode_document` do). "
             "**Servers add none**: put them before each text yourself.",
             "",
-            "| prompt | prefix |",
+            "| prefix | names of the prompt |",
             "|---|---|",
-            *(f"| {name} | `{text}` |" for name, text in prompts.items() if text),
+            *(f"| `{text}` | {', '.join(names)} |" for text, names in _by_text(prompts).items()),
         ]
     else:
         lines += ["Texts are embedded as they are: the model has no prefixes."]
@@ -109,6 +109,14 @@ def _inputs(exported: Exported) -> list[str]:
             "after the cut (sentence-transformers: `truncate_dim=..., normalize_embeddings=True`).",
         ]
     return lines
+
+
+def _by_text(prompts: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name in sorted(prompts, key=lambda name: (name in SYMMETRIC_TYPES, name != "query")):
+        if prompts[name]:
+            names.setdefault(prompts[name], []).append(name)
+    return names
 
 
 def _use(exported: Exported, name: str) -> list[str]:
@@ -135,7 +143,7 @@ def _use(exported: Exported, name: str) -> list[str]:
             "",
         ]
     lines += [
-        "float32 is what was measured. On a GPU bfloat16 halves memory and time "
+        "float32 is what was measured. bfloat16 needs half of the memory "
         '(`model_kwargs={"dtype": "bfloat16"}`); float16 was not tried.',
         "",
     ]
@@ -164,7 +172,7 @@ def _use(exported: Exported, name: str) -> list[str]:
             f"* {fact}"
             for fact in gguf_facts(exported.model, exported.output_bias, exported.is_bert)
         ),
-        f"* {ollama_fact(exported.model, exported.is_bert)}",
+        f"* {ollama_fact(exported.model, exported.output_bias, exported.is_bert)}",
     ]
     return lines
 
@@ -175,6 +183,7 @@ def _limits(exported: Exported) -> list[str]:
     if not special:
         return []
     return [
+        "",
         f"Beyond the published architecture the model has {', '.join(special)}: runtimes with code "
         "of their own for that do not take it.",
     ]
@@ -190,7 +199,7 @@ def _mteb(exported: Exported, card: CardConfig, total: int, active: int) -> list
     }
     loader = {} if exported.is_bert else {"trust_remote_code": True}
     loader |= {"model_prompts": prompts} if prompts else {}
-    datasets = set(card.listed("mteb_datasets"))
+    datasets, has_onnx = set(card.listed("mteb_datasets")), bool(exported.onnx)
     fields = {
         "loader_kwargs": loader,
         "name": card.name or "OWNER/NAME",
@@ -207,7 +216,7 @@ def _mteb(exported: Exported, card: CardConfig, total: int, active: int) -> list
         "open_weights": True,
         "public_training_code": None,
         "public_training_data": None,
-        "framework": ["Sentence Transformers", "PyTorch", "safetensors"],
+        "framework": ["Sentence Transformers", "PyTorch", "safetensors", *["ONNX"] * has_onnx],
         "reference": f"https://huggingface.co/{card.name}" if card.name else None,
         "use_instructions": bool(prompts),
         "training_datasets": datasets or None,

@@ -60,7 +60,7 @@ def test_front_matter_is_what_the_hub_reads():
 def test_what_a_user_needs_is_said():
     text = model_card(Exported(MODEL, PROMPTS, 512, (16, 8), onnx=["model.onnx"]), CARD)
     for words in (
-        "| query | `search_query: ` |",
+        "| `search_query: ` | query |\n| `search_document: ` | passage, document, BitextMining, ",
         "Servers add none",
         "cut at 512 tokens",
         "trained widths: 16, 8",
