@@ -81,6 +81,15 @@ def from_process_0(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
+def share_of_process(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(number of this process, how many there are) among those that share work on `mesh`: all of
+    the run where the mesh has devices of all, else this one alone."""
+    count = jax.process_count()
+    if len({device.process_index for device in mesh.devices.flat}) < count:
+        return 0, 1
+    return jax.process_index(), count
+
+
 def tokenized_together(
     texts: list[str], tokenize: Callable[[list[str]], list[np.ndarray]], mesh: jax.sharding.Mesh
 ) -> list[np.ndarray]:
@@ -89,16 +98,12 @@ def tokenized_together(
     On a mesh of all processes, which call this together with the same texts, each tokenises its
     share.
     """
-    count = jax.process_count()
-    if (
-        not texts
-        or count == 1
-        or len({device.process_index for device in mesh.devices.flat}) < count
-    ):
+    process, count = share_of_process(mesh)
+    if not texts or count == 1:
         return tokenize(texts)
     edges = [len(texts) * i // count for i in range(count + 1)]
     most = max(stop - start for start, stop in itertools.pairwise(edges))
-    share = slice(*edges[jax.process_index() :][:2])
+    share = slice(*edges[process:][:2])
     sequences = tokenize(texts[share])
     length_PS = _gathered([len(ids) for ids in sequences], most)
     # In powers of two: each size compiles.

@@ -1,212 +1,193 @@
-"""The walk over a load of documents on CPUs: exact, at little more than the price of the products.
+"""The walk over blocks of documents on CPUs: exact, at little more than the price of the products.
 
-XLA's top-k on CPUs costs half of what the products cost, so the documents of a block are looked at
-in groups of 16. A document among the best k lies in a group whose peak is above the k-th best so
-far; after a few blocks few groups are, and only those are ranked. Where many are, the k groups with
-the highest peaks are enough (else each of those k groups would hold a better document).
+1. All products of a block, of vectors rounded to bfloat16 where the processor multiplies these
+   faster (`search.rounded` says how far off they may be), and the peaks of what they may be at
+   most, in groups of 16 documents. XLA's top-k would cost half of what the products do.
+2. A document among the best k lies in a group whose peak is above the k-th best score so far. These
+   groups are looked at one by one, and their documents that may be above get their scores
+   (`search.exact`). After a few blocks they are few.
+3. Where they are many, as in the first block, the k-th highest peak helps: k groups hold a document
+   each that is at least as good, less twice the bound. A query that still has too many is compared
+   with all documents of the block in float64.
 
-The host drives the walk: XLA for CPUs runs what is inside a loop or a condition on one thread, and
-the host can see how many groups there are to rank.
+XLA computes the next block while NumPy ranks this one.
 """
 
+import collections
+import dataclasses
 import functools
+import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
-from moe_embed_jax.mesh import replicated
-from moe_embed_jax.search.selection import Best, masked, merge, nothing
+from moe_embed_jax.search import exact
+from moe_embed_jax.search.rounded import Rounded, rounded
 
-BLOCK = 16_384  # documents scored at once on a device
-LOAD = BLOCK  # documents on a device at a time
-GROUP = 16  # documents with one peak: d, d + G, d + 2 G, ... where a block has G groups
-FEW = (32, 64, 192)  # groups that are ranked where no query has more above its bar
-# XLA's top-k on CPUs runs on one thread: as independent parts it runs on several.
-PARTS = 4
-SMALLEST_PART = 64  # queries
+BLOCK = 16_384  # documents scored at once
+GROUP = 16  # documents with one peak
+# A score of one pair takes 16 times the time of one of a product of matrices in float64.
+MANY = 1 / 32  # of a block, candidates of a query
+WORTH_MEASURING = 2e10  # products of a search that takes as long as `bfloat16_is_faster`
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def start(B: int, k: int, mesh) -> Best:
-    """Nothing found yet: the best k of each device, side by side, [B, devices x k]."""
-    placed = NamedSharding(mesh, _columns(mesh))
-    return jax.lax.with_sharding_constraint(nothing(B, k * mesh.size), placed)
+@dataclasses.dataclass
+class Queries:
+    """A part of the queries (rounded: padded, too) and the best k so far, as `exact.keys`."""
+
+    rounded: Rounded
+    exact_BD: np.ndarray
+    found_Bk: np.ndarray
+
+    @classmethod
+    def start(cls, query_BD: np.ndarray, count: int, k: int, dtype) -> "Queries":
+        """Nothing found yet for float32 `query_BD`, the first `count` of which are no padding."""
+        near = _rounded(query_BD, dtype)
+        # Products with zeros are exact; else each document would be a candidate.
+        is_zero_B = ~query_BD.any(axis=1)
+        size_B, slope_B = (np.where(is_zero_B, 0, x_B) for x_B in (near.size_N, near.slope_N))
+        return cls(
+            near._replace(size_N=size_B, slope_N=slope_B),
+            query_BD[:count].astype(np.float64),
+            np.full((count, k), exact.EMPTY),
+        )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def score_memory(B: int, block: int, mesh) -> jax.Array:
-    """[B, devices x block]: memory for scores. Fresh memory for each block would cost a tenth of
-    the time of its products."""
-    placed = NamedSharding(mesh, _columns(mesh))
-    zeros = jnp.zeros((B, block * mesh.size), jnp.float32)
-    return jax.lax.with_sharding_constraint(zeros, placed)
+def walk(parts: list[Queries], blocks: Iterable[tuple[int, np.ndarray, int]], dtype) -> None:
+    """Compares all parts with all blocks: (index of the first document, documents, how many of
+    them are no padding). A block must stay as it is until the next but one is asked for."""
+    # Memory of scores, two arrays of each shape: new memory costs a tenth of the products.
+    free, pending = collections.defaultdict(list), None
+    for first, document_nD, count in blocks:
+        near = _rounded(document_nD, dtype)
+        for queries in parts:
+            shape = len(queries.rounded.x_ND), len(document_nD)
+            memory_Bn = free[shape].pop() if free[shape] else jnp.zeros(shape, jnp.float32)
+            score_Bn = _products(queries.rounded.x_ND, near.x_ND, memory_Bn)
+            peak_BG = _peaks(score_Bn, queries.rounded, near, count, count == len(document_nD))
+            if pending is not None:
+                _rank(*pending)
+                free[pending[4].shape].append(pending[4])
+            pending = queries, near, document_nD[:count], first, score_Bn, peak_BG
+    if pending is not None:
+        _rank(*pending)
 
 
-def visit(
-    found: Best, score_Bn, query_BD, document_ND, first: int, count: int, block: int, mesh
-) -> tuple[Best, jax.Array]:
-    """(`found` and the documents of one load, `score_Bn` for the next call).
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Whether this processor multiplies bfloat16 into float32 clearly faster than float32.
 
-    Other arguments as of `knn.search`. When this returns, `document_ND` is not read any more.
+    Measured, once in a process, in half a second. What it says changes no result.
     """
-    rows = len(document_ND) // mesh.size
-    groups = block // _group_size(block)
-    for offset in range(0, min(rows, count - first), block):
-        place = (offset, first, count)
-        # Products and peaks are two programs: in one, XLA copies the scores in between.
-        score_Bn = _products(query_BD, document_ND, score_Bn, offset, block, mesh)
-        is_full = first + (mesh.size - 1) * rows + offset + block <= count
-        peak_BG, most = _peaks(score_Bn, found, place, rows, is_full, block, mesh)
-        most = int(most)  # groups above the bar, of the query that has most of them
-        if most:
-            few = next((size for size in FEW if most <= size < groups), None)
-            found = _rank(found, score_Bn, peak_BG, place, rows, few, is_full, block, mesh)
-    return found, score_Bn
+    seconds = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x_BD, y_nD = jnp.ones((256, 512), dtype), jnp.ones((4096, 512), dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            _product(x_BD, y_nD).block_until_ready()
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])  # the first one compiles
+    return seconds[jnp.bfloat16] < 0.8 * seconds[jnp.float32]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def finish(found: Best, k: int, mesh) -> Best:
-    """The best k over all devices."""
-    if mesh.size > 1:  # which hold documents in no order; of equal scores the lower index is first
-        order_Bm = jnp.argsort(found[1], axis=1)
-        found = tuple(jnp.take_along_axis(array, order_Bm, axis=1) for array in found)
-        found = merge([found], k, _top_k)
-    return jax.lax.with_sharding_constraint(found, replicated(mesh))
+_rounded = jax.jit(rounded, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=2, keep_unused=True)
-def _products(query_BD, document_ND, score_Bn, offset, block: int, mesh):
-    """The scores of a block of each device, in the place of `score_Bn`."""
-    del score_Bn
-
-    def local(query_BD, document_nD, offset):
-        block_nD = jax.lax.dynamic_slice_in_dim(document_nD, offset, block).astype(jnp.float32)
-        return jnp.matmul(query_BD, block_nD.T, precision=jax.lax.Precision.HIGHEST)
-
-    everywhere, rows = PartitionSpec(), PartitionSpec(mesh.axis_names)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=_columns(mesh)
-    )(query_BD, document_ND, offset)
+@jax.jit
+def _product(query_BD, document_nD):
+    return jax.lax.dot_general(
+        query_BD,
+        document_nD,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _peaks(score_Bn, found: Best, place, rows: int, is_full: bool, block: int, mesh):
-    """(peaks of the groups [B, devices x G], how many clear the bar where most do).
+@functools.partial(jax.jit, donate_argnums=2, keep_unused=True)
+def _products(query_BD, document_nD, memory_Bn):
+    """The scores of a block, in the place of `memory_Bn`."""
+    del memory_Bn
+    return _product(query_BD, document_nD)
 
-    is_full: no device's block has padding; to look for it costs more than all else here.
+
+@functools.partial(jax.jit, static_argnums=4)
+def _peaks(score_Bn, query: Rounded, document: Rounded, count, is_full: bool):
+    """[B, G]: what the best of each group may score at most; -inf where all is padding.
+
+    is_full: there is no padding; to look for it takes as long as all else here.
     """
-    size = _group_size(block)
-
-    def local(score_Bn, found, place):
-        score_BtG = score_Bn.reshape(-1, size, block // size)
-        if not is_full:
-            _, valid = _start_and_valid(place, rows, block, mesh)
-            score_BtG = masked(score_BtG, jnp.arange(block).reshape(size, -1), valid)
-        peak_BG = score_BtG.max(axis=1)
-        if is_full:
-            peak_BG = masked(peak_BG, 0, 1)
-        above_B = (peak_BG > _bar(found)).sum(axis=1)
-        return peak_BG, jax.lax.pmax(above_B.max(), mesh.axis_names)
-
-    columns, everywhere = _columns(mesh), PartitionSpec()
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(columns, columns, everywhere), out_specs=(columns, everywhere)
-    )(score_Bn, found, place)
+    score_BGt = _in_groups(score_Bn)
+    if not is_full:
+        is_there_Gt = _in_groups(jnp.arange(score_Bn.shape[1]) < count)
+        score_BGt = jnp.where(is_there_Gt, score_BGt, -jnp.inf)
+    return score_BGt.max(axis=-1) + _group_bound(query, document)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
-def _rank(
-    found, score_Bn, peak_BG, place, rows: int, few: int | None, is_full: bool, block: int, mesh
-) -> Best:
-    """`found` and the documents of a block, per device.
-
-    rows: of the load on a device. few: no query has more groups above its bar; None: it may have
-    any number. is_full: as of `_peaks`.
-    """
-
-    def local(found, score_Bn, peak_BG, place):
-        k = found[0].shape[1]
-        start, valid = _start_and_valid(place, rows, block, mesh)
-        if few is None:
-            if not is_full:
-                score_Bn = masked(score_Bn, jnp.arange(block), valid)
-            score_Bm, at_Bm = _best_groups(score_Bn, k)
-        else:
-            score_Bm, at_Bm = _groups_above(score_Bn, peak_BG, _bar(found), few)
-        score_Bm = masked(score_Bm, at_Bm, valid)
-        return merge([found, (score_Bm, start + at_Bm)], k, _top_k)
-
-    columns, everywhere = _columns(mesh), PartitionSpec()
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(columns, columns, columns, everywhere), out_specs=columns
-    )(found, score_Bn, peak_BG, place)
+def _in_groups(x_n):
+    """[..., n] -> [..., G, size of a group]"""
+    size = GROUP if x_n.shape[-1] % GROUP == 0 else 1
+    return x_n.reshape(*x_n.shape[:-1], -1, size)
 
 
-def _groups_above(score_Bn, peak_BG, bar_B1, few: int):
-    """(scores, places in the block) of the groups above the bar, at most `few` a query: in the
-    order of the documents, on which the order of equal scores rests."""
-    (B, n), G = score_Bn.shape, peak_BG.shape[1]
-    counted_BG = _running_count(peak_BG > bar_B1)
-    group_Bg = jax.vmap(lambda n_G: jnp.searchsorted(n_G, 1 + jnp.arange(few)))(counted_BG)
-    at_Btg = jnp.arange(n // G)[:, None] * G + group_Bg[:, None]
-    # Where a query has fewer, `G` stands; a place behind the block is masked as padding is.
-    at_Bm = jnp.where(group_Bg[:, None] < G, at_Btg, n).reshape(B, -1)
-    return jax.vmap(lambda score_n, at_m: score_n[at_m])(score_Bn, at_Bm), at_Bm
+def _group_bound(query: Rounded, document: Rounded):
+    """[B, G]: how far a product in each group may be off."""
+    size_G, residue_G = (_in_groups(x_n).max(axis=-1) for x_n in document[1:3])
+    return query.slope_N[:, None] * size_G + query.size_N[:, None] * residue_G
 
 
-def _best_groups(score_Bn, k: int):
-    """(scores, places in the block) of k groups of neighbours that hold the best k.
+@np.errstate(over="ignore", invalid="ignore")  # sizes may be infinite
+def _rank(queries: Queries, document: Rounded, document_nD, first: int, score_Bn, peak_BG) -> None:
+    """Adds the documents of a block, the first of which has the index `first`."""
+    found_Bk, document = queries.found_Bk, Rounded(None, *map(np.asarray, document[1:]))
+    (B, k), n, G = found_Bk.shape, len(document_nD), peak_BG.shape[1]
+    query = Rounded(None, *(x_B[:B] for x_B in queries.rounded[1:]))
+    peak_BG = np.asarray(peak_BG)[:B]
 
-    Neighbours, because among groups with the same peak the first ones must hold the first
-    documents.
-    """
-    (B, n), size = score_Bn.shape, _group_size(score_Bn.shape[1])
-    G = n // size
-    if k >= G:
-        return score_Bn, jnp.broadcast_to(jnp.arange(n), (B, n))
-    score_BGt = score_Bn.reshape(B, G, size)
-    peak_BG = masked(score_BGt.max(axis=2), 0, 1)  # -0 as 0; groups of padding are the last
-    group_Bg = jnp.sort(_top_k(peak_BG, k)[1], axis=1)
-    score_Bgt = jax.vmap(lambda score_Gt, at_g: score_Gt[at_g])(score_BGt, group_Bg)
-    at_Bgt = group_Bg[:, :, None] * size + jnp.arange(size)
-    return score_Bgt.reshape(B, -1), at_Bgt.reshape(B, -1)
+    bar_B = exact.unpacked(found_Bk[:, -1])[0]  # to be among the best: score above it
+    above_BG = ~(peak_BG <= bar_B[:, None])  # so what is no number is above
+    is_crowded_B = np.count_nonzero(above_BG, axis=1) > k
+    if k <= G and is_crowded_B.any():
+        rows = np.flatnonzero(is_crowded_B)
+        bound_rG = _group_bound(Rounded(None, *(x_B[rows] for x_B in query[1:])), document)
+        bar_B[rows] = np.maximum(bar_B[rows], _below_kth(peak_BG[rows], k, bound_rG))
+        above_BG[rows] = ~(peak_BG[rows] <= bar_B[rows, None])
+        is_crowded_B = np.count_nonzero(above_BG, axis=1) > MANY * n
+        above_BG[is_crowded_B] = False
 
+    query_P, at_P = _candidates(above_BG, bar_B, np.asarray(score_Bn), query, document)
+    is_crowded_B |= np.bincount(query_P, minlength=B) > MANY * n
+    few_P = (at_P < n) & ~is_crowded_B[query_P]
+    query_P, at_P = query_P[few_P], at_P[few_P]
 
-def _columns(mesh) -> PartitionSpec:
-    """Of arrays [B, devices x ...]: what each device has for all queries."""
-    return PartitionSpec(None, mesh.axis_names)
-
-
-def _start_and_valid(place, rows: int, block: int, mesh):
-    """(index of the first document of this device's block, how many documents are in it)."""
-    offset, first, count = place
-    start = first + jax.lax.axis_index(mesh.axis_names) * rows + offset
-    return start, jnp.clip(count - start, 0, block)
-
-
-def _bar(found: Best):
-    """A later document has to score above it to be among the best k. [B, 1]"""
-    return found[0][:, -1:]
-
-
-def _group_size(block: int) -> int:
-    return GROUP if block % GROUP == 0 else 1
+    if len(query_P):
+        score_P = exact.pair_scores(queries.exact_BD, document_nD, query_P, at_P)
+        found_Bk = exact.with_pairs(found_Bk, query_P, exact.keys(score_P, first + at_P))
+    if is_crowded_B.any():
+        found_Bk[is_crowded_B] = exact.with_all(
+            found_Bk[is_crowded_B], queries.exact_BD[is_crowded_B], document_nD, first
+        )
+    queries.found_Bk = found_Bk
 
 
-def _running_count(mask_BG):
-    """cumsum over G, as products with a triangle: XLA's own takes four times as long here."""
-    B, G = mask_BG.shape
-    width = 64 if G % 64 == 0 else G
-    part_BWg = mask_BG.astype(jnp.float32).reshape(B, G // width, width)
-    part_BWg = part_BWg @ jnp.triu(jnp.ones((width, width), jnp.float32))
-    total_BW = part_BWg[:, :, -1]
-    before_BW = jnp.cumsum(total_BW, axis=1) - total_BW
-    return (part_BWg + before_BW[:, :, None]).reshape(B, G)
+def _candidates(above_BG, bar_B, score_Bn, query: Rounded, document: Rounded):
+    """(queries [P], ascending, places in the block [P]) of the documents in the groups `above_BG`
+    that may be above the bar of their query."""
+    place_g = np.flatnonzero(above_BG)  # in the groups of all queries
+    query_g, group_g = np.divmod(place_g, above_BG.shape[1])
+    size = score_Bn.shape[1] // above_BG.shape[1]
+    most_gt = np.take(score_Bn.reshape(-1, size), place_g, axis=0)
+    most_gt += query.slope_N[query_g, None] * document.size_N.reshape(-1, size)[group_g]
+    most_gt += query.size_N[query_g, None] * document.residue_N.reshape(-1, size)[group_g]
+    g_P, t_P = np.nonzero(~(most_gt <= bar_B[query_g, None]))
+    return query_g[g_P], group_g[g_P] * size + t_P
 
 
-def _top_k(score_Bm, k: int):
-    B = score_Bm.shape[0]
-    parts = PARTS if B % (PARTS * SMALLEST_PART) == 0 else 1
-    found = [jax.lax.top_k(part, k) for part in jnp.split(score_Bm, parts)]
-    return tuple(jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
+def _below_kth(peak_BG, k: int, bound_BG) -> np.ndarray:
+    """Something below the k-th best score: k groups hold a document each that is at least as good
+    as the peak, less twice the bound, of the k-th of them."""
+    least_BG = np.where(bound_BG < np.inf, peak_BG - 2 * bound_BG, -np.inf)
+    return np.nextafter(np.partition(least_BG, -k, axis=1)[:, -k], np.float32(-np.inf))

@@ -5,12 +5,13 @@ store of vectors larger than memory. Every device walks over its slice of the lo
 keeps the best k so far, so that the B x N scores never exist at once; the k of each device are
 merged after each load. Arrays are padded to a few sizes, so that a hundred small sets share a
 handful of compilations; the walk stops after the last real block, so padding costs memory, not
-time. CPUs walk in their own way (`search.cpu`), with the same result.
+time. CPUs walk in their own way (`search.cpu`).
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import replicated, single_device_mesh
-from moe_embed_jax.processes import to_devices
-from moe_embed_jax.search import cpu
+from moe_embed_jax.processes import share_of_process, to_devices, true_anywhere
+from moe_embed_jax.search import cpu, exact
 from moe_embed_jax.search.selection import Best, masked, merge, nothing
 
 QUERY_BLOCK = 1024
@@ -76,23 +78,29 @@ def top_k(
     """The `min(k, N)` documents of highest inner product with each query, best first.
 
     Args:
-      query_BD: queries, any real dtype, computed in float32 at the highest matmul precision.
+      query_BD: queries, any real dtype, taken as float32.
       document_ND: documents, read in slices, each once; split over all axes of `mesh` (default:
-        one device). Where the mesh spans processes, all of them call this with the same arrays.
+        one device), on CPUs over its processes. Where the mesh spans processes, all of them call
+        this with the same arrays.
       k: how many; more than N gives N.
-      block: documents scored at once on a device; at most QUERY_BLOCK x block scores exist there.
-      load: documents on a device at a time; a second load is under way meanwhile. Both have
-        defaults that suit the device.
+      block: documents scored at once on a device; at most QUERY_BLOCK x block scores exist there,
+        on CPUs twice as many.
+      load: documents on a device at a time; a second load is under way meanwhile. On CPUs three
+        blocks are in memory. Both have defaults that suit the device.
       recall: None is exact; else, for speed on TPUs, the expected share of the k that is found
         (`jax.lax.approx_max_k` in each block; elsewhere than on TPUs the result is exact).
 
     Returns:
       scores [B, min(k, N)] float32, descending, and document indices [B, min(k, N)] int32. Equal
-      scores are ordered by the lower index.
+      scores are ordered by the lower index. On CPUs a score is the inner product rounded once
+      (`search.exact`), so the result has the same bits whatever the blocks, processes and products
+      are. Elsewhere it is a float32 product at the highest precision of the device, and documents
+      whose scores differ by rounding errors of it may change places.
 
     Raises:
       ValueError: shapes that do not fit, k, block or load below 1, a recall outside (0, 1), values
         that are not finite.
+      UserError: another process of the mesh failed.
     """
     query_BD = _checked(query_BD, "query")
     B, (N, width) = len(query_BD), _shape(document_ND, "document")
@@ -107,28 +115,24 @@ def top_k(
         return np.zeros((B, wanted), np.float32), np.zeros((B, wanted), np.int32)
 
     mesh = single_device_mesh() if mesh is None else mesh
-    on_cpu = runs_on_cpu(mesh)
-    block, load = block or (cpu.BLOCK if on_cpu else BLOCK), load or (cpu.LOAD if on_cpu else LOAD)
-    layout = document_layout(N, mesh.size, block, load)
-    queries = []
-    for start in range(0, B, QUERY_BLOCK):
-        part_BD = query_BD[start : start + QUERY_BLOCK]
-        part_BD = pad_rows(part_BD, _bucket(len(part_BD), SMALLEST_QUERIES))
-        queries.append(to_devices(part_BD, replicated(mesh)))
-    if on_cpu:
-        found = _walk_on_cpu(queries, document_ND, k, layout, mesh)
+    parts = [query_BD[start : start + QUERY_BLOCK] for start in range(0, B, QUERY_BLOCK)]
+    if runs_on_cpu(mesh):
+        block = min(block or cpu.BLOCK, load or cpu.BLOCK)
+        found = _walk_on_cpu(parts, document_ND, wanted, block, mesh)
     else:
-        found = _walk(queries, document_ND, k, layout, recall, mesh)
+        layout = document_layout(N, mesh.size, block or BLOCK, load or LOAD)
+        found = _walk(parts, document_ND, k, layout, recall, mesh)
     scores = [np.asarray(score_Bk)[:, :wanted] for score_Bk, _ in found]
     indices = [np.asarray(index_Bk)[:, :wanted] for _, index_Bk in found]
     return np.concatenate(scores)[:B], np.concatenate(indices)[:B]
 
 
-def _walk(queries, document_ND: Documents, k: int, layout: Layout, recall, mesh) -> list[Best]:
+def _walk(parts, document_ND: Documents, k: int, layout: Layout, recall, mesh) -> list[Best]:
     """The best k of each part of the queries; padding of either side is still there."""
     count = _shape(document_ND, "document")[0]
+    queries = [to_devices(_padded_queries(part_BD), replicated(mesh)) for part_BD in parts]
     best = [_start(len(part_BD), k, mesh) for part_BD in queries]
-    for first, load_ND in _in_loads(document_ND, layout.rows, mesh, reuse=False):
+    for first, load_ND in _in_loads(document_ND, layout.rows, mesh, on_cpu=False):
         jax.block_until_ready(best)  # or all loads would wait on the devices at a time
         best = [
             search(part_BD, load_ND, first, count, part, layout.block, recall, mesh)
@@ -137,18 +141,32 @@ def _walk(queries, document_ND: Documents, k: int, layout: Layout, recall, mesh)
     return best
 
 
-def _walk_on_cpu(queries, document_ND: Documents, k: int, layout: Layout, mesh) -> list[Best]:
-    """`_walk` of `search.cpu`."""
-    count = _shape(document_ND, "document")[0]
-    found = [cpu.start(len(part_BD), k, mesh) for part_BD in queries]
-    scores = {B: cpu.score_memory(B, layout.block, mesh) for B in set(map(len, queries))}
-    for first, load_ND in _in_loads(document_ND, layout.rows, mesh, reuse=True):
-        for part, part_BD in enumerate(queries):
-            B = len(part_BD)
-            found[part], scores[B] = cpu.visit(
-                found[part], scores[B], part_BD, load_ND, first, count, layout.block, mesh
-            )
-    return [cpu.finish(part, k, mesh) for part in found]
+def _walk_on_cpu(parts, document_ND: Documents, k: int, block: int, mesh) -> list[Best]:
+    """The same by `search.cpu`. Processes of the mesh share the blocks: each walks its own."""
+    count, width = _shape(document_ND, "document")
+    work = float(count) * width * sum(map(len, parts))
+    is_rounded = work > cpu.WORTH_MEASURING and cpu.bfloat16_is_faster()
+    dtype = jnp.bfloat16 if is_rounded else jnp.float32
+    queries = [cpu.Queries.start(_padded_queries(x_BD), len(x_BD), k, dtype) for x_BD in parts]
+    block = document_layout(count, 1, block, block).rows
+    process, processes = share_of_process(mesh)
+    loads = _in_loads(document_ND, block, single_device_mesh(), True, process, processes)
+    blocks = ((first, np.asarray(x_nD), min(block, count - first)) for first, x_nD in loads)
+    if processes == 1:
+        cpu.walk(queries, blocks, dtype)
+        return [exact.unpacked(part.found_Bk) for part in queries]
+    error = None
+    try:
+        cpu.walk(queries, blocks, dtype)
+    except Exception as raised:  # the others would wait for this process
+        error = raised
+    if true_anywhere(error is not None):
+        raise error or UserError("another process failed to search; its message says why")
+    return [exact.unpacked(exact.best_of_all(part.found_Bk)) for part in queries]
+
+
+def _padded_queries(query_BD: np.ndarray) -> np.ndarray:
+    return pad_rows(query_BD, _bucket(len(query_BD), SMALLEST_QUERIES))
 
 
 def runs_on_cpu(mesh: jax.sharding.Mesh) -> bool:
@@ -211,34 +229,38 @@ def _rows(mesh) -> PartitionSpec:
 
 
 def _in_loads(
-    document_ND: Documents, rows: int, mesh, reuse: bool
+    document_ND: Documents, rows: int, mesh, on_cpu: bool, share: int = 0, shares: int = 1
 ) -> Iterator[tuple[int, jax.Array]]:
-    """(index of its first document, load) of all loads; the next one is read in a thread meanwhile.
+    """(index of its first document, load) of each load, or of every `shares`-th one, beginning with
+    number `share`; the next one is read in a thread meanwhile.
 
-    reuse: the memory of a load may be written over when the one after the next is asked for. New
-    memory costs more than the copy into it.
+    on_cpu: the last load may have fewer rows; and memory of a load is written over when the load
+    after the next but one is read, because new memory costs more than the copy into it.
     """
     count = _shape(document_ND, "document")[0]
-    memory = [None, None]
+    memory = {}
 
-    def read(first: int) -> jax.Array:
+    def read(number: int) -> jax.Array:
+        first = number * rows
         x_ND = _checked_values(document_ND[first : first + rows], "document", first)
-        if reuse and not (len(x_ND) == rows and _is_aligned(x_ND)):
-            turn = first // rows % 2
-            if memory[turn] is None:
+        size = min(rows, _bucket(len(x_ND), SMALLEST_DOCUMENTS)) if on_cpu else rows
+        if on_cpu and not (len(x_ND) == size and _is_aligned(x_ND)):
+            turn = number // shares % 3
+            if turn not in memory:
                 memory[turn] = _aligned_empty((rows, x_ND.shape[1]), x_ND.dtype)
             memory[turn][: len(x_ND)] = x_ND
-            memory[turn][len(x_ND) :] = 0
-            x_ND = memory[turn]
-        return to_devices(pad_rows(x_ND, rows), NamedSharding(mesh, _rows(mesh)))
+            memory[turn][len(x_ND) : size] = 0
+            x_ND = memory[turn][:size]
+        return to_devices(pad_rows(x_ND, size), NamedSharding(mesh, _rows(mesh)))
 
+    numbers = range(share, -(-count // rows), shares)
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(read, 0)
-        for first in range(0, count, rows):
-            load_ND = pending.result()
-            if first + rows < count:
-                pending = reader.submit(read, first + rows)
-            yield first, load_ND
+        pending = [reader.submit(read, number) for number in numbers[:1]]
+        for number, after in itertools.zip_longest(numbers, numbers[1:]):
+            load_ND = pending.pop().result()
+            if after is not None:
+                pending.append(reader.submit(read, after))
+            yield number * rows, load_ND
 
 
 def _is_aligned(x_ND: np.ndarray) -> bool:

@@ -11,11 +11,11 @@ def nothing(B: int, k: int) -> Best:
     return jnp.full((B, k), -jnp.inf, jnp.float32), jnp.full((B, k), -1, jnp.int32)
 
 
-def merge(parts: list[Best], k: int, top_k=jax.lax.top_k) -> Best:
+def merge(parts: list[Best], k: int) -> Best:
     """The best k of several. Equal scores keep the order of `parts`, and the order in each."""
     score_Bm = jnp.concatenate([score for score, _ in parts], axis=1)
     index_Bm = jnp.concatenate([index for _, index in parts], axis=1)
-    score_Bk, at_Bk = top_k(score_Bm, min(k, score_Bm.shape[1]))
+    score_Bk, at_Bk = jax.lax.top_k(score_Bm, min(k, score_Bm.shape[1]))
     return score_Bk, jnp.take_along_axis(index_Bm, at_Bk, axis=1)
 
 

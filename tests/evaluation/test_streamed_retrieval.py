@@ -120,7 +120,6 @@ def test_only_chunks_are_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(streamed_retrieval, "read_records", counted)
     monkeypatch.setattr(StoredRows, "__getitem__", watched)
-    monkeypatch.setattr("moe_embed_jax.search.cpu.LOAD", 16)
     monkeypatch.setattr("moe_embed_jax.search.cpu.BLOCK", 16)
     list(MIRACL.evaluate(root, text_vectors(tmp_path / "v", Watching()), "MIRACL"))
     assert sizes == [10, 10, 10, 1, 10, 10, 10, 10]

@@ -20,6 +20,7 @@ from moe_embed_jax.data.schedule import Schedule, mixture_groups
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh
 from moe_embed_jax.processes import process_0_first, to_devices, to_host, true_anywhere
+from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.run_config import RunConfig
 
@@ -67,6 +68,13 @@ def main(folder: pathlib.Path) -> None:
     for step in STEPS:
         for name, array in vars(batches.at(step).arrays).items():
             arrays[f"{step}/{name}"] = to_host(array)
+    document_ND = np.random.default_rng(0).normal(size=(2000, 8))
+    arrays["scores"], arrays["indices"] = top_k(document_ND[:9], document_ND, 20, mesh, block=256)
+    document_ND[300] = np.nan  # of process 1, where there are two
+    try:
+        top_k(document_ND[:9], document_ND, 20, mesh, block=256)
+    except (UserError, ValueError) as error:
+        refused.append(str(error))
     numbers = np.arange(4 * mesh.size)
     record = {
         "prepared": prepared,

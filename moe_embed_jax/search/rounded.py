@@ -1,0 +1,57 @@
+"""Vectors rounded to the numbers that a device multiplies fast, and how far products may be off.
+
+A product of rounded vectors x~ = x - dx with float32 sums differs from the inner product by
+
+    |q.d - fl(q~.d~)|  =  |dq.d + q~.dd + (q~.d~ - fl(q~.d~))|
+                      <=  |dq| |d|  +  |q~| |dd|  +  c |q~| |d~|  +  2 D 2^-126
+
+The first two terms are Cauchy-Schwarz. The third is the error of D products and D sums in any
+order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): at most D u |q~| |d~|
+with u = 2^-24, or 2^-23 where a unit cuts off instead of rounding; c = (D + 16) 2^-23 leaves room
+for computing the bound itself in float32. The last is what numbers below 2^-126 may lose, which
+units take as zero. A vector keeps two numbers, so that the bound is two products:
+
+    |q.d - fl(q~.d~)|  <=  `slope`_q `size`_d + `size`_q `residue`_d
+    size = |x|,  residue = |dx|,  slope_q = |dq| + 2 c |q|
+
+All three are rounded up, and raised by 2^-61 sqrt(D): that is more than squares below 2^-126 can
+add to a norm, and its square is more than the last term. A size above 2^60 becomes infinite, and so
+does its bound; products of the others cannot overflow. Where a bound is infinite, the product may
+be no number: the caller must take it as "anything".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Rounded(NamedTuple):
+    """x_ND: rounded. size_N, residue_N, slope_N: float32, as above."""
+
+    x_ND: jax.Array
+    size_N: jax.Array
+    residue_N: jax.Array
+    slope_N: jax.Array
+
+
+def rounded(x_ND: jax.Array, dtype) -> Rounded:
+    """Rows of `x_ND` as `dtype` (bfloat16, or float32, which rounds nothing)."""
+    x_ND = x_ND.astype(jnp.float32)
+    D = x_ND.shape[1]
+    near_ND, residue_N = x_ND, jnp.zeros(len(x_ND))
+    if dtype != jnp.float32:
+        # Not a conversion to and fro, which XLA takes out.
+        near_ND = jax.lax.reduce_precision(x_ND, exponent_bits=8, mantissa_bits=7)
+        residue_N = _norm(x_ND - near_ND)
+    c = (D + 16) * 2.0**-23
+    least = 2.0**-61 * D**0.5
+    # |x~| exceeds |x| by less than the factor 1 + 2^-7.
+    size_N = _norm(x_ND) * (1 + c) * (1 if dtype == jnp.float32 else 1 + 2.0**-7) + least
+    size_N = jnp.where(size_N < 2.0**60, size_N, jnp.inf)
+    residue_N = residue_N * (1 + c) + least
+    return Rounded(near_ND.astype(dtype), size_N, residue_N, residue_N + 2 * c * size_N)
+
+
+def _norm(x_ND):
+    return jnp.sqrt(jnp.square(x_ND).sum(axis=1))
