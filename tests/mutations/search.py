@@ -64,7 +64,7 @@ FAULTS = (
         "search/cpu.py",
         "    most_gt += query.size_N",
         "    most_gt -= query.size_N",
-        "search/test_cpu.py -k to_the_bit",
+        "search/test_cpu.py -k rounding_lowers",
     ),
     Fault(
         "a-product-of-matrices-is-taken-as-exact",

@@ -61,6 +61,13 @@ def test_scores_and_order_are_exact_to_the_bit(seed, products):
         np.testing.assert_array_equal(score_Bk, expected_score)
 
 
+def test_documents_that_rounding_lowers_are_found(products):
+    document_ND = np.random.default_rng(0).normal(size=(8192, 64)) * 0.1
+    document_ND[5], document_ND[5000] = 1 + 0.40 / 128, 1 + 0.45 / 128  # both 1 in bfloat16
+    _, index_Bk = top_k(np.ones((1, 64)), document_ND, 1, block=4096)
+    assert index_Bk == 5000
+
+
 def test_a_clear_search_compares_few_pairs(monkeypatch, products):
     pairs, pair_scores = [], exact.pair_scores
     monkeypatch.setattr(exact, "pair_scores", lambda *x: pairs.append(len(x[2])) or pair_scores(*x))
