@@ -1,8 +1,8 @@
 """The score of a query and a document, and how scores are ordered.
 
 A score is the float32 that is nearest to the inner product of the two vectors, which is summed in
-float64: products of float32 are exact there, and the sum is off by at most D 2^-53 |q| |d|. So a
-score does not depend on what else is searched, on blocks, or on devices.
+float64: products of float32 are exact there, and the sum is off by at most D 2^-53 times the
+product of their norms. So a score does not depend on what else is searched, or on blocks.
 """
 
 import numpy as np

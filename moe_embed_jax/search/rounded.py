@@ -6,12 +6,12 @@ A product of rounded vectors x~ = x - dx with float32 sums differs from the inne
                       <=  |dq| |d|  +  |q~| |dd|  +  c |q~| |d~|  +  2 D 2^-126
 
 The first two terms are Cauchy-Schwarz. The third is the error of D products and D sums in any
-order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): at most D u |q~| |d~|
-with u = 2^-24, or 2^-23 where a unit cuts off instead of rounding; c = (D + 16) 2^-23 leaves room
-for computing the bound itself in float32. The last is what numbers below 2^-126 may lose, which
-units take as zero. A vector keeps two numbers, so that the bound is two products:
+order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): D u times both norms
+at most, with u = 2^-24, or 2^-23 where a unit cuts off instead of rounding; c = (D + 16) 2^-23
+leaves room for computing the bound itself in float32. The last is what numbers below 2^-126 may
+lose, which units take as zero. A vector keeps three numbers, so that the bound is two products:
 
-    |q.d - fl(q~.d~)|  <=  `slope`_q `size`_d + `size`_q `residue`_d
+    |q.d - fl(q~.d~)|  <=  slope_q size_d + size_q residue_d
     size = |x|,  residue = |dx|,  slope_q = |dq| + 2 c |q|
 
 All three are rounded up, and raised by 2^-61 sqrt(D): that is more than squares below 2^-126 can
