@@ -1,6 +1,6 @@
 """Vectors rounded to the numbers that a device multiplies fast, and how far products may be off.
 
-A product of rounded vectors x~ = x - dx with float32 sums differs from the inner product by
+A product of rounded vectors x~ = x - dx with float32 sums differs from the inner product by::
 
     |q.d - fl(q~.d~)|  =  |dq.d + q~.dd + (q~.d~ - fl(q~.d~))|
                       <=  |dq| |d|  +  |q~| |dd|  +  c |q~| |d~|  +  2 D 2^-126
@@ -9,7 +9,7 @@ The first two terms are Cauchy-Schwarz. The third is the error of D products and
 order (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): D u times both norms
 at most, with u = 2^-24, or 2^-23 where a unit cuts off instead of rounding; c = (D + 16) 2^-23
 leaves room for computing the bound itself in float32. The last is what numbers below 2^-126 may
-lose, which units take as zero. A vector keeps three numbers, so that the bound is two products:
+lose, which units take as zero. A vector keeps three numbers, so that the bound is two products::
 
     |q.d - fl(q~.d~)|  <=  slope_q size_d + size_q residue_d
     size = |x|,  residue = |dx|,  slope_q = |dq| + 2 c |q|
