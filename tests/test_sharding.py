@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.errors import UserError
@@ -204,5 +204,5 @@ mesh = make_mesh(MeshConfig(), [InSlice(device) for device in devices])
 assert mesh.shape["slice"] == 2 and mesh.shape["data"] == 4
 assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 """
-    result = run_python(["-c", program], devices=8)
+    result = run_forked(["-c", program], devices=8)
     assert result.returncode == 0, result.stderr

@@ -2,15 +2,14 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python_environment
 from helpers.commands import files_of, launch
+from helpers.forked import start_forked
 from helpers.stand_in_teacher import StandInTeacher, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,8 +204,7 @@ def test_another_teacher_is_an_error(tmp_path):
 
 def test_kill_9_and_resume(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
-    command = [sys.executable, __file__, str(tmp_path), "0.3"]
-    process = subprocess.Popen(command, env=python_environment(1))
+    process = start_forked([__file__, tmp_path, 0.3])
     work = tmp_path / "work"
     for _ in range(1200):
         if list(work.glob("*/chunk-00001/neighbours.npz")):

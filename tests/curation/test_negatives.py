@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from conftest import python_environment
 from helpers.commands import files_of, launch
+from helpers.forked import start_forked
 from helpers.stand_in_teacher import StandInTeacher
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,9 +178,7 @@ def test_parts_and_another_rule(tmp_path, monkeypatch):
 
 def test_kill_9_and_resume(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(tmp_path), "0.5"], env=python_environment(1)
-    )
+    process = start_forked([__file__, tmp_path, 0.5])
     for _ in range(1200):
         if list((tmp_path / "work").glob("00000-*/negatives-00000.npz")):
             break

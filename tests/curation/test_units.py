@@ -1,14 +1,13 @@
 """Filtering and mining by several processes that know nothing of each other: the same bytes."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import python_environment
 from helpers.commands import files_of, launch
+from helpers.forked import start_forked
 from helpers.stand_in_teacher import StandInTeacher, pair
 
 from moe_embed_jax.curation import teacher as teacher_module
@@ -51,9 +50,7 @@ def mining(pairs, work, teacher=None):
 
 def test_four_parts_of_which_two_are_killed_and_one_is_taken_over(tmp_path, pairs):
     def start(part):
-        command = [sys.executable, __file__, str(tmp_path), part]
-        out = subprocess.PIPE
-        return subprocess.Popen(command, env=python_environment(1), stdout=out, text=True)
+        return start_forked([__file__, tmp_path, part])
 
     def done(part):
         """Units of a part of 4 that have been made."""
@@ -72,7 +69,7 @@ def test_four_parts_of_which_two_are_killed_and_one_is_taken_over(tmp_path, pair
             alive.remove(part)
         time.sleep(0.02)
     assert [process.wait(100) for process in parts] == [0, -9, -9, 0]
-    assert parts[3].stdout.read() == f"part 3/4: 3 of 12 units are done, in {tmp_path}/work\n"
+    assert parts[3].communicate()[0] == f"part 3/4: 3 of 12 units are done, in {tmp_path}/work\n"
     assert [len(done(part)) == 3 for part in range(4)] == [True, False, False, True]
 
     assert start("1/4").wait(100) == 0  # takes over what the dead process owned

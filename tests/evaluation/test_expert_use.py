@@ -7,8 +7,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
 from helpers import published_models
+from helpers.forked import run_forked
 from helpers.labelled_model import CONFIG, labelled, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -214,7 +214,7 @@ def test_no_texts(embedder):
 
 def test_eight_devices_equal_one(folder, counts_NMKE, tmp_path):
     np.save(tmp_path / "counts.npy", counts_NMKE)
-    result = run_python([__file__, folder, tmp_path / "counts.npy"], devices=8, timeout=300)
+    result = run_forked([__file__, folder, tmp_path / "counts.npy"], devices=8, timeout=300)
     assert result.returncode == 0, result.stderr
 
 

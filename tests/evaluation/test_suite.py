@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT
 from helpers.evaluation_data import table, text_vectors, write, write_beir, write_miracl
+from helpers.forked import run_forked
 from helpers.stand_in_teacher import StandInTeacher
 
 from moe_embed_jax import config as config_files
@@ -328,7 +329,7 @@ def test_picture_shows_means_by_first_language():
 
 
 def scores_on(devices: int, folder: Path) -> dict:
-    result = run_python([__file__, folder, devices], devices=devices)
+    result = run_forked([__file__, folder, devices], devices=devices)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -4,7 +4,8 @@ import importlib.util
 import json
 
 import pytest
-from conftest import run_python
+
+from helpers.forked import run_forked
 
 tpu_aot = [
     pytest.mark.tpu_aot,
@@ -17,6 +18,6 @@ tpu_aot = [
 
 def plan(command, output):
     """(what it printed, the JSON) of launch/plan.py."""
-    result = run_python([*command, f"--output={output}"], timeout=900)
+    result = run_forked([*command, f"--output={output}"], timeout=900)
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(output.read_text())

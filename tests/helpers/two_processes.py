@@ -6,6 +6,8 @@ import sys
 
 from conftest import ROOT, python_environment
 
+from helpers.forked import start_forked
+
 
 class Together:
     """Two processes of one run with their output in files; `devices`: of each."""
@@ -23,13 +25,18 @@ class Together:
                 "JAX_PROCESS_ID": str(index),
             }
             with (folder / f"out{index}").open("w") as out, (folder / f"err{index}").open("w") as e:
-                member = subprocess.Popen(
-                    [sys.executable, *map(str, arguments)],
-                    cwd=ROOT,
-                    env=python_environment(devices, **variables, **environment),
-                    stdout=out,
-                    stderr=e,
-                )
+                if index:
+                    member = start_forked(
+                        arguments, devices, stdout=out, stderr=e, **variables, **environment
+                    )
+                else:  # with another hash seed: both shall do the same in the same order
+                    member = subprocess.Popen(
+                        [sys.executable, *map(str, arguments)],
+                        cwd=ROOT,
+                        env=python_environment(devices, **variables, **environment),
+                        stdout=out,
+                        stderr=e,
+                    )
             self.members.append(member)
 
     def output(self, name: str) -> str:

@@ -7,7 +7,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import SHARED, run_python
+from conftest import SHARED
+from helpers.forked import run_forked
 
 from moe_embed_jax import Embedder
 from moe_embed_jax.conversion import export_model, import_model
@@ -274,7 +275,7 @@ def every_fifth_question(source: pathlib.Path, target: pathlib.Path) -> pathlib.
 def test_e5_small_finds_the_paragraphs_of_xquad(e5_small, tmp_path):
     """nDCG@10 on every fifth German question, as transformers' BertModel: 0.957."""
     questions = every_fifth_question(SHARED / "data/xquad/de", tmp_path / "de")
-    result = run_python(
+    result = run_forked(
         [
             "launch/evaluate.py",
             f"--model={e5_small}",

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from helpers.published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
 from moe_embed_jax import Embedder, conversion, model_folder
@@ -24,7 +24,7 @@ def dense(tmp_path_factory):
 
 
 def convert(*arguments):
-    return run_python(["launch/convert.py", *arguments])
+    return run_forked(["launch/convert.py", *arguments])
 
 
 def test_import_upcycle_and_export(dense, tmp_path):

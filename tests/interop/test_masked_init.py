@@ -5,8 +5,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked
 from test_bert import SIZES, randomised
 
 from moe_embed_jax.data.data_config import MaskedDataConfig
@@ -145,7 +145,7 @@ def test_a_run_from_xlm_roberta(xlmr, data_dir, tmp_path):
     workdir = tmp_path / "run"
     command = ["launch/train.py", f"--config={config}", f"--workdir={workdir}"]
     rate = "--config.optimizer.peak_learning_rate=0.0"
-    result = run_python([*command, rate, "--config.optimizer.warmup_steps=0"])
+    result = run_forked([*command, rate, "--config.optimizer.warmup_steps=0"])
     assert result.returncode == 0, result.stderr
     assert "model.vocab_size: 250048 -> 576" in result.stdout
     ours = load_model(workdir, single_device_mesh())

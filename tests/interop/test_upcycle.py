@@ -6,8 +6,8 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked
 from helpers.published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
 from moe_embed_jax import Embedder
@@ -156,7 +156,7 @@ def page(data_dir, tmp_path_factory):
 def train(page):
     def run(workdir, *flags, **environment):
         arguments = [f"--config={page}", f"--workdir={workdir}", *flags]
-        return run_python(["launch/train.py", *arguments], **environment)
+        return run_forked(["launch/train.py", *arguments], **environment)
 
     return run
 

@@ -5,8 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT
 from helpers import labelled_model
+from helpers.forked import run_forked
 from helpers.two_processes import Together
 
 from moe_embed_jax.search.vectors import VectorStore
@@ -44,7 +45,7 @@ def test_two_processes_embed_and_evaluate_as_one(tmp_path, data_dir):
     write_inputs(tmp_path, data_dir)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    alone = run_python([__file__, tmp_path, tmp_path / "one"], devices=2)
+    alone = run_forked([__file__, tmp_path, tmp_path / "one"], devices=2)
     assert alone.returncode == 0, alone.stderr
     together = Together([__file__, tmp_path, tmp_path / "two"], tmp_path, devices=1)
     together.wait()

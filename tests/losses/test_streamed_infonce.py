@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -148,7 +148,7 @@ def test_both_forms_equal_the_oracle_and_each_other(config, N, tile):
 
 @pytest.mark.parametrize("part", ["equal", "memory"])
 def test_on_devices(part):
-    result = run_python(["tests/losses/test_streamed_infonce.py", part], devices=8)
+    result = run_forked(["tests/losses/test_streamed_infonce.py", part], devices=8)
     assert result.returncode == 0, result.stderr
 
 

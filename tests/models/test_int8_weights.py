@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -164,7 +165,7 @@ def test_one_device_only(folder):
         "except UserError as error:\n"
         "    print(error)\n"
     )
-    result = run_python(["-c", code], devices=2)
+    result = run_forked(["-c", code], devices=2)
     assert "int8' is for one CPU device; this mesh has 2" in result.stdout, result.stderr
 
 

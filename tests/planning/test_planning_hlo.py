@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT
+from helpers.forked import run_forked
 
 from moe_embed_jax.planning.collectives import device_groups, spanned_axes
 from moe_embed_jax.planning.cost import Kernel, module_cost
@@ -100,7 +101,7 @@ with jax.set_mesh(mesh):
 cost = module_cost(parse_module(text), mesh)
 print(json.dumps([[c.kind, c.bytes, c.axes, c.group_size, n] for c, n in cost.collectives.items()]))
 """
-    result = run_python(["-c", program], devices=4)
+    result = run_forked(["-c", program], devices=4)
     assert result.returncode == 0, result.stderr
     found = sorted(json.loads(result.stdout.splitlines()[-1]))
     part = 16 * 8 * 4  # bytes of a device

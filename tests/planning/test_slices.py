@@ -6,7 +6,7 @@ import types
 
 import jax
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from helpers.tpu_plans import plan, tpu_aot
 
 from moe_embed_jax.errors import UserError
@@ -156,7 +156,7 @@ with jax.set_mesh(mesh):
 found = [[c.kind, c.bytes, c.axes, n] for c, n in cost.collectives.items()]
 print(json.dumps([found, cost.slice_loops]))
 """
-    result = run_python(["-c", program], devices=8)
+    result = run_forked(["-c", program], devices=8)
     assert result.returncode == 0, result.stderr
     found, loops = json.loads(result.stdout.splitlines()[-1])
     assert loops == {}

@@ -11,8 +11,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, python_environment, run_python
+from conftest import ROOT
 from helpers import synthetic_data
+from helpers.forked import Forked, run_forked, start_forked
 from rich.console import Console
 
 from moe_embed_jax.embedder import Embedder
@@ -186,7 +187,7 @@ def test_only_what_is_left_of_a_step_is_run(tmp_path):
 # ---- Signals: the recipe as a process of its own -------------------------------------------------
 
 
-def start_chain(tmp_path, **kind) -> subprocess.Popen:
+def start_chain(tmp_path) -> Forked:
     code = (
         f"import pathlib, sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
         "import test_recipe as t\n"
@@ -198,13 +199,7 @@ def start_chain(tmp_path, **kind) -> subprocess.Popen:
         "    except Stopped as stopped: print('stopped in', stopped)\n"
         "raise SystemExit(launching.run(main))\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=python_environment(1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start_forked(["-c", code], stderr=subprocess.STDOUT)
 
 
 def wait_for(path, seconds=60) -> None:
@@ -292,7 +287,7 @@ def smoke(data_dir, tmp_path_factory):
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
     # A chain of eleven processes: 600 s are too few where others share the processors.
-    return (lambda *more: run_python([*arguments, *more], timeout=1500)), folder / "run"
+    return (lambda *more: run_forked([*arguments, *more], timeout=1500)), folder / "run"
 
 
 @pytest.mark.slow

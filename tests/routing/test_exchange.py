@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from helpers.swiglu_expert import SWIGLU_MLP, swiglu_weights
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +28,7 @@ ROWS, LENGTH, WIDTH, FFN, EXPERTS = 8, 6, 8, 12, 8
 def test_on_8_devices():
     # Of programs loaded from a folder of compiled ones, one waits for ever in an all-reduce.
     options = {"timeout": 900, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    result = run_python(["tests/routing/test_exchange.py"], devices=8, **options)
+    result = run_forked(["tests/routing/test_exchange.py"], devices=8, **options)
     assert result.returncode == 0, result.stderr
     assert "all equal" in result.stdout
 

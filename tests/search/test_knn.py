@@ -4,7 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.search import cpu, knn
@@ -228,7 +228,7 @@ def test_refuses_values_that_are_not_finite():
 
 
 def test_eight_devices():
-    result = run_python([__file__], devices=8, timeout=120)
+    result = run_forked([__file__], devices=8, timeout=120)
     assert result.returncode == 0, result.stderr
 
 

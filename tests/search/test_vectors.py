@@ -3,15 +3,14 @@
 import hashlib
 import json
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import python_environment
 from helpers.commands import files_of
+from helpers.forked import start_forked
 
 from moe_embed_jax import storage
 from moe_embed_jax.errors import LostConnection, UserError
@@ -94,8 +93,7 @@ def test_continues_with_the_chunk_that_failed(tmp_path):
 
 
 def test_kill_9_and_resume(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path / "v"), "0.2"]
-    process = subprocess.Popen(command, env=python_environment(1))
+    process = start_forked([__file__, tmp_path / "v", 0.2])
     for _ in range(600):
         if list(tmp_path.glob("v/c/*/0")):
             break

@@ -9,7 +9,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 from test_meshes import DEVICES, MODEL, PAIRS, SLOTS, make_batch
 
 from moe_embed_jax.data.batches import PairBatch, batch_shardings
@@ -91,7 +91,7 @@ def test_one_device_is_the_batch():
 
 @pytest.mark.slow
 def test_eight_devices():
-    result = run_python(["tests/stages/test_balance_over.py"], devices=DEVICES)
+    result = run_forked(["tests/stages/test_balance_over.py"], devices=DEVICES)
     assert result.returncode == 0, result.stderr
     assert "equal" in result.stdout
 

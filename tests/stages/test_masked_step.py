@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 
 from moe_embed_jax.data.batches import MaskedBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.masking import Masking, most_hidden
@@ -279,7 +279,7 @@ MATRIX = [
 
 @pytest.mark.slow
 def test_every_mesh_equals_one_device():
-    result = run_python(["tests/stages/test_masked_step.py"], devices=DEVICES, timeout=900)
+    result = run_forked(["tests/stages/test_masked_step.py"], devices=DEVICES, timeout=900)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 

@@ -9,7 +9,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers.forked import run_forked
 
 from moe_embed_jax.data.batches import PairBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.packing import fill_rows, pack
@@ -43,7 +43,7 @@ MATRIX = [
 
 @pytest.mark.slow
 def test_every_mesh_equals_one_device():
-    result = run_python(["tests/stages/test_meshes.py"], devices=DEVICES, timeout=1200)
+    result = run_forked(["tests/stages/test_meshes.py"], devices=DEVICES, timeout=1200)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 

@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, python_environment, run_python
+from conftest import run_python
 from helpers import synthetic_data
+from helpers.forked import Forked, run_forked, start_forked
 
 from moe_embed_jax import storage
 
@@ -31,16 +30,9 @@ def command(config, workdir):
     return ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *FLAGS]
 
 
-def start(config, workdir, steps: int) -> subprocess.Popen:
+def start(config, workdir, steps: int) -> Forked:
     """A run that has made so many steps, those of earlier runs included."""
-    process = subprocess.Popen(
-        [sys.executable, *command(config, workdir)],
-        cwd=ROOT,
-        env=python_environment(1),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_forked(command(config, workdir))
     deadline = time.monotonic() + 300
     while (storage.read_appended(workdir / "metrics.jsonl") or b"").count(b"\n") < steps:
         assert process.poll() is None, process.communicate()[1]
@@ -90,7 +82,7 @@ def test_stopped_killed_damaged_and_cut_off_it_has_the_records_of_a_local_run(
     before = max(int(folder.name) for folder in finished)
 
     # Data from a copy are the same.
-    result = run_python([*command(config, workdir), f"--config.data.cache_dir={tmp_path / 'disk'}"])
+    result = run_forked([*command(config, workdir), f"--config.data.cache_dir={tmp_path / 'disk'}"])
     assert result.returncode == 0, result.stderr
     assert "copy data: 100%" in result.stderr
     assert f"resuming    {workdir} after step {before}" in result.stdout
@@ -104,7 +96,7 @@ def test_stopped_killed_damaged_and_cut_off_it_has_the_records_of_a_local_run(
 
 
 def test_a_bucket_that_does_not_exist(config):
-    result = run_python(command(config, "gs://no-such-bucket/run"))
+    result = run_forked(command(config, "gs://no-such-bucket/run"))
     assert result.returncode == 2
     line = "error: gs://no-such-bucket/run: there is no such bucket: create it, or correct its name"
     assert result.stderr.splitlines()[-1] == line

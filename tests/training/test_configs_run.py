@@ -5,8 +5,9 @@ import pathlib
 import re
 
 import pytest
-from conftest import ROOT, metric, run_python
+from conftest import ROOT, metric
 from helpers import synthetic_data
+from helpers.forked import run_forked
 
 from moe_embed_jax.conversion import export_model
 from moe_embed_jax.evaluation.retrieval import mean_over_languages
@@ -25,7 +26,7 @@ def smoke_run(data_dir, tmp_path_factory):
         if name not in done:
             workdir = tmp_path_factory.mktemp(name)
             flags = ["launch/train.py", f"--config=configs/{name}.py:smoke", f"--workdir={workdir}"]
-            result = run_python([*flags, *flags_of(name)])
+            result = run_forked([*flags, *flags_of(name)])
             assert result.returncode == 0, result.stderr
             (workdir / "stdout.txt").write_text(result.stdout)
             done[name] = workdir
@@ -63,7 +64,7 @@ def test_smoke_variant_runs(smoke_run, name):
     texts.write_text('"one"\n{"text": ""}\n"three"\n')
     output = workdir / "emb.npy"
     flags = [f"--model={workdir}", f"--input={texts}", f"--output={output}", "--prompt=query"]
-    result = run_python(["launch/embed.py", *flags, "--dim=8"])
+    result = run_forked(["launch/embed.py", *flags, "--dim=8"])
     assert result.returncode == 0, result.stderr
     assert output.stat().st_size == 128 + 3 * 8 * 4
 
@@ -104,6 +105,6 @@ def test_fine_tuning_goes_on_from_stage_2_in_its_own_way(smoke_run, tmp_path):
 )
 def test_fine_tuning_says_what_it_needs(flags, message, tmp_path):
     command = ["launch/train.py", "--config=configs/finetune.py", f"--workdir={tmp_path / 'run'}"]
-    result = run_python([*command, *flags])
+    result = run_forked([*command, *flags])
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert re.search(f"error: {message}", result.stderr), result.stderr

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,7 +272,7 @@ def test_a_learning_rate_far_too_high(data_dir, tmp_path):
     flags = [f"--config={config}", f"--workdir={run}"]
     flags += [f"--config.model.{key}={value}" for key, value in SMALLEST.items()]
     flags.append("--config.optimizer.peak_learning_rate=1e30")
-    result = run_python(["launch/train.py", *flags])
+    result = run_forked(["launch/train.py", *flags])
     assert result.returncode == 2 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "the loss is nan with the parameters of checkpoint 1, moved to" in line

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import metric
+from conftest import metric, run_python
 from helpers import synthetic_data
 from helpers.two_processes import Together
-from test_training_run import assert_refused, assert_same_checkpoint, train
+from test_training_run import assert_refused, assert_same_checkpoint, command, train
 
 from moe_embed_jax import Embedder
 from moe_embed_jax.mesh import single_device_mesh
@@ -28,7 +28,7 @@ def config(data_dir, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def whole_run(config, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = train(config, workdir)
+    result = run_python(command(config, workdir))  # with another hash seed than those it equals
     assert result.returncode == 0, result.stderr
     (workdir / "stdout.txt").write_text(result.stdout)
     return workdir

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, metric, run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked
 from helpers.two_processes import Together
 
 from moe_embed_jax import Embedder, distributed
@@ -74,7 +75,7 @@ def test_each_process_reads_its_slice(tmp_path):
     records = [json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2)]
     alone = tmp_path / "alone"
     alone.mkdir()
-    result = run_python(["tests/training/one_of_several.py", alone], devices=8)
+    result = run_forked(["tests/training/one_of_several.py", alone], devices=8)
     assert result.returncode == 0, result.stderr
 
     assert [len(record["prepared"]) for record in records] == [1, 0]
@@ -178,7 +179,7 @@ def test_processes_stop_together_and_continue_as_one(config, whole_run, tmp_path
     assert "stopped by SIGTERM after step 6" in together.output("err0")
     assert (workdir / "checkpoints" / "6").is_dir()
     assert len(metric(workdir, "loss")) == 6
-    result = run_python(command(config, workdir), devices=8)
+    result = run_forked(command(config, workdir), devices=8)
     assert result.returncode == 0, result.stderr
     assert "after step 6" in result.stdout
     assert_same_numbers(workdir, whole_run)
@@ -195,7 +196,7 @@ def test_run_moves_to_other_devices(config, whole_run, tmp_path, devices, mesh):
     stopped_run(whole_run, workdir)
     axes = zip(("data", "fsdp", "expert", "slice"), mesh, strict=True)
     flags = [f"--config.mesh.{axis}={size}" for axis, size in axes]
-    result = run_python(command(config, workdir, *flags), devices=devices)
+    result = run_forked(command(config, workdir, *flags), devices=devices)
     assert result.returncode == 0, result.stderr
     assert f"after step {SAVED}" in result.stdout
     assert len(metric(workdir, "loss")) == STEPS

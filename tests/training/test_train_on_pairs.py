@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import metric, run_python
+from conftest import metric
 from helpers import synthetic_data
+from helpers.forked import run_forked
 
 from moe_embed_jax import config as config_module
 from moe_embed_jax.data.batches import PairBatches
@@ -197,7 +198,7 @@ def trained(pairs, prepared, tmp_path_factory):
     page = folder / "config.py"
     page.write_text(f"def get_config(v):\n    return {run_config(data_dir, pairs.folder)!r}\n")
     command, run = ["launch/train.py", f"--config={page}"], folder / "run"
-    result = run_python([*command, f"--workdir={run}"])
+    result = run_forked([*command, f"--workdir={run}"])
     assert result.returncode == 0, result.stderr
     return command, run, result.stdout
 
@@ -231,7 +232,7 @@ def test_a_run_with_hard_negatives_resumes_on_other_devices(trained, tmp_path):
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints" / "2")
     (run / "results.json").unlink()
-    result = run_python([*command, f"--workdir={run}", "--config.mesh.expert=2"], devices=4)
+    result = run_forked([*command, f"--workdir={run}", "--config.mesh.expert=2"], devices=4)
     assert result.returncode == 0, result.stderr
     assert "data=2 x fsdp=1 x expert=2 on 4 cpu device(s)" in result.stdout
     assert "after step 1" in result.stdout
@@ -282,8 +283,8 @@ def test_negatives_need_pairs(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(synthetic_data.config_text(tmp_path))
     flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}", "--config.data.negatives=2"]
-    result = run_python(["launch/train.py", *flags])
+    result = run_forked(["launch/train.py", *flags])
     assert result.returncode == 2 and "needs data.pairs" in result.stderr
     flags[-1] = "--config.data.pairs=nowhere"
-    result = run_python(["launch/train.py", *flags])
+    result = run_forked(["launch/train.py", *flags])
     assert result.returncode == 2 and "nowhere/manifest.json is missing" in result.stderr

@@ -10,15 +10,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT, metric, python_environment, run_python
+from conftest import metric, run_python
 from helpers import synthetic_data
+from helpers.forked import run_forked, start_forked
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax.errors import UserError
@@ -40,15 +40,18 @@ def config(data_dir, tmp_path_factory) -> pathlib.Path:
     return path
 
 
+def command(config, workdir, *flags):
+    return ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
+
+
 def train(config, workdir, *flags, devices=1):
-    arguments = ["launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags]
-    return run_python(arguments, devices=devices)
+    return run_forked(command(config, workdir, *flags), devices=devices)
 
 
 @pytest.fixture(scope="module")
 def whole_run(config, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    result = train(config, workdir)
+    result = run_python(command(config, workdir))  # with another hash seed than those it equals
     assert result.returncode == 0, result.stderr
     (workdir / "stdout.txt").write_text(result.stdout)
     return workdir
@@ -120,14 +123,7 @@ def translations(results: pathlib.Path) -> dict[str, float]:
 
 def start_and_signal(config, workdir, signal_number, after_steps):
     """Starts a run, signals it when `after_steps` steps are in its journal; (status, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"],
-        cwd=ROOT,
-        env=python_environment(1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = start_forked(command(config, workdir), stderr=subprocess.STDOUT)
     metrics = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_text().count("\n") < after_steps:
@@ -167,7 +163,7 @@ runpy.run_path("launch/train.py", run_name="__main__")
 def test_resume_after_a_refused_checkpoint_and_kill_9_is_bitwise(config, whole_run, tmp_path):
     size = 260_000  # the vocabulary is smaller, the arrays of a checkpoint are larger
     arguments = ["-c", LIMITED, size, f"--config={config}", f"--workdir={tmp_path}"]
-    result = run_python(arguments)
+    result = run_forked(arguments)
     assert_refused(result, f"{tmp_path}/checkpoints/.*: the file would be larger than the limit")
     assert not [path for path in tmp_path.iterdir() if is_owner_file(path)]
     # The next run begins again: more lines than these are its own.
@@ -229,7 +225,7 @@ def test_sigterm_in_preparation_or_evaluation_changes_no_result(data_dir, whole_
     preparation.chmod(0o755)
     flags = [f"--config={config}", f"--workdir={run}"]
 
-    result = run_python(["-c", SIGNALLED, "preparation", preparation, *flags], timeout=60)
+    result = run_forked(["-c", SIGNALLED, "preparation", preparation, *flags], timeout=60)
     assert result.returncode == 0, result.stderr
     assert "SIGTERM: nothing to save yet" in result.stderr and "error" not in result.stderr
     with pytest.raises(ProcessLookupError):
@@ -237,12 +233,12 @@ def test_sigterm_in_preparation_or_evaluation_changes_no_result(data_dir, whole_
     assert not (run / "checkpoints").exists()
 
     prepared.symlink_to(data_dir)
-    result = run_python(["-c", SIGNALLED, 1, *flags])
+    result = run_forked(["-c", SIGNALLED, 1, *flags])
     assert result.returncode == 0, result.stderr
     assert "stopped by SIGTERM after step 1: saved" in result.stderr
     assert not (run / "results.json").exists()
 
-    result = run_python(["-c", SIGNALLED, 2, *flags])  # in the evaluation after the last step
+    result = run_forked(["-c", SIGNALLED, 2, *flags])  # in the evaluation after the last step
     assert result.returncode == 0, result.stderr
     assert "after step 1" in result.stdout and "SIGTERM" in result.stderr
     for name in ("metrics.jsonl", "evaluations.jsonl", "results.json"):
