@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from helpers.forked import run_forked
 
 from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint, read_newest
 from moe_embed_jax.errors import UserError
@@ -322,3 +323,28 @@ def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):
     assert steps == sorted(steps) and steps[-1] > steps[0]
     for _, params in seen:
         jax.tree.map(np.testing.assert_array_equal, params, PARAMS)
+
+
+SAVES = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from moe_embed_jax.checkpoint import Checkpoints
+
+mesh = jax.make_mesh((2,), ("data",))
+array = jax.device_put(np.arange(64.0), NamedSharding(mesh, PartitionSpec()))
+checkpoints, events = Checkpoints(sys.argv[1]), []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+checkpoints.save(0, {}, params={"a": array})
+checkpoints.close()
+print(sum("compile" in name for name in events))
+jax.jit(lambda x: x[:3])(array)
+print(any("compile" in name for name in events))
+"""
+
+
+def test_small_arrays_of_several_devices_are_saved_without_a_program_for_each_slice(tmp_path):
+    result = run_forked(["-c", SAVES, tmp_path / "run"], devices=2)
+    assert result.stdout.split() == ["0", "True"], result.stderr
+    found = Checkpoints(tmp_path / "run").restore(0, params=abstract({"a": jnp.zeros(64)}))
+    np.testing.assert_array_equal(found["params"]["a"], np.arange(64.0))
