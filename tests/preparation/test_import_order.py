@@ -47,20 +47,39 @@ def test_the_modules_that_import_tensorflow_import_triton_first():
         assert names.index(GUARD) < first, path
 
 
-@pytest.mark.skipif(
+needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="triton, which PyTorch for CUDA brings, is not"
 )
-def test_triton_can_be_imported_after_each_of_them():
-    """All modules in one process: once triton is there, later imports of TensorFlow are harmless.
+# Ends the process where TensorFlow would be imported, and says whether triton is there.
+STOPS = """
+import os, sys
 
-    The first module is another one in each process.
-    """
+class Stop:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in {bring_tensorflow}:
+            print("triton" in sys.modules, flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Stop)
+import {module}
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_triton_is_there_when_tensorflow_is_imported(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    result = run_python(["-c", STOPS.format(bring_tensorflow=BRING_TENSORFLOW, module=module)])
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
+@needs_triton
+def test_triton_can_be_imported_after_them():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
-    for first in names:
-        lines = [f"import {name}" for name in (first, *names)]
-        lines += ["import tensorflow, triton", "from triton._C import libtriton", "print('alive')"]
-        result = run_python(["-c", "\n".join(lines)])
-        assert result.returncode == 0 and result.stdout == "alive\n", (first, result.stderr)
+    lines = [f"import {name}" for name in names]
+    lines += ["import tensorflow, triton", "from triton._C import libtriton", "print('alive')"]
+    result = run_python(["-c", "\n".join(lines)])
+    assert result.returncode == 0 and result.stdout == "alive\n", result.stderr
 
 
 def test_pytorch_is_refused_where_triton_would_crash(monkeypatch):
