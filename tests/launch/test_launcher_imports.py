@@ -75,6 +75,8 @@ MISTAKES = [
         "array_record ir_measures numpy sentencepiece tokenizers",
     ),
     ("train", ("--workdir=w",), "the following arguments are required: --config", ""),
+    ("verify_export", ("--model=none",), "model folder none does not exist", ""),
+    ("verify_export", ("--model=a", "--runtimes=onyx"), "choose from sentence-transformers", ""),
     ("train", ("--workdir=w", "--config=none.py"), "config file none.py does not exist", ""),
     ("train", ("--workdir=w", PAGE, "--stps=3"), "unknown argument --stps=3", ""),
     ("train", ("--workdir=w", PAGE, "--config.model.widht=3"), "did you mean model.width", ""),

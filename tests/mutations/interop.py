@@ -279,4 +279,32 @@ FAULTS = (
         "pooled = pooled[:dim]",
         "interop/test_torch_model.py -k cuts_features",
     ),
+    Fault(
+        "int8-router-in-onnx",
+        "interop/onnx_export.py",
+        'any(".router." in name for name in node.input)',
+        'any(".routers." in name for name in node.input)',
+        "interop/test_onnx_export.py -k router",
+    ),
+    Fault(
+        "experts-of-onnx-share-the-first-hidden-bias",
+        "interop/onnx_export.py",
+        "functional.linear(x, self.w1[expert], self.b1[expert])",
+        "functional.linear(x, self.w1[expert], self.b1[0])",
+        "interop/test_onnx_export.py -k 'any_batch and moe_embed'",
+    ),
+    Fault(
+        "small-differences-of-runtimes-pass",
+        "interop/verify/compare.py",
+        "cosine_N[i] < least or (most and difference_N[i] > most)",
+        "cosine_N[i] < least",
+        "interop/test_verify_compare.py",
+    ),
+    Fault(
+        "other-cuts-of-long-texts-are-always-noted",
+        "interop/verify/compare.py",
+        "texts[i].name == LONG and cosine_N[i] >= CUT_ELSEWHERE",
+        "texts[i].name == LONG",
+        "interop/test_verify_compare.py",
+    ),
 )
