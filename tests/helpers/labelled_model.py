@@ -19,10 +19,11 @@ def labelled(count: int = 12) -> list[LabelledText]:
     return texts
 
 
-def write_model(folder: pathlib.Path, data_dir: pathlib.Path) -> pathlib.Path:
-    """Random weights, and the tokenizer of the synthetic data."""
-    tensors = published_models.random_tensors(published_models.nomic_shapes(CONFIG))
-    published_models.write_folder(folder, CONFIG, tensors)
+def write_model(folder: pathlib.Path, data_dir: pathlib.Path, **changes) -> pathlib.Path:
+    """Random weights, and the tokenizer of the synthetic data; `changes` of CONFIG."""
+    config = CONFIG | changes
+    tensors = published_models.random_tensors(published_models.nomic_shapes(config))
+    published_models.write_folder(folder, config, tensors)
     vocabulary = vocabulary_path(synthetic_data.PREPARATION, data_dir)
     shutil.copy(vocabulary, folder / "sentencepiece.model")
     return folder

@@ -133,7 +133,7 @@ def test_sentence_transformers_opens_it(exported, data_dir, tmp_path):
         pytest.skip(f"optimum-onnx cannot be imported: {error}")
     from sentence_transformers import SentenceTransformer
 
-    labelled_model.write_model(tmp_path / "source", data_dir)
+    labelled_model.write_model(tmp_path / "source", data_dir, n_layer=2, num_experts=2)
     export_model(tmp_path / "source", tmp_path / "out", onnx="fp32")
     options = dict(backend="onnx", trust_remote_code=True, device="cpu")
     found = SentenceTransformer(str(tmp_path / "out"), **options).encode(["tanara", ""])

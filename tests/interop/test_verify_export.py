@@ -32,7 +32,7 @@ MODULES = {
 @pytest.fixture(scope="module")
 def exported(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
-    labelled_model.write_model(folder / "source", data_dir)
+    labelled_model.write_model(folder / "source", data_dir, n_layer=2, num_experts=2)
     export_model(folder / "source", folder / "out", onnx="both" if HAVE_ONNX else None)
     return folder / "out"
 

@@ -23,6 +23,10 @@ LOCAL = {  # {file: {call: why}}
         "safetensors.safe_open": "opens a local copy",
         "safetensors.numpy.save_file": "into a new folder, which is local",
     },
+    "moe_embed_jax/interop/verify/runtimes.py": {
+        "pathlib.Path": "the scripts beside it, and packages of Node.js",
+        "shutil.which": "programs of this machine",
+    },
     "moe_embed_jax/launching.py": {"os.open": "/dev/null"},
     "moe_embed_jax/ownership.py": {
         "os.path.exists": "/proc",
