@@ -100,10 +100,13 @@ MEMORY = MESH | {"model.remat_rows", "data.chunk_rows"}
 
 
 @pytest.mark.parametrize(
-    ("cls", "own"),
-    [(RunConfig, {"data.pairs"}), (MaskedRunConfig, {"data.texts", "loss.predictions_at_once"})],
+    ("cls", "own", "own_if_dropless"),
+    [
+        (RunConfig, {"data.pairs"}, {"data.row_buckets"}),
+        (MaskedRunConfig, {"data.texts", "loss.predictions_at_once"}, set()),
+    ],
 )
-def test_free_fields(cls, own):
+def test_free_fields(cls, own, own_if_dropless):
     """Every other field, and every new one, is refused."""
     config = config_files.build(cls, {"init": {"source": "model"}})
     free, dropless = (
@@ -111,7 +114,7 @@ def test_free_fields(cls, own):
         for kind in (config_files.FREE, config_files.FREE_IF_DROPLESS)
     )
     assert free == RHYTHM | HEALTH | PLACES | own
-    assert dropless == EXPERTS | MEMORY
+    assert dropless == EXPERTS | MEMORY | own_if_dropless
     fixed = set(leaves(workdir.identity(config))) - {"data.vocabulary.path"}
     assert fixed | free | dropless == set(leaves(dataclasses.asdict(config)))
     assert {"seed", "model.dtype", "loss.balance", "optimizer.b2", "init.source"} <= fixed
