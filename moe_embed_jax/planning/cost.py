@@ -51,13 +51,14 @@ class Kernel:
     """A Pallas kernel call, by its own cost estimate; None: it declares none.
 
     flops: of matrix units. transcendentals: exponentials and the like, each with the arithmetic
-    around it (a softmax, an activation).
+    around it (a softmax, an activation). precision: of its products, `matmul.precision`.
     """
 
     name: str
     flops: float | None
     bytes: float | None
     transcendentals: float | None
+    precision: str = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,15 @@ from moe_embed_jax.planning.matmul import precision
 TRITON = "__gpu$xla.gpu.triton"
 CUDNN_ATTENTION = "__cudnn$fmha"
 CUBLAS = "__cublas$"
-# Products with [L, L] scores per head: forward, and backward, which computes the scores again.
-ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}
+# Products with [L, L] scores per head, of cuDNN's kernels and of kernels/triton_attention.py.
+# Backward they compute the scores again.
+ATTENTION_PRODUCTS = {
+    "cudnn_attention_forward": 2,
+    "cudnn_attention_backward": 5,
+    "attention": 2,
+    "attention_query_gradient": 3,
+    "attention_key_gradient": 4,
+}
 SLICES = ("dynamic-slice", "slice", "gather")
 PASSES = ("bitcast", "copy", "convert", "reshape")
 
@@ -105,14 +112,18 @@ def _overlaps(parent: Computation, it: Instruction) -> bool:
 def _kernel(it: Instruction, target: str, operands: list[Shape]) -> Kernel:
     """By its shapes: neither XLA nor Pallas says what a kernel for GPUs costs."""
     moved = float(sum(shape.bytes for shape in (*operands, *it.shapes)))
-    if target.startswith(CUDNN_ATTENTION):
-        kind = "backward" if target.endswith("Backward") else "forward"
-        rows, length, heads, head = operands[0].dims
-        scores = float(rows * heads * length * length)
-        flops = 2 * ATTENTION_PRODUCTS[kind] * scores * head
-        return Kernel(f"cudnn_attention_{kind}", flops, moved, scores)
     name = _pallas_name(it)
-    return Kernel(name, _expert_flops(name, [*operands, *it.shapes]), moved, 0.0)
+    if target.startswith(CUDNN_ATTENTION):
+        name = f"cudnn_attention_{'backward' if target.endswith('Backward') else 'forward'}"
+    states = [shape for shape in operands if shape.dtype in ("bf16", "f16", "f32")]
+    kind = "bfloat16" if states and states[0].dtype != "f32" else "default"
+    if name in ATTENTION_PRODUCTS:
+        # As if every block of scores were computed: ours leave out blocks of other texts.
+        rows, length, heads, head = next(shape.dims for shape in states if len(shape.dims) == 4)
+        scores = float(rows * heads * length * length)
+        flops = 2 * ATTENTION_PRODUCTS[name] * scores * head
+        return Kernel(name, flops, moved, scores, kind)
+    return Kernel(name, _expert_flops(name, [*operands, *it.shapes]), moved, 0.0, kind)
 
 
 def _cublas_flops(it: Instruction, lhs: Shape) -> float:

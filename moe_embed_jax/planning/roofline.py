@@ -85,6 +85,7 @@ def predict(cost: Cost, chip: Chip | Card) -> Times:
                 kernel.flops or 0.0,
                 kernel.bytes or 0.0,
                 (kernel.transcendentals or 0.0) * VECTOR_OPERATIONS,
+                kernel.precision,
             )
             * count
             for kernel, count in cost.kernels.items()

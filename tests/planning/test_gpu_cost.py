@@ -158,6 +158,21 @@ def test_cudnn_attention_is_priced_by_its_scores(kind, products):
     assert kernel.name == f"cudnn_attention_{'backward' if kind else 'forward'}"
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("bf16", "bfloat16"), ("f32", "default")])
+def test_our_attention_is_priced_by_its_scores(dtype, precision):
+    cost = cost_of(
+        f"  %q = {dtype}[4,128,12,64] bitcast(%x)\n"
+        f"  %t = s32[4,128] bitcast(%x)\n"
+        f"  ROOT %k = {dtype}[4,128,12,64] custom-call(%t, %q, %q, %q), "
+        'custom_call_target="__gpu$xla.gpu.triton", '
+        'metadata={op_name="jit(step)/transpose(jvp(attention_key_gradient))/pallas_call"}'
+    )
+    (kernel,) = cost.kernels
+    assert kernel.flops == 2 * 4 * 4 * 12 * 128 * 128 * 64 and kernel.precision == precision
+    card = dataclasses.replace(CARDS["h100"], hbm_bandwidth=1e30, clock_ghz=1e30)
+    assert predict(cost, card).kernels == kernel.flops / card.product_flops(precision)
+
+
 @pytest.mark.parametrize("between", [True, False])
 def test_a_collective_overlaps_with_what_stands_before_its_end(between):
     work = "  %f = f32[64,32] fusion(%a, %w), kind=kCustom, calls=%product\n" if between else ""

@@ -35,6 +35,13 @@ def test_experts_are_six_kernels_and_nothing_waits_for_the_host(name, plans):
     assert {place.split("/")[0] for place in found["loops_of_unknown_trip_count"]} == {"losses"}
 
 
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_attention_is_cudnns_in_bfloat16(topology, plans):
+    kernels = plans[f"pretrain {topology}"]["kernels"]
+    assert kernels["cudnn_attention_forward"] == 2 * kernels["cudnn_attention_backward"] > 0
+    assert not [name for name in plans[f"quickstart {topology}"]["kernels"] if "cudnn" in name]
+
+
 @by_plan
 def test_the_step_fits_and_does_the_models_work(name, plans):
     found = plans[name]
