@@ -1,10 +1,12 @@
-"""Predicts memory, time and cost of a run on a TPU topology, without a TPU.
+"""Predicts memory, time and cost of a run on a TPU topology or on GPUs, without either.
 
     python launch/plan.py --config=configs/pretrain.py --topology=v5e:4x4 --set mesh.fsdp=4
     python launch/plan.py --config=configs/pretrain.py --topology=v5e:4x4 --search
+    python launch/plan.py --config=configs/pretrain.py --topology=h100:8
 
 Compiles the very step of training (or --step=encode, --step=knn) with the TPU compiler, which needs
-no TPU (pip install -e .[plan]), and reports what it says: docs/planning.md. A step that does not
+no TPU (pip install -e .[plan]), or with XLA's for GPUs (pip install -e .[plan-gpu]), and reports
+what it says: docs/planning.md. A step that does not
 fit is a result, with advice, and exits with 0 as any other; scripts read `fits` of --output.
 """
 
@@ -16,7 +18,7 @@ from moe_embed_jax import launching
 
 def main():
     flags = launching.parser(__doc__)
-    flags.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x1, v6e:2x2, v4:2x2x1")
+    flags.add_argument("--topology", required=True, help="v5e:4x4, v6e:2x2, h100:8, l4:1")
     flags.add_argument("--step", default="train", help="train, encode or knn")
     flags.add_argument("--set", metavar="KEY=VALUE", help="as --config.KEY=VALUE; may be repeated")
     flags.add_argument("--output", help="write the plan as JSON")
