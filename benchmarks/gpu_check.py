@@ -80,8 +80,7 @@ def run_part(name: str, function, sizes, rows: list[dict]) -> list[dict]:
     except gpu_parts.Skipped as skipped:
         found.append({"part": name, "name": "not run", "note": str(skipped)})
     except Exception as error:
-        line = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        found.append({"part": name, "name": "failed", "error": line})
+        found.append({"part": name, "name": "failed", "error": gpu_parts.one_line(error)})
     print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 

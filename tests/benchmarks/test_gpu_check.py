@@ -44,14 +44,19 @@ def test_a_part_that_fails_is_a_row_and_the_exit_status(gpu_check, tmp_path, mon
     assert "no such kernel" in capsys.readouterr().out
 
 
-def test_a_kernel_that_differs_from_its_oracle_is_an_error():
+def test_a_kernel_that_differs_from_its_oracle_or_fails_is_an_error():
     import jax.numpy as jnp
 
     gpu_parts = load_benchmark("gpu_parts")
     oracle = {"a": jnp.ones(4), "b": jnp.ones(4)}
-    near = gpu_parts.compare("k", {"a": jnp.ones(4), "b": jnp.ones(4) + 1e-5}, oracle, "float32")
-    far = gpu_parts.compare("k", {"a": jnp.ones(4), "b": jnp.ones(4) + 1e-3}, oracle, "float32")
-    assert "error" not in near and "differs from the oracle" in far["error"]
+
+    def row(gradients):
+        return gpu_parts.guarded("k", gpu_parts.compare, gradients, (), oracle, "float32")
+
+    assert "error" not in row(lambda: {"a": jnp.ones(4), "b": jnp.ones(4) + 1e-5})
+    far = row(lambda: {"a": jnp.ones(4), "b": jnp.ones(4) + 1e-3})
+    assert "differs from the oracle" in far["error"]
+    assert row(lambda: 1 / 0) == {"name": "k", "error": "ZeroDivisionError: division by zero"}
 
 
 @pytest.mark.parametrize(
