@@ -103,6 +103,7 @@ def test_released_model_size():
         (4, dict(num_layers=2)),  # a tail only
         (2, dict(positions="learned", max_positions=24, token_types=2)),
         (2, dict(normalize_gates=True, expert_bias=True)),
+        (2, dict(expert_output_bias=False)),
     ],
 )
 def test_packed_equals_one_text_per_row(moe_every, options):
