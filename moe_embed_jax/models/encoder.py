@@ -118,9 +118,16 @@ def init_params(config: EncoderConfig, key: jax.Array) -> dict:
     return params
 
 
-def _module(make, params: dict) -> nnx.Module:
-    """A module around given parameters; `make` is only traced for its structure."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+@functools.cache
+def _structure(kind: type[nnx.Module], *arguments) -> tuple[nnx.GraphDef, nnx.State]:
+    """Of the module `kind(*arguments, rngs)`, which is only traced for it."""
+    return nnx.split(nnx.eval_shape(lambda: kind(*arguments, nnx.Rngs(0))))
+
+
+def _module(params: dict, kind: type[nnx.Module], *arguments) -> nnx.Module:
+    """The module `kind(*arguments, rngs)` around given parameters."""
+    graphdef, state = _structure(kind, *arguments)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy, into which the parameters go
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
 
@@ -176,7 +183,7 @@ def encode_rows(
     token_RL, position_RL = (jnp.pad(array, padding) for array in (token_RL, position_RL))
     text_index_RL = jnp.pad(text_index_RL, padding, constant_values=PADDING)
 
-    embeddings = _module(lambda: Embeddings(config, nnx.Rngs(0)), params["embeddings"])
+    embeddings = _module(params["embeddings"], Embeddings, config)
     x_RLD = embeddings(token_RL, position_RL)
     rotation_RLJ = None
     if config.positions == "rotary":  # the same in all layers
@@ -214,7 +221,7 @@ def _one_group(config, size: int, whole, slices: int, keep_choices: bool, contex
     """(x_RLD, statistics) of one group; `params` are this device's shards."""
 
     def block(weights, x_RLD, context):
-        group = _module(lambda: Group(config, size, nnx.Rngs(0)), weights)
+        group = _module(weights, Group, config, size)
         return group(x_RLD, *context, keep_choices)
 
     cast = functools.partial(in_compute_dtype, config)
