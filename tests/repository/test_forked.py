@@ -27,13 +27,12 @@ sys.exit(3)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_it_is_set_up_as_a_started_one(devices, tmp_path):
+def test_it_is_set_up_as_a_started_one(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DESCRIBES_ITSELF)
-    for enabled, arguments in (
-        ("true", ["-c", DESCRIBES_ITSELF, 1, "a"]),
-        ("false", [script, "--flag", "a b"]),
+    for devices, enabled, arguments in (
+        (1, "true", ["-c", DESCRIBES_ITSELF, 1, "a"]),
+        (4, "false", [script, "--flag", "a b"]),
     ):
         started, forked = (
             run(arguments, devices=devices, JAX_ENABLE_COMPILATION_CACHE=enabled)
