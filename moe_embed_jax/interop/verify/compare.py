@@ -49,7 +49,7 @@ def compare(
     """`precision`: one of TOLERANCE, what `theirs` was computed in.
 
     What differs in the markup text alone, by its ids, is noted and left out of the numbers; so is
-    another cut of the long text that hardly changes its vector.
+    another cut of a long text that hardly changes its vector.
     """
     refused = {texts[i].name: reason for i, reason in theirs.refused.items()}
     notes = [f"refuses the {name} text ({said:.80})" for name, said in refused.items()]
@@ -70,11 +70,13 @@ def compare(
     norm_N = np.linalg.norm(theirs.vectors, axis=1)
     cosine_N = np.sum(theirs.vectors * ours.vectors, 1) / np.maximum(norm_N, 1e-12)
     difference_N = np.abs(theirs.vectors - ours.vectors).max(1)
+    longest = max(map(len, ours.ids))  # of a text that was cut
     for i in other_ids.copy():
         if texts[i].name == MARKUP:
             notes.append("reads markup such as <s> in a text as control tokens")
-        elif texts[i].name == LONG and cosine_N[i] >= CUT_ELSEWHERE:
-            notes.append(f"cuts the long text at another token (cosine {cosine_N[i]:.5f})")
+        elif len(ours.ids[i]) == longest and cosine_N[i] >= CUT_ELSEWHERE:
+            cut = f"cuts {texts[i].name} at another token (cosine {cosine_N[i]:.5f})"
+            notes.append(cut)
         else:
             continue
         other_ids.remove(i)
@@ -90,8 +92,8 @@ def compare(
         which = _some([texts[i].name for i in other_ids])
         comparison.wrong = f"token ids differ in {which}, lowest cosine {cosine:.4f}"
     elif np.abs(norm_N[answered] - 1).max() > 1e-2:
-        shortest, longest = norm_N[answered].min(), norm_N[answered].max()
-        comparison.wrong = f"vectors have lengths from {shortest:.3f} to {longest:.3f}, not 1"
+        least, most = norm_N[answered].min(), norm_N[answered].max()
+        comparison.wrong = f"vectors have lengths from {least:.3f} to {most:.3f}, not 1"
     elif names == [LONG]:
         comparison.wrong = f"only the long text differs (cosine {cosine:.4f}): it is cut elsewhere"
     elif names:
