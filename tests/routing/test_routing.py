@@ -139,6 +139,25 @@ def test_weight_gradients_in_bfloat16_are_summed_in_float32(tokens):
             assert error < 0.0045, (backend, name, error)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_all_gradients_in_bfloat16(backend):
+    """Of a loss that needs the results, too: a processor may lack one of the products."""
+    x, expert, gate, weights = make_case(64, 4, 2, bias=True)
+    x, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, weights))
+
+    def gradients(layer, dtype):
+        def scalar(x, weights):
+            return jnp.sum(layer(x, expert, gate, weights)[0].astype(jnp.float32) ** 2)
+
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), (x, weights))
+        return jax.tree.leaves(jax.jit(jax.grad(scalar, argnums=(0, 1)))(*cast))
+
+    both = gradients(layer(backend), jnp.bfloat16), gradients(ORACLE, jnp.float32)
+    for found, expected in zip(*both, strict=True):
+        error = np.linalg.norm(np.float32(found) - expected) / np.linalg.norm(expected)
+        assert error < 0.02
+
+
 def test_reference_is_the_formula():
     case = make_case(5, 4, 2, bias=True)
     x, expert, gate, weights = jax.tree.map(np.asarray, case)
