@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false"
     * importlib.metadata.version("jax").startswith("0.10.")
 ).strip()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a script starts it in the background; tests send Ctrl-C to themselves and their programs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # a process that compiles jax to bytecode takes seconds
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""ONNX files of an exported folder, where sentence-transformers and other runtimes look for them.
+"""ONNX files of an exported folder, where sentence-transformers and other runtimes look for them::
 
     onnx/model.onnx         float32, made by torch.onnx.export of the folder's PyTorch model; from
                             1.5 GB on its weights lie beside it in model.onnx_data

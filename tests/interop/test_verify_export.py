@@ -15,7 +15,7 @@ from helpers.stand_in_servers import serving
 
 from moe_embed_jax import Embedder, storage
 from moe_embed_jax.conversion import export_model
-from moe_embed_jax.interop.verify import golden
+from moe_embed_jax.interop.verify import golden, report
 
 NODE = pathlib.Path(os.environ.get("MOE_EMBED_NODE", ROOT))
 HAVE_ONNX = all(importlib.util.find_spec(name) for name in ("torch", "onnxscript", "onnxruntime"))
@@ -51,7 +51,9 @@ def verify(monkeypatch, folder, *flags):
 
 def rows(folder):
     """runtime -> cells of the table in the card."""
-    lines = [line for line in (folder / "README.md").read_text().splitlines() if line[:1] == "|"]
+    card = (folder / "README.md").read_text()
+    table = card[card.index(report.BEGIN) : card.index(report.END)]
+    lines = [line for line in table.splitlines() if line[:1] == "|"]
     return {cells[1].strip(): cells[2:-1] for line in lines[2:] for cells in [line.split("|")]}
 
 
