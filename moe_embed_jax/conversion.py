@@ -17,7 +17,7 @@ from moe_embed_jax.interop.prompts import with_document_prefix
 from moe_embed_jax.interop.published import has_mlm_head, read_config
 from moe_embed_jax.interop.source import HUB, source_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
-from moe_embed_jax.interop.verify.golden import golden_texts
+from moe_embed_jax.interop.verify.golden import golden_texts, golden_vectors
 from moe_embed_jax.made_by import done_before, hash_command
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.model_folder import (
@@ -155,25 +155,19 @@ def _base_model(folder: pathlib.Path) -> str:
 def _drop_output_bias(loaded: LoadedModel) -> None:
     """Takes the bias out of `loaded`, and prints how far that moves the golden texts' vectors."""
     lengths, mesh = loaded.max_lengths, single_device_mesh()
-
-    def embed(texts, prompt):
-        arguments = (loaded.model, loaded.params, loaded.vocabulary, lengths, mesh, loaded.prompts)
-        return Embedder(*arguments).encode(texts, prompt=prompt)
-
     texts = golden_texts(max(lengths.values()))
-    sides = {
-        side: [golden.text for golden in texts if golden.prompt == side]
-        for side in ("query", "document")
-    }
-    known = loaded.vocabulary is not None
-    before = [embed(*item[::-1]) for item in sides.items()] if known else []
+
+    def embed():
+        arguments = (loaded.model, loaded.params, loaded.vocabulary, lengths, mesh, loaded.prompts)
+        return golden_vectors(Embedder(*arguments), texts)
+
+    before = None if loaded.vocabulary is None else embed()
     loaded.model, loaded.params, size = drop_output_bias(loaded.model, loaded.params)
     print(f"dropped     output bias of the experts, root mean square {size:.3g}")
-    if not known:
+    if before is None:
         print("note        no tokenizer, so what that costs was not measured")
         return
-    after = [embed(*item[::-1]) for item in sides.items()]
-    cosines = np.sum(np.concatenate(before) * np.concatenate(after), axis=1)
+    cosines = np.sum(before * embed(), axis=1)
     print(
         f"            {len(cosines)} texts: cosine to the vectors with it {cosines.min():.5f} at "
         f"least, {cosines.mean():.5f} on average; evaluate both before you use the new one"

@@ -123,6 +123,11 @@ def compute_capability() -> tuple[int, int] | None:
     if re.fullmatch(r"\d+\.\d+", number):
         major, minor = number.split(".")
         return int(major), int(minor)
+    return capability_of_name(kind)
+
+
+def capability_of_name(kind: str) -> tuple[int, int] | None:
+    """`compute_capability` of a GPU with the name `kind`; None for names that are not known."""
     words = kind.replace("-", " ").split()
     return next((CARDS[word] for word in words[1:] if word in CARDS), None)
 

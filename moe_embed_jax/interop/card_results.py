@@ -5,7 +5,7 @@ import statistics
 
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.json_file import read_object
+from moe_embed_jax.json_file import read_object, read_optional
 
 RUN_RESULTS = "results.json"  # of a finished run: {column: {set/language: metrics}}
 TRAINED = "trained"  # its column
@@ -18,8 +18,7 @@ def run_scores(folder: pathlib.Path) -> list[dict]:
     {"task_type", "dataset_type", "dataset_name", "metric_type", "metric_value"}, as
     huggingface_hub's `EvalResult` takes them.
     """
-    path = folder / RUN_RESULTS
-    columns = read_object(path) if path.is_file() else {}
+    columns = read_optional(folder / RUN_RESULTS)
     sets: dict[str, list[float]] = {}
     for name, metrics in (columns.get(TRAINED) or {}).items():
         if NDCG in metrics:

@@ -17,7 +17,7 @@ from moe_embed_jax.interop import bert, nomic
 from moe_embed_jax.interop.card_config import CardConfig
 from moe_embed_jax.interop.layers import by_layer, shapes_by_layer
 from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY
-from moe_embed_jax.interop.model_card import Exported, model_card
+from moe_embed_jax.interop.model_card import CARD, Exported, model_card
 from moe_embed_jax.interop.onnx_export import write_onnx
 from moe_embed_jax.interop.output_bias import output_bias_size
 from moe_embed_jax.interop.prompts import exported_prompts
@@ -122,6 +122,6 @@ def write_folder(
             scores,
         )
         text = model_card(exported, card or CardConfig())
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        (partial / CARD).write_text(text, encoding="utf-8")
         if command:
             keep_command(partial, command)

@@ -5,12 +5,10 @@ import pathlib
 
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError, first_line
-from moe_embed_jax.interop.model_card import UNNAMED
+from moe_embed_jax.interop.model_card import CARD, UNNAMED
 from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.tensors import WEIGHTS_FILE
 from moe_embed_jax.made_by import MADE_BY
-
-CARD = "README.md"
 
 
 def check_push(folder: str | os.PathLike, name: str) -> tuple[pathlib.Path, list[str]]:

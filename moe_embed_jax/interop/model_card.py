@@ -10,8 +10,10 @@ from moe_embed_jax.interop.card_config import CardConfig
 from moe_embed_jax.interop.gguf import gguf_facts, ollama_fact
 from moe_embed_jax.interop.prompts import SYMMETRIC_TYPES
 from moe_embed_jax.interop.sentence_transformers import POOLING_MODES
+from moe_embed_jax.markdown_table import markdown_table
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 
+CARD = "README.md"
 UNNAMED = "FOLDER"
 
 
@@ -56,11 +58,9 @@ def model_card(exported: Exported, card: CardConfig) -> str:
         )
     lines += ["", *_inputs(exported), "", *_use(exported, name), *_limits(exported)]
     if exported.scores:
-        lines += ["", "## Evaluation", "", "| data | metric | score |", "|---|---|---:|"]
-        lines += [
-            f"| {score['dataset_name']} | {score['metric_type']} | {score['metric_value']} |"
-            for score in exported.scores
-        ]
+        keys = ("dataset_name", "metric_type", "metric_value")
+        rows = [[score[key] for key in keys] for score in exported.scores]
+        lines += ["", "## Evaluation", "", markdown_table(["data", "metric", "score"], rows, "llr")]
     lines += ["", *_mteb(exported, card, total, active)]
     return f"---\n{front_matter(exported, card)}\n---\n" + "\n".join(lines) + "\n"
 
@@ -94,9 +94,11 @@ def _inputs(exported: Exported) -> list[str]:
             "adds them where `prompt_name` says so (`encode_query` and `encode_document` do). "
             "**Servers add none**: put them before each text yourself.",
             "",
-            "| prefix | names of the prompt |",
-            "|---|---|",
-            *(f"| `{text}` | {', '.join(names)} |" for text, names in _by_text(prompts).items()),
+            markdown_table(
+                ["prefix", "names of the prompt"],
+                [[f"`{text}`", ", ".join(names)] for text, names in _by_text(prompts).items()],
+                "l",
+            ),
         ]
     else:
         lines += ["Texts are embedded as they are: the model has no prefixes."]

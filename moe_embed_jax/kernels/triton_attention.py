@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from moe_embed_jax.kernels.head_lanes import MASK_VALUE
 from moe_embed_jax.kernels.text_blocks import blocks_to_visit, number_padding_last
 from moe_embed_jax.kernels.triton_dot import dot
 
 QUERIES = 128  # of a program of the forward pass
 KEYS = 64  # at a time; of queries too in the backward pass, which has twice the sums
 WARPS = 4
-MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a token of another text
 
 
 def supports(row_length: int, width: int, heads: int, dtype) -> bool:

@@ -42,6 +42,10 @@ class Plan:
     exhausted: OutOfMemory | None = None
 
     @property
+    def is_gpu(self) -> bool:
+        return isinstance(self.chip, Card)
+
+    @property
     def fits(self) -> bool:
         return self.memory is not None and self.memory.total <= self.chip.hbm_bytes
 

@@ -14,6 +14,8 @@ protocol in NCCL's own model (src/graph/tuning.cc of NVIDIA/nccl). No number her
 
 import dataclasses
 
+from moe_embed_jax.mesh import capability_of_name
+
 GIB = 2**30
 # jax takes this share of a card when it starts (XLA_PYTHON_CLIENT_MEM_FRACTION; jax's page "GPU
 # memory allocation"), so a program has no more.
@@ -34,7 +36,6 @@ class Card:
     link_seconds: float  # latency of one step of a ring
     most_cards: int  # of a host
     example: str
-    capability: tuple[int, int]
     cores: int  # streaming multiprocessors
     units: int  # float32 units of a core
     threads: int  # of a core
@@ -42,7 +43,7 @@ class Card:
     cache_bytes: int  # level 2
     shared_bytes: int  # of a core
     block_bytes: int  # of shared memory, at most, for a block
-    description: str
+    description: str  # its name, from which the compute capability follows
 
     @property
     def hbm_bytes(self) -> int:
@@ -66,7 +67,7 @@ class Card:
     @property
     def target_config(self) -> str:
         """Text of XLA's GpuTargetConfigProto."""
-        major, minor = self.capability
+        major, minor = capability_of_name(self.description)
         # The "a" instructions of Hopper (asynchronous products) have to be asked for.
         extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
         return f"""
@@ -107,7 +108,6 @@ _A100 = Card(
     link_seconds=3.4e-6,
     most_cards=8,
     example="a100:8",
-    capability=(8, 0),
     cores=108,
     units=64,
     threads=2048,
@@ -131,7 +131,6 @@ CARDS = {
             link_seconds=3.4e-6,
             most_cards=8,
             example="h100:8",
-            capability=(9, 0),
             cores=132,
             units=128,
             threads=2048,
@@ -161,7 +160,6 @@ CARDS = {
             link_seconds=5.7e-6,
             most_cards=8,
             example="l4:1",
-            capability=(8, 9),
             cores=58,
             units=128,
             threads=1536,

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_embed_jax.markdown_table import markdown_table
 from moe_embed_jax.planning.aot import Plan
-from moe_embed_jax.planning.cards import MEMORY_FRACTION, Card
+from moe_embed_jax.planning.cards import MEMORY_FRACTION
 from moe_embed_jax.planning.chips import DCN_SECONDS
 from moe_embed_jax.planning.memory import largest_arguments
 
@@ -57,7 +58,7 @@ def to_json(plan: Plan) -> dict:
         result["kernels"] = _kernel_calls(plan)
         result["kernels_without_estimate"] = _kernels_without_estimate(plan)
         result["loops_of_unknown_trip_count"] = dict(plan.cost.unknown_loops)
-        result["is_lower_bound"] = is_incomplete(plan) or isinstance(plan.chip, Card)
+        result["is_lower_bound"] = is_incomplete(plan) or plan.is_gpu
         result["waits_for_other_slices"] = plan.cost.waits_for_slices
         result["transfers_between_slices_in_loops"] = dict(plan.cost.slice_loops)
         result["seconds_by_source"] = seconds_by_source(plan)
@@ -120,7 +121,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
     table.add_row("total", f"{total / GIB:.3f}", f"{total / capacity:.1%}", style="bold")
     table.add_row("capacity", f"{capacity / GIB:.3f}", "fits" if plan.fits else "DOES NOT FIT")
     console.print(table)
-    if isinstance(plan.chip, Card):
+    if plan.is_gpu:
         console.print(
             f"capacity is what jax takes of the card, {MEMORY_FRACTION:.0%} of "
             f"{plan.chip.memory_bytes / GIB:.2f} GiB; XLA_PYTHON_CLIENT_MEM_FRACTION changes that"
@@ -136,19 +137,19 @@ def _print_memory(plan: Plan, console: Console) -> None:
 
 
 def _print_work(plan: Plan, console: Console) -> None:
-    cost, is_gpu = plan.cost, isinstance(plan.chip, Card)
+    cost = plan.cost
     table = _table("FLOPs per chip and step (predicted)", "", "TFLOP", "compiled / model")
     table.add_row(f"model, {plan.step.work}", f"{plan.model_flops / 1e12:.4g}", "")
     table.add_row("compiled: matrix products", f"{cost.matmul_flops / 1e12:.4g}", "")
     table.add_row(
-        "compiled: kernels of our own and cuDNN's" if is_gpu else "compiled: Pallas kernels",
+        "compiled: kernels of our own and cuDNN's" if plan.is_gpu else "compiled: Pallas kernels",
         f"{cost.kernel_flops / 1e12:.4g}",
         "",
     )
     ratio = f"{cost.flops / plan.model_flops:.2f}"
     table.add_row("compiled", f"{cost.flops / 1e12:.4g}", ratio, style="bold")
     console.print(table)
-    if is_gpu:
+    if plan.is_gpu:
         calls = "; ".join(f"{count} x {name}" for name, count in _kernel_calls(plan).items())
         launches = sum(cost.kernels.values()) + sum(cost.unestimated.values())
         console.print(f"kernels     {launches:,} a step, of which {calls or 'none of our own'}")
@@ -219,11 +220,10 @@ def _print_time(plan: Plan, console: Console) -> None:
         note = f"{hidden[kind] * 1e3:.3f} ms of it not hidden" if kind in hidden else ""
         table.add_row(kind, f"{seconds * 1e3:.3f}", note)
     table.add_row("step", f"{times.step_seconds * 1e3:.3f}", "", style="bold")
-    is_gpu = isinstance(plan.chip, Card)
-    bound = "" if is_gpu else "upper bound"
+    bound = "" if plan.is_gpu else "upper bound"
     table.add_row("step, nothing hidden", f"{times.serial_seconds * 1e3:.3f}", bound)
     console.print(table)
-    if is_gpu:
+    if plan.is_gpu:
         console.print(
             "a lower bound: each kernel is taken to reach the full rate of what limits it "
             "(products or memory), and gaps between kernels are left out"
@@ -246,17 +246,10 @@ def _print_time(plan: Plan, console: Console) -> None:
 
 def to_markdown(plans: list[Plan]) -> str:
     """A table with a row per plan."""
-    header = (
-        "topology | chips | data x fsdp x expert | chunk rows | remat rows | HBM per chip, GiB | "
-        "fits | "
-        f"step, s | MFU | MFU of real tokens | {plans[0].step.unit}/s | run, hours | chip-hours"
-    )
-    lines = [
-        f"Predicted for one {plans[0].step_name} step, not measured:",
-        "",
-        f"| {header} |",
-        "|" + "---|" * (header.count("|") + 1),
-    ]
+    head = ["topology", "chips", "data x fsdp x expert", "chunk rows", "remat rows"]
+    head += ["HBM per chip, GiB", "fits", "step, s", "MFU", "MFU of real tokens"]
+    head += [f"{plans[0].step.unit}/s", "run, hours", "chip-hours"]
+    rows = []
     for plan in plans:
         config = plan.config
         size = plan.hbm_bytes
@@ -280,8 +273,9 @@ def to_markdown(plans: list[Plan]) -> str:
             ]
         else:
             cells += [""] * 6
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    title = f"Predicted for one {plans[0].step_name} step, not measured:"
+    return f"{title}\n\n{markdown_table(head, rows, 'l')}\n"
 
 
 def seconds_by_source(plan: Plan) -> dict[str, float]:

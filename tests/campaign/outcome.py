@@ -46,16 +46,13 @@ def judge(action, pristine: str, is_checked: bool, named=()) -> Outcome:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             result = action()
-    except UserError as error:
-        lines = str(error).splitlines()
-        return Outcome(REFUSED if len(lines) == 1 else TRACE, str(error)[:2000])
     except Timeout:
         return Outcome(HANG, _last_lines(traceback.format_exc()))
-    except BaseException as error:
-        line = refusal_of_system(error)  # as a launcher says it
-        if line is not None and len(line.splitlines()) == 1:
-            return Outcome(REFUSED, line[:2000])
-        return Outcome(TRACE, _last_lines(traceback.format_exc()))
+    except BaseException as error:  # as a launcher says it
+        said = str(error) if isinstance(error, UserError) else refusal_of_system(error)
+        if said is None:
+            return Outcome(TRACE, _last_lines(traceback.format_exc()))
+        return Outcome(REFUSED if len(said.splitlines()) == 1 else TRACE, said[:2000])
     found, words = digest(result), said.getvalue().strip()
     if found == pristine:
         return Outcome(SAME, words[:500])

@@ -10,15 +10,6 @@ from conftest import python_environment, run_python
 
 from moe_embed_jax import launching
 
-VARIABLES = (
-    "JAX_COORDINATOR_ADDRESS",
-    "JAX_NUM_PROCESSES",
-    "JAX_PROCESS_ID",
-    "MEGASCALE_COORDINATOR_ADDRESS",
-    "TPU_PROCESS_ADDRESSES",
-    "TPU_WORKER_HOSTNAMES",
-)
-
 
 def test_ctrl_c_is_one_line_and_the_second_ends_at_once(tmp_path):
     code = (

@@ -72,6 +72,15 @@ def golden_texts(max_length: int) -> list[Golden]:
     return [Golden(name, prompts[i % 2], text) for i, (name, text) in enumerate(texts)]
 
 
+def golden_vectors(embedder, texts: list[Golden]) -> np.ndarray:
+    """What an `Embedder` makes of the texts, each with its prompt: float32 [texts, D]."""
+    vectors = np.zeros((len(texts), embedder.width), np.float32)
+    for prompt in dict.fromkeys(golden.prompt for golden in texts):
+        own = [i for i, golden in enumerate(texts) if golden.prompt == prompt]
+        vectors[own] = embedder.encode([texts[i].text for i in own], prompt)
+    return vectors
+
+
 def write_golden(folder: pathlib.Path, texts: list[Golden], reference, result) -> None:
     """golden.json in `folder`: prefixes, and of every text its ids and vector of `result`.
 

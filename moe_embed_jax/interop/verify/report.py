@@ -3,11 +3,11 @@
 import pathlib
 
 from moe_embed_jax import storage
+from moe_embed_jax.interop.model_card import CARD
 from moe_embed_jax.interop.verify.compare import Comparison, Result
 from moe_embed_jax.interop.verify.known import TOLERANCE
 from moe_embed_jax.markdown_table import markdown_table
 
-CARD = "README.md"
 BEGIN, END = "<!-- runtimes: begin -->", "<!-- runtimes: end -->"
 HEAD = ("runtime", "version", "ids equal", "max-abs", "lowest cosine", "ms a text", "")
 

@@ -1,7 +1,6 @@
 """What launch/verify_export.py does: every runtime that is here against ours, one table."""
 
 import contextlib
-import os
 import pathlib
 import statistics
 import time
@@ -11,7 +10,12 @@ from moe_embed_jax import storage
 from moe_embed_jax.interop.source import CONFIG_FILE
 from moe_embed_jax.interop.verify import report, runtimes, servers
 from moe_embed_jax.interop.verify.compare import Comparison, Result, compare
-from moe_embed_jax.interop.verify.golden import Golden, golden_texts, write_golden
+from moe_embed_jax.interop.verify.golden import (
+    Golden,
+    golden_texts,
+    golden_vectors,
+    write_golden,
+)
 
 
 def verify(
@@ -84,18 +88,10 @@ def verify(
 
 
 def _ours(reference, texts: list[Golden]) -> Result:
-    import numpy as np
-
     import moe_embed_jax
 
-    ids: list = [None] * len(texts)
-    vectors = np.zeros((len(texts), reference.width), np.float32)
-    for prompt in dict.fromkeys(golden.prompt for golden in texts):
-        own = [i for i, golden in enumerate(texts) if golden.prompt == prompt]
-        chosen = [texts[i].text for i in own]
-        for i, sequence in zip(own, reference.tokenize(chosen, prompt), strict=True):
-            ids[i] = [int(x) for x in sequence]
-        vectors[own] = reference.encode(chosen, prompt)
+    ids = [reference.tokenize([golden.text], golden.prompt)[0].tolist() for golden in texts]
+    vectors = golden_vectors(reference, texts)
     ms = []
     for golden in texts[:10]:
         reference.encode([golden.text], golden.prompt)  # compiles
@@ -116,7 +112,7 @@ def _on_disk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         for path in folder.rglob("*"):
             if path.is_file():
-                target = local / os.fspath(path).removeprefix(f"{os.fspath(folder)}/")
+                target = local / path.relative_to(folder).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 storage.copy(path, target)
         yield local
