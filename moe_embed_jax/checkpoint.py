@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -28,8 +29,10 @@ from moe_embed_jax.sharding import path_of
 TREES = ("params", "optimizer", "mlm_head")
 DATA, CHECKSUMS = "data", "checksums"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's; it names the items of the checkpoint
+# Of a step, also with the name that Orbax gives it on a disk until it is written.
+_LEFTOVER = re.compile(r"\d+(\.orbax-checkpoint-tmp.*)?")
 _LONGEST_REASON = 600  # bytes of a message that every process gets
-_MOST_ATTEMPTS = 20  # of a reader beside a run that removes its old checkpoints
+MOST_ATTEMPTS = 20  # of a reader beside a run that removes its old checkpoints
 
 T = TypeVar("T")
 
@@ -86,7 +89,7 @@ class Checkpoints:
     def _open(self, options, handlers) -> ocp.CheckpointManager:
         """Orbax's manager, which reads the description of every step; also while a run removes
         steps between their listing and their reading."""
-        for _ in range(_MOST_ATTEMPTS):
+        for _ in range(MOST_ATTEMPTS):
             listed = set(self.folder.glob("*"))
             try:
                 return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -128,6 +131,17 @@ class Checkpoints:
         self._manager.reload()  # so that this step can be saved again
         return target
 
+    def _remove_leftovers(self) -> None:
+        """Removes what killed runs left of checkpoints that they were writing or removing: Orbax
+        does not see these folders, so it would keep them for good. Every process calls this."""
+        wait_for_all(f"{self.folder} was opened")  # by all: who opens it reads every folder
+        if jax.process_index() == 0:
+            whole = set(map(str, self.steps()))
+            for entry in sorted(self.folder.glob("[0-9]*")):
+                if entry.name not in whole and _LEFTOVER.fullmatch(entry.name):
+                    storage.remove(entry)
+        wait_for_all(f"{self.folder} has no leftovers")
+
     def check(self, step: int, trees: Iterable[str] = TREES) -> None:
         """Reads every file of these trees and of the data spec, at some 2 GB/s.
 
@@ -141,7 +155,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             reason, has_checksums = self._damage(step, trees)
             if reason is None and not has_checksums:
-                _warn(
+                warn(
                     f"checkpoint {self.folder / str(step)} was saved without checksums: damage to "
                     "its arrays would not be seen"
                 )
@@ -156,7 +170,7 @@ class Checkpoints:
         None: there is none.
 
         Damaged ones that are newer are set aside, with a line for each. Only the owner of the
-        folder may call this; others use `read_newest`.
+        folder may call this; others use `newest_checkpoint.read_newest`.
 
         Args:
           check_data: is called with the checkpoint's data spec before the arrays are read.
@@ -165,6 +179,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, but none is whole; whatever `check_data` raises.
         """
+        self._remove_leftovers()
         target = None
         while (step := self.latest_step()) is not None:
             try:
@@ -175,7 +190,7 @@ class Checkpoints:
             except DamagedCheckpoint as error:
                 target = self.set_aside(step)
                 if jax.process_index() == 0:
-                    _warn(f"{error}; moved to {target}")
+                    warn(f"{error}; moved to {target}")
         if target is not None:
             raise UserError(
                 f"{self.folder} holds no whole checkpoint: the damaged ones are in "
@@ -318,60 +333,6 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
     return {path_of(path): tuple(leaf.shape) for path, leaf in flat}
 
 
-def read_newest(
-    folder, step: int | None, trees: Iterable[str], read: Callable[[Checkpoints, int], T]
-) -> T:
-    """`read(checkpoints, step)` for one checkpoint of a folder that another process may write to.
-
-    Nothing is moved. If the run removes the checkpoint meanwhile, the newest one is read then.
-
-    Args:
-      folder: of the checkpoints.
-      step: which; None: the newest that is whole. Each damaged one that is newer is named in a
-        line.
-      trees: those that `read` reads, see `Checkpoints.check`.
-
-    Raises:
-      UserError: there is no such checkpoint, it is damaged, or none is whole.
-    """
-    damaged: set[int] = set()
-    for _ in range(_MOST_ATTEMPTS):
-        with contextlib.closing(Checkpoints(folder)) as checkpoints:
-            chosen = [s for s in _chosen(checkpoints, step) if s not in damaged]
-            number = int(from_process_0(np.array(chosen[-1])))
-            try:
-                checkpoints.check(number, trees)
-                return read(checkpoints, number)
-            except DamagedCheckpoint as error:
-                with contextlib.closing(Checkpoints(folder)) as now:
-                    if max(now.steps(), default=number) > checkpoints.latest_step():
-                        continue  # the run went on, and removed this one
-                if len(chosen) == 1:
-                    raise
-                damaged.add(number)
-                _warn(f"{error}; step {chosen[-2]} is read instead")
-    raise UserError(
-        f"{folder}: the run saves and removes checkpoints faster than they can be read: wait for "
-        "its end, or copy one of them"
-    )
-
-
-def check_step(folder, step: int | None) -> None:
-    """Raises `UserError` if `folder` has no checkpoint of `step`; None: none at all."""
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        _chosen(checkpoints, step)
-
-
-def _chosen(checkpoints: Checkpoints, step: int | None) -> list[int]:
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"{checkpoints.folder} holds no finished checkpoint yet")
-    if step is not None and step not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"step={step}: {checkpoints.folder} has no such checkpoint, only {there}")
-    return steps if step is None else [step]
-
-
 def _misdescribed(folder: pathlib.Path) -> str:
     """The description with a value that Orbax does not take."""
     for path in sorted(folder.glob(f"*/{_METADATA}")):
@@ -396,5 +357,6 @@ def _first_line(error: BaseException) -> str:
     return first_line(error)[:_LONGEST_REASON]
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """One line about a checkpoint that is not as it should be."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from moe_embed_jax.compute_capability import capability_of_name
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh_config import MeshConfig
 
@@ -24,20 +25,6 @@ ROWS_SPEC = PartitionSpec(
 
 # The compute capability from which on NVIDIA GPUs take Triton's kernels, and compute in bfloat16.
 TRITON = (8, 0)
-# Compute capability by a word of a GPU's name, as in "NVIDIA A100-SXM4-80GB": all that is known of
-# GPUs that are elsewhere.
-CARDS = {
-    "V100": (7, 0),
-    "T4": (7, 5),
-    "A100": (8, 0),
-    "A10": (8, 6),
-    "A10G": (8, 6),
-    "L4": (8, 9),
-    "L40S": (8, 9),
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "B200": (10, 0),
-}
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -124,12 +111,6 @@ def compute_capability() -> tuple[int, int] | None:
         major, minor = number.split(".")
         return int(major), int(minor)
     return capability_of_name(kind)
-
-
-def capability_of_name(kind: str) -> tuple[int, int] | None:
-    """`compute_capability` of a GPU with the name `kind`; None for names that are not known."""
-    words = kind.replace("-", " ").split()
-    return next((CARDS[word] for word in words[1:] if word in CARDS), None)
 
 
 def has_triton() -> bool:

@@ -218,7 +218,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
     prompts, lengths = _card_settings(card, where)
     if not (folder / CHECKPOINTS).is_dir():
         raise UserError(f"{folder} holds no checkpoint yet: {CHECKPOINTS}/ is missing")
-    from moe_embed_jax.checkpoint import check_step, read_newest
+    from moe_embed_jax.newest_checkpoint import check_step, read_newest
 
     check_step(folder / CHECKPOINTS, step)
 

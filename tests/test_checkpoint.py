@@ -12,8 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers.forked import run_forked
 
-from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint, read_newest
+from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.newest_checkpoint import read_newest
 
 # A read that fails leaves tasks behind in Orbax, whose event loop is closed when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -66,10 +67,19 @@ def test_other_architecture_is_named(saved):
         saved.restore(7, params=abstract(PARAMS | {"extra": jnp.zeros(1)}))
 
 
-def test_unfinished_checkpoint_is_not_seen(saved):
+def test_unfinished_checkpoint_is_not_seen_and_goes(saved):
     """What a kill leaves behind is a folder that Orbax has not renamed yet."""
-    (saved.folder / "9.orbax-checkpoint-tmp-1").mkdir()
-    assert Checkpoints(saved.folder).latest_step() == 7
+    leftover = saved.folder / "9.orbax-checkpoint-tmp-1"
+    (leftover / "params").mkdir(parents=True)
+    (saved.folder / "notes").mkdir()
+    checkpoints = Checkpoints(saved.folder)
+    assert checkpoints.latest_step() == 7 and leftover.exists()
+    # The run that owns the folder removes it, and nothing that is not Orbax's.
+    restore = functools.partial(checkpoints.restore, params=abstract(PARAMS))
+    assert checkpoints.restore_newest(print, restore)[0] == 7
+    assert not leftover.exists() and (saved.folder / "notes").exists()
+    assert checkpoints.steps() == [5, 7]
+    checkpoints.close()
 
 
 # ---- Damage --------------------------------------------------------------------------------------

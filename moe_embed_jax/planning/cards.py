@@ -14,7 +14,7 @@ protocol in NCCL's own model (src/graph/tuning.cc of NVIDIA/nccl). No number her
 
 import dataclasses
 
-from moe_embed_jax.mesh import capability_of_name
+from moe_embed_jax.compute_capability import capability_of_name
 
 GIB = 2**30
 # jax takes this share of a card when it starts (XLA_PYTHON_CLIENT_MEM_FRACTION; jax's page "GPU

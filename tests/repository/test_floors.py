@@ -9,6 +9,7 @@ FLOORS = (
     {"mesh", "mesh_config", "shapes", "processes", "config", "errors", "json_file", "storage"}
     | {
         "bucket",
+        "compute_capability",
         "ownership",
         "refusals",
         "children",
@@ -24,7 +25,7 @@ FLOORS = (
     {"checksums", "new_folder", "made_by", "kernels"},
     {"tokenizers", "pairs"},
     {"routing", "losses", "data", "search", "sharding"},
-    {"models", "checkpoint", "inference_batches"},
+    {"models", "checkpoint", "newest_checkpoint", "inference_batches"},
     {"interop"},
     {"model_folder"},
     {"embedder", "conversion", "preparation"},
