@@ -169,7 +169,7 @@ FAULTS = (
     ),
     Fault(
         "readers-take-damaged-checkpoints",
-        "checkpoint.py",
+        "newest_checkpoint.py",
         "                checkpoints.check(number, trees)\n",
         "",
         "test_checkpoint.py -k orbax_does_not_see",
