@@ -1,4 +1,4 @@
-"""The models that benchmarks/efficiency.py compares, each in a process of its own.
+"""The models that benchmarks/efficiency.py compares, each in a separate process.
 
     ours               the model, Embedder, float32 weights
     ours, int8         the same folder, Embedder.load(weights="int8")

@@ -12,7 +12,7 @@ sets of the default data (`make quickstart` leaves it in runs/data) and on XQuAD
 de/corpus.jsonl.gz, queries.jsonl.gz and qrels.tsv.gz, and so on). E5 is multilingual-e5-small: its
 folder, or hf://intfloat/multilingual-e5-small.
 
-Start it again and it goes on: finished runs are not repeated, those of other findings are shared.
+Start it again and it continues: finished runs are not repeated, other findings' are shared.
 --report writes what there is, --jobs=0 nothing else. `--jobs` runs share the processors.
 """
 

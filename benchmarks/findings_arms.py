@@ -119,7 +119,7 @@ ARMS = {
         for coefficient in (0.1, 1.0)
     },
     "packed": Arm("curves", "up to 8 texts share a row of 64 tokens", {}),
-    "padded": Arm("curves", "every text has a row of its own", {"data.texts_per_row": 1}),
+    "padded": Arm("curves", "every text has its own row", {"data.texts_per_row": 1}),
     "chunked": Arm("curves", "packed, 16 rows at a time (GradCache)", {"data.chunk_rows": 16}),
     "e5-dense": Arm("upcycled", "multilingual-e5-small as it is", {}),
     "e5-top-1-paper": Arm(

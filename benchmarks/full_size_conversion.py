@@ -90,7 +90,7 @@ STEPS = {f.__name__: f for f in (make, export, bring_in, encode, read_with_safet
 
 
 def run(step: str, *arguments) -> dict:
-    """Runs one step in a process of its own; adds its seconds and its peak memory."""
+    """Runs one step in a separate process; adds its seconds and its peak memory."""
     start = time.perf_counter()
     command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)

@@ -1,7 +1,7 @@
 """What benchmarks of training share: runs that are started once per arm and seed, and statistics
 over the seeds.
 
-A run is a process of launch/train.py in a folder of its own. A finished one (it has results.json)
+A run is a process of launch/train.py in its own folder. A finished one (it has results.json)
 is not repeated, an interrupted one continues.
 """
 

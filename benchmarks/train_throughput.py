@@ -16,7 +16,7 @@ order, in float32, with InfoNCE at temperature 0.02 over the batch, AdamW and a 
 * sentence-transformers, plain: MultipleNegativesRankingLoss, the whole batch at once: more memory,
   no second forward pass.
 
-Real tokens are those of queries and documents, specials and prefixes included, padding not. The
+Real tokens are queries' and documents', specials and prefixes included, padding not. The
 texts given to sentence-transformers are decoded from the token store, so both truncate alike; its
 own count of tokens is checked against ours. Reading, tokenising (theirs) and packing (ours) count.
 

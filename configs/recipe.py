@@ -15,7 +15,7 @@ Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the d
 CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
 each, for tests.
 
-Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; the configs of the stages have those of training.
+Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; the configs of the stages have training's.
 """
 
 from ml_collections import ConfigDict

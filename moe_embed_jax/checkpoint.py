@@ -36,8 +36,8 @@ MOST_ATTEMPTS = 20  # of a reader beside a run that removes its old checkpoints
 
 T = TypeVar("T")
 
-# Where several devices hold an array, each of them writes a slice of it. Every slice is a program
-# of its own (a hundred at the first save on eight devices), which small arrays are not worth. Orbax
+# Where several devices hold an array, each of them writes a slice of it. Every slice is another
+# program (a hundred at the first save on eight devices), which small arrays are not worth. Orbax
 # has an option for it, and no public way to set it that keeps its other settings.
 _LEAST_SLICE = 1 << 20  # bytes
 ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = _LEAST_SLICE

@@ -116,7 +116,7 @@ def _checksum_like(path: pathlib.Path, value: str) -> str:
 
 
 def dump(values: Mapping[str, str]) -> str:
-    """The text of a checksum file, with a checksum of its own."""
+    """The text of a checksum file, with its own checksum."""
     return json.dumps({"files": values, "crc32": _own(values)}, indent=1)
 
 

@@ -326,7 +326,7 @@ class Embedder:
     def expert_choices(self, texts, prompt: str | None = "document") -> list[np.ndarray]:
         """Of each text the experts of its tokens: int16 [MoE layers, tokens, K], best first.
 
-        The tokens are those of `tokenize(texts, prompt)`. All processes call this together.
+        `tokenize(texts, prompt)` gives the tokens. All processes call this together.
         """
         self.check_experts()
         sequences = self.tokenize(texts, prompt)

@@ -39,7 +39,7 @@ def plan_calls(
 
     Texts are packed into rows not much longer than themselves, because attention costs what the row
     is long; what stays free in a call is filled with shorter texts, so that one call of them all is
-    not full. A text that comes alone, such as a query in a search box, has a row of its own size.
+    not full. A text that comes alone, such as a query in a search box, has a row of its size.
     """
     lengths = np.asarray(lengths)
     if lengths.size == 1 and lengths[0] > 0:

@@ -1,4 +1,4 @@
-"""Names that come from data and become those of files: they stay inside their folder."""
+"""Names that come from data and become file names: they stay inside their folder."""
 
 import re
 from pathlib import Path

@@ -106,8 +106,8 @@ def zero(path: str, shape: tuple[int, ...], spec: P, mesh) -> P:
 
 
 def shardings(params, rules, mesh, moments: bool = False) -> object:
-    """NamedShardings of parameters on `mesh` (or an abstract one); with `moments` those of their
-    moments in an optimiser. Checks that the mesh divides every sharded axis."""
+    """NamedShardings of parameters on `mesh` (or an abstract one); with `moments` of the
+    optimiser's moments instead. Checks that the mesh divides every sharded axis."""
 
     def named(key_path, leaf, spec):
         path = path_of(key_path)

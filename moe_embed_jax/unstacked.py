@@ -47,7 +47,7 @@ class Unstacked:
         return jnp.stack([jnp.asarray(piece) for piece in self.pieces])
 
     def arrays(self) -> Iterator[jax.Array]:
-        """The arrays whose contents one after the other are those of the stacked array."""
+        """The arrays that make the stacked array, one after the other."""
         for piece in self.pieces:
             yield from piece.arrays() if isinstance(piece, Unstacked) else [piece]
 

@@ -68,7 +68,7 @@ class Unit:
 class Judged:
     """What became of a unit's pairs.
 
-    kept_P: bool, the pairs that stay. rows: those of the new folder, in their order. counts: of the
+    kept_P: bool, the pairs that stay. rows: of the new folder, in their order. counts: of the
     report, see `Report.counts`. examples: for the report.
     """
 
@@ -292,7 +292,7 @@ def _split(rows: Iterator[PairRow], most: int) -> Iterator[Iterator[PairRow]]:
 
 
 def _joined(groups: Iterable[dict]) -> list[dict]:
-    """Entries of units as those of sources and languages, one after the other; empty ones go."""
+    """Entries of sources and languages from entries of their units; empty ones go."""
     joined: dict[tuple[str, str], dict] = {}
     rows = 0
     for group in groups:

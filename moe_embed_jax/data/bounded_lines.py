@@ -16,7 +16,7 @@ from moe_embed_jax.errors import UserError
 VARIABLE = "MOE_EMBED_MAX_LINE_MB"  # of the environment
 DEFAULT_MB = 32
 _BLOCK = 1 << 16  # bytes
-_LONGEST_WORD = 16  # more than those of JSON that are one thing: -Infinity, \\ud83d
+_LONGEST_WORD = 16  # more than the longest word of JSON: -Infinity, \\ud83d
 _SPACE = " \t\n\r"
 _DECODER = json.JSONDecoder()
 

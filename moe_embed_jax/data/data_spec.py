@@ -51,8 +51,8 @@ def source_checksums() -> dict[str, str]:
 
 
 def complete_config(config: Mapping) -> dict:
-    """`config` with the defaults of `DataConfig`; with the key `documents`, which stands for masked
-    language modelling, with those of `MaskedDataConfig`.
+    """`config` with the defaults of `DataConfig`, or of `MaskedDataConfig` if it has the key
+    `documents`, which stands for masked language modelling.
 
     The keys are `PAIR_KEYS` or `DOCUMENT_KEYS`, and `vocabulary`: `{"kind": "train", "size": ids}`
     or `{"kind": "file", "path": FILE}`, a SentencePiece model or a tokenizer.json.

@@ -73,7 +73,7 @@ def make_masking(vocabulary, rate: float, mask_share: float, random_share: float
 
 
 def ordinary_ids(vocabulary) -> np.ndarray:
-    """All ids but those of specials and of <unk>."""
+    """All ids but the specials' and <unk>'s."""
     names = ("bos_id", "eos_id", "pad_id", "unk_id", "mask_id")
     specials = [getattr(vocabulary, name) for name in names]
     return np.setdiff1d(np.arange(vocabulary.size), [i for i in specials if i is not None])

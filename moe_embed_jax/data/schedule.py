@@ -75,7 +75,7 @@ def group_weights(groups: list[Group], language_exponent: float) -> np.ndarray:
 class Schedule:
     """The groups and rows of every step of a run.
 
-    A group of weight w comes up every 1/w steps, each group from an offset of its own: shares are
+    A group of weight w comes up every 1/w steps, each group from its own offset: shares are
     exact to one batch at any point of the run, and the first n steps do not depend on how many
     follow.
     """

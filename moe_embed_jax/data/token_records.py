@@ -14,7 +14,7 @@ MAGIC = 0x4D454A00 | FORMAT  # "MEJ" and the format number
 
 
 class Negatives(NamedTuple):
-    """Hard negatives of n rows, J in all, those of the first row first.
+    """Hard negatives of n rows, J in all, the first row's first.
 
     tokens: int32 [sum(lengths)], text after text.
     lengths: int [J] tokens of each text.

@@ -97,7 +97,7 @@ class BeirFiles:
 
 
 def find_files(folder: str | Path, split: str = "test") -> BeirFiles:
-    """The files of a BEIR-like folder; qrels.tsv, or else those of the split.
+    """The files of a BEIR-like folder; qrels.tsv, or else the split's.
 
     Raises `UserError`: no folder, or one of the files is missing.
     """

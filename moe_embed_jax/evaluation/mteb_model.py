@@ -43,7 +43,7 @@ PROMPTS = {
 class MtebModel(AbsEncoder):
     """What `mteb.evaluate` takes (its `EncoderProtocol`); similarity is the cosine.
 
-    The embeddings are those of `Embedder.encode`, as everywhere in this package. All texts of a
+    `Embedder.encode` makes the embeddings, as everywhere in this package. All texts of a
     call are packed together: MTEB's `batch_size` only cuts its own data loader.
 
     Attributes:

@@ -4,7 +4,7 @@
     results/<model>/<revision>/experiments/embed_dim_256/...         the first 256
     table.md, languages.png
 
-The layout and the fields are those of mteb 2 (`mteb.results.TaskResult`, `mteb.cache.ResultCache`).
+Layout and fields follow mteb 2 (`mteb.results.TaskResult`, `mteb.cache.ResultCache`).
 """
 
 import dataclasses

@@ -44,8 +44,8 @@ def evaluate_many(
     """Metrics of many small sets: {name: metrics}, in the order of `retrieval_sets`.
 
     The texts of all sets go to the encoders in one call per side, each different text once (the
-    same English query is asked of every language); a query then meets the documents of its own
-    set only. All vectors are in host memory at once.
+    same English query is asked of every language); a query then meets only the documents of
+    its set. All vectors are in host memory at once.
     """
     from moe_embed_jax.search.knn import top_k  # here: BM25's rankings are judged without it
 

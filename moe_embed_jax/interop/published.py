@@ -64,7 +64,7 @@ class PublishedModel:
         return params, unflatten_dict(head, sep="/") if self.has_mlm_head else None
 
     def _adapted(self, head: dict) -> Iterator[tuple[str, np.ndarray]]:
-        """The encoder's arrays as `model` wants them; those of the head are put into `head`."""
+        """The encoder's arrays as `model` wants them; the head's are put into `head`."""
         model = self.model
         for path, array in to_ours(self._table, self._tensors):
             if path == "embeddings/position":
@@ -157,7 +157,7 @@ def open_published(folder, positions: str = "learned") -> PublishedModel:
 def _set_aside(tensors: Tensors, layout, has_head: bool) -> list[str]:
     """Takes out what the encoder does not need; returns the names.
 
-    Raises `UserError` for an output matrix of its own: our head's is the word table.
+    Raises `UserError` for a separate output matrix: our head uses the word table.
     """
     unused = []
     for name in list(tensors.names):

@@ -77,7 +77,7 @@ class Settings:
 
     Attributes:
       prompts: name -> prefix ({}: none named); "query" and "document" of `default_prompt_name`
-        where the folder names none of its own for them.
+        where the folder names none for them.
       max_lengths: {"query": tokens, "document": tokens}, special tokens included; None: no limit.
       pooling: one of POOLING_MODES, or None: the folder does not say.
       weights: the folder of config.json, weights and tokenizer.

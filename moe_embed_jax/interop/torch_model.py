@@ -6,7 +6,7 @@ transformers (4.57 or 5.x). Load the folder with `trust_remote_code=True`:
     AutoModel.from_pretrained(folder, trust_remote_code=True)
     SentenceTransformer(folder, trust_remote_code=True)
 
-The tensor names and shapes are those of nomic-embed-text-v2-moe (arXiv 2502.07972, section 3).
+Tensors are named and shaped as in nomic-embed-text-v2-moe (arXiv 2502.07972, section 3).
 Shape letters: B texts, L positions, T = B * L tokens, D width, H heads, C head size, F hidden width
 of a feed-forward, E experts, K experts per token, n tokens of one expert.
 """
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# transformers >= 5.5 has a class of its own for model_type "nomic_bert", which knows neither these
+# transformers >= 5.5 has its own class for model_type "nomic_bert", which knows neither these
 # keys nor experts. It wants a string in `hidden_act`: a list stops it, and its error shows it.
 NATIVE_CLASS_GUARD = [
     "the nomic_bert class inside transformers reads other keys than this config.json has, and "

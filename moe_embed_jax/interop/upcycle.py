@@ -6,7 +6,7 @@ rule tables say what becomes of the rest:
 * `paper`: as the reference. The biases of the copied layers are dropped, and gates (softmax over
   all experts, not renormalised) sum to less than 1: with equal experts the MoE branch starts at
   about 0.4 of the dense branch (8 experts, top-2, fresh router: 0.43 for tokens of unit variance at
-  width 768, 0.37 for those of two thirds of that, 0.25 at least), and the upcycled model is not the
+  width 768, 0.37 for two thirds of that variance, 0.25 at least), and the upcycled model is not the
   dense one at step 0.
 * `preserving`: biases move into the experts and gates are renormalised, so that the weighted sum of
   equal experts is the dense layer: the upcycled model's output is the dense model's at step 0.

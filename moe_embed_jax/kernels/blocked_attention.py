@@ -51,7 +51,7 @@ def supports(row_length: int, width: int, heads: int, dtype) -> bool:
 def blocked_attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int, interpret: bool = False):
     """Context vectors [R, L, D] of every head, side by side.
 
-    Args: as those of `fused_attention.fused_attention`.
+    Args: see `fused_attention.fused_attention`.
     """
     head = qkv_RLU.shape[-1] // 3 // heads
     index_R1L = number_padding_last(text_index_RL)[:, None]

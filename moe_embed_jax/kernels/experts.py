@@ -29,7 +29,7 @@ COLUMNS = 512  # of F at a time inside a program
 class ActivationMLP:
     """y = activation(x w_in + bias_in) w_out as a kernel of `routing.grouped`.
 
-    Another expert MLP has a class of its own with these two methods. Weights are
+    Another expert MLP has its own class with these two methods. Weights are
     {"w_in": [E, D, F], "bias_in": [E, F] or None, "w_out": [E, F, D]}.
     """
 

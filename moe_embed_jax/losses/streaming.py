@@ -7,7 +7,7 @@ candidates a second time and scores them again. Their gradients rotate with them
 on the candidates' device. Memory per device is a few copies of its own vectors, and one tile of
 scores.
 
-Where the mesh has several slices, every slice has a ring of its own, and in it the candidates of
+Where the mesh has several slices, every slice has its own ring, and in it the candidates of
 all slices: they are gathered over slices once, and their gradients are summed over slices once. No
 step of a ring waits for the network between slices.
 """

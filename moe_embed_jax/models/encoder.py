@@ -1,8 +1,8 @@
 """The encoder: embeddings, then one scan over groups of post-norm blocks.
 
 A group is the shortest repeating run of blocks (`moe_every=2`: one dense block and one MoE block),
-so compile time does not grow with depth. Layers that do not fill a group form the `tail`, a group
-of its own. Parameters are a plain nested dict; those of the blocks carry a leading group axis.
+so compile time does not grow with depth. Layers that do not fill a group form the `tail`, another
+group. Parameters are a plain nested dict; the blocks' carry a leading group axis.
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def encode_rows(
     config: EncoderConfig, params: dict, token_RL, text_index_RL, position_RL, keep_choices=False
 ) -> tuple[jax.Array, RoutingStatistics | None]:
     """`encode_tokens` of one device's rows, inside shard_map: `params` is this device's part, with
-    whole embedding tables, and the statistics are those of its own tokens.
+    whole embedding tables, and the statistics count its own tokens.
 
     `keep_choices`: the statistics have `expert_RLK`; not together with `remat_rows`."""
     rows = token_RL.shape[0]
@@ -207,7 +207,7 @@ def encode_rows(
 
 
 def _each_group(one_group, count: int, x_RLD, params):
-    """`jax.lax.scan` over the groups; those of `Unstacked` parameters unrolled."""
+    """`jax.lax.scan` over the groups; unrolled for `Unstacked` parameters."""
     if not is_unstacked(params):
         return jax.lax.scan(one_group, x_RLD, params)
     statistics = []

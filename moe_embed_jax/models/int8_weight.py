@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 LEVELS = 127  # -127 ... 127; -128 is not used, as usual in symmetric schemes
-PIECE = 1 << 22  # values that are rounded at a time, at least those of one first index
+PIECE = 1 << 22  # values that are rounded at a time, at least one first index's
 
 # Parameters that become int8, and the axis of an output channel's inputs. The router decides which
 # experts a token meets, and is small; norms and biases are vectors: they stay float32.

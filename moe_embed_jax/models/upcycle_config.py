@@ -14,7 +14,7 @@ class UpcycleConfig:
     mode: str = "paper"  # or "preserving"
     num_experts: int = setting(EncoderConfig.num_experts, flag="of a layer")
     experts_per_token: int = setting(EncoderConfig.experts_per_token, flag="that work on a token")
-    moe_every: int = setting(EncoderConfig.moe_every, flag="every so many layers one has experts")
+    moe_every: int = setting(EncoderConfig.moe_every, flag="one layer in this many has experts")
     # Standard deviation added to each expert's matrices, in units of their own.
     noise: float = setting(0.0, flag="on the experts, relative")
     seed: int = setting(0, flag="of the routers and the noise")

@@ -88,7 +88,7 @@ def compile_plan(
     step_name: str,
     assumed: Assumptions,
 ) -> Plan:
-    """Compiles step `step_name` ("train", "encode", "knn") for `devices`, those of `topology`.
+    """Compiles step `step_name` ("train", "encode", "knn") for the `devices` of `topology`.
 
     Out of memory is a result: a plan that does not fit.
     """

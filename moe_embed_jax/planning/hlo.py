@@ -169,8 +169,8 @@ def _places(text: str) -> dict[str, str]:
 
 
 def _lines(text: str):
-    """Lines of the text; the JSON of a `backend_config` that is spread over several (those of
-    kernels inside fusions are) joined to the line that it began in."""
+    """Lines of the text; the JSON of a `backend_config` that is spread over several (a kernel's
+    inside a fusion is) joined to the line that it began in."""
     joined = None
     for line in text.splitlines():
         if joined is not None and line.startswith(('"', "},")):

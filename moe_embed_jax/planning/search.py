@@ -76,7 +76,7 @@ def search(config: Run, chips: int, plan_of, identity: dict, cache_path, console
 class _Tried:
     """Candidates so far.
 
-    rows: (config, JSON of its plan or why it has none). plans: by row, without those of the cache.
+    rows: (config, JSON of its plan or why it has none). plans: by row, without the cache's.
     """
 
     def __init__(self, plan_of, cache: "_Cache"):

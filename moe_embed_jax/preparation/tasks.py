@@ -353,7 +353,7 @@ def read_tokens(
     try:
         yield from task.preprocess_postcache(batches, sequence_length=None).prefetch(2)
     except tf.errors.OpError as error:
-        # tf.data turns what a generator raises into pages of its own.
+        # tf.data turns what a generator raises into an error of several pages.
         if task.source.failure is not None:
             raise task.source.failure from error
         raise

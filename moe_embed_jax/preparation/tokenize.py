@@ -3,11 +3,11 @@
     python -m moe_embed_jax.preparation.tokenize --data_dir=DIR [--wheels_dir=DIR] \\
         --config_json='{"vocabulary": {"kind": "train", "size": 16384}, "document_length": 128}'
 
-The pairs are those of the default wheels, or of a prepared folder ("pairs": DIR in the config).
+The pairs come from the default wheels, or from a prepared folder ("pairs": DIR in the config).
 With "documents" in the config whole documents are prepared instead, for masked language modelling.
 
 Every part is cached by what it depends on: a second call finds the token store and returns without
-importing TensorFlow. The training process runs this as a process of its own.
+importing TensorFlow. The training process runs this as a separate process.
 """
 
 import json

@@ -30,7 +30,7 @@ def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None
     """Runs the steps that are not done; returns when all are.
 
     Raises:
-      UserError: a step was made with other settings than those of now, or failed.
+      UserError: a step was made with other settings, or failed.
       Stopped: after SIGTERM, which the running step was given, too.
       Interrupted: after Ctrl-C, which the running step got as SIGTERM.
     """

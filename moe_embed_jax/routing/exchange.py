@@ -86,7 +86,7 @@ def apply_experts(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted expert outputs y_RLD and the number of dropped assignments (float32 scalar).
 
-    Inside shard_map: everything is this device's own, the weights those of its e = E / shards
+    Inside shard_map: everything is this device's own, also the weights of its e = E / shards
     experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
     """
     layer = how.layer(mlp)

@@ -300,7 +300,7 @@ def _checked_values(x_ND, name: str, first: int) -> np.ndarray:
 
 
 def pad_rows(x_ND: np.ndarray, rows: int) -> np.ndarray:
-    """`rows` rows: those of `x_ND`, then zeros."""
+    """`rows` rows: `x_ND`, then zeros."""
     if len(x_ND) == rows:
         return x_ND
     padded = np.zeros((rows, x_ND.shape[1]), x_ND.dtype)

@@ -50,7 +50,7 @@ def boundary_pattern(normalize: Callable[[str], str]) -> str:
             for mark, next_mark in itertools.pairwise(full[1:]):
                 together[next_mark].add(mark)
     marks = {c for c in _characters() if unicodedata.combining(c)}
-    for mark in marks:  # the grave and acute accents that Vietnamese had of its own
+    for mark in marks:  # the grave and acute accents that were Vietnamese only
         same = unicodedata.normalize("NFD", mark)
         if same != mark:
             together[mark] |= {

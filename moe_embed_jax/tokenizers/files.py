@@ -11,7 +11,7 @@ text-embeddings-inference and transformers.js read only that one. It gives the i
 * a compatibility character with a combining mark behind it, such as "ª" with a grave accent.
 
 A folder's tokenizer.json is read before its SentencePiece model, because transformers reads it: the
-ids are those of transformers, tokens that were added and markup in texts included. Our exports say
+ids equal transformers', also for tokens that were added and markup in texts. Our exports say
 `split_special_tokens`, which makes markup text; there the SentencePiece model is read.
 
 A literal "<s>" in a text is text to SentencePiece. It is for transformers, too, because

@@ -1,7 +1,7 @@
 """Text to token ids by a Hugging Face `tokenizer.json`: WordPiece (BERT), BPE or Unigram.
 
 `TokenizerJson` is a `Tokenizer` as `Vocabulary` is, so a model with a published tokenizer embeds
-and trains as one with a SentencePiece model does. Its ids are those of transformers' tokenizer for
+and trains as one with a SentencePiece model does. Its ids equal transformers' for
 the same folder with `truncation=True`: the markup of special tokens in a text ("[SEP]") is a token
 there, and so it is here, unless tokenizer_config.json says otherwise (see `settings`).
 What happens to empty texts, bytes and lone surrogates is said in `vocabulary`.
@@ -118,7 +118,7 @@ class TokenizerJson(Tokenizer):
         """A beginning of `text` with the same first `max_ids` ids, short where that is sure.
 
         That is so for tokenizers which split texts at white space and whose normaliser does not
-        look beyond a space (those of BERT and XLM-R); other texts stay whole, and one megabyte
+        look beyond a space (BERT's and XLM-R's); other texts stay whole, and one megabyte
         takes about a second.
         """
         if not self._cut_at_spaces:

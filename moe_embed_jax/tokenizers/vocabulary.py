@@ -4,7 +4,7 @@
 
 Both the published XLM-R model (250,002 ids) and the small vocabularies trained here use this one
 layout, so nothing behind this module has to know which of the two it was given. The ids of XLM-R
-are those of fairseq: a literal "<unk>" or "</s>" in a text is text, never markup.
+equal fairseq's: a literal "<unk>" or "</s>" in a text is text, never markup.
 
 What happens to unusual input, everywhere in the project:
 

@@ -118,7 +118,7 @@ class Health:
             f"(health.least_spread={config.least_spread:g}, mean of {config.window} steps, top-"
             f"{model.experts_per_token}) in {'; '.join(layers)}. {self._last_good()}. Try a higher "
             f"loss.balance or a lower optimizer.peak_learning_rate {self._restart()}; "
-            "--config.health.stop_on_collapse=False goes on as it is"
+            "--config.health.stop_on_collapse=False continues as it is"
         )
 
     def _not_finite(self, problem: str) -> UserError:

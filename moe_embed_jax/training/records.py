@@ -1,6 +1,6 @@
 """metrics.jsonl and evaluations.jsonl: one JSON record a line, which a run leaves behind.
 
-Both files of an interrupted and resumed run are those of an uninterrupted one, byte for byte. A
+Both files of an interrupted and resumed run equal an uninterrupted run's, byte for byte. A
 checkpoint holds checksums of what they were when it was saved. A line that a kill cut short is
 removed, as are the lines of steps that will be computed again; all other damage is an error.
 """

@@ -1,6 +1,6 @@
 """Counts of a preparation, from the markers of its pieces: what is where, and that nothing is lost.
 
-Markers are those of `stages`: of parts (input files) and of buckets (ranges of keys of a source).
+`stages` defines the markers: of parts (input files) and of buckets (ranges of keys of a source).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence

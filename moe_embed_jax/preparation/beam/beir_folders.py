@@ -1,4 +1,4 @@
-"""BEIR folders as pairs: every judgement above 0 is a pair, those of 0 are negatives of its query.
+"""BEIR folders as pairs: each judgement above 0 is a pair, documents judged 0 are its negatives.
 
     corpus.jsonl[.gz]   {"_id", "title", "text"}
     queries.jsonl[.gz]  {"_id", "text"}

@@ -1,4 +1,4 @@
-"""Rows of Parquet, Arrow and Feather files, read by a process of its own.
+"""Rows of Parquet, Arrow and Feather files, read by a separate process.
 
 The library that reads these formats trusts what they say: a damaged file can kill the process that
 reads it. Here that is a child, which prints a JSON object per row, and the file is named.

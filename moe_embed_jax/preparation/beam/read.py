@@ -43,7 +43,7 @@ from moe_embed_jax.preparation.beam.sources import (
 
 MAX_RAW = 10_000  # characters of a bad row kept in the quarantine
 ROWS_PER_BATCH = 1024  # that seqio's tasks pass on together
-MAX_DOCUMENT = 1 << 20  # bytes of a document of a text file; a longer one goes on as another
+MAX_DOCUMENT = 1 << 20  # bytes of a document of a text file; the rest of a longer one is another
 
 
 class Good(NamedTuple):

