@@ -14,7 +14,7 @@ An array is named after its axes, as in `x_RLD`; docstrings use the same letters
     M  documents of a pair: its own, then N negatives
     X  all texts of a batch                     Z  all documents of a batch
     P  predicted (masked) tokens of a row, at most
-    I  TPU slices of the mesh
+    I  TPU slices of the mesh                   W  width of a teacher's vectors
 
 A small letter is a part of the axis with the large one: s rows of S, n of N.
 

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
 from moe_embed_jax.curation.teacher_config import TeacherConfig
+from moe_embed_jax.data.teacher_vectors import SIDES, write_index
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.pairs.normal_form import normal_form
 from moe_embed_jax.search.knn import Documents
 from moe_embed_jax.search.vectors import VectorStore, write_vectors
+from moe_embed_jax.tokenizers.vocabulary import content_ids
 
 READ_AT_ONCE = 8192
 SCORED_AT_ONCE = 65_536  # documents in memory, when pairs are scored
@@ -27,13 +29,16 @@ class Distinct:
     """Texts without duplicates, in the order of their first appearance.
 
     texts: the first of each normal form. row: int64 [n], which of them stands for the n-th text.
+    content_ids: int32 [n, 2], of every text.
     """
 
     texts: list[str]
     row: np.ndarray
+    content_ids: np.ndarray
 
 
 def distinct(texts: Iterable[str]) -> Distinct:
+    texts = list(texts)
     rows: dict[str, int] = {}
     kept: list[str] = []
     row = []
@@ -43,7 +48,7 @@ def distinct(texts: Iterable[str]) -> Distinct:
             rows[form] = len(kept)
             kept.append(text)
         row.append(rows[form])
-    return Distinct(kept, np.array(row, np.int64))
+    return Distinct(kept, np.array(row, np.int64), content_ids(texts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +86,24 @@ class Embedding:
         }
 
     def embed(self, folder: Path, texts: PairTexts) -> tuple[VectorStore, VectorStore]:
-        """Vectors of the distinct queries and documents in `folder`; continues what is there."""
-        sides = (
-            ("queries.zarr", texts.queries, self.query_prompt),
-            ("documents.zarr", texts.documents, self.document_prompt),
-        )
-        return tuple(
+        """Vectors of the distinct queries and documents in `folder`; continues what is there.
+
+        Beside them lies which text has which vector (`write_index`), for distillation.
+        """
+        sides = dict(zip(SIDES, (texts.queries, texts.documents), strict=True))
+        prompts = dict(zip(SIDES, (self.query_prompt, self.document_prompt), strict=True))
+        stores = tuple(
             write_vectors(
-                folder / name,
+                folder / f"{name}.zarr",
                 lambda side=side: side.texts,
-                _encode(self.teacher, prompt),
-                self.teacher.identity(prompt),
+                _encode(self.teacher, prompts[name]),
+                self.teacher.identity(prompts[name]),
                 self.dtype,
             )
-            for name, side, prompt in sides
+            for name, side in sides.items()
         )
+        write_index(folder, {name: (side.content_ids, side.row) for name, side in sides.items()})
+        return stores
 
 
 def _encode(teacher: Teacher, prompt: str | None) -> Callable[[list[str]], np.ndarray]:

@@ -13,6 +13,7 @@ from moe_embed_jax.data.document_rows import RowTable
 from moe_embed_jax.data.masking import Masking
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.schedule import Group, Schedule
+from moe_embed_jax.data.teacher_vectors import TeacherVectors
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, local_device_positions
@@ -28,6 +29,7 @@ PREFETCH = 2  # batches prepared ahead of the device
 ROWS = {"spec": ROWS_SPEC, "dtype": np.int32}
 BATCH = {"spec": BATCH_SPEC, "dtype": np.int32}
 MASK = {"spec": BATCH_SPEC, "dtype": bool}
+VECTORS = {"spec": BATCH_SPEC, "dtype": np.float32}
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +53,18 @@ class PairBatch:
     query_id_B2: jax.Array = dataclasses.field(metadata=BATCH)
     document_id_BM2: jax.Array = dataclasses.field(metadata=BATCH)
     valid_BM: jax.Array = dataclasses.field(metadata=MASK)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TaughtPairBatch(PairBatch):
+    """A batch with the vectors of a teacher, for distillation.
+
+    teacher_query_BW, teacher_document_BW: of the queries and of their own documents.
+    """
+
+    teacher_query_BW: jax.Array = dataclasses.field(metadata=VECTORS)
+    teacher_document_BW: jax.Array = dataclasses.field(metadata=VECTORS)
 
 
 @jax.tree_util.register_dataclass
@@ -192,15 +206,17 @@ class PairBatches(Batches):
         chunk_rows: int = 0,
         negatives: int = 0,
         row_buckets: int = 0,
+        teacher: TeacherVectors | None = None,
     ):
         """
         Args:
           chunk_rows: as of `Batches`.
           negatives: hard negatives of a pair (N), at most: the first of those it has.
           row_buckets: the most row counts; 0: as `most_buckets` says.
+          teacher: its vectors come with the batches, which are then `TaughtPairBatch`es.
         """
         super().__init__(schedule, mesh, chunk_rows)
-        self.negatives = negatives
+        self.negatives, self.teacher = negatives, teacher
         used = [store.lengths, store.negative_lengths] if negatives else [store.lengths]
         longest = max(int(lengths.max(initial=0)) for lengths in used)
         if longest > row_length:
@@ -283,7 +299,7 @@ class PairBatches(Batches):
         document_id_BM2 = np.zeros((*document_slot_BM.shape, 2), np.int32)
         document_id_BM2[:, 0] = content[:, 1]
         document_id_BM2[:, 1:][mask_BN] = self.store.negative_ids[places]
-        return PairBatch(
+        batch = PairBatch(
             token_CRL=token_CRL,
             text_index_CRL=text_index_CRL,
             position_CRL=position_CRL,
@@ -292,6 +308,13 @@ class PairBatches(Batches):
             query_id_B2=content[:, 0],
             document_id_BM2=document_id_BM2,
             valid_BM=np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
+        )
+        if self.teacher is None:
+            return batch
+        return TaughtPairBatch(
+            **vars(batch),
+            teacher_query_BW=self.teacher.queries(own_rows),
+            teacher_document_BW=self.teacher.documents(own_rows),
         )
 
 

@@ -35,6 +35,9 @@ class DataConfig:
     # A folder of pairs made by launch/prepare.py, or by filtering and mining: trained on in place
     # of `mixture`; its sources are the tasks.
     pairs: str = setting("", FREE)
+    # The work folder (OUTPUT.work) of launch/filter.py or launch/mine.py on these pairs, with the
+    # vectors of their teacher, for loss.distillation.
+    teacher: str = setting("", FREE)
     negatives: int = 0  # hard negatives of a pair, at most: the first of those it has
     dir: str = setting("runs/data", FREE)  # prepared data, shared by runs
     # Folder on a disk of this machine, to which the token store is copied first. "": it is read

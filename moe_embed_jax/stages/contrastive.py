@@ -7,16 +7,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from moe_embed_jax import storage
-from moe_embed_jax.data.batches import PairBatch, PairBatches, batch_specs
+from moe_embed_jax.data.batches import PairBatch, TaughtPairBatch, batch_specs
 from moe_embed_jax.data.buckets import in_chunks
-from moe_embed_jax.data.data_spec import token_store_path
-from moe_embed_jax.data.schedule import Group, Schedule, group_weights, mixture_groups
-from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.data.schedule import group_weights
+from moe_embed_jax.data.teacher_vectors import width_of
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.losses.contrast import clip_log_scale, describe_negatives, initial_log_scale
+from moe_embed_jax.losses.distillation import initial_projection, vector_loss
 from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import BATCH_SPEC
 from moe_embed_jax.models.encoder import (
@@ -27,9 +26,15 @@ from moe_embed_jax.models.encoder import (
 )
 from moe_embed_jax.models.pooling import pool_texts, take_texts
 from moe_embed_jax.models.remat import rematerialised_map
-from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.sharding import rules_for, specs
+from moe_embed_jax.stages.pair_data import (
+    describe_hard_negatives,
+    groups_without_negatives,
+    open_teacher,
+    pair_batches,
+    typical_rows,
+)
 from moe_embed_jax.stages.stage import Workload, add_balance, check_divisible, slot_metrics
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.overview import (
@@ -39,7 +44,7 @@ from moe_embed_jax.training.overview import (
 )
 from moe_embed_jax.training.run_config import LossConfig, RunConfig
 
-PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
+PROJECTION_RULES = ((r"(^|/)projection$", P()),)  # [D, W]
 SAME = "a batch is of one source and language, and there all queries or all documents are one text"
 
 ### Loss and parameters
@@ -47,25 +52,35 @@ SAME = "a batch is of one source and language, and there all queries or all docu
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive:
-    """The `Stage` (stages/stage.py). `texts_per_row` (S): the most texts that share a row."""
+    """The `Stage` (stages/stage.py). `texts_per_row` (S): the most texts that share a row.
+    `teacher_width` (W): of the vectors that `loss.distillation` learns from."""
 
     objective = RunConfig.objective
     unit = "pairs"
     loss_name = "contrastive_loss"
-    Batch = PairBatch
 
     model: EncoderConfig
     loss: LossConfig
     texts_per_row: int
+    teacher_width: int = 0
+
+    @property
+    def Batch(self) -> type:
+        return TaughtPairBatch if self.loss.distillation.vectors else PairBatch
 
     @property
     def rules(self) -> tuple:
         """Those of the encoder; the temperature is a scalar and needs none."""
-        return rules_for(self.model)
+        projection = PROJECTION_RULES if self.loss.distillation.has_projection else ()
+        return (*projection, *rules_for(self.model))
 
     def extra_params(self, key: jax.Array) -> dict:
-        del key
-        return {"log_scale": initial_log_scale(self.loss)} if self.loss.learn_temperature else {}
+        params = {}
+        if self.loss.learn_temperature:
+            params["log_scale"] = initial_log_scale(self.loss)
+        if self.loss.distillation.has_projection:
+            params["projection"] = initial_projection(key, self.model.width, self.teacher_width)
+        return params
 
     def clip(self, params: dict) -> dict:
         if not self.loss.learn_temperature:
@@ -83,6 +98,9 @@ class Contrastive:
             batch.valid_BM,
             params.get("log_scale"),
         )
+        total, taught = self._with_distillation(
+            contrast.loss, params, batch, query_BD, document_BMD[:, 0]
+        )
         metrics = slot_metrics(batch.text_index_CRL) | {
             "contrastive_loss": contrast.loss,
             "accuracy": contrast.accuracy,
@@ -94,7 +112,22 @@ class Contrastive:
             metrics["temperature"] = jnp.exp(-clip_log_scale(self.loss, params["log_scale"]))
         statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), device_statistics)
         balanced = device_statistics if self.loss.balance_over == "device" else statistics
-        return add_balance(contrast.loss, metrics, self.loss.balance, statistics, balanced)
+        return add_balance(total, metrics | taught, self.loss.balance, statistics, balanced)
+
+    def _with_distillation(self, contrastive_loss, params, batch, query_BD, document_BD):
+        """(the loss with what is learned from a teacher, its metrics)."""
+        distillation = self.loss.distillation
+        if not distillation.vectors:
+            return contrastive_loss, {}
+        taught = vector_loss(
+            distillation,
+            self.loss.widths(self.model.width),
+            jnp.concatenate([query_BD, document_BD]),
+            jnp.concatenate([batch.teacher_query_BW, batch.teacher_document_BW]),
+            params.get("projection"),
+        )
+        loss = distillation.contrast * contrastive_loss + distillation.vectors * taught
+        return loss, {"distillation_vectors": taught}
 
     @classmethod
     def open(cls, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
@@ -106,16 +139,19 @@ class Contrastive:
     ) -> Workload:
         check_divisible(config, mesh)
         data = config.data
-        rows, tokens, source = _typical_rows(config, mesh, query_tokens, document_tokens)
+        rows, tokens, source = typical_rows(config, mesh, query_tokens, document_tokens)
         chunks, rows = in_chunks(rows, data.chunk_rows)
         rows_of_all = (chunks, rows * mesh.size, data.row_length)
         pairs, documents = config.batch_size, 1 + data.negatives
+        width = 0
+        if config.loss.distillation.vectors:
+            width = width_of(data.teacher) or config.model.width
         return Workload(
-            stage=cls(config.model, config.loss, data.texts_per_row),
+            stage=cls(config.model, config.loss, data.texts_per_row, width),
             chunks=chunks,
             rows=rows,
             tokens=tokens,
-            batch_shapes=batch_shapes(rows_of_all, pairs, documents),
+            batch_shapes=batch_shapes(rows_of_all, pairs, documents, width),
             model_flops=training_flops_per_token(config.model) * math.prod(rows_of_all),
             work="all token slots",
             note=f"{pairs} pairs in {chunks} chunk(s) of {rows} rows of {data.row_length} slots "
@@ -132,9 +168,13 @@ class Contrastive:
         return [f"data.chunk_rows={chunk_rows}: {cost}"]
 
 
-def batch_shapes(rows_CRL: tuple[int, int, int], pairs: int, documents: int) -> dict:
-    """Shapes of the fields of a `PairBatch` of `pairs` (B) pairs with M `documents` each."""
-    return {
+def batch_shapes(
+    rows_CRL: tuple[int, int, int], pairs: int, documents: int, teacher_width: int = 0
+) -> dict:
+    """Shapes of the fields of a `PairBatch` of `pairs` (B) pairs with M `documents` each; with
+    `teacher_width` (W), of a `TaughtPairBatch`."""
+    teacher = ("teacher_query_BW", "teacher_document_BW") if teacher_width else ()
+    return dict.fromkeys(teacher, (pairs, teacher_width)) | {
         "token_CRL": rows_CRL,
         "text_index_CRL": rows_CRL,
         "position_CRL": rows_CRL,
@@ -165,7 +205,7 @@ def encode_batch(stage: Contrastive, params: dict, batch: PairBatch):
     encoder = params["encoder"]
     return jax.shard_map(
         local,
-        in_specs=(specs(encoder, rules_for(model)), batch_specs(PairBatch)),
+        in_specs=(specs(encoder, rules_for(model)), batch_specs(type(batch))),
         out_specs=BATCH_SPEC,
         check_vma=False,
     )(encoder, batch)
@@ -214,9 +254,14 @@ class ContrastiveRun:
         # Not one after the other: every host may copy the data first.
         store, self._vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
         wait_for_all("data of all")
-        self.stage = Contrastive(config.model, config.loss, config.data.texts_per_row)
-        self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id)
+        self._teacher = open_teacher(store, config)
+        wait_for_all("teacher of all")
+        width = self._teacher.width if self._teacher else 0
+        self.stage = Contrastive(config.model, config.loss, config.data.texts_per_row, width)
+        self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id, self._teacher)
         self.data_spec = workdir_module.data_spec(store, config)
+        if self._teacher:
+            self.data_spec["teacher"] = self._teacher.content_hash
         groups = self.batches.schedule.groups
         self._constant = groups_without_negatives(
             store, groups, config.batch_size, config.data.negatives
@@ -252,6 +297,14 @@ class ContrastiveRun:
         ]
         if batches.negatives:
             lines.append(f"hard        {describe_hard_negatives(batches)}")
+        if self._teacher:
+            distillation, width = config.loss.distillation, config.model.width
+            lines.append(
+                f"teacher     vectors of {self._teacher.width} dimensions from "
+                f"{self._teacher.folder}, for the student's {width} by {distillation.match}; the "
+                f"loss is {distillation.contrast:g} x contrastive + {distillation.vectors:g} x "
+                "(1 - cosine)"
+            )
         lines.append(describe_schedule(config, self.stage.unit, len(store), flops, self._mesh))
         if self._constant:
             names = ", ".join(group.name for group in self._constant[:5])
@@ -274,104 +327,3 @@ class ContrastiveRun:
         lengths = {"query": data.query_length, "document": data.document_length}
         model, encoder = self._config.model, params["encoder"]
         return Embedder(model, encoder, self._vocabulary, lengths, self._mesh)
-
-
-def pair_batches(store: TokenStore, config: RunConfig, mesh, pad_id: int) -> PairBatches:
-    data = config.data
-    groups = mixture_groups(store.groups, data.rates)
-    schedule = Schedule(
-        groups, config.batch_size, config.steps, config.seed, data.language_exponent
-    )
-    return PairBatches(
-        store,
-        schedule,
-        mesh,
-        data.row_length,
-        data.texts_per_row,
-        pad_id,
-        data.chunk_rows,
-        data.negatives,
-        data.row_buckets,
-    )
-
-
-def groups_without_negatives(
-    store: TokenStore, groups: list[Group], batch_size: int, hard_negatives: int
-) -> list[Group]:
-    """The groups whose batches never hold a negative for any pair.
-
-    Args:
-      hard_negatives: of a pair, at most, that the run uses.
-    """
-    without = []
-    for group in groups:
-        first, last = store.negative_starts[[group.start, group.stop]]
-        if hard_negatives and last > first:
-            continue
-        ids_N22 = store.content_ids[group.start : group.stop]
-        # A few rows tell it of nearly every group.
-        if batch_size == 1 or (_same_side(ids_N22[:100]) and _same_side(ids_N22)):
-            without.append(group)
-    return without
-
-
-def _same_side(ids_N22: np.ndarray) -> bool:
-    """Whether all queries, or all documents, are one text."""
-    return bool((ids_N22 == ids_N22[:1]).all(axis=(0, 2)).any())
-
-
-def describe_hard_negatives(batches: PairBatches) -> str:
-    """How many pairs of the run's groups have how many hard negatives."""
-    most = batches.negatives
-    counts = np.diff(batches.store.negative_starts)
-    used = [counts[group.start : group.stop] for group in batches.schedule.groups]
-    pairs_of_count = np.bincount(np.minimum(np.concatenate(used), most), minlength=most + 1)
-    total = pairs_of_count.sum()
-    if not pairs_of_count[1:].any():
-        return (
-            f"WARNING: none of the {total:,} pairs has a hard negative, data.negatives={most} has "
-            "no effect; launch/mine.py finds some"
-        )
-    parts = [
-        f"{pairs:,} ({pairs / total:.1%}) have "
-        + (f"{most} or more" if count == most else str(count or "none"))
-        for count, pairs in reversed(list(enumerate(pairs_of_count.tolist())))
-        if pairs
-    ]
-    return f"of {total:,} pairs " + ", ".join(parts)
-
-
-def _typical_rows(
-    config: RunConfig, mesh, query_tokens: float, document_tokens: float
-) -> tuple[int, float, str]:
-    """(rows of a device, tokens of the global batch, where these numbers come from)."""
-    data = config.data
-    store = _prepared_store(config)
-    if store is not None:
-        batches = pair_batches(store, config, mesh, pad_id=0)
-        needed = batches.mean_tokens / (mesh.size * data.row_length)
-        rows = next(bucket for bucket in batches.buckets if bucket >= needed)
-        source = f"the prepared data in {data.dir} (row counts {batches.buckets})"
-        return rows, batches.mean_tokens, source
-    query_tokens = min(query_tokens, data.query_length)
-    document_tokens = min(document_tokens, data.document_length)
-    pairs = config.batch_size // mesh.size
-    documents = 1 + data.negatives
-    tokens = pairs * (query_tokens + documents * document_tokens)
-    texts = pairs * (1 + documents)
-    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), texts / data.texts_per_row))
-    source = (
-        f"assumed mean lengths of {query_tokens:g} and {document_tokens:g} tokens in rows "
-        f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
-    )
-    return rows, tokens * mesh.size, source
-
-
-def _prepared_store(config: RunConfig) -> TokenStore | None:
-    data = config.data
-    if data.vocabulary.kind == "file" and not storage.path(data.vocabulary.path).is_file():
-        return None  # the store is named by the content of the file
-    if data.pairs and not (storage.path(data.pairs) / MANIFEST).is_file():
-        return None  # and by that of the pairs
-    path = token_store_path(data.preparation(), data.dir)
-    return None if path is None else TokenStore.open(path)

@@ -25,7 +25,7 @@ class Stage(Protocol):
     objective: ClassVar[str]  # its name in configs
     unit: ClassVar[str]  # what `batch_size` counts: "pairs"
     loss_name: ClassVar[str]  # the metric that is its own loss, without the balance of the routers
-    Batch: ClassVar[type]  # a dataclass of arrays, see data/batches.py
+    Batch: type  # a dataclass of arrays, see data/batches.py
     model: EncoderConfig
 
     @property
@@ -33,7 +33,8 @@ class Stage(Protocol):
         """Sharding rules of all parameters, see sharding.py."""
 
     def extra_params(self, key: jax.Array) -> dict:
-        """Fresh parameters beside the encoder: {"head": ..., "log_scale": ...}, or a part of it."""
+        """Fresh parameters beside the encoder: {"head": ...}, or the temperature and the projection
+        of distillation."""
 
     def loss_and_metrics(self, params: dict, batch) -> tuple[jax.Array, dict]:
         """Total loss (float32 scalar) and metrics of one batch; `params` as of `TrainState`."""

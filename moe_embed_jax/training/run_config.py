@@ -16,6 +16,7 @@ from moe_embed_jax.data.data_config import DataConfig, MaskedDataConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.losses.contrast_config import ContrastConfig
+from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh_config import MeshConfig
 from moe_embed_jax.models.encoder_config import EncoderConfig
 from moe_embed_jax.models.upcycle_config import MODES as UPCYCLE_MODES
@@ -72,10 +73,12 @@ class LossConfig(ContrastConfig):
     balance_over: what is to be balanced: the whole "batch", or the part of each "device", whose
       losses are averaged (the reference code; it forces every expert on every device, and depends
       on how many there are).
+    distillation: what is learned from a teacher, see `DistillationConfig`.
     """
 
     balance: float = 1.0
     balance_over: str = "batch"
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self):
         super().__post_init__()
@@ -195,6 +198,12 @@ class RunConfig(Run):
                 "give --config.data.pairs=FOLDER, pairs with hard negatives (made by "
                 "launch/mine.py, or launch/prepare.py from triplets); --config.data.negatives=0 "
                 "uses none"
+            )
+        if bool(self.loss.distillation.vectors) != bool(self.data.teacher):
+            raise UserError(
+                f"loss.distillation.vectors={self.loss.distillation.vectors:g} and data.teacher="
+                f"{self.data.teacher!r}: distillation needs both, a weight above 0 and the "
+                "teacher's vectors, the folder OUTPUT.work of launch/filter.py or launch/mine.py"
             )
         if self.batch_size == 1 and not self.data.negatives:
             raise UserError(

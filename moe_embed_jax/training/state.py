@@ -10,6 +10,8 @@ from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.sharding import optimizer_shardings, shardings, with_shardings
 
+ONLY_TRAINING = ("log_scale", "projection")  # parts of `params` that no model folder has
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -17,7 +19,7 @@ class TrainState:
     """Everything a checkpoint holds. `step` counts finished updates.
 
     params: "encoder", and what the stage adds (`extra_params`): "head", the language-model
-      head; "log_scale", the learned temperature.
+      head; "log_scale", the learned temperature; "projection", to a teacher's width.
     """
 
     step: jax.Array
@@ -32,8 +34,7 @@ def to_items(state: TrainState) -> dict:
     items = {"params": state.params["encoder"], "optimizer": training}
     if "head" in state.params:
         items["mlm_head"] = state.params["head"]
-    if "log_scale" in state.params:
-        training["log_scale"] = state.params["log_scale"]
+    training |= {name: state.params[name] for name in ONLY_TRAINING if name in state.params}
     return items
 
 
@@ -43,8 +44,7 @@ def from_items(items: dict) -> TrainState:
     params = {"encoder": items["params"]}
     if "mlm_head" in items:
         params["head"] = items["mlm_head"]
-    if "log_scale" in training:
-        params["log_scale"] = training["log_scale"]
+    params |= {name: training[name] for name in ONLY_TRAINING if name in training}
     return TrainState(training["step"], params, training["opt_state"])
 
 

@@ -173,4 +173,25 @@ FAULTS = (
         "if line:",
         "preparation/test_raw_formats.py -k too_long",
     ),
+    Fault(
+        "documents-have-the-vectors-of-queries",
+        "data/teacher_vectors.py",
+        "                start += len(store)\n",
+        "",
+        "data/test_teacher_vectors.py -k each_row",
+    ),
+    Fault(
+        "damaged-teacher-vectors-are-used",
+        "data/teacher_vectors.py",
+        "if zlib.crc32(vector_W.tobytes()) != self._checks[place]:",
+        "if False:",
+        "data/test_teacher_vectors.py -k damage",
+    ),
+    Fault(
+        "missing-teacher-vectors-are-taken-from-neighbours",
+        "data/teacher_vectors.py",
+        "used & (key[at] != wanted)",
+        "used & (at < 0)",
+        "data/test_teacher_vectors.py -k without",
+    ),
 )

@@ -125,4 +125,18 @@ FAULTS = (
         "own_T > best_T",
         "stages/test_masked_step.py -k sums_of_nothing",
     ),
+    Fault(
+        "matryoshka-width-takes-all-of-the-projection",
+        "losses/distillation.py",
+        "jnp.matmul(text_XD[:, :width], projection_DW[:width], precision",
+        "jnp.matmul(text_XD, projection_DW, precision",
+        "losses/test_distillation.py -k vectors_against",
+    ),
+    Fault(
+        "slice-of-a-teacher-that-is-wider-than-the-student",
+        "losses/distillation.py",
+        "compared = min(width, teacher_XW.shape[-1])",
+        "compared = teacher_XW.shape[-1]",
+        "losses/test_distillation.py -k vectors_against",
+    ),
 )

@@ -169,14 +169,14 @@ FAULTS = (
     ),
     Fault(
         "hard-negatives-have-no-tokens",
-        "stages/contrastive.py",
+        "stages/pair_data.py",
         "tokens = pairs * (query_tokens + documents * document_tokens)",
         "tokens = pairs * (query_tokens + document_tokens)",
         "planning/test_planning.py -k fine_tuning_is_planned",
     ),
     Fault(
         "rows-are-taken-as-full",
-        "stages/contrastive.py",
+        "stages/pair_data.py",
         "tokens / (PACKED_SHARE * data.row_length)",
         "tokens / data.row_length",
         "planning/test_planning.py -k rows_follow",

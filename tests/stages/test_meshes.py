@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from helpers.forked import run_forked
 
-from moe_embed_jax.data.batches import PairBatch, abstract_batch, batch_shardings
+from moe_embed_jax.data.batches import TaughtPairBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
@@ -25,7 +26,12 @@ DEVICES, PAIRS, NEGATIVES, ROW_LENGTH, SLOTS, CHUNKS = 8, 4, 2, 24, 4, 2  # pair
 MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=8
 )
-LOSS = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True)
+TEACHER_WIDTH = 6
+LOSS = LossConfig(
+    dims={"32": 1.0, "8": 0.5},
+    learn_temperature=True,
+    distillation=DistillationConfig(vectors=0.5),
+)
 # (data, fsdp, expert, slice), what is different about the model there, chunks
 MATRIX = [
     ((8, 1, 1), {}, CHUNKS),
@@ -48,7 +54,7 @@ def test_every_mesh_equals_one_device():
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 
 
-def make_batch(devices: int, chunks: int) -> PairBatch:
+def make_batch(devices: int, chunks: int) -> TaughtPairBatch:
     """The same 32 pairs with ragged hard negatives, packed as 8 devices do, for 8 or for one."""
     rng = np.random.default_rng(0)
     width, parts = 2 + NEGATIVES, []
@@ -73,19 +79,21 @@ def make_batch(devices: int, chunks: int) -> PairBatch:
     ids = rng.integers(-(2**31), 2**31, (B, width, 2)).astype(np.int32)
     there = np.arange(1 + NEGATIVES) <= rng.integers(0, NEGATIVES + 1, B)[:, None]
     rows = map(in_chunks, (token, text_index, position))
-    return PairBatch(*rows, query_slot, document_slot, ids[:, 0], ids[:, 1:], there)
+    texts = query_slot, document_slot, ids[:, 0], ids[:, 1:], there
+    teacher = rng.normal(size=(2, B, TEACHER_WIDTH)).astype(np.float32)
+    return TaughtPairBatch(*rows, *texts, *teacher)
 
 
 def train(mesh, model: EncoderConfig, chunks: int):
     """Metrics of two steps and the state after them."""
-    config = Contrastive(model, LOSS, SLOTS)
+    config = Contrastive(model, LOSS, SLOTS, TEACHER_WIDTH)
     optimizer = make_optimizer(
         OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1, epsilon=1e-6), 10
     )
     host = make_batch(mesh.size, chunks)
-    batch = jax.device_put(host, batch_shardings(PairBatch, mesh))
-    shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, 1 + NEGATIVES)
-    abstract = abstract_batch(mesh, PairBatch, **shapes)
+    batch = jax.device_put(host, batch_shardings(TaughtPairBatch, mesh))
+    shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, 1 + NEGATIVES, TEACHER_WIDTH)
+    abstract = abstract_batch(mesh, TaughtPairBatch, **shapes)
     state = create_state(config, optimizer, mesh, seed=0)
     with jax.set_mesh(mesh):
         step = jit_train_step(config, optimizer, mesh).jitted

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from moe_embed_jax.data.batches import PairBatch, abstract_batch
+from moe_embed_jax.data.batches import PairBatch, TaughtPairBatch, abstract_batch
 from moe_embed_jax.data.packing import fill_rows, pack
+from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
@@ -24,7 +25,7 @@ from moe_embed_jax.training.state import (
 )
 from moe_embed_jax.training.step import jit_train_step
 
-PAIRS, ROW_LENGTH, SLOTS = 12, 40, 5
+PAIRS, ROW_LENGTH, SLOTS, TEACHER_WIDTH = 12, 40, 5, 6
 MODEL = EncoderConfig(
     vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
@@ -43,6 +44,19 @@ def make_batch(
     row_length=ROW_LENGTH, slots=SLOTS, order=None, chunks=1, negatives=0, ragged=True
 ) -> PairBatch:
     """PAIRS pairs, each with up to `negatives` hard negatives (ragged: from none to all)."""
+    return make_taught_batch(row_length, slots, order, chunks, negatives, ragged, PairBatch)
+
+
+def make_taught_batch(
+    row_length=ROW_LENGTH,
+    slots=SLOTS,
+    order=None,
+    chunks=1,
+    negatives=0,
+    ragged=True,
+    kind=TaughtPairBatch,
+):
+    """The same with vectors of a teacher."""
     rng = np.random.default_rng(0)
     width = 2 + negatives  # query, document, hard negatives
     lengths = rng.integers(3, 20, (width, PAIRS))
@@ -51,21 +65,23 @@ def make_batch(
     there = np.ones((PAIRS, 1 + negatives), bool)
     if negatives and ragged:
         there[:, 1:] = np.arange(negatives) < rng.integers(0, negatives + 1, PAIRS)[:, None]
+    teacher = rng.normal(size=(2, PAIRS, TEACHER_WIDTH)).astype(np.float32)
     if order is not None:
         sequences = [[side[i] for i in order] for side in sequences]
-        ids, there = ids[:, order], there[order]
+        ids, there, teacher = ids[:, order], there[order], teacher[:, order]
     flat = [sequence for side in sequences for sequence in side]
     packing = pack([len(sequence) for sequence in flat], row_length, slots)
     rows = -(-(packing.rows + 1) // chunks) * chunks
     arrays = fill_rows(packing, flat, rows, row_length, 1)
     slot = packing.slot(slots).reshape(width, PAIRS)
-    return PairBatch(
+    return kind(
         *(array.reshape(chunks, -1, row_length) for array in arrays),
         slot[0],
         slot[1:].T,
         ids[0],
         ids[1:].swapaxes(0, 1),
         there,
+        *(teacher if kind is TaughtPairBatch else ()),
     )
 
 
@@ -106,16 +122,22 @@ def assert_close_gradients(actual, expected, relative=1e-4):
         np.testing.assert_allclose(a, b, rtol=0, atol=relative * max(np.abs(b).max(), 1e-3))
 
 
-EVERYTHING = LossConfig(dims={"32": 1.0, "8": 0.5}, learn_temperature=True, margin=0.3)
+EVERYTHING = LossConfig(
+    dims={"32": 1.0, "8": 0.5},
+    learn_temperature=True,
+    margin=0.3,
+    distillation=DistillationConfig(vectors=0.7, contrast=0.9),
+)
+TAUGHT = dataclasses.replace(CONFIG, loss=EVERYTHING, teacher_width=TEACHER_WIDTH)
 
 
 def test_order_and_packing_of_the_pairs_do_not_matter(optimizer):
-    config = dataclasses.replace(CONFIG, loss=EVERYTHING)
+    config = TAUGHT
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
     rng = np.random.default_rng(3)
-    loss, _, grads = gradients(config, params, make_batch(negatives=2))
-    shuffled = make_batch(order=rng.permutation(PAIRS), negatives=2)
-    alone = make_batch(slots=1, negatives=2)
+    loss, _, grads = gradients(config, params, make_taught_batch(negatives=2))
+    shuffled = make_taught_batch(order=rng.permutation(PAIRS), negatives=2)
+    alone = make_taught_batch(slots=1, negatives=2)
     for batch, slots in ((shuffled, SLOTS), (alone, 1)):
         other = gradients(dataclasses.replace(config, texts_per_row=slots), params, batch)
         np.testing.assert_allclose(other[0], loss, rtol=1e-5)
@@ -125,11 +147,11 @@ def test_order_and_packing_of_the_pairs_do_not_matter(optimizer):
 @pytest.mark.parametrize("chunks", [2, 8])
 def test_chunks_change_nothing(optimizer, chunks):
     """GradCache: loss, gradients and balance of the whole batch, whatever the chunk size."""
-    config = dataclasses.replace(CONFIG, loss=EVERYTHING)
+    config = TAUGHT
     params = create_state(config, optimizer, single_device_mesh(), seed=0).params
-    loss, metrics, grads = gradients(config, params, make_batch(negatives=3))
+    loss, metrics, grads = gradients(config, params, make_taught_batch(negatives=3))
     other_loss, other_metrics, other_grads = gradients(
-        config, params, make_batch(negatives=3, chunks=chunks)
+        config, params, make_taught_batch(negatives=3, chunks=chunks)
     )
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     del metrics["utilisation"], other_metrics["utilisation"]  # chunks are whole rows
@@ -138,6 +160,10 @@ def test_chunks_change_nothing(optimizer, chunks):
     )
     assert_close_gradients(other_grads, grads)
     assert float(np.abs(grads["log_scale"])) > 1e-3
+    assert grads["projection"].shape == (MODEL.width, TEACHER_WIDTH)
+    assert np.abs(grads["projection"]).max() > 1e-4
+    parts = 0.9 * metrics["contrastive_loss"] + 0.7 * metrics["distillation_vectors"]
+    np.testing.assert_allclose(loss, parts + metrics["balance"], rtol=1e-6)
 
 
 def test_memory_is_flat_in_the_batch_at_a_fixed_chunk(optimizer):

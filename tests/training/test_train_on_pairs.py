@@ -24,7 +24,7 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.preparation import tokenize as prepare
-from moe_embed_jax.stages.contrastive import describe_hard_negatives
+from moe_embed_jax.stages.pair_data import describe_hard_negatives
 from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,

@@ -13,7 +13,7 @@ from helpers import synthetic_data
 from moe_embed_jax import config as config_files
 from moe_embed_jax.data.schedule import Group
 from moe_embed_jax.errors import Interrupted, UserError
-from moe_embed_jax.stages.contrastive import groups_without_negatives
+from moe_embed_jax.stages.pair_data import groups_without_negatives
 from moe_embed_jax.training import workdir
 from moe_embed_jax.training.run_config import MaskedRunConfig, RunConfig
 from moe_embed_jax.training.workdir import (

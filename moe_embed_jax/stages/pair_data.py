@@ -1,0 +1,132 @@
+"""The pairs of a contrastive run: batches, a teacher's vectors, and what is said about them."""
+
+import math
+
+import numpy as np
+
+from moe_embed_jax import storage
+from moe_embed_jax.data.batches import PairBatches
+from moe_embed_jax.data.data_spec import token_store_path
+from moe_embed_jax.data.schedule import Group, Schedule, mixture_groups
+from moe_embed_jax.data.teacher_vectors import TeacherVectors
+from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.pairs.manifest import MANIFEST
+from moe_embed_jax.training.run_config import RunConfig
+
+PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
+
+
+def open_teacher(store: TokenStore, config: RunConfig) -> TeacherVectors | None:
+    """The vectors of `data.teacher` for the rows of `store` that are trained on; None: there are
+    none. They are copied to `data.cache_dir`, or else to `data.dir`."""
+    data = config.data
+    if not data.teacher:
+        return None
+    used = np.zeros(len(store), bool)
+    for group in mixture_groups(store.groups, data.rates):
+        used[group.start : group.stop] = True
+    return TeacherVectors(data.teacher, data.cache_dir or data.dir, store.content_ids, used)
+
+
+def pair_batches(
+    store: TokenStore, config: RunConfig, mesh, pad_id: int, teacher=None
+) -> PairBatches:
+    data = config.data
+    groups = mixture_groups(store.groups, data.rates)
+    schedule = Schedule(
+        groups, config.batch_size, config.steps, config.seed, data.language_exponent
+    )
+    return PairBatches(
+        store,
+        schedule,
+        mesh,
+        data.row_length,
+        data.texts_per_row,
+        pad_id,
+        data.chunk_rows,
+        data.negatives,
+        data.row_buckets,
+        teacher,
+    )
+
+
+def groups_without_negatives(
+    store: TokenStore, groups: list[Group], batch_size: int, hard_negatives: int
+) -> list[Group]:
+    """The groups whose batches never hold a negative for any pair.
+
+    Args:
+      hard_negatives: of a pair, at most, that the run uses.
+    """
+    without = []
+    for group in groups:
+        first, last = store.negative_starts[[group.start, group.stop]]
+        if hard_negatives and last > first:
+            continue
+        ids_N22 = store.content_ids[group.start : group.stop]
+        # A few rows tell it of nearly every group.
+        if batch_size == 1 or (_same_side(ids_N22[:100]) and _same_side(ids_N22)):
+            without.append(group)
+    return without
+
+
+def _same_side(ids_N22: np.ndarray) -> bool:
+    """Whether all queries, or all documents, are one text."""
+    return bool((ids_N22 == ids_N22[:1]).all(axis=(0, 2)).any())
+
+
+def describe_hard_negatives(batches: PairBatches) -> str:
+    """How many pairs of the run's groups have how many hard negatives."""
+    most = batches.negatives
+    counts = np.diff(batches.store.negative_starts)
+    used = [counts[group.start : group.stop] for group in batches.schedule.groups]
+    pairs_of_count = np.bincount(np.minimum(np.concatenate(used), most), minlength=most + 1)
+    total = pairs_of_count.sum()
+    if not pairs_of_count[1:].any():
+        return (
+            f"WARNING: none of the {total:,} pairs has a hard negative, data.negatives={most} has "
+            "no effect; launch/mine.py finds some"
+        )
+    parts = [
+        f"{pairs:,} ({pairs / total:.1%}) have "
+        + (f"{most} or more" if count == most else str(count or "none"))
+        for count, pairs in reversed(list(enumerate(pairs_of_count.tolist())))
+        if pairs
+    ]
+    return f"of {total:,} pairs " + ", ".join(parts)
+
+
+def typical_rows(
+    config: RunConfig, mesh, query_tokens: float, document_tokens: float
+) -> tuple[int, float, str]:
+    """(rows of a device, tokens of the global batch, where these numbers come from)."""
+    data = config.data
+    store = _prepared_store(config)
+    if store is not None:
+        batches = pair_batches(store, config, mesh, pad_id=0)
+        needed = batches.mean_tokens / (mesh.size * data.row_length)
+        rows = next(bucket for bucket in batches.buckets if bucket >= needed)
+        source = f"the prepared data in {data.dir} (row counts {batches.buckets})"
+        return rows, batches.mean_tokens, source
+    query_tokens = min(query_tokens, data.query_length)
+    document_tokens = min(document_tokens, data.document_length)
+    pairs = config.batch_size // mesh.size
+    documents = 1 + data.negatives
+    tokens = pairs * (query_tokens + documents * document_tokens)
+    texts = pairs * (1 + documents)
+    rows = math.ceil(max(tokens / (PACKED_SHARE * data.row_length), texts / data.texts_per_row))
+    source = (
+        f"assumed mean lengths of {query_tokens:g} and {document_tokens:g} tokens in rows "
+        f"{PACKED_SHARE:.0%} full (no prepared data in {data.dir})"
+    )
+    return rows, tokens * mesh.size, source
+
+
+def _prepared_store(config: RunConfig) -> TokenStore | None:
+    data = config.data
+    if data.vocabulary.kind == "file" and not storage.path(data.vocabulary.path).is_file():
+        return None  # the store is named by the content of the file
+    if data.pairs and not (storage.path(data.pairs) / MANIFEST).is_file():
+        return None  # and by that of the pairs
+    path = token_store_path(data.preparation(), data.dir)
+    return None if path is None else TokenStore.open(path)
