@@ -23,7 +23,8 @@ def new_folder(target, last: str, replace: bool = False) -> Iterator[pathlib.Pat
     """An empty local folder to fill, which becomes `target` when the body ends well.
 
     On a disk it lies beside `target`, whose parents are made, and is renamed. In a bucket its files
-    are uploaded, and `last` after all others. What a killed process left is removed.
+    are uploaded, and `last` after all others; where that fails, they are kept and the error says
+    where. What a killed process left is removed.
 
     Args:
       target: may be an empty folder.
@@ -46,7 +47,8 @@ def new_folder(target, last: str, replace: bool = False) -> Iterator[pathlib.Pat
                 storage.remove(target / last)  # what is damaged by a kill from here on, looks it
                 storage.remove(target)
             if storage.is_remote(target):
-                upload(partial, target, last)
+                with storage.kept_where_upload_fails(partial, target):
+                    upload(partial, target, last)
             else:
                 partial.replace(target)
 

@@ -38,6 +38,12 @@ def refusal_of_system(error: BaseException) -> str | None:
     Libraries wrap what the system says, in exceptions or in text. None: the error is another one.
     """
     chain = list(_chain(error))
+    line = _first_refusal(error, chain)
+    kept = next((each.kept for each in chain if hasattr(each, "kept")), None)
+    return f"{line}; what was to be uploaded is kept as {kept}" if line and kept else line
+
+
+def _first_refusal(error: BaseException, chain: list[BaseException]) -> str | None:
     for each in reversed(chain):  # the first error; it caused the others, or files were closing
         if refused := _error_of_bucket(each, chain):
             return f"{refused.filename}: {refused.strerror}"

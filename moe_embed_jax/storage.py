@@ -10,13 +10,14 @@ function here:
     create a file only if it is new    create
     set the time of change to now      touch
     delete a tree                      remove
-    open by name, in a C++ library     local_copy, kvstore
+    open by name, in a C++ library     local_copy, kvstore, read_by_library
     build by name, in such a library   local_place
 
 Folders that appear whole are made by `new_folder`; owners of folders by `ownership`. Imports no
 library of a bucket before a path of one appears.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import itertools
@@ -25,8 +26,9 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import BinaryIO
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 from moe_embed_jax.errors import UserError
 
@@ -34,6 +36,7 @@ SCHEME = "gs://"
 CACHE = "MOE_EMBED_CACHE"  # environment variable: the folder of local copies
 _PART_BYTES = 1 << 20  # of an appended file in a bucket, where a part is written whole
 _BLOCK = 16 << 20
+_ASKED_EVERY = 10.0  # seconds
 _RETRIES = 5  # of TensorStore, in half a minute, as gcsfs has; its own default takes a quarter hour
 
 
@@ -91,6 +94,31 @@ def kvstore(folder: pathlib.Path) -> dict:
     return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
+def read_by_library(name: pathlib.Path, call: Callable[[], Any]) -> Any:
+    """What `call` gives, in which a library with a client of its own reads `name`.
+
+    ArrayRecord's client tries for a quarter of an hour to reach a bucket, and then says that the
+    file is damaged. So ours asks, too, when it takes long or fails. Then raises `LostConnection`,
+    and leaves the call to a thread that does not keep the process alive.
+    """
+    if not is_remote(name):
+        return call()
+    called = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            called.set_result(call())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not concurrent.futures.wait([called], _ASKED_EVERY).done:
+        name.exists()
+    if called.exception() is not None:
+        name.exists()
+    return called.result()
+
+
 def has_entry(name: pathlib.Path) -> bool:
     """Whether there is anything of this name.
 
@@ -145,6 +173,9 @@ def remove(target: pathlib.Path) -> None:
 def write(target: pathlib.Path, content: str | bytes) -> None:
     """Writes a file so that a reader sees the old or the new one. Folders on the way are made."""
     data = content.encode() if isinstance(content, str) else content
+    if is_remote(target):
+        target.write_bytes(data)
+        return
     with written_whole(target) as file:
         file.write(data)
 
@@ -156,10 +187,12 @@ def written_whole(target: pathlib.Path) -> Iterator[BinaryIO]:
     One process at a time may write `target`, see `ownership.own`.
     """
     if is_remote(target):
-        with tempfile.NamedTemporaryFile() as file:
-            yield file
-            file.flush()
-            copy(pathlib.Path(file.name), target)
+        with tempfile.TemporaryDirectory() as folder:
+            local = pathlib.Path(folder) / target.name
+            with local.open("wb") as file:
+                yield file
+            with kept_where_upload_fails(local, target):
+                copy(local, target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
@@ -169,6 +202,21 @@ def written_whole(target: pathlib.Path) -> Iterator[BinaryIO]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def kept_where_upload_fails(local: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
+    """If the body, which uploads `local`, cannot: moves it to where nobody deletes it, and gives
+    the error a member `kept`, the place, which `refusals` names."""
+    try:
+        yield
+    except OSError as error:
+        kept = cache_folder() / "not_uploaded" / os.fspath(target).removeprefix(SCHEME)
+        remove(kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(local, kept)
+        error.kept = kept
+        raise
 
 
 def create(target: pathlib.Path, content: bytes) -> bool:

@@ -1,11 +1,12 @@
 import errno
 import re
 import threading
+import time
 
 import pytest
 
 from moe_embed_jax import checksums, storage
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.new_folder import UPLOADING, new_folder
 from moe_embed_jax.ownership import own
 from moe_embed_jax.refusals import refusal_of_system
@@ -183,6 +184,61 @@ def test_an_upload_that_was_killed_is_done_again(bucket):
     with new_folder(bucket / "result", last="done") as partial:
         (partial / "done").write_text("")
     assert [path.name for path in (bucket / "result").iterdir()] == ["done"]
+
+
+def test_what_cannot_be_uploaded_is_kept_and_named(tmp_path, bucket, monkeypatch):
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "cache"))
+    nowhere = storage.path("gs://no-such-bucket/a")
+    with pytest.raises(OSError) as caught, storage.written_whole(nowhere / "x.npy") as file:
+        file.write(b"hours of work")
+    kept = tmp_path / "cache/not_uploaded/no-such-bucket/a/x.npy"
+    assert kept.read_bytes() == b"hours of work"
+    missing = "there is no such bucket: create it, or correct its name"
+    line = f"{nowhere}/x.npy: {missing}; what was to be uploaded is kept as {kept}"
+    assert refusal_of_system(caught.value) == line
+
+    real = storage.copy
+
+    def copy(source, target):
+        if target.name == "b":
+            raise LostConnection(errno.ENETUNREACH, "no network", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(storage, "copy", copy)
+    for content in ("old", "new"):
+        with (
+            pytest.raises(LostConnection) as caught,
+            new_folder(bucket / "f", last="b") as partial,
+        ):
+            (partial / "a").write_text(content)
+            (partial / "b").write_text("")
+        kept = tmp_path / "cache/not_uploaded" / str(bucket / "f").removeprefix("gs://")
+        assert {path.name: path.read_text() for path in kept.iterdir()} == {"a": content, "b": ""}
+        line = f"{bucket}/f/b: no network; what was to be uploaded is kept as {kept}"
+        assert refusal_of_system(caught.value) == line
+    monkeypatch.setattr(storage, "copy", real)
+    with new_folder(bucket / "f", last="b") as partial:
+        (partial / "b").write_text("")
+    assert [path.name for path in (bucket / "f").iterdir()] == ["b"]
+
+
+def test_a_library_that_waits_for_a_lost_bucket_is_left_alone(bucket, monkeypatch):
+    from moe_embed_jax import bucket as client
+
+    monkeypatch.setattr(storage, "_ASKED_EVERY", 0.05)
+    end = threading.Event()
+
+    def fails():
+        raise RuntimeError("damaged")
+
+    assert storage.read_by_library(bucket, lambda: end.wait(0.2) or "read") == "read"
+    with pytest.raises(RuntimeError, match="damaged"):
+        storage.read_by_library(bucket, fails)
+    monkeypatch.setattr(client, "_lost", (time.monotonic(), "Cloud Storage cannot be reached"))
+    for call in (lambda: end.wait(60), fails):
+        with pytest.raises(LostConnection, match="cannot be reached"):
+            storage.read_by_library(bucket / "x", call)
+    end.set()
 
 
 def test_checksums_where_the_files_go(folder, request, tmp_path):

@@ -163,7 +163,7 @@ class Batches(abc.ABC):
                     pending.append(executor.submit(self.at, step + PREFETCH))
                 yield batch
         finally:
-            # No wait: ArrayRecord's reader looks for a lost bucket for a quarter of an hour.
+            # No wait: a batch that nobody takes may still be read, of a bucket that is lost.
             executor.shutdown(wait=False, cancel_futures=True)
 
     def sample_steps(self, most: int) -> list[int]:

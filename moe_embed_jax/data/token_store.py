@@ -297,18 +297,21 @@ class TokenStore:
         reader = self._reader(shard)
         with self._lock:
             try:
-                found = reader.read(records)
+                found = self._read(shard, reader, records)
             except RuntimeError:
                 found = []
             if len(found) == len(records):
                 return found
             raise self._find_damage(shard, reader, records)
 
+    def _read(self, shard: int, reader: ArrayRecordReader, records: list[int]) -> list[bytes]:
+        return storage.read_by_library(self._paths[shard], lambda: reader.read(records))
+
     def _find_damage(self, shard: int, reader: ArrayRecordReader, records: list[int]) -> UserError:
         # One bad record fails the whole call: look for it, to be able to name it.
         for record in records:
             try:
-                found = reader.read([record])
+                found = self._read(shard, reader, [record])
             except RuntimeError as error:
                 return self._damaged(shard, record, str(error))
             if len(found) != 1:
@@ -320,7 +323,9 @@ class TokenStore:
             path = self._paths[shard]
             if not path.is_file():
                 raise UserError(f"{path} is missing: {REMEDY.format(folder=self.folder)}")
-            reader = ArrayRecordReader(str(path), READER_OPTIONS)
+            reader = storage.read_by_library(
+                path, lambda: ArrayRecordReader(str(path), READER_OPTIONS)
+            )
             rows_per_shard = self.spec["rows_per_shard"]
             expected = min(rows_per_shard, len(self) - shard * rows_per_shard)
             found = reader.num_records() if reader.ok() else 0

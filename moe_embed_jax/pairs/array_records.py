@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.row import PairRow, decode_pair
 
@@ -67,9 +68,9 @@ class Records:
     def _read_shard(self, shard: int, numbers: list[int]) -> list[bytes]:
         path, reader = self._paths[shard], self._readers[shard]
         try:
-            records = reader.read(numbers)
+            records = _read(path, reader, numbers)
         except RuntimeError as error:
-            raise damaged(path, _first_damaged(reader, numbers), error) from error
+            raise damaged(path, _first_damaged(path, reader, numbers), error) from error
         if len(records) != len(numbers):
             why = f"{len(records)} records read, {len(numbers)} asked for"
             raise damaged(path, None, why)
@@ -102,7 +103,9 @@ def open_records(folder: Path, prefix: str, length: int) -> Records:
 
 def _open_reader(path: Path) -> ArrayRecordReader:
     try:
-        reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+        reader = storage.read_by_library(
+            path, lambda: ArrayRecordReader(str(path), _READER_OPTIONS)
+        )
     except (RuntimeError, ValueError) as error:
         raise damaged(path, None, error) from error
     if not reader.ok():
@@ -110,10 +113,14 @@ def _open_reader(path: Path) -> ArrayRecordReader:
     return reader
 
 
-def _first_damaged(reader: ArrayRecordReader, numbers: list[int]) -> int | None:
+def _read(path: Path, reader: ArrayRecordReader, numbers: list[int]) -> list[bytes]:
+    return storage.read_by_library(path, lambda: reader.read(numbers))
+
+
+def _first_damaged(path: Path, reader: ArrayRecordReader, numbers: list[int]) -> int | None:
     for number in numbers:
         try:
-            reader.read([number])
+            _read(path, reader, [number])
         except RuntimeError:
             return number
     return None
