@@ -18,35 +18,18 @@ them are done: the same files as without (docs/filtering_and_mining.md).
 import sys
 
 from moe_embed_jax import launching
+from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 
 
 def main():
-    flags = launching.parser(__doc__)
-    launching.add_curation_flags(flags)
-    from moe_embed_jax.curation.consistency_rule import ConsistencyRule
-
-    launching.add_flags(flags, ConsistencyRule)
-    arguments = flags.parse_args()
-    rule = launching.from_flags(ConsistencyRule, arguments)
-    pairs_folder, output = launching.curation_folders(arguments)
+    arguments, rule = launching.curation_arguments(__doc__, ConsistencyRule)
 
     from moe_embed_jax.curation.consistency import ConsistencyFilter
-    from moe_embed_jax.curation.pair_texts import Embedding
-    from moe_embed_jax.curation.teacher import load_teacher
-    from moe_embed_jax.mesh import MeshConfig, make_mesh
-    from moe_embed_jax.pairs.folder import PairFolder
 
-    pairs = PairFolder(pairs_folder)
-    mesh = make_mesh(MeshConfig())
-    teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
-    launching.report_prompts(teacher, prompts)
-    embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
-    curation = ConsistencyFilter(pairs, launching.work_folder(output), embedding, rule, mesh)
-    report = curation.run(output, arguments.part, arguments.finish)
-    if report is None:
-        return
-    print(report.table())
-    print(f"{output}: {report.total['kept']:,} of {len(pairs):,} pairs; see {output}/report.md")
+    report = launching.curate(ConsistencyFilter, arguments, rule)
+    if report is not None:
+        total, output = report.total, arguments.output
+        print(f"{output}: {total['kept']:,} of {total['pairs']:,} pairs; see {output}/report.md")
 
 
 if __name__ == "__main__":

@@ -21,40 +21,22 @@ Many machines share the work with --part=0/16 to --part=15/16, a source and lang
 import sys
 
 from moe_embed_jax import launching
+from moe_embed_jax.curation.negatives_rule import NegativesRule
 
 
 def main():
-    flags = launching.parser(__doc__)
-    launching.add_curation_flags(flags)
-    from moe_embed_jax.curation.negatives_rule import NegativesRule
-
-    launching.add_flags(flags, NegativesRule)
-    arguments = flags.parse_args()
-    rule = launching.from_flags(NegativesRule, arguments)
-    pairs_folder, output = launching.curation_folders(arguments)
+    arguments, rule = launching.curation_arguments(__doc__, NegativesRule)
 
     from moe_embed_jax.curation.negatives import NegativeMining
-    from moe_embed_jax.curation.pair_texts import Embedding
-    from moe_embed_jax.curation.teacher import load_teacher
-    from moe_embed_jax.mesh import MeshConfig, make_mesh
-    from moe_embed_jax.pairs.folder import PairFolder
 
-    pairs = PairFolder(pairs_folder)
-    mesh = make_mesh(MeshConfig())
-    teacher, prompts = load_teacher(arguments.teacher, mesh), launching.prompts(arguments)
-    launching.report_prompts(teacher, prompts)
-    embedding = Embedding(teacher, *prompts.values(), arguments.dtype)
-    curation = NegativeMining(pairs, launching.work_folder(output), embedding, rule, mesh)
-    report = curation.run(output, arguments.part, arguments.finish)
-    if report is None:
-        return
-    print(report.table())
-    total = report.total
-    print(
-        f"{output}: {total['negatives']:,} negatives for {total['queries']:,} queries, "
-        f"{total['short'] + total['empty']:,} of them with fewer than {rule.count}; "
-        f"see {output}/report.md"
-    )
+    report = launching.curate(NegativeMining, arguments, rule)
+    if report is not None:
+        total, output = report.total, arguments.output
+        print(
+            f"{output}: {total['negatives']:,} negatives for {total['queries']:,} queries, "
+            f"{total['short'] + total['empty']:,} of them with fewer than {rule.count}; "
+            f"see {output}/report.md"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -83,8 +82,17 @@ def prompt(flag: str) -> str | None:
     return None if flag == "none" else flag
 
 
-def add_curation_flags(flags: argparse.ArgumentParser) -> None:
-    """What launch/filter.py and launch/mine.py have in common."""
+def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
+    flags.add_argument("--dtype", type=check_dtype, default="float32", help=help_text)
+
+
+def curation_arguments(description: str, rule_class) -> tuple[argparse.Namespace, object]:
+    """(arguments, rule) of launch/filter.py and launch/mine.py; `rule_class`: a dataclass.
+
+    Finds what is wrong with the flags before jax is imported. An --output that is a prepared folder
+    may be the result of the same command.
+    """
+    flags = parser(description)
     flags.add_argument("--pairs", required=True, help="prepared folder to read")
     flags.add_argument(
         "--teacher", required=True, help="model folder or sentence-transformers:NAME"
@@ -92,25 +100,39 @@ def add_curation_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--output", required=True, help="prepared folder to write")
     add_flags(flags, TeacherConfig)
     add_part_flags(flags)
-
-
-def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
-    flags.add_argument("--dtype", type=check_dtype, default="float32", help=help_text)
-
-
-def curation_folders(arguments) -> tuple[pathlib.Path, pathlib.Path]:
-    """(--pairs, --output); finds what is wrong with the flags before jax is imported.
-
-    An --output that is a prepared folder may be the result of the same command.
-    """
+    add_flags(flags, rule_class)
+    arguments = flags.parse_args()
+    rule = from_flags(rule_class, arguments)
     from_flags(TeacherConfig, arguments)  # finds a wrong dtype
     distributed.refuse_several_processes("share the work with --part=0/4, --part=1/4, ...")
-    pairs, output = storage.path(arguments.pairs), storage.path(arguments.output)
-    read_manifest(pairs)
+    read_manifest(storage.path(arguments.pairs))
+    output = storage.path(arguments.output)
     if output.exists() and not (output / MANIFEST).is_file():
         raise UserError(f"--output={output} exists: choose another folder")
     check_model(arguments.teacher)
-    return pairs, output
+    return arguments, rule
+
+
+def curate(curation_class, arguments: argparse.Namespace, rule):
+    """The report of a `curation.units.Curation` with these `curation_arguments`, whose table is
+    printed; None if it wrote no output. Its work folder is OUTPUT.work."""
+    from moe_embed_jax.curation.pair_texts import Embedding
+    from moe_embed_jax.curation.teacher import load_teacher
+    from moe_embed_jax.mesh import MeshConfig, make_mesh
+    from moe_embed_jax.pairs.folder import PairFolder
+
+    pairs, output = PairFolder(arguments.pairs), storage.path(arguments.output)
+    mesh = make_mesh(MeshConfig())
+    teacher, sides = load_teacher(arguments.teacher, mesh), prompts(arguments)
+    report_prompts(teacher, sides)
+    embedding = Embedding(teacher, *sides.values(), arguments.dtype)
+    work = output.with_name(f"{output.name}.work")
+    report = curation_class(pairs, work, embedding, rule, mesh).run(
+        output, arguments.part, arguments.finish
+    )
+    if report is not None:
+        print(report.table())
+    return report
 
 
 def check_model(name: str) -> None:
@@ -149,11 +171,6 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
             'flag (for E5: "query: " and "passage: ")',
             file=sys.stderr,
         )
-
-
-def work_folder(output: pathlib.Path) -> pathlib.Path:
-    """Where curation keeps what it need not compute again."""
-    return output.with_name(f"{output.name}.work")
 
 
 def number_or_none(flag: str) -> float | None:

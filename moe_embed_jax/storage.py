@@ -91,7 +91,8 @@ def kvstore(folder: pathlib.Path) -> dict:
         bucket, _, inside = os.fspath(folder).removeprefix(SCHEME).partition("/")
         place = {"driver": "gcs", "bucket": bucket, "path": f"{inside.rstrip('/')}/"}
         return place | {"gcs_request_retries": {"max_retries": _RETRIES}}
-    return {"driver": "file", "path": f"{folder.absolute()}/"}
+    # TensorStore refuses a path with "..".
+    return {"driver": "file", "path": f"{folder.resolve()}/"}
 
 
 def read_by_library(name: pathlib.Path, call: Callable[[], Any]) -> Any:

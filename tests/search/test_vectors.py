@@ -72,6 +72,14 @@ def test_what_is_written_is_read(tmp_path, dtype):
     assert len(chunks) == 5
 
 
+def test_a_path_that_leads_up(tmp_path, monkeypatch):
+    """TensorStore refuses one with ".."."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_vectors("../v", lambda: TEXTS, encode, ENCODER)
+    np.testing.assert_array_equal(VectorStore(tmp_path / "v")[:], encode(TEXTS))
+
+
 def test_no_texts(tmp_path):
     store = write_vectors(tmp_path / "v", lambda: [], encode, ENCODER)
     assert store.shape == (0, WIDTH) and store[:].shape == (0, WIDTH)
