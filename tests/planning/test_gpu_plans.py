@@ -35,6 +35,14 @@ def test_experts_are_six_kernels_and_nothing_waits_for_the_host(name, plans):
     assert {place.split("/")[0] for place in found["loops_of_unknown_trip_count"]} == {"losses"}
 
 
+@by_plan
+def test_sums_of_experts_stay_in_registers(name, plans):
+    spilled = plans[name]["spilled"]
+    assert len(spilled) == 4
+    # In float32 blocks of the inner side take twice the registers.
+    assert max(spilled.values()) <= (200 if name.startswith("quickstart") else 32)
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_attention_is_cudnns_in_bfloat16(topology, plans):
     kernels = plans[f"pretrain {topology}"]["kernels"]
