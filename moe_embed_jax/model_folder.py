@@ -25,7 +25,7 @@ from moe_embed_jax.json_file import text, whole
 from moe_embed_jax.losses import MASKED_LM
 from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.mesh import replicated
-from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.models.encoder import EncoderConfig, abstract_params
 from moe_embed_jax.models.heads import mlm_head_shapes
 from moe_embed_jax.models.int8_weight import quantized
 from moe_embed_jax.new_folder import new_folder
@@ -223,7 +223,7 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
     check_step(folder / CHECKPOINTS, step)
 
     def read(mesh, progress, weights):
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = abstract_params(model)
         params = with_shardings(shapes, shardings(shapes, rules_for(model), mesh))
 
         def of_step(checkpoints, number):

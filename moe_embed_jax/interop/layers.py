@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.models.encoder import EncoderConfig, abstract_params
 from moe_embed_jax.sharding import path_of
 
 
@@ -18,8 +18,7 @@ def _leaves(config: EncoderConfig) -> Iterator[tuple[str, tuple, tuple[int, ...]
 
     In the order of the layers.
     """
-    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
     first_layer = {"groups": 0}
     first_layer["tail"] = config.num_layers - config.parts.get("tail", (0, 0))[1]
     blocks = []

@@ -119,6 +119,12 @@ def init_params(config: EncoderConfig, key: jax.Array) -> dict:
 
 
 @functools.cache
+def abstract_params(config: EncoderConfig) -> dict:
+    """The tree of `init_params` as ShapeDtypeStructs; it is shared, and must not be changed."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+@functools.cache
 def _structure(kind: type[nnx.Module], *arguments) -> tuple[nnx.GraphDef, nnx.State]:
     """Of the module `kind(*arguments, rngs)`, which is only traced for it."""
     return nnx.split(nnx.eval_shape(lambda: kind(*arguments, nnx.Rngs(0))))
@@ -287,8 +293,7 @@ def expert_choices(config: EncoderConfig, params: dict, token_RL, text_index_RL,
 
 def count_params(config: EncoderConfig) -> tuple[int, int]:
     """(total, active per token): a token uses K of the E experts of each MoE layer."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
     expert = (2 * config.width + config.expert_bias) * config.ffn_width
     idle = config.num_experts - config.experts_per_token
     return total, total - config.num_moe_layers * idle * expert

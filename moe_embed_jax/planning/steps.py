@@ -11,7 +11,7 @@ from moe_embed_jax import inference_batches as calls
 from moe_embed_jax.data.batches import abstract_batch
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import batch_sharding, replicated
-from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.models.encoder import abstract_params
 from moe_embed_jax.planning.request import Assumptions
 from moe_embed_jax.search import knn
 from moe_embed_jax.sharding import rules_for, shardings, with_shardings
@@ -83,7 +83,7 @@ def encode_step(config: Run, mesh, assumed: Assumptions) -> Step:
     (rows,) = calls.call_rows(
         max(calls.TOKENS_PER_CALL // row_length, 1) * mesh.size, row_length, mesh.size
     )
-    shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+    shapes = abstract_params(config.model)
     params = with_shardings(shapes, shardings(shapes, rules_for(config.model), mesh))
     ids = jax.ShapeDtypeStruct((rows, row_length), jnp.int32, sharding=batch_sharding(mesh))
     slots = rows * row_length

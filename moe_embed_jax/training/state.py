@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_embed_jax.mesh import replicated
-from moe_embed_jax.models.encoder import init_params
+from moe_embed_jax.models.encoder import abstract_params, init_params
 from moe_embed_jax.sharding import optimizer_shardings, shardings, with_shardings
 
 ONLY_TRAINING = ("log_scale", "projection")  # parts of `params` that no model folder has
@@ -96,8 +96,10 @@ def init_state(stage, optimizer, seed: int) -> TrainState:
 
 def abstract_state(stage, optimizer, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what restore and compilation are given."""
-    shapes = jax.eval_shape(lambda: init_state(stage, optimizer, 0))
-    params, opt_state = shapes.params, shapes.opt_state
+    params = {"encoder": abstract_params(stage.model)}
+    params |= jax.eval_shape(lambda: stage.extra_params(jax.random.key(0)))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     placed = TrainState(
         replicated(mesh),
         shardings(params, stage.rules, mesh),
