@@ -1,13 +1,15 @@
-"""Brings models in, takes them out, makes sparse models of dense ones, and uploads exports.
+"""Imports, exports, upcycles and merges models, and uploads exports.
 
     python launch/convert.py import  --source=FOLDER --target=DIR
     python launch/convert.py export  --source=DIR --target=FOLDER
     python launch/convert.py upcycle --source=DIR --target=DIR --mode=paper|preserving
+    python launch/convert.py merge   --source=A --source=B@STEP --target=DIR --method=average|slerp
     python launch/convert.py push --source=FOLDER --target=OWNER/NAME [--private]
 
 import: a published checkpoint (safetensors; nomic-embed-text-v2-moe, BERT, XLM-RoBERTa) becomes a
 folder that training configs (init.source) and all launchers read. export: any model folder becomes
-a self-contained one for PyTorch and servers. upcycle: any dense encoder becomes an MoE encoder. A
+a self-contained one for PyTorch and servers. upcycle: any dense encoder becomes an MoE encoder.
+merge: models of one architecture, or checkpoints of runs (FOLDER@STEP), become one. A
 source is a model folder or hf://OWNER/NAME[@REVISION] on the Hugging Face hub; the target must not
 exist, or be what the same command made of the same files. push: an exported folder goes to the hub,
 as the user whom the hub's own client knows (`hf auth login`, or HF_TOKEN).
@@ -24,6 +26,7 @@ from moe_embed_jax import distributed, launching
 
 def main():
     from moe_embed_jax.interop.card_config import CardConfig
+    from moe_embed_jax.interop.merge_config import MergeConfig
     from moe_embed_jax.interop.onnx_export import CHOICES
     from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
@@ -65,6 +68,19 @@ def main():
     upcycling = parsers["upcycle"]
     upcycling.add_argument("--mode", required=True, choices=("paper", "preserving"))
     launching.add_flags(upcycling, UpcycleConfig)
+    merging = actions.add_parser("merge", allow_abbrev=False)
+    merging.add_argument(
+        "--source", required=True, action="append", help="model folder or FOLDER@STEP; repeat it"
+    )
+    merging.add_argument("--target", required=True, help="folder to write")
+    merging.add_argument("--dry_run", action="store_true", help="check, write nothing")
+    launching.add_flags(merging, MergeConfig)
+    merging.add_argument(
+        "--keep_expert_order",
+        action="store_true",
+        help="expert e of each model is merged with expert e of the first; default: with the "
+        "expert that it fits best",
+    )
     pushing = actions.add_parser("push", allow_abbrev=False)
     pushing.add_argument("--source", required=True, help="exported folder")
     pushing.add_argument("--target", required=True, help="OWNER/NAME on the hub")
@@ -77,6 +93,10 @@ def main():
     if action == "export":
         names = [field.name for field in dataclasses.fields(CardConfig)]
         options["card"] = CardConfig(**{name: options.pop(name) for name in names})
+    if action == "merge":
+        names = [field.name for field in dataclasses.fields(MergeConfig)]
+        options["config"] = MergeConfig(**{name: options.pop(name) for name in names})
+        options["sources"] = options.pop("source")
     check(action, options)
 
     from tqdm import tqdm
@@ -89,7 +109,7 @@ def main():
         done = "checked, nothing sent" if options["dry_run"] else f"sent to {options['target']}"
         print(f"{done}, {time.monotonic() - start:.1f} s")
         return
-    action = getattr(conversion, f"{action}_model")
+    action = getattr(conversion, "merge_models" if action == "merge" else f"{action}_model")
     bar = functools.partial(tqdm, unit=" tensors", disable=not sys.stderr.isatty(), leave=False)
     if not action(**options, progress=bar):
         print(f"done before: {options['target']}")
@@ -100,6 +120,7 @@ def main():
 
 def check(action: str, options: dict) -> None:
     """Finds the mistakes that can be found without importing jax, which takes seconds."""
+    from moe_embed_jax.interop.merge_config import split_step
     from moe_embed_jax.interop.onnx_export import check_packages
     from moe_embed_jax.interop.source import check_source
     from moe_embed_jax.made_by import done_before
@@ -112,7 +133,12 @@ def check(action: str, options: dict) -> None:
         check_packages()
     if action != "push":
         done_before(options["target"])
-    check_source(options["source"])
+    if action == "merge":
+        options["config"].shares(len(options["sources"]))
+        for source in options["sources"]:
+            check_source(split_step(source)[0])
+    else:
+        check_source(options["source"])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""What launch/convert.py does: import, export, upcycle and upload model folders."""
+"""What launch/convert.py does: import, export, upcycle, merge and upload model folders."""
 
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 
 from moe_embed_jax import storage
+from moe_embed_jax.config import differences
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop import export, nomic
 from moe_embed_jax.interop.card_config import CardConfig
 from moe_embed_jax.interop.card_results import mteb_scores, run_scores
 from moe_embed_jax.interop.hub import check_push, files_to_push, push
+from moe_embed_jax.interop.layers import by_layer, from_layers
+from moe_embed_jax.interop.merge import match_experts, merge
+from moe_embed_jax.interop.merge_config import MergeConfig, split_step
 from moe_embed_jax.interop.output_bias import check_output_bias, drop_output_bias
 from moe_embed_jax.interop.prompts import with_document_prefix
 from moe_embed_jax.interop.published import has_mlm_head, read_config
@@ -30,6 +35,7 @@ from moe_embed_jax.model_folder import (
     weights_folder,
 )
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
+from moe_embed_jax.models.encoder_config import architecture
 from moe_embed_jax.models.upcycle_config import UpcycleConfig
 
 
@@ -236,6 +242,85 @@ def upcycle_model(
     origin = f"{source}, upcycled: {mode}, seed {seed}, noise {noise}"
     save_model(storage.path(target), loaded, origin, command)
     return True
+
+
+def merge_models(
+    sources: list[str],
+    target,
+    config: MergeConfig,
+    dry_run: bool = False,
+    progress=iter,
+) -> bool:
+    """Models of one architecture, tokenizer and prompts to one, see `interop.merge`.
+
+    Args:
+      sources: model folders; FOLDER@STEP is a checkpoint of a training run. The first one gives
+        the experts their order, and lengths and widths.
+
+    Returns: False if the same call was finished before; nothing is done then.
+    """
+    shares = config.shares(len(sources))
+    places = [split_step(source) for source in sources]
+    folders = [source_folder(name) for name, _ in places]
+    steps = [step for _, step in places]
+    command = hash_command("merge", [dataclasses.asdict(config), steps], folders)
+    if done_before(target, command):
+        return False
+    opened = [open_model(folder, step) for folder, step in zip(folders, steps, strict=True)]
+    for source, each in zip(sources[1:], opened[1:], strict=True):
+        _check_mergeable(each, opened[0], source, sources[0])
+    _say(opened[0])
+    for source, share in zip(sources, shares, strict=True):
+        print(f"{share:<11.3f} {source}")
+    if dry_run:
+        return True
+    model, mesh = opened[0].model, single_device_mesh()
+    merged, *others = [each.load(mesh) for each in progress(opened)]
+    arrays = [by_layer(model, each.params) for each in (merged, *others)]
+    if not config.keep_expert_order and model.num_moe_layers:
+        for i, source in enumerate(sources[1:], start=1):
+            arrays[i], orders = match_experts(model, arrays[i], arrays[0])
+            _say_orders(source, orders)
+    params = from_layers(model, merge(config.method, arrays, shares).items())
+    merged.params = place(params, model, mesh)
+    heads = [each.mlm_head for each in (merged, *others)]
+    merged.mlm_head = None if None in heads else _merge_heads(config.method, heads, shares)
+    origin = f"{config.method} of {' '.join(sources)}, shares {shares}"
+    save_model(storage.path(target), merged, origin, command)
+    return True
+
+
+def _check_mergeable(opened: ModelFolder, first: ModelFolder, name: str, first_name: str) -> None:
+    """Raises `UserError` that names what two models do not share."""
+    theirs, ours = (
+        {
+            "model": architecture(each.model),
+            "tokenizer": each.vocabulary and each.vocabulary.content_hash[:12],
+            "prompts": each.prompts,
+        }
+        for each in (first, opened)
+    )
+    if lines := differences(theirs, ours):
+        raise UserError(
+            f"{first_name} and {name} cannot be merged, they differ: {'; '.join(lines)}"
+        )
+
+
+def _say_orders(source: str, orders: dict[int, np.ndarray]) -> None:
+    moved = {
+        layer: order_E
+        for layer, order_E in orders.items()
+        if (order_E != np.arange(len(order_E))).any()
+    }
+    print(f"experts     {source}: in the first model's order but for {len(moved)} layer(s)")
+    for layer, order_E in moved.items():
+        print(f"            layer {layer}: {' '.join(map(str, order_E))}")
+
+
+def _merge_heads(method: str, heads: list[dict], shares: list[float]) -> dict:
+    leaves, structures = zip(*(jax.tree.flatten(head) for head in heads), strict=True)
+    arrays = [{str(i): np.asarray(leaf) for i, leaf in enumerate(each)} for each in leaves]
+    return structures[0].unflatten(merge(method, arrays, shares).values())
 
 
 def _command(name: str, folder: pathlib.Path, vocabulary: str | None, options: list) -> str:

@@ -132,3 +132,15 @@ class EncoderConfig:
     @property
     def num_moe_layers(self) -> int:
         return len(self.moe_layers)
+
+
+# How a model is computed, instead of what it is.
+COMPUTE_FIELDS = tuple(
+    field.name for field in dataclasses.fields(EncoderConfig) if field.metadata.get("computes")
+)
+
+
+def architecture(config: EncoderConfig) -> dict:
+    """The fields that decide what a model with given parameters computes."""
+    not_seen = (*COMPUTE_FIELDS, "initializer_range")
+    return {name: value for name, value in vars(config).items() if name not in not_seen}

@@ -17,16 +17,12 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
+from moe_embed_jax.models.encoder_config import COMPUTE_FIELDS
 from moe_embed_jax.models.upcycle_config import UpcycleConfig
 from moe_embed_jax.processes import to_devices
 from moe_embed_jax.tokenizers.files import find_tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
 from moe_embed_jax.training.run_config import Run
-
-# How a model is computed is up to the config; what it is, to the source.
-COMPUTE_FIELDS = tuple(
-    field.name for field in dataclasses.fields(EncoderConfig) if field.metadata.get("computes")
-)
 
 
 def apply_source(config, workdir: pathlib.Path) -> tuple:

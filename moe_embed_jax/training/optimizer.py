@@ -50,8 +50,22 @@ def decay_mask(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def router_mask(params: dict) -> dict:
+    """True for the routers. Raises `UserError` where the model has none."""
+    mask = jax.tree_util.tree_map_with_path(
+        lambda key_path, _: "/moe/router/" in f"/{path_of(key_path)}", params
+    )
+    if not any(jax.tree.leaves(mask)):
+        raise UserError("optimizer.freeze_router=True: this model has no routers; leave it out")
+    return mask
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    # Before clipping, because a frozen router's gradient must not shorten the others; and after
+    # AdamW, because that decays routers.
+    frozen = [optax.masked(optax.set_to_zero(), router_mask)] * config.freeze_router
     return optax.chain(
+        *frozen,
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             learning_rate(config, steps),
@@ -61,4 +75,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=decay_mask,
         ),
+        *frozen,
     )

@@ -59,6 +59,9 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.01  # matrices only, see `decay_mask`
     clip_norm: float = 1.0  # of the global gradient
+    # Routers keep their start. Models that are trained from one start with it can be merged: their
+    # experts stay the same tokens' (`launch/convert.py merge`).
+    freeze_router: bool = False
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

@@ -7,6 +7,27 @@ TORCH = "interop/test_torch_model.py -k 'equals_the_reference and changes0'"
 
 FAULTS = (
     Fault(
+        "merged-experts-in-the-inverse-order",
+        "interop/merge.py",
+        "closeness_EE += theirs_EN @ ours_EN.T / size",
+        "closeness_EE += ours_EN @ theirs_EN.T / size",
+        "interop/test_merge.py -k matched_by_router",
+    ),
+    Fault(
+        "the-arc-from-the-other-end",
+        "interop/merge.py",
+        "slerp(first[path], second[path], shares[1])",
+        "slerp(first[path], second[path], shares[0])",
+        "interop/test_merge.py -k of_the_second_share",
+    ),
+    Fault(
+        "routers-are-not-matched",
+        "interop/merge.py",
+        'EXPERT_AXIS = {ROUTER: -1, "w_in": 0,',
+        'EXPERT_AXIS = {"w_in": 0,',
+        "interop/test_merge.py -k keep_their_order",
+    ),
+    Fault(
         "bert-query-and-key-swapped",
         "interop/bert.py",
         '_SELF + "query", _SELF + "key", _SELF + "value")',

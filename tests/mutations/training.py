@@ -6,6 +6,20 @@ RESUME = "training/test_training_run.py -k after_sigterm"
 
 FAULTS = (
     Fault(
+        "frozen-routers-decay",
+        "training/optimizer.py",
+        "        ),\n        *frozen,\n",
+        "        ),\n",
+        "training/test_optimizer.py -k frozen_router",
+    ),
+    Fault(
+        "frozen-routers-shorten-other-gradients",
+        "training/optimizer.py",
+        "        *frozen,\n        optax.clip",
+        "        optax.clip",
+        "training/test_optimizer.py -k frozen_router",
+    ),
+    Fault(
         "weight-decay-on-biases",
         "training/optimizer.py",
         '"bias" not in path and ',

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,39 @@ def test_the_rates_of_a_run_are_those_of_its_updates():
     for rate in rates:  # with a gradient that does not change, Adam moves by the rate itself
         updates, state = optimizer.update({"groups/x": jnp.full((1, 2, 2), 0.1)}, state, params)
         np.testing.assert_allclose(-updates["groups/x"], rate, rtol=1e-4)
+
+
+def test_a_frozen_router_stays_and_shortens_no_other_gradient():
+    model = EncoderConfig(
+        vocab_size=16, num_layers=4, width=8, num_heads=2, ffn_width=8, num_experts=2
+    )
+    params = init_params(model, jax.random.key(0))
+    router = params["groups"]["block_1"]["moe"]["router"]
+    gradients = jax.tree.map(jnp.ones_like, params)
+    gradients["groups"]["block_1"]["moe"]["router"] = {"kernel": 1e6 * jnp.ones((2, 8, 2))}
+
+    def updated(config, gradients):
+        optimizer = make_optimizer(config, 8)
+        updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+        return updates
+
+    # A large epsilon, so that what clipping makes of a gradient is seen in the update.
+    config = OptimizerConfig(warmup_steps=0, epsilon=1.0)
+    frozen = updated(dataclasses.replace(config, freeze_router=True), gradients)
+    assert not frozen["groups"]["block_1"]["moe"]["router"]["kernel"].any()
+    without = gradients | {}
+    router["kernel"] *= 0  # decays by nothing
+    without["groups"]["block_1"]["moe"]["router"] = {"kernel": jnp.zeros((2, 8, 2))}
+    jax.tree.map(np.testing.assert_array_equal, frozen, updated(config, without))
+
+
+def test_a_model_without_routers_has_none_to_freeze():
+    model = EncoderConfig(
+        vocab_size=16, num_layers=1, width=8, num_heads=2, ffn_width=8, moe_every=0
+    )
+    optimizer = make_optimizer(OptimizerConfig(freeze_router=True), 2000)
+    with pytest.raises(UserError, match="this model has no routers; leave it out"):
+        optimizer.init(init_params(model, jax.random.key(0)))
 
 
 def test_warmup_must_end():
