@@ -33,10 +33,10 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import canonical_hash, file_hash
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.ownership import own
-from moe_embed_jax.search.vectors import CHUNK, VectorStore
 
 SIDES = ("queries", "documents")
 INDEX, VECTORS, CHECKS, ABOUT = "texts.npz", "vectors.bin", "checks.npy", "about.json"
+COPIED = 8192  # rows at a time, as the stores' chunks
 PARTS = ("key", "row")  # of each side in INDEX
 # What NumPy and zipfile say of a damaged file.
 UNREADABLE = (
@@ -44,6 +44,13 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error),
 )
 MADE_BY = "the folder OUTPUT.work of launch/filter.py or launch/mine.py"
+
+
+def _store(folder: Path, name: str):
+    """The `VectorStore` of a side; a run without a teacher needs neither it nor TensorStore."""
+    from moe_embed_jax.search.vectors import VectorStore
+
+    return VectorStore(folder / f"{name}.zarr")
 
 
 def write_index(folder: Path, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -191,8 +198,8 @@ class TeacherVectors:
                 with (partial / VECTORS).open("wb") as file:
                     for unit in units:
                         for store in unit.stores.values():
-                            for begin in range(0, len(store), CHUNK):
-                                part_NW = np.ascontiguousarray(store[begin : begin + CHUNK])
+                            for begin in range(0, len(store), COPIED):
+                                part_NW = np.ascontiguousarray(store[begin : begin + COPIED])
                                 file.write(part_NW.tobytes())
                                 checks += [zlib.crc32(vector_W.tobytes()) for vector_W in part_NW]
                 with (partial / CHECKS).open("wb") as file:
@@ -207,14 +214,14 @@ def width_of(folder: str | os.PathLike) -> int:
     path = storage.path(folder)
     if not path.is_dir() or not any(path.iterdir()):
         return 0
-    return VectorStore(_unit_folders(path)[0] / f"{SIDES[0]}.zarr").shape[1]
+    return _store(_unit_folders(path)[0], SIDES[0]).shape[1]
 
 
 class _Unit:
     """Vectors and texts of one unit: `stores` and `index` (keys, rows) of each side."""
 
     def __init__(self, folder: Path):
-        self.stores = {name: VectorStore(folder / f"{name}.zarr") for name in SIDES}
+        self.stores = {name: _store(folder, name) for name in SIDES}
         path = folder / INDEX
         if not path.is_file():
             raise UserError(
