@@ -18,6 +18,12 @@ from collections.abc import Iterator
 # warning where it has no credentials, for the type of every bucket.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# A network may drop what is sent, and then nothing is heard. gcsfs would wait for five minutes and
+# try again six times, TensorStore for ever. So a connection is made in 10 s, and one from which
+# nothing comes for 30 s is lost.
+os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 import aiohttp
 import fsspec
@@ -31,6 +37,9 @@ from moe_embed_jax.storage import SCHEME
 
 # Other processes write the same folders: what a listing said a moment ago may be wrong.
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+fsspec.config.conf["gs"].setdefault(  # as TensorStore's, above
+    "requests_timeout", aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
+)
 # It logs every error that it raises, with a trace.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 # It warns of each place where it finds no credentials; that there are none is said by the error.

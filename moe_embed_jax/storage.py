@@ -288,6 +288,20 @@ def local_copy(name: pathlib.Path) -> pathlib.Path:
     return target
 
 
+@contextlib.contextmanager
+def local_folder(name: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`name` itself on a disk; of a folder in a bucket, a copy that goes when the body ends."""
+    if not is_remote(name):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in name.rglob("*"):
+            target = pathlib.Path(folder) / path.relative_to(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy(path, target)
+        yield pathlib.Path(folder)
+
+
 def local_place(name: pathlib.Path) -> pathlib.Path:
     """`name` itself on a disk; of a file or folder in a bucket, its place in the cache of this
     machine, for what needs a disk while it is built. Nothing is copied."""

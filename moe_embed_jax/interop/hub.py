@@ -14,7 +14,7 @@ from moe_embed_jax.made_by import MADE_BY
 def check_push(folder: str | os.PathLike, name: str) -> tuple[pathlib.Path, list[str]]:
     """(the folder, notes on what its card lacks), before anything is sent.
 
-    Raises `UserError`: no export, one in a bucket, a name that is not OWNER/NAME, a card whose
+    Raises `UserError`: no export, a name that is not OWNER/NAME, a card whose
     front matter the hub cannot read.
     """
     from huggingface_hub import ModelCard
@@ -22,8 +22,6 @@ def check_push(folder: str | os.PathLike, name: str) -> tuple[pathlib.Path, list
     folder = storage.path(folder)
     if name.count("/") != 1 or not all(name.split("/")):
         raise UserError(f"--target={name}: write OWNER/NAME, the model on the hub")
-    if storage.is_remote(folder):
-        raise UserError(f"{folder}: the hub's client uploads from a disk: copy the folder first")
     missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE, CARD) if not (folder / file).is_file()]
     if missing:
         raise UserError(
@@ -31,7 +29,7 @@ def check_push(folder: str | os.PathLike, name: str) -> tuple[pathlib.Path, list
             "launch/convert.py export"
         )
     try:
-        data = ModelCard.load(folder / CARD).data
+        data = ModelCard.load(storage.local_copy(folder / CARD)).data
     except Exception as error:  # of YAML or of the client
         raise UserError(f"{folder / CARD}: bad front matter: {first_line(error)}") from None
     notes = [f"the card names no {key}" for key in ("license", "language") if not data.get(key)]
@@ -54,16 +52,17 @@ def push(folder: pathlib.Path, name: str, private: bool, message: str) -> str:
     """
     import huggingface_hub
 
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(name, private=private or None, repo_type="model", exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=str(folder),
-            repo_type="model",
-            commit_message=message,
-            ignore_patterns=[MADE_BY],
-        )
-    except Exception as error:  # the client raises a dozen kinds, all with a clear first line
-        raise UserError(f"{name} cannot be uploaded: {first_line(error)}") from None
+    with storage.local_folder(folder) as local:
+        try:
+            api = huggingface_hub.HfApi()
+            api.create_repo(name, private=private or None, repo_type="model", exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name,
+                folder_path=str(local),
+                repo_type="model",
+                commit_message=message,
+                ignore_patterns=[MADE_BY],
+            )
+        except Exception as error:  # the client raises a dozen kinds, all with a clear first line
+            raise UserError(f"{name} cannot be uploaded: {first_line(error)}") from None
     return str(commit.commit_url)

@@ -1,12 +1,14 @@
 """Uploading an export, with a stand-in for the hub's client."""
 
+import pathlib
 import types
 
 import huggingface_hub
 import pytest
+from helpers.commands import files_of
 from helpers.published_models import NOMIC, nomic_shapes, random_tensors, write_folder
 
-from moe_embed_jax import conversion
+from moe_embed_jax import conversion, storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.card_config import CardConfig
 
@@ -37,7 +39,8 @@ def calls(monkeypatch):
                         headers={}, request=None, status_code=403, text=""
                     ),
                 )
-            made.append(options)
+            folder = pathlib.Path(options["folder_path"])
+            made.append(options | {"files": files_of(folder)})
             return types.SimpleNamespace(commit_url="https://hub.example/me/small/commit/1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Client)
@@ -56,6 +59,14 @@ def test_push(exported, calls, capsys):
     assert "made_by.json" not in out and "note" not in out
     conversion.push_model(exported, "me/small")
     assert calls[2][1]["private"] is None  # as it is, or public
+
+
+def test_push_from_a_bucket(exported, calls, bucket):
+    files = files_of(exported)
+    for name, content in files.items():
+        storage.write(bucket / name, content)
+    conversion.push_model(bucket, "me/small")
+    assert calls[1]["files"] == files
 
 
 def test_a_dry_run_sends_nothing(exported, calls, tmp_path, capsys):
