@@ -4,16 +4,19 @@ All of them run the same program. Whatever is computed on the mesh is called by 
 the same order; process 0 alone writes files (checkpoints apart) and talks to the user.
 """
 
+import contextlib
 import itertools
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moe_embed_jax.errors import INTERRUPTED, UserError
+from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
 
 T = TypeVar("T")
 FAILED, STOPPED = 1, 1000  # how process 0 left `process_0_first`; STOPPED + its exit status
@@ -23,34 +26,73 @@ LONGEST_WAIT = 24 * 3600  # seconds that others wait for process 0, which may pr
 def process_0_first(name: str, action: Callable[[], T]) -> T:
     """The result of `action()`, called on process 0 and, when that has returned, on the others.
 
-    `name` stands for this place in the program: it must not be used twice.
+    `name` stands for this place in the program: it must not be used twice. Ctrl-C waits for the
+    other processes, so that all end together; a second one ends the process at once.
 
-    Raises, on the others:
-      SystemExit: process 0 was stopped (SIGTERM, Ctrl-C); with the same status.
-      UserError: process 0 failed. It says why.
+    Raises:
+      KeyboardInterrupt: Ctrl-C here.
+      SystemExit: another process was stopped (SIGTERM, Ctrl-C); with the same status.
+      UserError, on the others: process 0 failed. It says why.
     """
     if jax.process_count() == 1:
         return action()
-    status = 0
-    try:
-        if jax.process_index() == 0:
-            try:
-                return action()
-            except (SystemExit, KeyboardInterrupt) as stop:
-                status = STOPPED + (stop.code or 0 if isinstance(stop, SystemExit) else INTERRUPTED)
-                raise
-            except BaseException:
-                status = FAILED
-                raise
-    finally:
+    status, result, error = 0, None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except BaseException as raised:
+            status, error = _status(raised), raised
+    with _held_interrupts() as interrupts:
         wait_for_all(name)
-        status = int(from_process_0(np.array(status, np.int32)))
-    if status == FAILED:
+        if interrupts and not status:
+            status = STOPPED + INTERRUPTED
+        status_P = _gathered([status], 1)[:, 0]
+    if error is not None:
+        raise error
+    if interrupts:
+        raise KeyboardInterrupt
+    if status_P.any():
+        _end_like(name, status_P)
+    return result if jax.process_index() == 0 else action()
+
+
+def _status(raised: BaseException) -> int:
+    if isinstance(raised, KeyboardInterrupt):
+        return STOPPED + INTERRUPTED
+    return STOPPED + (raised.code or 0) if isinstance(raised, SystemExit) else FAILED
+
+
+def _end_like(name: str, status_P: np.ndarray) -> None:
+    """Raises what `process_0_first` raises if other processes ended like this."""
+    if status_P[0] == FAILED:
         raise UserError(f"process 0 failed here ({name}); its message says why")
-    if status >= STOPPED:
-        print(f"process 0 was stopped here ({name}), so this process ends, too", file=sys.stderr)
-        raise SystemExit(status - STOPPED)
-    return action()
+    stopped = int(np.argmax(status_P >= STOPPED))
+    print(
+        f"process {stopped} was stopped here ({name}), so this process ends, too", file=sys.stderr
+    )
+    raise SystemExit(int(status_P[stopped]) - STOPPED)
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[list[int]]:
+    """Gives a list to which Ctrl-C adds its signal, instead of raising."""
+    signals: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None) or threading.current_thread() != threading.main_thread():
+        yield signals
+        return
+
+    def hold(signum, frame):
+        del frame
+        if signals:
+            end_at_once()
+        signals.append(signum)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def on_process_0(name: str, action: Callable[[], T]) -> T | None:

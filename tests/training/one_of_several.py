@@ -5,8 +5,11 @@ writes what this process read and what all of them put together to FOLDER/<proce
 """
 
 import json
+import os
 import pathlib
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -48,11 +51,13 @@ def main(folder: pathlib.Path) -> None:
     )
 
     refused = []
-    for name, action in (("failure", refuse), ("signal", stop)):
+    for name, action in (("failure", refuse), ("signal", stop), ("Ctrl-C", interrupt)):
+        if action is interrupt and process == 1:  # while it waits
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
         try:
             process_0_first(name, action)
-        except (UserError, SystemExit) as error:
-            refused.append(str(error))
+        except (UserError, SystemExit, KeyboardInterrupt) as error:
+            refused.append(str(error) or type(error).__name__)
 
     rows_read = []
     read = store.read
@@ -96,6 +101,10 @@ def refuse():
 
 def stop():
     raise SystemExit(7)
+
+
+def interrupt():
+    time.sleep(2)
 
 
 if __name__ == "__main__":

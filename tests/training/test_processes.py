@@ -81,9 +81,15 @@ def test_each_process_reads_its_slice(tmp_path):
     assert [len(record["prepared"]) for record in records] == [1, 0]
     refused = "process 0 failed here (failure); its message says why"
     assert [record["refused"] for record in records] == [
-        ["no, says process 0", "7", "another process failed to search; its message says why"],
-        [refused, "7", "document 300 holds a value that is not finite"],
+        [
+            "no, says process 0",
+            "7",
+            "130",
+            "another process failed to search; its message says why",
+        ],
+        [refused, "7", "KeyboardInterrupt", "document 300 holds a value that is not finite"],
     ]
+    assert "process 1 was stopped here (Ctrl-C)" in together.output("err0")
     assert "[process 1] process 0 was stopped here (signal)" in together.output("err1")
     assert all(record["true_anywhere"] == [False, True] for record in records)
     assert all(record["kept"] for record in records)
