@@ -5,13 +5,18 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
+import threading
+import time
 
-from moe_embed_jax.errors import UserError
+from moe_embed_jax.errors import INTERRUPTED, UserError
 
 # Seconds that a process which ends waits for the others to end. Runs end together; one that stopped
 # with an error alone takes the others down after this time.
 EXIT_WAIT = 60
+# Seconds that a process has to end after Ctrl-C; process 0, which the others need, has twice that.
+INTERRUPT_WAIT = 5
 
 
 def start() -> None:
@@ -45,6 +50,37 @@ def start() -> None:
         ) from error
     if jax.process_index() > 0:
         _silence(jax.process_index())
+    _end_after_interrupts(jax.process_index())
+
+
+def _end_after_interrupts(process: int) -> None:
+    """Lets Ctrl-C end this process also where it waits for others inside jax: Python answers no
+    signal there, and at its exit jax waits for all of them.
+
+    Where the program has put its own handler in place, because it saves first, it does nothing;
+    unless the handler has the attribute `waits`.
+    """
+    raising = signal.getsignal(signal.SIGINT)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # Python writes each signal's number
+
+    def saves() -> bool:
+        handler = signal.getsignal(signal.SIGINT)
+        return handler != raising and not hasattr(handler, "waits")
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] != signal.SIGINT or saves():
+            pass
+        time.sleep(INTERRUPT_WAIT * (1 if process else 2))
+        if threading.main_thread().is_alive():  # else its line is printed
+            prefix = f"[process {process}] " if process else ""
+            os.write(
+                2, f"{prefix}interrupted: the same command starts again, or continues\n".encode()
+            )
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def refuse_several_processes(instead: str = "start it on one machine") -> None:

@@ -75,7 +75,8 @@ def _end_like(name: str, status_P: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _held_interrupts() -> Iterator[list[int]]:
-    """Gives a list to which Ctrl-C adds its signal, instead of raising."""
+    """Gives a list to which Ctrl-C adds its signal, instead of raising. If the other processes do
+    not come, `distributed` ends this one."""
     signals: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     if before in (signal.SIG_IGN, None) or threading.current_thread() != threading.main_thread():
@@ -88,6 +89,7 @@ def _held_interrupts() -> Iterator[list[int]]:
             end_at_once()
         signals.append(signum)
 
+    hold.waits = True
     signal.signal(signal.SIGINT, hold)
     try:
         yield signals

@@ -31,6 +31,7 @@ STEPS = (0, 5, 11)
 
 
 def main(folder: pathlib.Path) -> None:
+    distributed.INTERRUPT_WAIT = 1000  # this program catches what Ctrl-C raises
     distributed.start()
     process = jax.process_index()
     data_dir = folder / "data"

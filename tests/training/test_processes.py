@@ -127,6 +127,36 @@ sys.exit(launching.run(main))
 """
 
 
+IS_INTERRUPTED = """
+import signal, sys, threading, jax
+from moe_embed_jax import distributed, launching, processes
+
+def main():
+    distributed.start()
+    if jax.process_index() == int(sys.argv[1]):
+        threading.Event().wait(3)
+        signal.raise_signal(signal.SIGINT)
+    threading.Timer(3, signal.raise_signal, [signal.SIGINT]).start()
+    processes.from_process_0(jax.numpy.ones(3))
+
+distributed.INTERRUPT_WAIT = 2
+sys.exit(launching.run(main))
+"""
+
+
+@pytest.mark.parametrize("outside", [0, 1])
+def test_ctrl_c_ends_processes_that_wait_for_each_other(tmp_path, outside):
+    """One is interrupted in Python, the other one inside jax, where it waits for the first."""
+    together = Together(["-c", IS_INTERRUPTED, outside], tmp_path)
+    assert together.statuses(60) == [130, 130]
+    line = "interrupted: the same command starts again, or continues"
+    errors = [together.output(f"err{index}").splitlines() for index in range(2)]
+    assert [[text for text in lines if "Gloo" not in text] for lines in errors] == [
+        [line],
+        [f"[process 1] {line}"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("failing", "kind", "line"),
     [
