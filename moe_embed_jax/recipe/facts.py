@@ -27,7 +27,7 @@ TRAINED = "trained"  # of the columns of results.json
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A stage: its parameters, its journal. perplexity: column -> pseudo-perplexity, of stage 1."""
+    """A stage: its parameters, its metrics. perplexity: column -> pseudo-perplexity, of stage 1."""
 
     total: int
     active: int

@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_embed_jax.search import knn
 from moe_embed_jax.search.knn import Documents, pad_rows
-from moe_embed_jax.search.selection import Best, masked, merge, nothing
+from moe_embed_jax.search.selection import Best, empty_top_k, masked, merge
 
 LEVELS = 127  # -127 ... 127; -128 is not used, so that a vector and its negative are both exact
 OVERSAMPLE = 4  # candidates of the bits per wanted neighbour
@@ -187,7 +187,7 @@ class BinaryVectors:
         block = min(BLOCK, _power_of_two(N))
         parts = [query_BW[start : start + QUERY_BLOCK] for start in range(0, B, QUERY_BLOCK)]
         parts = [pad_rows(part, _power_of_two(len(part))) for part in parts]
-        found = [nothing(len(part), wanted) for part in parts]
+        found = [empty_top_k(len(part), wanted) for part in parts]
         for first in range(0, N, block):
             block_nW = pad_rows(_words(self.bits_NW[first : first + block]), block)
             block_nW = jnp.asarray(block_nW)

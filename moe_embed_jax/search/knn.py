@@ -24,7 +24,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.processes import share_of_process, to_devices, true_anywhere
 from moe_embed_jax.search import cpu, exact
-from moe_embed_jax.search.selection import Best, masked, merge, nothing
+from moe_embed_jax.search.selection import Best, empty_top_k, masked, merge
 
 QUERY_BLOCK = 1024
 BLOCK = 8192  # documents scored at once on a device
@@ -215,13 +215,13 @@ def _search_shard(query_BD, document_nD, first, count, *, k, block, recall, axes
             score_Bk, at_Bk = jax.lax.approx_max_k(score_Bn, min(k, block), recall_target=recall)
         return merge([best, (score_Bk, first + start + at_Bk)], best[0].shape[1])
 
-    best = jax.lax.pcast(nothing(len(query_BD), min(k, n)), axes, to="varying")
+    best = jax.lax.pcast(empty_top_k(len(query_BD), min(k, n)), axes, to="varying")
     return jax.lax.fori_loop(0, (valid + block - 1) // block, visit, best)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "k", "mesh"))
 def _start(rows: int, k: int, mesh) -> Best:
-    return jax.lax.with_sharding_constraint(nothing(rows, k), replicated(mesh))
+    return jax.lax.with_sharding_constraint(empty_top_k(rows, k), replicated(mesh))
 
 
 def _rows(mesh) -> PartitionSpec:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 Best = tuple[jax.Array, jax.Array]  # scores [B, k] float32, descending, and indices [B, k] int32
 
 
-def nothing(B: int, k: int) -> Best:
+def empty_top_k(B: int, k: int) -> Best:
     """No document yet: score -inf, index -1."""
     return jnp.full((B, k), -jnp.inf, jnp.float32), jnp.full((B, k), -1, jnp.int32)
 

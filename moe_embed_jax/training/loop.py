@@ -70,7 +70,7 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         "owner", lambda: on_exit.enter_context(own(workdir, inside=True)) if is_writer else None
     )
     process_0_first(
-        "claim", lambda: workdir_module.check_or_create(workdir, config, write=is_writer)
+        "work directory", lambda: workdir_module.check_or_create(workdir, config, write=is_writer)
     )
     run = STAGES[config.objective].open(config, workdir, mesh, is_writer)
     stage = run.stage

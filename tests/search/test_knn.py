@@ -154,7 +154,7 @@ def test_recall_is_approximate_on_tpus_only():
     np.testing.assert_array_equal(found[0], oracle(query_BD, document_ND, 9)[0])
     jaxpr = str(
         jax.make_jaxpr(lambda *x: knn.search(*x, 256, 0.9, knn.single_device_mesh()))(
-            query_BD, document_ND[:256], 0, 2000, knn.nothing(20, 9)
+            query_BD, document_ND[:256], 0, 2000, knn.empty_top_k(20, 9)
         )
     )
     assert "approx_top_k" in jaxpr and "recall_target=0.9" in jaxpr
