@@ -3,7 +3,7 @@
     python launch/convert.py import  --source=FOLDER --target=DIR
     python launch/convert.py export  --source=DIR --target=FOLDER
     python launch/convert.py upcycle --source=DIR --target=DIR --mode=paper|preserving
-    python launch/convert.py merge   --source=A --source=B@STEP --target=DIR --method=average|slerp
+    python launch/convert.py merge --source=A --source=B@STEP --target=DIR --method=average|slerp
     python launch/convert.py push --source=FOLDER --target=OWNER/NAME [--private]
 
 import: a published checkpoint (safetensors; nomic-embed-text-v2-moe, BERT, XLM-RoBERTa) becomes a
