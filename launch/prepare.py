@@ -4,7 +4,7 @@
         [--max_bad_share=0.01] [--rows_per_shard=65536] [options of Beam]
 
 sources.json names the raw files and their formats (pairs, triplets, FlagEmbedding, mC4, CC-News,
-MIRACL, BEIR; in JSON, Parquet or Arrow), see docs/curation.md. Bad rows go to
+MIRACL, BEIR, scored sets; in JSON, Parquet or Arrow), see docs/curation.md. Bad rows go to
 OUTPUT/quarantine/<source>.jsonl. The same command continues an interrupted preparation.
 --vocabulary counts tokens with that SentencePiece model or tokenizer.json. Every other flag goes to
 Apache Beam: on this machine --direct_num_workers=8 --direct_running_mode=multi_processing, in the

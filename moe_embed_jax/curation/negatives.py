@@ -174,6 +174,7 @@ class NegativeMining(Curation):
     def judge(self, unit: Unit) -> Judged:
         texts = read_texts(self.pairs, unit.start, unit.stop)
         mined = mine_group(unit.folder, texts, self.embedding, self.rule, self.mesh)
+        own_P = own_scores(unit.folder, texts, self.embedding)
         found_Q = (mined.document_QN >= 0).sum(axis=1)
         counts = {
             "pairs": len(unit),
@@ -186,21 +187,39 @@ class NegativeMining(Curation):
         }
         return Judged(
             np.ones(len(unit), bool),
-            _rows_with_negatives(self.pairs, unit.start, unit.stop, texts, mined),
+            _rows_with_negatives(self.pairs, unit.start, unit.stop, texts, mined, own_P),
             {name: int(count) for name, count in counts.items()},
             _examples(texts, mined),
         )
 
 
+def own_scores(folder: Path, texts: PairTexts, embedding: Embedding) -> np.ndarray:
+    """float32 [P]: the teacher's score of each pair."""
+    queries, documents = embedding.embed(folder, texts)
+    own_P = np.zeros(len(texts.queries.row), np.float32)
+    by_query = np.argsort(texts.queries.row, kind="stable")
+    for begin in range(0, len(queries), QUERIES_AT_ONCE):
+        query_ND = queries[begin : begin + QUERIES_AT_ONCE].astype(np.float32, copy=False)
+        ends = np.searchsorted(texts.queries.row[by_query], [begin, begin + QUERIES_AT_ONCE])
+        pairs = by_query[slice(*ends)]
+        own_P[pairs] = pair_scores(
+            query_ND, documents, texts.queries.row[pairs] - begin, texts.documents.row[pairs]
+        )
+    return own_P
+
+
 def _rows_with_negatives(
-    pairs: PairFolder, start: int, stop: int, texts: PairTexts, mined: Mined
+    pairs: PairFolder, start: int, stop: int, texts: PairTexts, mined: Mined, own_P: np.ndarray
 ) -> Iterator[PairRow]:
     for begin in range(start, stop, READ_AT_ONCE):
         rows = range(begin, min(begin + READ_AT_ONCE, stop))
         for number, row in zip(rows, pairs.read(rows), strict=True):
             chosen = mined.document_QN[texts.queries.row[number - start]]
             negatives = tuple(texts.documents.texts[i] for i in chosen[chosen >= 0])
-            yield row._replace(negatives=negatives)
+            scores = mined.score_QN[texts.queries.row[number - start]][chosen >= 0]
+            yield row._replace(
+                negatives=negatives, scores=(float(own_P[number - start]), *scores.tolist())
+            )
 
 
 def _examples(texts: PairTexts, mined: Mined) -> list[Example]:

@@ -13,7 +13,7 @@ from moe_embed_jax.data.document_rows import RowTable
 from moe_embed_jax.data.masking import Masking
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.data.schedule import Group, Schedule
-from moe_embed_jax.data.teacher_vectors import TeacherVectors
+from moe_embed_jax.data.teaching import Teaching
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC, local_device_positions
@@ -29,7 +29,7 @@ PREFETCH = 2  # batches prepared ahead of the device
 ROWS = {"spec": ROWS_SPEC, "dtype": np.int32}
 BATCH = {"spec": BATCH_SPEC, "dtype": np.int32}
 MASK = {"spec": BATCH_SPEC, "dtype": bool}
-VECTORS = {"spec": BATCH_SPEC, "dtype": np.float32}
+FLOATS = {"spec": BATCH_SPEC, "dtype": np.float32}
 
 
 @jax.tree_util.register_dataclass
@@ -58,13 +58,16 @@ class PairBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TaughtPairBatch(PairBatch):
-    """A batch with the vectors of a teacher, for distillation.
+    """A batch with what a teacher says, for distillation.
 
-    teacher_query_BW, teacher_document_BW: of the queries and of their own documents.
+    teacher_query_BW, teacher_document_BW: its vectors of the queries and of their own documents;
+      [B, 0] where they are not learned.
+    teacher_score_BM: its scores of the documents, NaN where one is not known; [B, 0] likewise.
     """
 
-    teacher_query_BW: jax.Array = dataclasses.field(metadata=VECTORS)
-    teacher_document_BW: jax.Array = dataclasses.field(metadata=VECTORS)
+    teacher_query_BW: jax.Array = dataclasses.field(metadata=FLOATS)
+    teacher_document_BW: jax.Array = dataclasses.field(metadata=FLOATS)
+    teacher_score_BM: jax.Array = dataclasses.field(metadata=FLOATS)
 
 
 @jax.tree_util.register_dataclass
@@ -206,17 +209,17 @@ class PairBatches(Batches):
         chunk_rows: int = 0,
         negatives: int = 0,
         row_buckets: int = 0,
-        teacher: TeacherVectors | None = None,
+        teaching: Teaching | None = None,
     ):
         """
         Args:
           chunk_rows: as of `Batches`.
           negatives: hard negatives of a pair (N), at most: the first of those it has.
           row_buckets: the most row counts; 0: as `most_buckets` says.
-          teacher: its vectors come with the batches, which are then `TaughtPairBatch`es.
+          teaching: comes with the batches, which are then `TaughtPairBatch`es.
         """
         super().__init__(schedule, mesh, chunk_rows)
-        self.negatives, self.teacher = negatives, teacher
+        self.negatives, self.teaching = negatives, teaching
         used = [store.lengths, store.negative_lengths] if negatives else [store.lengths]
         longest = max(int(lengths.max(initial=0)) for lengths in used)
         if longest > row_length:
@@ -309,12 +312,14 @@ class PairBatches(Batches):
             document_id_BM2=document_id_BM2,
             valid_BM=np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
         )
-        if self.teacher is None:
+        if self.teaching is None:
             return batch
+        teacher_query_BW, teacher_document_BW = self.teaching.vectors(own_rows)
         return TaughtPairBatch(
             **vars(batch),
-            teacher_query_BW=self.teacher.queries(own_rows),
-            teacher_document_BW=self.teacher.documents(own_rows),
+            teacher_query_BW=teacher_query_BW,
+            teacher_document_BW=teacher_document_BW,
+            teacher_score_BM=self.teaching.scores(own_rows, mask_BN, places),
         )
 
 

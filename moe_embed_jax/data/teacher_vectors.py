@@ -94,11 +94,17 @@ class TeacherVectors:
 
     Attributes:
       width (W): of the vectors.
+      has_negative: bool [J], which hard negatives of the store have a vector.
       content_hash: stands for teacher, texts and vectors.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, cache: str | os.PathLike, content_ids, used: np.ndarray
+        self,
+        folder: str | os.PathLike,
+        cache: str | os.PathLike,
+        content_ids: np.ndarray,
+        used: np.ndarray,
+        negative_ids: np.ndarray,
     ):
         """
         Args:
@@ -107,6 +113,7 @@ class TeacherVectors:
             there.
           content_ids: int32 [rows, 2, 2], of the token store.
           used: bool [rows], the rows that are trained on.
+          negative_ids: int32 [J, 2], of the token store.
 
         Raises:
           UserError: no vectors, not all of them, damaged ones, or those of other pairs.
@@ -124,6 +131,7 @@ class TeacherVectors:
         about = [unit.about for unit in units]
         self.content_hash = canonical_hash({"units": about})
         self._rows = self._find_rows(units, content_ids, used)
+        self._negatives, self.has_negative = self._find(units, "documents", negative_ids)
         self._copy = self._copied(units, cache)
         count = sum(len(store) for unit in units for store in unit.stores.values())
         try:
@@ -145,6 +153,11 @@ class TeacherVectors:
         """float32 [n, W]: of the own documents of these rows of the token store."""
         return self._at(self._rows["documents"][rows])
 
+    def negatives(self, places: np.ndarray) -> np.ndarray:
+        """float32 [n, W]: of these hard negatives of the token store; NaN where there is none."""
+        vectors_NW = self._at(self._negatives[places])
+        return np.where(self.has_negative[places][:, None], vectors_NW, np.nan)
+
     def _at(self, places: np.ndarray) -> np.ndarray:
         vectors_NW = np.ascontiguousarray(self._vectors[places])
         for place, vector_W in zip(places.tolist(), vectors_NW, strict=True):
@@ -159,27 +172,32 @@ class TeacherVectors:
 
     def _find_rows(self, units: list["_Unit"], content_ids, used) -> dict[str, np.ndarray]:
         """{side: int64 [rows], the place of each text's vector in the copy}."""
-        start, tables = 0, {name: [] for name in SIDES}
-        for unit in units:
-            for name, store in unit.stores.items():
-                key, row = unit.index[name]
-                tables[name].append((key, row + start))
-                start += len(store)
         rows = {}
         for column, name in enumerate(SIDES):
-            key, place = (np.concatenate(parts) for parts in zip(*tables[name], strict=True))
-            key, first = np.unique(key, return_index=True)
-            wanted = _keys(content_ids[:, column])
-            at = np.minimum(np.searchsorted(key, wanted), max(len(key) - 1, 0))
-            missing = used & (key[at] != wanted) if len(key) else used
+            rows[name], found = self._find(units, name, content_ids[:, column])
+            missing = used & ~found
             if missing.any():
                 raise UserError(
                     f"data.teacher={self.folder} has no vector of {missing.sum():,} of the "
                     f"{used.sum():,} {name} (the first is that of row {missing.argmax()} of the "
                     f"token store): give {MADE_BY}, made of the pairs that are trained on"
                 )
-            rows[name] = place[first][at]
         return rows
+
+    def _find(self, units: list["_Unit"], side: str, content_ids) -> tuple[np.ndarray, np.ndarray]:
+        """(the place of each text's vector in the copy, or 0; whether there is one)."""
+        start, keys, places = 0, [], []
+        for unit in units:
+            for name, store in unit.stores.items():
+                if name == side:
+                    keys.append(unit.index[name][0])
+                    places.append(unit.index[name][1] + start)
+                start += len(store)
+        key, first = np.unique(np.concatenate(keys), return_index=True)
+        place, wanted = np.concatenate(places)[first], _keys(content_ids)
+        at = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+        found = key[at] == wanted
+        return np.where(found, place[at], 0), found
 
     def _copied(self, units: list["_Unit"], cache: str | os.PathLike) -> Path:
         cache = storage.path(cache).expanduser()

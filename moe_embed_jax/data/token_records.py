@@ -20,12 +20,14 @@ class Negatives(NamedTuple):
     lengths: int [J] tokens of each text.
     content_ids: int32 [J, 2].
     counts: int [n] texts of each row.
+    scores: float32 [J] of a teacher, NaN where none is known; None: nowhere.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     content_ids: np.ndarray
     counts: np.ndarray
+    scores: np.ndarray | None = None
 
     def of_rows(self, keep: np.ndarray) -> "Negatives":
         """Those of the rows that the mask `keep` [n] chooses."""
@@ -40,7 +42,8 @@ class Negatives(NamedTuple):
 
     def _texts(self, keep: np.ndarray, counts: np.ndarray) -> "Negatives":
         tokens = self.tokens[np.repeat(keep, self.lengths)]
-        return Negatives(tokens, self.lengths[keep], self.content_ids[keep], counts)
+        scores = None if self.scores is None else self.scores[keep]
+        return Negatives(tokens, self.lengths[keep], self.content_ids[keep], counts, scores)
 
 
 def no_negatives(rows: int) -> Negatives:

@@ -15,6 +15,11 @@ and where rows have hard negatives, J in all, those of the first row first:
     negative_lengths.npy   int32 [J]
     negative_ids.npy       int32 [J, 2]     content hashes
 
+and where some of them have scores of a teacher (NaN where one is not known):
+
+    document_scores.npy    float32 [rows]
+    negative_scores.npy    float32 [J]
+
 Records: `token_records`.
 """
 
@@ -45,6 +50,7 @@ from moe_embed_jax.new_folder import FolderWriter
 SPEC = "spec.json"
 INDEX = ("lengths", "content_ids")
 NEGATIVE_INDEX = {"negative_starts": "<i8", "negative_lengths": "<i4", "negative_ids": "<i4"}
+SCORE_INDEX = ("document_scores", "negative_scores")  # "<f4"
 ROWS_PER_SHARD = 65536
 # 16 records per compressed chunk halve the size of one; a random batch of 256 takes 3 ms.
 WRITER_OPTIONS = "group_size:16"
@@ -80,6 +86,7 @@ class TokenStoreWriter(FolderWriter):
         self._lengths: list[np.ndarray] = []
         self._content_ids: list[np.ndarray] = []
         self._negatives: list[Negatives] = []
+        self._document_scores: list[np.ndarray] = []
         self._records_sha256 = hashlib.sha256()
         self._shards: list[Path] = []
 
@@ -112,6 +119,7 @@ class TokenStoreWriter(FolderWriter):
         lengths: np.ndarray,
         content_ids: np.ndarray,
         negatives: Negatives | None = None,
+        document_scores: np.ndarray | None = None,
     ) -> None:
         """Appends n rows, the same as n calls of `write` and much faster.
 
@@ -120,6 +128,7 @@ class TokenStoreWriter(FolderWriter):
           lengths: [n, 2] how many tokens belong to each text.
           content_ids: int32 [n, 2, 2].
           negatives: of these rows; None: they have none.
+          document_scores: float32 [n] of a teacher, NaN where none is known; None: nowhere.
         """
         if not self._groups:
             raise RuntimeError("call start_group before write")
@@ -133,7 +142,10 @@ class TokenStoreWriter(FolderWriter):
             self.rows += 1
         self._lengths.append(lengths.astype(np.int32))
         self._content_ids.append(content_ids.astype(np.int32))
-        self._negatives.append(negatives._replace(tokens=np.zeros(0, np.int32)))
+        unknown = [np.full(n, np.nan, np.float32) for n in (len(lengths), len(negatives.lengths))]
+        scores = unknown[1] if negatives.scores is None else negatives.scores
+        self._negatives.append(negatives._replace(tokens=np.zeros(0, np.int32), scores=scores))
+        self._document_scores.append(unknown[0] if document_scores is None else document_scores)
 
     def write_json(self, name: str, value: dict) -> None:
         """Stores `value` beside the data; it is no part of the spec or its hash."""
@@ -189,6 +201,12 @@ class TokenStoreWriter(FolderWriter):
             values = (starts, negative_lengths, negative_ids)
             for (name, dtype), value in zip(NEGATIVE_INDEX.items(), values, strict=True):
                 arrays[name] = value.astype(dtype)
+        scores = [
+            np.concatenate(parts).astype("<f4")
+            for parts in (self._document_scores, [n.scores for n in self._negatives])
+        ]
+        if any(np.isfinite(array).any() for array in scores):
+            arrays |= dict(zip(SCORE_INDEX, scores, strict=True))
         return arrays
 
 
@@ -204,6 +222,7 @@ class TokenStore:
       negative_starts: int64 [rows + 1]: row i has the hard negatives starts[i]..starts[i + 1] - 1.
       negative_lengths: int32 [J] tokens of every hard negative.
       negative_ids: int32 [J, 2] content ids of the same.
+      document_scores, negative_scores: float32 [rows], [J] of a teacher, NaN where none is known.
     """
 
     def __init__(self, folder: Path, spec: dict, arrays: dict[str, np.ndarray]):
@@ -220,6 +239,12 @@ class TokenStore:
         self.negative_starts, self.negative_lengths, self.negative_ids = (
             arrays.get(name, empty) for name, empty in zip(NEGATIVE_INDEX, none, strict=True)
         )
+        self.document_scores, self.negative_scores = (
+            arrays.get(name, np.full(count, np.nan, np.float32))
+            for name, count in zip(
+                SCORE_INDEX, (len(self), len(self.negative_lengths)), strict=True
+            )
+        )
         self._paths = [folder / _shard_name(i, spec["shards"]) for i in range(spec["shards"])]
         self._readers: dict[int, ArrayRecordReader] = {}
         # A reader is not documented to be safe for concurrent calls; prefetching makes them.
@@ -235,7 +260,8 @@ class TokenStore:
         folder = storage.path(folder)
         spec = read_spec(folder)
         arrays = {}
-        names = [name for name in (*INDEX, *NEGATIVE_INDEX) if name in spec["content"]]
+        known = (*INDEX, *NEGATIVE_INDEX, *SCORE_INDEX)
+        names = [name for name in known if name in spec["content"]]
         for name in names:
             path = folder / f"{name}.npy"
             try:
@@ -375,5 +401,5 @@ def _shard_name(index: int, shards: int) -> str:
 
 
 def _array_hash(array: np.ndarray) -> str:
-    dtype = "<i8" if array.dtype == np.int64 else "<i4"
+    dtype = {"i8": "<i8", "f4": "<f4"}.get(array.dtype.str[1:], "<i4")
     return hashlib.sha256(np.ascontiguousarray(array, dtype=dtype).tobytes()).hexdigest()

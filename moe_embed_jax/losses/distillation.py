@@ -1,7 +1,7 @@
-"""What a student learns from a teacher: its vectors should say what the teacher's say.
+"""What a student learns from a teacher: its vectors, and how it ranks a query's documents.
 
-The teacher is not run here. Its vectors of the batch's texts come with the batch, so it may have
-another tokenizer, width and framework.
+The teacher is not run here. Its vectors and scores come with the batch, so it may have another
+tokenizer, width and framework.
 """
 
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from moe_embed_jax.losses.contrast import unit
 from moe_embed_jax.losses.distillation_config import DistillationConfig
+
+NOTHING = -1e30  # a logit whose probability is 0, also among others like it
 
 
 def initial_projection(key: jax.Array, width: int, teacher_width: int) -> jax.Array:
@@ -46,5 +48,51 @@ def vector_loss(
             student_XW = jnp.matmul(text_XD[:, :width], projection_DW[:width], precision="highest")
             target_XW = teacher_XW
         return 1 - jnp.mean(jnp.sum(unit(student_XW) * unit(target_XW), axis=-1))
+
+    return sum(weight * of_width(width) for width, weight in widths)
+
+
+def score_loss(
+    config: DistillationConfig,
+    widths: list[tuple[int, float]],
+    scale: jax.Array,
+    query_BD: jax.Array,
+    document_BMD: jax.Array,
+    valid_BM: jax.Array,
+    teacher_score_BM: jax.Array,
+) -> jax.Array:
+    """Divergence of the student's from the teacher's distribution over each query's documents.
+
+    With the teacher's probabilities p (softmax of its scores over `teacher_temperature`) and the
+    student's r (softmax of `scale` times its cosines) it is the sum of p log(p / r) in nats, the
+    mean over the queries with two or more scored documents: KL(p, r) of Hinton et al.
+    (arXiv 1503.02531), over a list of documents as in RocketQAv2 (arXiv 2110.07367).
+
+    Args:
+      widths: (Matryoshka width, weight); the result is the weighted sum over widths.
+      scale: 1 / temperature, float32 scalar.
+      query_BD, document_BMD: pooled vectors of any length; the own document, then hard negatives.
+      valid_BM: which documents are there.
+      teacher_score_BM: NaN where none is known; such a document is not compared.
+
+    Returns: float32 scalar, with a gradient to the vectors and `scale`.
+    """
+    known_BM = valid_BM & jnp.isfinite(teacher_score_BM)
+    teacher_BM = jnp.where(known_BM, teacher_score_BM / config.teacher_temperature, NOTHING)
+    log_p_BM = jax.nn.log_softmax(teacher_BM, axis=1)
+    p_BM = jnp.where(known_BM, jnp.exp(log_p_BM), 0.0)
+    query_BD = query_BD.astype(jnp.float32)
+    # What stands in an empty slot is never read, in either direction.
+    document_BMD = jnp.where(known_BM[..., None], document_BMD.astype(jnp.float32), 0.0)
+    counts_B = jnp.sum(known_BM, axis=1) >= 2
+
+    def of_width(width: int) -> jax.Array:
+        q_BD, d_BMD = unit(query_BD[:, :width]), unit(document_BMD[..., :width])
+        student_BM = scale * jnp.einsum("BD,BMD->BM", q_BD, d_BMD, precision="highest")
+        log_r_BM = jax.nn.log_softmax(jnp.where(known_BM, student_BM, NOTHING), axis=1)
+        # 0 log 0 is 0: a document that the teacher rules out costs nothing.
+        parts_BM = jnp.where(p_BM > 0, p_BM * (log_p_BM - log_r_BM), 0.0)
+        total = jnp.sum(jnp.where(counts_B, jnp.sum(parts_BM, axis=1), 0.0))
+        return total / jnp.maximum(jnp.sum(counts_B), 1)
 
     return sum(weight * of_width(width) for width, weight in widths)

@@ -2,6 +2,7 @@
 
 {"format", "rows", "languages", "groups": [{"source", "language", "start", "stop", sums}],
  "shards": [{"file", "lengths", "rows", "bytes", "sha256", "lengths_sha256"}],
+     and "scored", of shards with rows that have scores: how many; "format" is then 2
  "about": where the pairs come from, "content_hash",
  "metadata": {file of TFDS: its SHA-256}, "hash": of all the others}
 """
@@ -15,7 +16,7 @@ from moe_embed_jax.hashes import canonical_hash
 from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.safe_names import check_name, path_inside
 
-FORMAT = 1
+FORMAT, SCORED_FORMAT = 1, 2
 MANIFEST = "manifest.json"
 NAME = "pairs"
 SPLIT = "train"
@@ -39,7 +40,12 @@ def content_hash(groups: list[dict], shards: list[dict]) -> str:
     """SHA-256 that stands for every row and its place."""
     ranges = [[g["source"], g["language"], g["start"], g["stop"]] for g in groups]
     files = [[shard["rows"], shard["sha256"]] for shard in shards]
-    return canonical_hash({"format": FORMAT, "groups": ranges, "shards": files})
+    return canonical_hash({"format": format_of(shards), "groups": ranges, "shards": files})
+
+
+def format_of(shards: list[dict]) -> int:
+    """The format of a folder with these shards: earlier versions do not read scores."""
+    return SCORED_FORMAT if any(shard.get("scored") for shard in shards) else FORMAT
 
 
 def read_manifest(folder: Path) -> dict:
@@ -58,9 +64,12 @@ def read_manifest(folder: Path) -> dict:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in (FORMAT, SCORED_FORMAT):
             found = f"{manifest.get('format')!r:.40}"
-            raise UserError(f"{path} has format {found}, this version reads {FORMAT}: {remedy}")
+            raise UserError(
+                f"{path} has format {found}, this version reads {FORMAT} and {SCORED_FORMAT}: "
+                f"{remedy}"
+            )
         actual = content_hash(manifest["groups"], manifest["shards"])
         claimed = manifest["content_hash"]
         _check(manifest, folder)
@@ -98,6 +107,7 @@ def _check(manifest: dict, folder: Path) -> None:
             if not isinstance(shard[key], str):
                 raise ValueError(f"shards[{number}].{key} is no text")
         shard_rows += _count(shard["rows"])
+        _count(shard.get("scored", 0))
     if not rows == shard_rows == _count(manifest["rows"]):
         raise ValueError(
             f"groups have {rows} rows, shards {shard_rows}: {manifest['rows']} claimed"
@@ -156,7 +166,7 @@ def make_manifest(shards: Iterable[dict], groups: Iterable[dict], about: dict) -
         for (name, lengths), shard in zip(names, shards, strict=True)
     ]
     return {
-        "format": FORMAT,
+        "format": format_of(entries),
         "rows": rows,
         "languages": sorted({group["language"] for group in groups}),
         "groups": groups,

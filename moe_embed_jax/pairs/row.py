@@ -14,7 +14,7 @@ TEXTS = ("query", "document", "source", "language")
 
 
 def _example_class():
-    """`tf.train.Example` with features of bytes (tensorflow/core/example/feature.proto)."""
+    """`tf.train.Example` with features of bytes and floats (tensorflow's feature.proto)."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="pairs.proto", package="pairs", syntax="proto3")
 
@@ -29,7 +29,13 @@ def _example_class():
     one, many = field.LABEL_OPTIONAL, field.LABEL_REPEATED
     text, data, nested = field.TYPE_STRING, field.TYPE_BYTES, field.TYPE_MESSAGE
     message(file.message_type, "BytesList", (1, many, data, "value", None))
-    message(file.message_type, "Feature", (1, one, nested, "bytes_list", ".pairs.BytesList"))
+    message(file.message_type, "FloatList", (1, many, field.TYPE_FLOAT, "value", None))
+    message(
+        file.message_type,
+        "Feature",
+        (1, one, nested, "bytes_list", ".pairs.BytesList"),
+        (2, one, nested, "float_list", ".pairs.FloatList"),
+    )
     features = message(
         file.message_type, "Features", (1, many, nested, "feature", ".pairs.Features.FeatureEntry")
     )
@@ -50,13 +56,18 @@ _Example = _example_class()
 
 
 class PairRow(NamedTuple):
-    """One pair with its hard negatives; `language` is that of the document."""
+    """One pair with its hard negatives; `language` is that of the document.
+
+    scores: a teacher's scores (float32) of the document and of each negative, NaN where one is not
+      known; () where none is.
+    """
 
     query: str
     document: str
     negatives: tuple[str, ...]
     source: str
     language: str
+    scores: tuple[float, ...] = ()
 
 
 def encode_pair(row: PairRow) -> bytes:
@@ -71,6 +82,8 @@ def encode_pair(row: PairRow) -> bytes:
         feature = example.features.feature[name]
         feature.bytes_list.value.extend(text.encode("utf-8") for text in texts)
         feature.bytes_list.SetInParent()  # an empty list is there, too
+    if row.scores:
+        example.features.feature["scores"].float_list.value.extend(row.scores)
     return example.SerializeToString(deterministic=True)
 
 
@@ -79,9 +92,13 @@ def decode_pair(record: bytes) -> PairRow:
     try:
         feature = _Example.FromString(record).features.feature
         negatives = feature["negatives"].bytes_list.value
+        scores = tuple(feature["scores"].float_list.value)
+        if scores and len(scores) != 1 + len(negatives):
+            raise ValueError(f"{len(scores)} scores of {1 + len(negatives)} documents")
         return PairRow(
             **{name: feature[name].bytes_list.value[0].decode("utf-8") for name in TEXTS},
             negatives=tuple(value.decode("utf-8") for value in negatives),
+            scores=scores,
         )
     except (DecodeError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error

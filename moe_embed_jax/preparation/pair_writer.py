@@ -26,7 +26,6 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import file_hash
 from moe_embed_jax.new_folder import FolderWriter
 from moe_embed_jax.pairs.manifest import (
-    FORMAT,
     LENGTHS,
     MANIFEST,
     NAME,
@@ -99,6 +98,11 @@ class PairWriter(FolderWriter):
                 raise RuntimeError(f"row {self.rows}: group {key} was left before; sort the rows")
             self._groups[key] = empty_group(*key, self.rows)
             self._current = key
+        if row.scores and len(row.scores) != 1 + len(row.negatives):
+            raise UserError(
+                f"row {self.rows} of {row.source}/{row.language}: {len(row.scores)} scores of "
+                f"{1 + len(row.negatives)} documents"
+            )
         if not (row.document and all(row.negatives)):  # a text alone has no query
             raise UserError(f"row {self.rows} of {row.source}/{row.language}: a text is empty")
         if self._writer is None:
@@ -140,7 +144,7 @@ class ShardWriter:
         self.path = path
         self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
         self._lengths: list[tuple[int, int, int]] = []
-        self._bytes = 0
+        self._bytes = self._scored = 0
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -150,6 +154,7 @@ class ShardWriter:
         self._writer.write(record)
         self._lengths.append((len(row.query), len(row.document), len(row.negatives)))
         self._bytes += len(record)
+        self._scored += bool(row.scores)
 
     def close(self) -> None:
         """Ends the file without its entry (after an error)."""
@@ -166,12 +171,16 @@ class ShardWriter:
             "bytes": self._bytes,
             "sha256": file_hash(self.path),
             "lengths_sha256": file_hash(lengths_path),
+            **({"scored": self._scored} if self._scored else {}),
         }
 
 
 def write_tfds_metadata(folder: Path, manifest: dict) -> dict:
     """Writes dataset_info.json and features.json of TFDS for the shards of `manifest`; returns the
-    manifest with their hashes."""
+    manifest with their hashes.
+
+    Scores are left out: TFDS wants them in every row, and only some have them.
+    """
     text = tfds.features.Text
     features = {**{name: text() for name in TEXTS}, "negatives": tfds.features.Sequence(text())}
     template = tfds.core.ShardedFileTemplate(
@@ -190,7 +199,7 @@ def write_tfds_metadata(folder: Path, manifest: dict) -> dict:
     info = tfds.core.DatasetInfo(
         builder=tfds.core.dataset_info.DatasetIdentity(
             name=NAME,
-            version=tfds.core.Version(f"{FORMAT}.0.0"),
+            version=tfds.core.Version(f"{manifest['format']}.0.0"),
             data_dir=str(folder),
             module_name=__name__,
         ),

@@ -118,12 +118,16 @@ class PairSource(seqio.FunctionDataSource):
 
 
 class FolderSource(PairSource):
-    """The rows of one source of a prepared folder: as `PairSource`, and `negatives`, ragged.
+    """The rows of one source of a prepared folder: as `PairSource`, and `negatives` and `scores`,
+    ragged.
 
     Its only split is "train".
     """
 
-    _features = _TEXTS | {"negatives": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64)}
+    _features = _TEXTS | {
+        "negatives": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
+        "scores": tf.io.RaggedFeature(tf.float32, row_splits_dtype=tf.int64),
+    }
 
     def __init__(self, folder: PairFolder, source: str):
         groups = {
@@ -132,8 +136,11 @@ class FolderSource(PairSource):
         self._open({"train": folder.data_source}, {"train": groups})
 
     def _signature(self) -> dict[str, tf.TypeSpec]:
-        negatives = tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)
-        return {**super()._signature(), "negatives": negatives}
+        more = {
+            name: tf.RaggedTensorSpec([None, None], dtype, ragged_rank=1)
+            for name, dtype in (("negatives", tf.string), ("scores", tf.float32))
+        }
+        return {**super()._signature(), **more}
 
 
 # ---- Preprocessors: datasets of rows or of batches of rows in, the same out ----------------------

@@ -211,7 +211,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
     title = f"tokenise {task.name}"
     with tqdm.tqdm(total=len(expected), desc=title, unit=" pairs", mininterval=0.5) as bar:
         for batch in tasks.read_tokens(task, "train"):
-            rows, ids, lengths, content, negatives = _arrays(batch)
+            rows, ids, lengths, content, negatives, scores = _arrays(batch)
             if negatives is not None:
                 negatives = negatives.longer_than(empty[1])
             if not np.array_equal(rows, expected[position : position + len(rows)]):
@@ -225,7 +225,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
                 chosen = keep & (group_of_row == group)
                 tokens = [ids[i][np.repeat(chosen, lengths[:, i])] for i in range(lengths.shape[1])]
                 own = None if negatives is None else negatives.of_rows(chosen)
-                writer.write_batch(tokens, lengths[chosen], content[chosen], own)
+                writer.write_batch(tokens, lengths[chosen], content[chosen], own, scores[chosen])
                 if own is not None:
                     hard["texts"] += len(own.lengths)
                     hard["tokens"] += int(own.lengths.sum())
@@ -245,23 +245,38 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
 
 def _arrays(
     batch: Mapping,
-) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray, Negatives | None]:
-    """Row numbers [n], tokens (query, document), lengths [n, 2], content ids [n, 2, 2], and hard
-    negatives where the source has them."""
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, np.ndarray, Negatives | None, np.ndarray]:
+    """Row numbers [n], tokens (query, document), lengths [n, 2], content ids [n, 2, 2], hard
+    negatives where the source has them, and the documents' scores [n], NaN where there is none."""
     names = ("query", "document")
     ids = [batch[name].flat_values.numpy() for name in names]
     lengths = np.stack([np.diff(batch[name].row_splits.numpy()) for name in names], axis=1)
     content = np.stack([content_ids(batch[f"{name}_text"].numpy()) for name in names], axis=1)
-    negatives = None
+    negatives, document_scores = None, np.full(len(lengths), np.nan, np.float32)
     if "negatives" in batch:
         tokens, texts = batch["negatives"], batch["negatives_text"]
+        counts = np.diff(texts.row_splits.numpy())
+        document_scores, negative_scores = _scores(batch["scores"], counts)
         negatives = Negatives(
             tokens.flat_values.numpy(),
             np.diff(tokens.values.row_splits.numpy()),
             content_ids(texts.flat_values.numpy()),
-            np.diff(texts.row_splits.numpy()),
+            counts,
+            negative_scores,
         )
-    return batch["row"].numpy(), ids, lengths, content, negatives
+    return batch["row"].numpy(), ids, lengths, content, negatives, document_scores
+
+
+def _scores(scores, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 [n] of the documents, [J] of their negatives) of ragged `scores`, whose rows have
+    one for the document and each of its `counts` negatives, or none."""
+    values, starts = scores.flat_values.numpy(), scores.row_splits.numpy()[:-1]
+    is_scored = scores.row_lengths().numpy() > 0
+    document = np.full(len(counts), np.nan, np.float32)
+    document[is_scored] = values[starts[is_scored]]
+    negative = np.full(counts.sum(), np.nan, np.float32)
+    negative[np.repeat(is_scored, counts)] = np.delete(values, starts[is_scored])
+    return document, negative
 
 
 def _count_dropped(dropped: dict[str, dict], language: str, rows: np.ndarray) -> None:

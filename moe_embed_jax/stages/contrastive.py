@@ -14,8 +14,13 @@ from moe_embed_jax.data.buckets import in_chunks
 from moe_embed_jax.data.schedule import group_weights
 from moe_embed_jax.data.teacher_vectors import width_of
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.losses.contrast import clip_log_scale, describe_negatives, initial_log_scale
-from moe_embed_jax.losses.distillation import initial_projection, vector_loss
+from moe_embed_jax.losses.contrast import (
+    clip_log_scale,
+    describe_negatives,
+    initial_log_scale,
+    score_scale,
+)
+from moe_embed_jax.losses.distillation import initial_projection, score_loss, vector_loss
 from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import BATCH_SPEC
 from moe_embed_jax.models.encoder import (
@@ -30,8 +35,9 @@ from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.stages.pair_data import (
     describe_hard_negatives,
+    describe_teaching,
     groups_without_negatives,
-    open_teacher,
+    open_teaching,
     pair_batches,
     typical_rows,
 )
@@ -66,7 +72,7 @@ class Contrastive:
 
     @property
     def Batch(self) -> type:
-        return TaughtPairBatch if self.loss.distillation.vectors else PairBatch
+        return TaughtPairBatch if self.loss.distillation.is_on else PairBatch
 
     @property
     def rules(self) -> tuple:
@@ -99,7 +105,7 @@ class Contrastive:
             params.get("log_scale"),
         )
         total, taught = self._with_distillation(
-            contrast.loss, params, batch, query_BD, document_BMD[:, 0]
+            contrast.loss, params, batch, query_BD, document_BMD
         )
         metrics = slot_metrics(batch.text_index_CRL) | {
             "contrastive_loss": contrast.loss,
@@ -114,20 +120,28 @@ class Contrastive:
         balanced = device_statistics if self.loss.balance_over == "device" else statistics
         return add_balance(total, metrics | taught, self.loss.balance, statistics, balanced)
 
-    def _with_distillation(self, contrastive_loss, params, batch, query_BD, document_BD):
-        """(the loss with what is learned from a teacher, its metrics)."""
+    def _with_distillation(self, contrastive_loss, params, batch, query_BD, document_BMD):
+        """(the loss with what is learned from a teacher, metrics of its terms)."""
         distillation = self.loss.distillation
-        if not distillation.vectors:
+        if not distillation.is_on:
             return contrastive_loss, {}
-        taught = vector_loss(
-            distillation,
-            self.loss.widths(self.model.width),
-            jnp.concatenate([query_BD, document_BD]),
-            jnp.concatenate([batch.teacher_query_BW, batch.teacher_document_BW]),
-            params.get("projection"),
-        )
-        loss = distillation.contrast * contrastive_loss + distillation.vectors * taught
-        return loss, {"distillation_vectors": taught}
+        loss, taught = distillation.contrast * contrastive_loss, {}
+        widths = self.loss.widths(self.model.width)
+        if distillation.vectors:
+            taught["distillation_vectors"] = vector_loss(
+                distillation,
+                widths,
+                jnp.concatenate([query_BD, document_BMD[:, 0]]),
+                jnp.concatenate([batch.teacher_query_BW, batch.teacher_document_BW]),
+                params.get("projection"),
+            )
+            loss += distillation.vectors * taught["distillation_vectors"]
+        if distillation.scores:
+            scale = score_scale(self.loss, params.get("log_scale"))
+            texts = query_BD, document_BMD, batch.valid_BM, batch.teacher_score_BM
+            taught["distillation_scores"] = score_loss(distillation, widths, scale, *texts)
+            loss += distillation.scores * taught["distillation_scores"]
+        return loss, taught
 
     @classmethod
     def open(cls, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
@@ -151,7 +165,8 @@ class Contrastive:
             chunks=chunks,
             rows=rows,
             tokens=tokens,
-            batch_shapes=batch_shapes(rows_of_all, pairs, documents, width),
+            batch_shapes=batch_shapes(rows_of_all, pairs, documents)
+            | teaching_shapes(config.loss.distillation, pairs, documents, width),
             model_flops=training_flops_per_token(config.model) * math.prod(rows_of_all),
             work="all token slots",
             note=f"{pairs} pairs in {chunks} chunk(s) of {rows} rows of {data.row_length} slots "
@@ -168,13 +183,17 @@ class Contrastive:
         return [f"data.chunk_rows={chunk_rows}: {cost}"]
 
 
-def batch_shapes(
-    rows_CRL: tuple[int, int, int], pairs: int, documents: int, teacher_width: int = 0
-) -> dict:
-    """Shapes of the fields of a `PairBatch` of `pairs` (B) pairs with M `documents` each; with
-    `teacher_width` (W), of a `TaughtPairBatch`."""
-    teacher = ("teacher_query_BW", "teacher_document_BW") if teacher_width else ()
-    return dict.fromkeys(teacher, (pairs, teacher_width)) | {
+def teaching_shapes(distillation, pairs: int, documents: int, width: int) -> dict:
+    """Shapes of what a `TaughtPairBatch` has more than a `PairBatch`; `width` (W) of a teacher."""
+    if not distillation.is_on:
+        return {}
+    vectors = dict.fromkeys(("teacher_query_BW", "teacher_document_BW"), (pairs, width))
+    return vectors | {"teacher_score_BM": (pairs, documents if distillation.scores else 0)}
+
+
+def batch_shapes(rows_CRL: tuple[int, int, int], pairs: int, documents: int) -> dict:
+    """Shapes of the fields of a `PairBatch` of `pairs` (B) pairs with M `documents` each."""
+    return {
         "token_CRL": rows_CRL,
         "text_index_CRL": rows_CRL,
         "position_CRL": rows_CRL,
@@ -254,14 +273,14 @@ class ContrastiveRun:
         # Not one after the other: every host may copy the data first.
         store, self._vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
         wait_for_all("data of all")
-        self._teacher = open_teacher(store, config)
+        self._teaching = teaching = open_teaching(store, config)
         wait_for_all("teacher of all")
-        width = self._teacher.width if self._teacher else 0
+        width = teaching.width if teaching else 0
         self.stage = Contrastive(config.model, config.loss, config.data.texts_per_row, width)
-        self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id, self._teacher)
+        self.batches = pair_batches(store, config, mesh, self._vocabulary.pad_id, teaching)
         self.data_spec = workdir_module.data_spec(store, config)
-        if self._teacher:
-            self.data_spec["teacher"] = self._teacher.content_hash
+        if teaching and teaching.teacher:
+            self.data_spec["teacher"] = teaching.teacher.content_hash
         groups = self.batches.schedule.groups
         self._constant = groups_without_negatives(
             store, groups, config.batch_size, config.data.negatives
@@ -297,14 +316,8 @@ class ContrastiveRun:
         ]
         if batches.negatives:
             lines.append(f"hard        {describe_hard_negatives(batches)}")
-        if self._teacher:
-            distillation, width = config.loss.distillation, config.model.width
-            lines.append(
-                f"teacher     vectors of {self._teacher.width} dimensions from "
-                f"{self._teacher.folder}, for the student's {width} by {distillation.match}; the "
-                f"loss is {distillation.contrast:g} x contrastive + {distillation.vectors:g} x "
-                "(1 - cosine)"
-            )
+        if self._teaching:
+            lines.append(f"teacher     {describe_teaching(self._teaching, batches, config)}")
         lines.append(describe_schedule(config, self.stage.unit, len(store), flops, self._mesh))
         if self._constant:
             names = ", ".join(group.name for group in self._constant[:5])

@@ -9,27 +9,70 @@ from moe_embed_jax.data.batches import PairBatches
 from moe_embed_jax.data.data_spec import token_store_path
 from moe_embed_jax.data.schedule import Group, Schedule, mixture_groups
 from moe_embed_jax.data.teacher_vectors import TeacherVectors
+from moe_embed_jax.data.teaching import Teaching
 from moe_embed_jax.data.token_store import TokenStore
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.training.run_config import RunConfig
 
 PACKED_SHARE = 0.9  # real tokens among the slots of packed rows, see docs/contrastive_step.md
 
 
-def open_teacher(store: TokenStore, config: RunConfig) -> TeacherVectors | None:
-    """The vectors of `data.teacher` for the rows of `store` that are trained on; None: there are
-    none. They are copied to `data.cache_dir`, or else to `data.dir`."""
-    data = config.data
-    if not data.teacher:
+def open_teaching(store: TokenStore, config: RunConfig) -> Teaching | None:
+    """What `loss.distillation` learns from, for the rows of `store` that are trained on; None:
+    nothing. Vectors are copied to `data.cache_dir`, or else to `data.dir`.
+
+    Raises `UserError` where the vectors or the scores are missing.
+    """
+    data, distillation = config.data, config.loss.distillation
+    if not distillation.is_on:
         return None
     used = np.zeros(len(store), bool)
     for group in mixture_groups(store.groups, data.rates):
         used[group.start : group.stop] = True
-    return TeacherVectors(data.teacher, data.cache_dir or data.dir, store.content_ids, used)
+    teacher = None
+    if distillation.reads_vectors:
+        cache = data.cache_dir or data.dir
+        teacher = TeacherVectors(data.teacher, cache, store.content_ids, used, store.negative_ids)
+    scores_from = distillation.scores_from if distillation.scores else ""
+    teaching = Teaching(store, teacher, bool(distillation.vectors), scores_from)
+    if scores_from and not (used & teaching.scored_rows(data.negatives)).any():
+        where = f"data.pairs={data.pairs} has no scores: make pairs by launch/mine.py, or take "
+        if scores_from == "teacher":
+            where = f"data.teacher={data.teacher} has no vectors of hard negatives: take "
+        raise UserError(
+            f"loss.distillation.scores={distillation.scores:g}: no pair has scores of two of its "
+            f"documents, and {where}loss.distillation.scores_from="
+            f"{'pairs' if scores_from == 'teacher' else 'teacher'!r}"
+        )
+    return teaching
+
+
+def describe_teaching(teaching: Teaching, batches: PairBatches, config: RunConfig) -> str:
+    """What a run learns from a teacher, and how much of it there is."""
+    distillation = config.loss.distillation
+    parts, lines = [f"{distillation.contrast:g} x contrastive"], []
+    if teaching.width:
+        parts.append(f"{distillation.vectors:g} x (1 - cosine)")
+        lines.append(
+            f"vectors of {teaching.width} dimensions for the student's {config.model.width}, by "
+            f"{distillation.match}"
+        )
+    if teaching.has_scores:
+        parts.append(f"{distillation.scores:g} x divergence of scores")
+        scored = teaching.scored_rows(batches.negatives)
+        groups = batches.schedule.groups
+        of_groups = np.concatenate([scored[group.start : group.stop] for group in groups])
+        lines.append(
+            f"scores of {of_groups.sum():,} of {len(of_groups):,} pairs from the "
+            f"{distillation.scores_from}"
+        )
+    where = f", from {teaching.teacher.folder}" if teaching.teacher else ""
+    return f"{'; '.join(lines)}{where}; the loss is {' + '.join(parts)}"
 
 
 def pair_batches(
-    store: TokenStore, config: RunConfig, mesh, pad_id: int, teacher=None
+    store: TokenStore, config: RunConfig, mesh, pad_id: int, teaching: Teaching | None = None
 ) -> PairBatches:
     data = config.data
     groups = mixture_groups(store.groups, data.rates)
@@ -46,7 +89,7 @@ def pair_batches(
         data.chunk_rows,
         data.negatives,
         data.row_buckets,
-        teacher,
+        teaching,
     )
 
 

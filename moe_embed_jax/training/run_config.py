@@ -202,11 +202,23 @@ class RunConfig(Run):
                 "launch/mine.py, or launch/prepare.py from triplets); --config.data.negatives=0 "
                 "uses none"
             )
-        if bool(self.loss.distillation.vectors) != bool(self.data.teacher):
+        distillation, data = self.loss.distillation, self.data
+        if distillation.reads_vectors and not data.teacher:
             raise UserError(
-                f"loss.distillation.vectors={self.loss.distillation.vectors:g} and data.teacher="
-                f"{self.data.teacher!r}: distillation needs both, a weight above 0 and the "
-                "teacher's vectors, the folder OUTPUT.work of launch/filter.py or launch/mine.py"
+                "data.teacher is empty, and loss.distillation learns from vectors: give "
+                "--config.data.teacher=OUTPUT.work, the work folder of launch/filter.py or "
+                "launch/mine.py"
+            )
+        if data.teacher and not distillation.reads_vectors:
+            raise UserError(
+                f"data.teacher={data.teacher}, and loss.distillation reads no vectors: give "
+                "--config.loss.distillation.vectors=10 or another weight, or leave data.teacher out"
+            )
+        if distillation.scores and not data.negatives:
+            raise UserError(
+                f"loss.distillation.scores={distillation.scores:g} and data.negatives=0: a "
+                "teacher's scores are of a query's own document and its hard negatives; give "
+                "data.pairs with hard negatives, and data.negatives"
             )
         if self.batch_size == 1 and not self.data.negatives:
             raise UserError(

@@ -134,7 +134,13 @@ def test_mines_a_folder(tmp_path):
     report = curation.run(tmp_path / "out")
     output = PairFolder(tmp_path / "out")
     rows = output.read(range(len(output)))
-    assert [row._replace(negatives=()) for row in rows] == [r._replace(negatives=()) for r in ROWS]
+    alone = dict(negatives=(), scores=())
+    assert [row._replace(**alone) for row in rows] == [r._replace(**alone) for r in ROWS]
+    encode = StandInTeacher().encode
+    for row in rows:  # the teacher's scores of the document and of each negative, in their order
+        expected = encode([row.document, *row.negatives]) @ encode([row.query])[0]
+        np.testing.assert_allclose(row.scores, expected, rtol=1e-5)
+    assert output.manifest["format"] == 2
     assert rows[0].negatives == rows[12].negatives == rows[13].negatives
     own = {"red apple0 pie", "apple0 tart"}
     assert not own & {normal_form(text) for text in rows[0].negatives}

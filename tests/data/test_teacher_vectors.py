@@ -6,6 +6,7 @@ from helpers.stand_in_teacher import WIDTH, StandInTeacher, pair
 
 from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
 from moe_embed_jax.data.teacher_vectors import INDEX, VECTORS, TeacherVectors, width_of
+from moe_embed_jax.data.teaching import Teaching
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.tokenizers.vocabulary import content_ids
 
@@ -30,9 +31,10 @@ def ids(rows):
     )
 
 
-def opened(work, rows=ROWS, used=None):
+def opened(work, rows=ROWS, used=None, negatives=()):
     used = np.ones(len(rows), bool) if used is None else used
-    return TeacherVectors(work, work.parent / "cache", ids(rows), used)
+    cache = work.parent / "cache"
+    return TeacherVectors(work, cache, ids(rows), used, content_ids(list(negatives)))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -104,3 +106,59 @@ def test_damage_to_the_copy_is_named(tmp_path):
     (copy / VECTORS).write_bytes(data[:-1])
     with pytest.raises(UserError, match=r"vectors\.bin is damaged"):
         opened(work)
+
+
+class Store:
+    """What `Teaching` reads of a token store: four pairs with 2, 1, 0 and 1 hard negatives."""
+
+    negatives = (ROWS[5].document, "no text of the teacher", ROWS[6].document, ROWS[1].document)
+    negative_starts = np.array([0, 2, 3, 3, 4])
+    document_scores = np.array([0.9, 0.8, 0.7, np.nan], np.float32)
+    negative_scores = np.array([0.5, np.nan, 0.25, 0.125], np.float32)
+
+    def __len__(self):
+        return 4
+
+
+# Of rows 3, 0 and 1: which of at most two hard negatives there are, and where.
+TAKEN = np.array([3, 0, 1]), np.array([[1, 0], [1, 1], [1, 0]], bool), np.array([3, 0, 1, 2])
+
+
+def test_scores_come_from_the_pairs_or_from_vectors(tmp_path):
+    store = Store()
+    from_pairs = Teaching(store, None, False, "pairs")
+    x = np.nan
+    np.testing.assert_array_equal(
+        from_pairs.scores(*TAKEN), np.float32([[x, 0.125, x], [0.9, 0.5, x], [0.8, 0.25, x]])
+    )
+    assert [array.shape for array in from_pairs.vectors(TAKEN[0])] == [(3, 0), (3, 0)]
+    teacher = opened(embed(tmp_path / "w"), ROWS[:4], negatives=store.negatives)
+    assert teacher.has_negative.tolist() == [True, False, True, True]
+    scores_BM = Teaching(store, teacher, True, "teacher").scores(*TAKEN)
+    stand_in = StandInTeacher()
+    for scores_M, row, others in zip(
+        scores_BM, TAKEN[0], ([ROWS[1]], [ROWS[5], None], [ROWS[6]]), strict=True
+    ):
+        query = stand_in.encode([ROWS[row].query])[0]
+        known = [ROWS[row], *others]
+        for score, pair_ in zip(scores_M, [*known, None, None], strict=False):
+            if pair_ is None:
+                assert np.isnan(score)
+            else:
+                expected = query @ stand_in.encode([pair_.document])[0]
+                np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-6)
+    nothing = Teaching(store, teacher, True, "")
+    assert nothing.scores(*TAKEN).shape == (3, 0)
+    assert [array.shape for array in nothing.vectors(TAKEN[0])] == [(3, WIDTH), (3, WIDTH)]
+
+
+def test_rows_with_two_scores_are_known(tmp_path):
+    store = Store()
+    teacher = opened(embed(tmp_path / "w"), ROWS[:4], negatives=store.negatives)
+    for source, most, expected in (
+        ("pairs", 2, [True, True, False, False]),
+        ("pairs", 0, [False] * 4),
+        ("teacher", 1, [True, True, False, True]),
+    ):
+        found = Teaching(store, teacher, False, source).scored_rows(most)
+        assert found.tolist() == expected

@@ -351,3 +351,23 @@ def test_batches_of_ragged_records_equal_single_ones(rows):
     assert longer.counts.tolist() == [len(row) for row in kept]
     assert longer.tokens.tolist() == flat(t for row in kept for t in row).tolist()
     assert longer.content_ids.tolist() == content[sizes > 1].tolist()
+
+
+def test_scores_are_kept_and_damage_to_them_is_noticed(tmp_path):
+    scores = np.array([0.25, np.nan], np.float32)
+    negatives = Negatives(
+        np.arange(3), np.array([1, 2]), np.ones((2, 2), np.int32), np.array([2, 0]), scores[::-1]
+    )
+    with TokenStoreWriter(tmp_path / "store", {}) as writer:
+        writer.start_group("task", "en", 1.0)
+        content, lengths = np.zeros((2, 2, 2), np.int32), np.ones((2, 2), np.int64)
+        ids = [np.arange(2), np.arange(2)]
+        writer.write_batch(ids, lengths, content, negatives, scores)
+        writer.write_batch(ids, lengths, content)  # none is known
+    store = TokenStore.open(tmp_path / "store")
+    np.testing.assert_array_equal(store.document_scores, [0.25, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(store.negative_scores, [np.nan, 0.25])
+    path = tmp_path / "store" / "negative_scores.npy"
+    np.save(path, np.array([np.nan, 0.2], np.float32))
+    with pytest.raises(UserError, match=r"negative_scores\.npy is not the one"):
+        TokenStore.open(tmp_path / "store")

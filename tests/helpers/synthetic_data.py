@@ -6,6 +6,7 @@ can learn, in three languages and two tasks.
 
 import gzip
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -171,7 +172,7 @@ PAIR_GROUPS = (("descriptions", "cc", 33), ("translations", "aa", 90), ("transla
 
 def write_pairs(folder: pathlib.Path, seed: int = 1) -> PairFolder:
     """A prepared folder of pairs: row i of a group has i % 5 hard negatives; some are empty to the
-    model."""
+    model. Every third row has scores, exact in float32, a last one that is not known."""
     with PairWriter(folder, {"seed": seed}, rows_per_shard=50) as writer:
         for source, language, count in PAIR_GROUPS:
             pairs_ = pairs(source, language, count, seed)
@@ -180,7 +181,11 @@ def write_pairs(folder: pathlib.Path, seed: int = 1) -> PairFolder:
                 negatives = [documents[(i + 3 * k) % count] for k in range(1, 1 + i % 5)]
                 if i == 4:
                     negatives[1] = "\u0007"  # the model deletes control characters
-                writer.write(PairRow(query, document, tuple(negatives), source, language))
+                scores = [1 - (i % 64) / 128 - k / 8 for k in range(1 + len(negatives))]
+                if len(scores) == 5:
+                    scores[-1] = math.nan
+                row = PairRow(query, document, tuple(negatives), source, language)
+                writer.write(row._replace(scores=() if i % 3 else tuple(scores)))
     return PairFolder(folder)
 
 

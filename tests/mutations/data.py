@@ -190,8 +190,22 @@ FAULTS = (
     Fault(
         "missing-teacher-vectors-are-taken-from-neighbours",
         "data/teacher_vectors.py",
-        "used & (key[at] != wanted)",
-        "used & (at < 0)",
+        "found = key[at] == wanted",
+        "found = at >= 0",
         "data/test_teacher_vectors.py -k without",
+    ),
+    Fault(
+        "scores-of-negatives-shift-by-the-document",
+        "preparation/tokenize.py",
+        "np.delete(values, starts[is_scored])",
+        "np.delete(values, starts[is_scored] + counts[is_scored])",
+        "training/test_train_on_pairs.py -k every_text",
+    ),
+    Fault(
+        "scored-negatives-above-the-limit",
+        "preparation/beam/scored.py",
+        "own - (1 - relative) * abs(own)",
+        "own * relative",
+        "preparation/test_raw_formats.py -k test_scored",
     ),
 )

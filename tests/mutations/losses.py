@@ -139,4 +139,25 @@ FAULTS = (
         "compared = teacher_XW.shape[-1]",
         "losses/test_distillation.py -k vectors_against",
     ),
+    Fault(
+        "documents-without-a-score-are-compared",
+        "losses/distillation.py",
+        "known_BM = valid_BM & jnp.isfinite(teacher_score_BM)",
+        "known_BM = valid_BM",
+        "losses/test_distillation.py -k scores_against",
+    ),
+    Fault(
+        "queries-without-two-scores-count",
+        "losses/distillation.py",
+        "jnp.maximum(jnp.sum(counts_B), 1)",
+        "len(counts_B)",
+        "losses/test_distillation.py -k scores_against",
+    ),
+    Fault(
+        "divergence-from-the-student",
+        "losses/distillation.py",
+        "p_BM * (log_p_BM - log_r_BM)",
+        "jnp.exp(log_r_BM) * (log_r_BM - log_p_BM)",
+        "losses/test_distillation.py -k scores_against",
+    ),
 )

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import subprocess
 import sys
 
@@ -64,8 +65,33 @@ def test_any_text_survives(query, document, negatives, language):
         assert decode_pair(record) == row
 
 
+SCORED = [
+    row._replace(scores=() if i % 2 else tuple(0.5 - k / 8 for k in range(1 + len(row.negatives))))
+    for i, row in enumerate(ROWS)
+]
+
+
+def test_scores_are_kept_and_told_by_the_format(tmp_path):
+    unknown = SCORED[0]._replace(scores=(0.25, math.nan, 0.5))
+    folder = write(tmp_path / "scored", [unknown, *SCORED[1:]])
+    assert folder.manifest["format"] == 2
+    assert [shard.get("scored") for shard in folder.manifest["shards"]] == [1, 1, 1]
+    first, *others = folder.read(range(5))
+    assert others == SCORED[1:]
+    np.testing.assert_array_equal(first.scores, unknown.scores)
+    # Without scores the folder is what it was before there were any.
+    assert write(tmp_path / "plain").manifest["format"] == 1
+    assert "scored" not in write(tmp_path / "more").manifest["shards"][0]
+    for scores in ((0.5,), (0.5, 0.5)):
+        with pytest.raises(UserError, match=r"row 0 of faq/en: \d scores of 3 documents"):
+            write(tmp_path / "bad", [ROWS[0]._replace(scores=scores)])
+    record = encode_pair(ROWS[0]._replace(scores=(0.5,)))
+    with pytest.raises(ValueError, match="1 scores of 3 documents"):
+        decode_pair(record)
+
+
 def test_tfds_reads_the_folder(tmp_path):
-    write(tmp_path / "pairs")
+    write(tmp_path / "pairs", SCORED)
     code = f"""
 import tensorflow_datasets as tfds
 builder = tfds.builder_from_directory({str(tmp_path / "pairs")!r})
@@ -78,7 +104,7 @@ for row in builder.as_data_source("train"):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "5"
-    assert lines[1:] == [f"{[r.query, r.document, r[3], r[4]]} {list(r.negatives)}" for r in ROWS]
+    assert lines[1:] == [f"{[r.query, r.document, r[3], r[4]]} {list(r.negatives)}" for r in SCORED]
 
 
 def test_same_rows_same_bytes(tmp_path):

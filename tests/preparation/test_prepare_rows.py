@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from helpers import raw_sources
 from helpers.raw_sources import prepare
@@ -31,9 +32,11 @@ def test_duplicates(tmp_path):
         },
     )
     raw_sources.jsonl(tmp_path / "two.jsonl", rows[:1])
-    flag = {"query": "Which?", "pos": ["This", "That"], "neg": ["Other"], "pos_scores": [1, 2]}
+    flag = {"query": "Which?", "pos": ["This", "That"], "neg": ["Other"]}
+    flag |= {"pos_scores": [1, 2], "neg_scores": [0.5]}
+    again = {"query": "which?", "pos": ["This"], "neg": ["Else"]}
     content = json.loads(sources.read_text())
-    path = str(raw_sources.jsonl(tmp_path / "flag.json", [json.dumps([flag])]))
+    path = str(raw_sources.jsonl(tmp_path / "flag.json", [json.dumps([flag, again])]))
     content += [{"name": "flag", "format": "flagembedding", "path": path, "language": "en"}]
     sources.write_text(json.dumps(content))
     manifest = prepare(sources, tmp_path / "pairs")
@@ -51,9 +54,11 @@ def test_duplicates(tmp_path):
     folder = PairFolder(tmp_path / "pairs")
     assert list(folder.groups) == [("one", "en"), ("two", "en"), ("flag", "en")]
     rows = folder.read(range(*folder.groups["flag", "en"]))
-    assert {row.document: row.negatives for row in rows} == dict.fromkeys(
-        ("This", "That"), ("Other",)
-    )
+    found = {row.document: (row.negatives, row.scores) for row in rows}
+    assert found["That"] == (("Other",), (2.0, 0.5))
+    assert found["This"][0] == ("Other", "Else")
+    np.testing.assert_array_equal(found["This"][1], (1.0, 0.5, np.nan))
+    assert folder.manifest["format"] == 2
     (kept,) = [r for r in folder.read(range(2)) if r.document == "A  thing"]
     assert kept.negatives == ("x", "y", "z")  # the negatives of the duplicates are not lost
 

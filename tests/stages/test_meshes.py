@@ -16,7 +16,7 @@ from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes
+from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes, teaching_shapes
 from moe_embed_jax.training.optimizer import make_optimizer
 from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state, create_state
@@ -30,7 +30,7 @@ TEACHER_WIDTH = 6
 LOSS = LossConfig(
     dims={"32": 1.0, "8": 0.5},
     learn_temperature=True,
-    distillation=DistillationConfig(vectors=0.5),
+    distillation=DistillationConfig(vectors=0.5, scores=0.5, teacher_temperature=1.0),
 )
 # (data, fsdp, expert, slice), what is different about the model there, chunks
 MATRIX = [
@@ -81,7 +81,8 @@ def make_batch(devices: int, chunks: int) -> TaughtPairBatch:
     rows = map(in_chunks, (token, text_index, position))
     texts = query_slot, document_slot, ids[:, 0], ids[:, 1:], there
     teacher = rng.normal(size=(2, B, TEACHER_WIDTH)).astype(np.float32)
-    return TaughtPairBatch(*rows, *texts, *teacher)
+    scores = rng.normal(size=there.shape).astype(np.float32)
+    return TaughtPairBatch(*rows, *texts, *teacher, scores)
 
 
 def train(mesh, model: EncoderConfig, chunks: int):
@@ -92,7 +93,9 @@ def train(mesh, model: EncoderConfig, chunks: int):
     )
     host = make_batch(mesh.size, chunks)
     batch = jax.device_put(host, batch_shardings(TaughtPairBatch, mesh))
-    shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, 1 + NEGATIVES, TEACHER_WIDTH)
+    documents = 1 + NEGATIVES
+    shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, documents)
+    shapes |= teaching_shapes(LOSS.distillation, DEVICES * PAIRS, documents, TEACHER_WIDTH)
     abstract = abstract_batch(mesh, TaughtPairBatch, **shapes)
     state = create_state(config, optimizer, mesh, seed=0)
     with jax.set_mesh(mesh):

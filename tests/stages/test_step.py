@@ -66,9 +66,12 @@ def make_taught_batch(
     if negatives and ragged:
         there[:, 1:] = np.arange(negatives) < rng.integers(0, negatives + 1, PAIRS)[:, None]
     teacher = rng.normal(size=(2, PAIRS, TEACHER_WIDTH)).astype(np.float32)
+    scores = rng.normal(size=(PAIRS, 1 + negatives)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.2] = np.nan  # not known
     if order is not None:
         sequences = [[side[i] for i in order] for side in sequences]
         ids, there, teacher = ids[:, order], there[order], teacher[:, order]
+        scores = scores[order]
     flat = [sequence for side in sequences for sequence in side]
     packing = pack([len(sequence) for sequence in flat], row_length, slots)
     rows = -(-(packing.rows + 1) // chunks) * chunks
@@ -81,7 +84,7 @@ def make_taught_batch(
         ids[0],
         ids[1:].swapaxes(0, 1),
         there,
-        *(teacher if kind is TaughtPairBatch else ()),
+        *((*teacher, scores) if kind is TaughtPairBatch else ()),
     )
 
 
@@ -126,7 +129,7 @@ EVERYTHING = LossConfig(
     dims={"32": 1.0, "8": 0.5},
     learn_temperature=True,
     margin=0.3,
-    distillation=DistillationConfig(vectors=0.7, contrast=0.9),
+    distillation=DistillationConfig(vectors=0.7, contrast=0.9, scores=0.3, teacher_temperature=1.0),
 )
 TAUGHT = dataclasses.replace(CONFIG, loss=EVERYTHING, teacher_width=TEACHER_WIDTH)
 
@@ -163,6 +166,8 @@ def test_chunks_change_nothing(optimizer, chunks):
     assert grads["projection"].shape == (MODEL.width, TEACHER_WIDTH)
     assert np.abs(grads["projection"]).max() > 1e-4
     parts = 0.9 * metrics["contrastive_loss"] + 0.7 * metrics["distillation_vectors"]
+    parts += 0.3 * metrics["distillation_scores"]
+    assert metrics["distillation_scores"] > 0.1
     np.testing.assert_allclose(loss, parts + metrics["balance"], rtol=1e-6)
 
 

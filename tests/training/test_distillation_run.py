@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import metric
@@ -10,7 +11,15 @@ from helpers.forked import run_forked
 from helpers.stand_in_teacher import StandInTeacher
 
 from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
+from moe_embed_jax.data.batches import abstract_batch
+from moe_embed_jax.data.data_config import DataConfig, VocabularyConfig
 from moe_embed_jax.embedder import Embedder
+from moe_embed_jax.errors import UserError
+from moe_embed_jax.losses.distillation_config import DistillationConfig
+from moe_embed_jax.mesh import single_device_mesh
+from moe_embed_jax.models.encoder_config import EncoderConfig
+from moe_embed_jax.stages.contrastive import Contrastive
+from moe_embed_jax.training.run_config import LossConfig, RunConfig
 
 TEACH = "--config.loss.distillation.vectors=2"
 
@@ -51,8 +60,8 @@ def trained(tmp_path_factory):
 
 def test_a_run_says_what_it_learns_from_and_learns_it(trained):
     _, run, out = trained
-    assert "teacher     vectors of 64 dimensions from " in out
-    assert "for the student's 32 by projection; the loss is 1 x contrastive + 2 x (1 - c" in out
+    assert "teacher     vectors of 64 dimensions for the student's 32, by projection, from" in out
+    assert "; the loss is 1 x contrastive + 2 x (1 - cosine)" in out
     taught = metric(run, "distillation_vectors")
     assert taught[-1] < taught[0] - 0.02
     total = np.add(metric(run, "contrastive_loss"), np.multiply(2, taught))
@@ -78,8 +87,42 @@ def test_it_resumes_on_other_devices_and_not_with_another_teacher(trained, tmp_p
         np.testing.assert_allclose(metric(run, name), metric(whole, name), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flag", ["--config.loss.distillation.vectors=0", "--config.data.teacher="])
-def test_a_teacher_needs_a_weight_and_a_weight_needs_a_teacher(trained, tmp_path, flag):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("distillation.vectors=0", "and loss.distillation reads no vectors: give"),
+        ("distillation.scores=1", "data.negatives=0: a teacher's scores are of a query's own"),
+    ],
+)
+def test_what_is_missing_is_said(trained, tmp_path, flag, message):
     command, _, _ = trained
-    result = run_forked([*command, TEACH, f"--workdir={tmp_path / 'run'}", flag])
-    assert result.returncode == 2 and "distillation needs both" in result.stderr
+    more = [f"--workdir={tmp_path / 'run'}", TEACH, f"--config.loss.{flag}"]
+    result = run_forked([*command, *more])
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_weight_needs_a_teacher():
+    with pytest.raises(UserError, match=r"data\.teacher is empty, and loss\.distillation learns"):
+        RunConfig(loss=LossConfig(distillation=DistillationConfig(vectors=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "widths"), [(dict(vectors=1.0), (32, 0)), (dict(scores=1.0), (0, 3))]
+)
+def test_a_plan_knows_what_comes_with_a_batch(keys, widths, tmp_path):
+    """Without a folder yet the teacher's width is taken for the student's."""
+    data = DataConfig(
+        dir=str(tmp_path),
+        pairs=str(tmp_path / "pairs"),
+        negatives=2,
+        teacher=str(tmp_path / "t.work") if "vectors" in keys else "",
+        vocabulary=VocabularyConfig("train", size=512),
+    )
+    model = EncoderConfig(vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=64)
+    loss = LossConfig(distillation=DistillationConfig(**keys))
+    run, mesh = RunConfig(batch_size=8, model=model, data=data, loss=loss), single_device_mesh()
+    load = Contrastive.workload(run, mesh, 8, 16)
+    batch = abstract_batch(mesh, load.stage.Batch, **load.batch_shapes)
+    assert batch.teacher_query_BW.shape == batch.teacher_document_BW.shape == (8, widths[0])
+    assert batch.teacher_score_BM.shape == (8, widths[1])
+    assert ("projection" in load.stage.extra_params(jax.random.key(0))) == ("vectors" in keys)

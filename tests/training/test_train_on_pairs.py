@@ -24,7 +24,7 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.preparation import tokenize as prepare
-from moe_embed_jax.stages.pair_data import describe_hard_negatives
+from moe_embed_jax.stages.pair_data import describe_hard_negatives, open_teaching
 from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
@@ -32,7 +32,7 @@ from moe_embed_jax.tokenizers.vocabulary import (
     content_ids,
 )
 from moe_embed_jax.training import workdir
-from moe_embed_jax.training.run_config import RunConfig
+from moe_embed_jax.training.run_config import LossConfig, RunConfig
 
 CONFIG = {
     "vocabulary": {"kind": "train", "size": 512},
@@ -65,6 +65,8 @@ def test_the_store_holds_every_text(pairs, prepared):
     total = 0
     for row, (pair, found) in enumerate(zip(pairs.read(range(len(pairs))), texts, strict=True)):
         negatives = [text for text in pair.negatives if text != "\u0007"]
+        own_score, *scores = pair.scores or [np.nan] * (1 + len(pair.negatives))
+        scores = [s for s, t in zip(scores, pair.negatives, strict=True) if t != "\u0007"]
         expected = [
             vocabulary.encode_text(QUERY_PREFIX + pair.query, 16),
             vocabulary.encode_text(DOCUMENT_PREFIX + pair.document, 24),
@@ -78,6 +80,8 @@ def test_the_store_holds_every_text(pairs, prepared):
         np.testing.assert_array_equal(
             store.content_ids[row], content_ids([pair.query, pair.document])
         )
+        np.testing.assert_array_equal(store.document_scores[row], np.float32(own_score))
+        np.testing.assert_array_equal(store.negative_scores[start:stop], np.float32(scores))
         total += len(negatives)
     assert store.negative_starts[-1] == total == len(store.negative_lengths) > 300
     # A second call finds it; rates that name no source are refused.
@@ -151,6 +155,7 @@ def run_config(data_dir, pairs) -> dict:
     values["model"] |= {"num_layers": 2, "num_experts": 2}  # seconds to compile
     values["optimizer"]["warmup_steps"] = 1
     values["data"] |= {"pairs": str(pairs), "negatives": 3}
+    values["loss"] = {"distillation": {"scores": 0.5, "teacher_temperature": 0.25}}
     return values
 
 
@@ -210,6 +215,14 @@ def test_training_end_to_end(trained):
         "hard        of 164 pairs 64 (39.0%) have 3 or more, 33 (20.1%) have 2, 33 (20.1%) have 1, "
         "34 (20.7%) have none\n"
     ) in out
+    assert (
+        "teacher     scores of 43 of 164 pairs from the pairs; the loss is 1 x contrastive + 0.5 x "
+        "divergence of scores\n"
+    ) in out
+    taught = metric(run, "distillation_scores")
+    assert taught[0] > 0.05
+    total = np.add(metric(run, "contrastive_loss"), np.multiply(0.5, taught))
+    np.testing.assert_allclose(metric(run, "loss"), total + metric(run, "balance"), rtol=1e-5)
     assert "there are no held-out sets" in out
     losses = metric(run, "contrastive_loss")
     assert len(losses) == 2 and np.isfinite(losses).all()
@@ -236,8 +249,22 @@ def test_a_run_with_hard_negatives_resumes_on_other_devices(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "data=2 x fsdp=1 x expert=2 on 4 cpu device(s)" in result.stdout
     assert "after step 1" in result.stdout
-    for name in ("contrastive_loss", "masked_candidates", "grad_norm"):
+    for name in ("contrastive_loss", "distillation_scores", "masked_candidates", "grad_norm"):
         np.testing.assert_allclose(metric(run, name), metric(whole, name), atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_without_scores_are_refused(prepared, tmp_path):
+    config, data_dir, store = prepared
+    values = run_config(data_dir, config["pairs"])
+    run = config_module.build(RunConfig, values)
+    assert open_teaching(store, run).teacher is None
+    assert open_teaching(store, dataclasses.replace(run, loss=LossConfig())) is None
+    without = TokenStore.open(store.folder)
+    without.document_scores = np.full_like(without.document_scores, np.nan)
+    without.negative_scores = np.full_like(without.negative_scores, np.nan)
+    message = r"scores=0.5: no pair has scores of two .* by launch/mine.py, or take .*='teacher'"
+    with pytest.raises(UserError, match=message):
+        open_teaching(without, run)
 
 
 def test_resuming_refuses_other_pairs(pairs, prepared, tmp_path):

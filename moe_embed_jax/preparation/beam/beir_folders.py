@@ -18,7 +18,7 @@ from moe_embed_jax.preparation.beam.formats import (
     Texts,
     passage,
     text_of,
-    usable_negatives,
+    with_usable_negatives,
 )
 from moe_embed_jax.preparation.beam.read import (
     MAX_RAW,
@@ -56,9 +56,9 @@ def read_folder(source: Source, part: Part) -> Iterator[Good | Bad]:
             header = judgement
         else:
             judgements.append(judgement)
-    documents = _Found({j.document for j in judgements})
+    documents = Found({j.document for j in judgements})
     yield from documents.read(corpus, passage)
-    questions = _Found({j.query for j in [*judgements, *filter(None, [header])]})
+    questions = Found({j.query for j in [*judgements, *filter(None, [header])]})
     yield from questions.read(
         queries, lambda record: (text_of(record, "text"), row_language(source, part, record))
     )
@@ -80,8 +80,9 @@ def read_folder(source: Source, part: Part) -> Iterator[Good | Bad]:
             yield Bad(qrels, line, "corpus-id", why, raw)
         else:
             text, language = questions.values[query]
-            kept, dropped = usable_negatives(text, *of_query[query])
-            yield Good(line, Texts(text, documents.values[document], kept), language, dropped)
+            positives, negatives = of_query[query]
+            pair = Texts(text, documents.values[document], tuple(negatives))
+            yield Good(line, *with_usable_negatives(pair, positives), language)
 
 
 def _find(folder: str, *names: str) -> str:
@@ -129,7 +130,7 @@ def _judgements(path: str) -> Iterator[_Judgement | Bad]:
             is_first = False
 
 
-class _Found:
+class Found:
     """The texts of the wanted ids of a file.
 
     values: id -> what `read` makes of its record. Of ids with several texts there is none.
@@ -141,34 +142,34 @@ class _Found:
         self._lines: dict[str, int] = {}
         self._several: set[str] = set()
 
-    def read(self, path: str, read) -> Iterator[Bad]:
-        """Yields the bad lines of a file."""
+    def read(self, path: str, read, key: str = "_id") -> Iterator[Bad]:
+        """Yields the bad lines of a file; `key` is the field of its ids."""
         for record in records(path):
             if isinstance(record, Bad):
                 yield record
                 continue
             number, value, raw = record
             try:
-                self._add(number, value, read)
+                self._add(number, value, read, key)
             except BadField as error:
                 yield Bad(path, number, error.field, str(error), raw[:MAX_RAW])
         for identity in self._several:
-            del self.values[identity]
+            self.values.pop(identity, None)
 
-    def _add(self, number: int, record: dict, read) -> None:
-        if "_id" not in record:
-            text_of(record, "_id")  # says which fields there are
+    def _add(self, number: int, record: dict, read, key: str) -> None:
+        if key not in record:
+            text_of(record, key)  # says which fields there are
         try:
-            identity = id_of(record["_id"])
+            identity = id_of(record[key])
         except ValueError as error:
-            raise BadField("_id", str(error)) from None
+            raise BadField(key, str(error)) from None
         if identity not in self._wanted:
             return
         value = read(record)
         if self.values.setdefault(identity, value) != value:
             self._several.add(identity)
             first = self._lines[identity]
-            raise BadField("_id", f"repeats {identity!r:.60} of line {first} with another text")
+            raise BadField(key, f"repeats {identity!r:.60} of line {first} with another text")
         self._lines.setdefault(identity, number)
 
     def missing(self, identity: str, path: str) -> str:

@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         ("query", pa.string()),
         ("document", pa.string()),
         ("negatives", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float32())),  # as of `PairRow`
         ("query_tokens", pa.int32()),
         ("document_tokens", pa.int32()),
     ]
@@ -43,11 +44,14 @@ def piece(batch: dict[str, np.ndarray], part: int, first: int) -> pa.Table:
         name: [text.decode("utf-8") for text in batch[name][good]]
         for name in ("query", "document", "language")
     }
-    ends = np.cumsum(batch["negative_counts"])
     all_negatives = [text.decode("utf-8") for text in batch["negatives"]]
-    negatives = [
-        all_negatives[ends[row] - batch["negative_counts"][row] : ends[row]] for row in good
-    ]
+    negatives, scores = (
+        [values[end - count : end] for end, count in zip(np.cumsum(counts), counts, strict=True)]
+        for values, counts in (
+            (all_negatives, batch["negative_counts"]),
+            (batch["scores"].tolist(), batch["score_counts"]),
+        )
+    )
     zeros = np.zeros(len(good), np.int32)
     pairs = zip(texts["query"], texts["document"], strict=True)
     columns = {
@@ -55,7 +59,8 @@ def piece(batch: dict[str, np.ndarray], part: int, first: int) -> pa.Table:
         "part": np.full(len(good), part, np.int32),
         "number": first + good,
         **texts,
-        "negatives": negatives,
+        "negatives": [negatives[row] for row in good],
+        "scores": [scores[row] for row in good],
         **{
             name: batch[name][good].astype(np.int32) if name in batch else zeros
             for name in ("query_tokens", "document_tokens")
@@ -87,8 +92,8 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
     """The rows of a bucket by language and key, one of each key; what was removed, by language.
 
     Of duplicates the one that comes first in the input stays, and gets the negatives of the
-    others. The counts are {"exact": {language: n}, "normalised": {language: n}}, by the language of
-    the row that was removed.
+    others, with their scores (NaN where a text has none). The counts are {"exact": {language: n},
+    "normalised": {language: n}}, by the language of the row that was removed.
     """
     order = [("key", "ascending"), ("part", "ascending"), ("number", "ascending")]
     table = table.sort_by(order)
@@ -98,7 +103,8 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
     is_first[1:] = keys[1:] != keys[:-1]
     removed: dict[str, dict[str, int]] = {"exact": {}, "normalised": {}}
     firsts = np.flatnonzero(is_first)
-    negatives: dict[int, dict[str, str]] = {}  # place of a first row -> normal form -> text
+    # Place of a first row -> normal form -> text and score; the document's stands under None.
+    merged: dict[int, dict[str | None, tuple[str, float]]] = {}
     for place in np.flatnonzero(~is_first).tolist():
         first = int(firsts[np.searchsorted(firsts, place, side="right") - 1])
         same = all(
@@ -108,17 +114,31 @@ def without_duplicates(table: pa.Table) -> tuple[pa.Table, dict[str, dict[str, i
         counts = removed["exact" if same else "normalised"]
         language = table["language"][place].as_py()
         counts[language] = counts.get(language, 0) + 1
-        if first not in negatives:
-            negatives[first] = {normal_form(t): t for t in table["negatives"][first].as_py()}
-        for text in table["negatives"][place].as_py():
-            negatives[first].setdefault(normal_form(text), text)
-    if negatives:
-        column = table["negatives"].to_pylist()
-        for row, texts in negatives.items():
-            column[row] = list(texts.values())
-        index = table.schema.get_field_index("negatives")
-        table = table.set_column(
-            index, SCHEMA.field("negatives"), pa.array(column, SCHEMA.field("negatives").type)
-        )
+        if first not in merged:
+            merged[first] = _scored_texts(table, first)
+        for form, entry in _scored_texts(table, place).items():
+            known = merged[first].setdefault(form, entry)
+            if np.isnan(known[1]):
+                merged[first][form] = known[0], entry[1]
+    if merged:
+        columns = {name: table[name].to_pylist() for name in ("negatives", "scores")}
+        for row, entries in merged.items():
+            columns["negatives"][row] = [
+                text for form, (text, _) in entries.items() if form is not None
+            ]
+            scores = [score for _, score in entries.values()]
+            columns["scores"][row] = [] if np.isnan(scores).all() else scores
+        for name, column in columns.items():
+            field = SCHEMA.field(name)
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, field, pa.array(column, field.type))
     table = table.take(pa.array(firsts))
     return table.sort_by([("language", "ascending"), ("key", "ascending")]), removed
+
+
+def _scored_texts(table: pa.Table, row: int) -> dict[str | None, tuple[str, float]]:
+    """The document (under None) and the negatives (by normal form) of a row, with scores."""
+    texts = table["negatives"][row].as_py()
+    scores = table["scores"][row].as_py() or [np.nan] * (1 + len(texts))
+    forms = [None, *map(normal_form, texts)]
+    return dict(zip(forms, zip(["", *texts], scores, strict=True), strict=True))

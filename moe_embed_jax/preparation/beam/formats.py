@@ -6,7 +6,11 @@
     mc4       {"text": page}: its first line -> the rest (mC4, arXiv 2010.11934)
     ccnews    {"title": ..., "text": ...}: title -> text
     flagembedding  {"query": ..., "pos": [...], "neg": [...]}: a pair for every positive; "neg" may
-              be missing, and other fields (pos_scores, neg_scores, prompt, id) are not read
+              be missing; "pos_scores" and "neg_scores", where both are there, are the scores of a
+              teacher; other fields (prompt, id) are not read
+    scored    {"query": ..., "documents": [...], "scores": [...]}: the first document is the answer,
+              of the others some are taken as negatives, see `scored.choose`
+    scored_tables  the same in three tables, see `scored`
     miracl    {"query": ..., "positive_passages": [...], "negative_passages": [...]}, passages with
               "title" and "text" (arXiv 2210.09984): a pair for every positive passage
     beir      a folder with corpus, queries and qrels (see `beir`)
@@ -20,6 +24,7 @@ The reader of a layout turns one record (a dict) into pairs, or raises `BadField
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -37,11 +42,15 @@ class BadField(ValueError):
 
 
 class Texts(NamedTuple):
-    """What a record gives: one pair with its negatives; of a text alone the query is empty."""
+    """What a record gives: one pair with its negatives; of a text alone the query is empty.
+
+    scores: as of `PairRow`.
+    """
 
     query: str
     document: str
     negatives: tuple[str, ...]
+    scores: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,26 +108,69 @@ def _flagembedding(record: dict, fields: dict[str, str]) -> list[Texts]:
     if not positives:
         raise BadField(name, "is empty")
     negatives = _text_list(record.get(fields["negatives"]), fields["negatives"])
-    return [Texts(query, document, negatives) for document in positives]
+    pairs = [Texts(query, document, negatives) for document in positives]
+    names = fields["positive_scores"], fields["negative_scores"]
+    if any(record.get(score_name) is None for score_name in names):
+        return pairs
+    positive_scores, negative_scores = (
+        score_list(record, score_name, text_name)
+        for score_name, text_name in zip(names, (name, fields["negatives"]), strict=True)
+    )
+    return [
+        pair._replace(scores=(score, *negative_scores))
+        for pair, score in zip(pairs, positive_scores, strict=True)
+    ]
 
 
-def usable_negatives(
-    query: str, positives: Iterable[str], negatives: Iterable[str]
-) -> tuple[tuple[str, ...], int]:
-    """The negatives that say something, and how many do not.
+def score_list(record: dict, name: str, texts_name: str) -> tuple[float, ...]:
+    """A score for each text of another field; NaN for null. A text that is null has none."""
+    texts, scores = record.get(texts_name), record.get(name)
+    texts = texts if isinstance(texts, list) else [] if texts is None else [texts]
+    scores = scores if isinstance(scores, list) else [scores]
+    if len(scores) != len(texts):
+        raise BadField(name, f"has {len(scores)} scores of the {len(texts)} of {texts_name}")
+    for i, score in enumerate(scores):
+        if score is not None and (not isinstance(score, int | float) or isinstance(score, bool)):
+            raise BadField(f"{name}[{i}]", f"must be a number, got {score!r:.40}")
+    return tuple(
+        math.nan if score is None else float(score)
+        for score, text in zip(scores, texts, strict=True)
+        if text is not None
+    )
+
+
+def _scored(record: dict, fields: dict[str, str]) -> list[Texts]:
+    query, name = text_of(record, fields["query"]), fields["documents"]
+    if name not in record or fields["scores"] not in record:
+        text_of(record, name if name not in record else fields["scores"])
+    documents = _text_list(record[name], name)
+    if not documents:
+        raise BadField(name, "is empty")
+    scores = score_list(record, fields["scores"], name)
+    return [Texts(query, documents[0], documents[1:], scores)]
+
+
+def with_usable_negatives(texts: Texts, positives: Iterable[str]) -> tuple[Texts, int]:
+    """`texts` with the negatives that say something, and how many do not.
 
     One that is in `normal_form` equal to the query, to one of its positives or to an earlier
     negative teaches nothing, or something wrong.
     """
-    known = {normal_form(query), *map(normal_form, positives)}
-    kept, count = [], 0
-    for text in negatives:
+    known = {normal_form(texts.query), *map(normal_form, positives)}
+    kept = []
+    for place, text in enumerate(texts.negatives):
         form = normal_form(text)
         if form not in known:
-            kept.append(text)
+            kept.append(place)
         known.add(form)
-        count += 1
-    return tuple(kept), count - len(kept)
+    return with_negatives(texts, kept), len(texts.negatives) - len(kept)
+
+
+def with_negatives(texts: Texts, places: Iterable[int]) -> Texts:
+    """`texts` with those of its negatives, and their scores."""
+    places = list(places)
+    scores = texts.scores and (texts.scores[0], *(texts.scores[1 + i] for i in places))
+    return texts._replace(negatives=tuple(texts.negatives[i] for i in places), scores=scores)
 
 
 def _texts(record: dict, fields: dict[str, str]) -> list[Texts]:
@@ -174,11 +226,21 @@ LAYOUTS = {
     "mc4": Layout({"text": "text"}, _mc4),
     "ccnews": Layout({"query": "title", "document": "text"}, _pairs),
     "flagembedding": Layout(
-        {"query": "query", "positives": "pos", "negatives": "neg"}, _flagembedding
+        {
+            "query": "query",
+            "positives": "pos",
+            "negatives": "neg",
+            "positive_scores": "pos_scores",
+            "negative_scores": "neg_scores",
+        },
+        _flagembedding,
     ),
+    "scored": Layout({"query": "query", "documents": "documents", "scores": "scores"}, _scored),
     "miracl": Layout(
         {"query": "query", "positives": "positive_passages", "negatives": "negative_passages"},
         _miracl,
     ),
-    "beir": Layout({}, lambda record, fields: []),  # read as a folder, see `beir`
+    # Read as folders.
+    "beir": Layout({}, lambda record, fields: []),
+    "scored_tables": Layout({}, lambda record, fields: []),
 }

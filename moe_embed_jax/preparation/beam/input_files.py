@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 
-from moe_embed_jax.preparation.beam.beir_folders import read_folder
-from moe_embed_jax.preparation.beam.formats import LAYOUTS, BadField, usable_negatives
+from moe_embed_jax.preparation.beam import beir_folders, scored
+from moe_embed_jax.preparation.beam.formats import LAYOUTS, BadField, with_usable_negatives
 from moe_embed_jax.preparation.beam.read import MAX_RAW, Bad, Good, records, row_language
-from moe_embed_jax.preparation.beam.sources import Part, Source
+from moe_embed_jax.preparation.beam.scored import choose
+from moe_embed_jax.preparation.beam.sources import FOLDERS, Part, Source
 
 
 def read_part(source: Source, part: Part) -> Iterator[Good | Bad]:
     """Everything in an input file, in its order; every line gives one or more of these."""
-    if source.format == "beir":
-        yield from read_folder(source, part)
+    if source.format in FOLDERS:
+        read = {"beir": beir_folders, "scored_tables": scored}[source.format].read_folder
+        yield from read(source, part)
         return
     layout = LAYOUTS[source.format]
     fields = {**layout.fields, **source.fields}
@@ -28,5 +30,6 @@ def read_part(source: Source, part: Part) -> Iterator[Good | Bad]:
             continue
         positives = [texts.document for texts in pairs]
         for texts in pairs:
-            kept, dropped = usable_negatives(texts.query, positives, texts.negatives)
-            yield Good(line, texts._replace(negatives=kept), language, dropped)
+            if source.format == "scored":
+                texts = choose(texts, source.count, source.relative)
+            yield Good(line, *with_usable_negatives(texts, positives), language)

@@ -62,7 +62,7 @@ from moe_embed_jax.preparation.beam.work_folder import Work, bucket_name, part_n
 from moe_embed_jax.refusals import refusal_of_system
 
 QUARANTINE = "quarantine"  # folder of bad rows, in that of the pairs
-VERSION = 2  # raise it when the same input starts to give another result
+VERSION = 3  # raise it when the same input starts to give another result
 # Compressed bytes of pairs that one machine shuffles at a time, in memory.
 LOCAL_ROUND_BYTES = 1 << 30
 _LOCAL_RUNNERS = ("DirectRunner", "BundleBasedDirectRunner", "FnApiRunner")

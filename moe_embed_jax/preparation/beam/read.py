@@ -49,13 +49,13 @@ MAX_DOCUMENT = 1 << 20  # bytes of a document of a text file; the rest of a long
 class Good(NamedTuple):
     """A pair as it was read; `line` counts from 1 (in Parquet and Arrow files: rows).
 
-    dropped: how many of its negatives were left out, see `layouts.usable_negatives`.
+    dropped: how many of its negatives were left out, see `formats.with_usable_negatives`.
     """
 
     line: int
     texts: Texts
+    dropped: int
     language: str
-    dropped: int = 0
 
 
 class Bad(NamedTuple):

@@ -3,13 +3,15 @@
 A sources file is JSON: a list of objects, or one object. Keys of a source:
 
     name         of the source (letters, digits and _): the task name in training
-    format       pairs, triplets, texts, mc4, ccnews, miracl or beir, see `formats`
+    format       pairs, triplets, texts, mc4, ccnews, miracl, scored, beir ..., see `formats`
     path         a file, a folder (every data file under it), a glob, a list of those, or an object
                  {"de": path, "fr": path} that gives the language of each; any file system of Beam
     language     of all rows: a code such as "en"
     language_field   or: the field of a row that holds its language
     fields       {"query": "title", ...}: other names than the format's own
     qrels        beir only: name of the judgements in qrels/ ("train")
+    count, relative  scored and scored_tables only: how many negatives (10), and that they score
+                 below `relative` (0.95) times the answer's score, or null, see `scored.choose`
     max_bad_share    for this source, in place of the flag --max_bad_share
 """
 
@@ -29,6 +31,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 PLAIN = (".txt", ".txt.gz", ".txt.xz")
 LANGUAGE = re.compile(r"[A-Za-z0-9]{1,8}([-_][A-Za-z0-9]{1,8})*")
+FOLDERS = ("beir", "scored_tables")  # formats of several files that belong together
+SCORED = ("scored", "scored_tables")
 _LOOKS_AT_ONCE = 16  # at objects of a bucket
 _NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
 _HELD_OUT = re.compile(r"(^|[/_.-])(test|validation|valid|dev)([/_.-]|$)")
@@ -46,9 +50,15 @@ class Source:
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     qrels: str = "train"
     max_bad_share: float | None = None
+    count: int = 10
+    relative: float | None = 0.95
 
     def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """What decides the pairs, as manifests keep it."""
+        values = dataclasses.asdict(self)
+        if self.format not in SCORED:
+            del values["count"], values["relative"]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +131,21 @@ def _source(entry, where: str) -> Source:
     for code in filter(None, (texts["language"], *(language for language, _ in paths))):
         if not LANGUAGE.fullmatch(code):
             raise UserError(f"{where}: language {code!r:.60} is not a code such as en or zh-Hant")
+    scored = {key: entry[key] for key in ("count", "relative") if key in entry}
+    if scored and layout not in SCORED:
+        raise UserError(f"{where}: {min(scored)} is a key of the formats {' and '.join(SCORED)}")
+    count, relative = scored.get("count", 10), scored.get("relative")
+    if type(count) is not int or count < 1:
+        raise UserError(f"{where}: count={count!r:.60} must be an integer of 1 or more")
+    if relative is not None and not (type(relative) in (int, float) and relative > 0):
+        raise UserError(f"{where}: relative={relative!r:.60} must be a number above 0, or null")
     share = entry.get("max_bad_share")
     if share is not None and not (
         isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share <= 1
     ):
         raise UserError(f"{where}: max_bad_share={share!r} must be from 0 to 1")
-    return Source(name, layout, paths, fields=dict(fields), max_bad_share=share, **texts)
+    more = {"max_bad_share": share, **texts, **scored}
+    return Source(name, layout, paths, fields=dict(fields), **more)
 
 
 def _paths(value, where: str) -> tuple[tuple[str, str], ...]:
@@ -152,7 +171,7 @@ def find_parts(sources: list[Source]) -> list[Part]:
     for index, source in enumerate(sources):
         seen = set()
         for language, path in source.paths:
-            if source.format == "beir":
+            if source.format in FOLDERS:
                 found = [(path.rstrip("/"), _folder_size(path, source))]
             else:
                 found = _match(path, source)
@@ -165,10 +184,10 @@ def find_parts(sources: list[Source]) -> list[Part]:
 
 
 def _match(path: str, source: Source) -> list[tuple[str, int]]:
-    files = _list(path)
+    files = list_files(path)
     if not files:  # a folder
         known = (*SUFFIXES, *COLUMNAR, *PLAIN)
-        files = [(n, s) for n, s in _list(f"{path.rstrip('/')}/**") if n.endswith(known)]
+        files = [(n, s) for n, s in list_files(f"{path.rstrip('/')}/**") if n.endswith(known)]
         files = [(n, s) for n, s in files if not re.search(r"(dataset_info|state)\.json$", n)]
         held_out = [n for n, _ in files if _HELD_OUT.search(n[len(path.rstrip("/")) :])]
         if held_out and len(held_out) < len(files):
@@ -204,7 +223,7 @@ def _list_bucket(pattern: str) -> list[tuple[str, int]]:
         return [(str(path), info["size"]) for path, info in found if info["type"] == "file"]
 
 
-def _list(pattern: str) -> list[tuple[str, int]]:
+def list_files(pattern: str) -> list[tuple[str, int]]:
     if in_bucket(pattern):
         try:
             return _list_bucket(pattern)
@@ -229,7 +248,7 @@ def _list(pattern: str) -> list[tuple[str, int]]:
 
 
 def _folder_size(path: str, source: Source) -> int:
-    files = _list(f"{path.rstrip('/')}/**")
+    files = list_files(f"{path.rstrip('/')}/**")
     if not files:
         raise UserError(f"source {source.name}: {path:.300} is no folder with files in it")
     return sum(size for _, size in files)

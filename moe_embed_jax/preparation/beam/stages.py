@@ -217,6 +217,7 @@ class WriteShards(beam.DoFn):
                             tuple(row["negatives"]),
                             self._names[source],
                             row["language"],
+                            tuple(row["scores"]),
                         )
                     )
             marker = writer.finish(lengths)

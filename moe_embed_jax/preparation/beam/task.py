@@ -15,6 +15,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from moe_embed_jax.preparation.beam.formats import Texts
 from moe_embed_jax.preparation.beam.input_files import read_part
 from moe_embed_jax.preparation.beam.read import ROWS_PER_BATCH, Bad, Good
 from moe_embed_jax.preparation.beam.sources import Part, Source
@@ -68,6 +69,7 @@ class RawSource(seqio.DataSource):
         signature = {name: tf.TensorSpec([None], tf.string) for name in STRINGS}
         signature |= {name: tf.TensorSpec([None], tf.int64) for name in ("line", "dropped")}
         signature["negatives"] = tf.RaggedTensorSpec([None, None], tf.string, ragged_rank=1)
+        signature["scores"] = tf.RaggedTensorSpec([None, None], tf.float32, ragged_rank=1)
         return tf.data.Dataset.from_generator(
             lambda: self._batches(parts), output_signature=signature
         )
@@ -84,29 +86,35 @@ class RawSource(seqio.DataSource):
 
 def _columns(rows: list[Good | Bad]) -> dict:
     columns: dict[str, list] = {name: [] for name in STRINGS}
-    negatives: list[str] = []
-    counts = []
+    negatives: list[bytes] = []
+    scores: list[float] = []
+    counts, score_counts = [], []
     for row in rows:
-        if isinstance(row, Bad):
-            values = {**row._asdict()}
-            counts.append(0)
-        else:
-            query, document, own = row.texts
-            values = {"query": query, "document": document, "language": row.language}
-            negatives += own
-            counts.append(len(own))
+        texts = Texts("", "", ()) if isinstance(row, Bad) else row.texts
+        values = row._asdict() if isinstance(row, Bad) else {"language": row.language}
+        if not isinstance(row, Bad):
+            values |= {"query": texts.query, "document": texts.document}
+        negatives += [text.encode("utf-8") for text in texts.negatives]
+        scores += texts.scores
+        counts.append(len(texts.negatives))
+        score_counts.append(len(texts.scores))
         for name in STRINGS:
             columns[name].append(values.get(name, "").encode("utf-8", errors="replace"))
-    ragged = tf.RaggedTensor.from_row_lengths(
-        tf.constant([text.encode("utf-8") for text in negatives], tf.string),
-        tf.constant(counts, tf.int64),
-    )
+    ragged = {
+        name: tf.RaggedTensor.from_row_lengths(
+            tf.constant(values, dtype), tf.constant(lengths, tf.int64)
+        )
+        for name, values, dtype, lengths in (
+            ("negatives", negatives, tf.string, counts),
+            ("scores", scores, tf.float32, score_counts),
+        )
+    }
     arrays = {name: np.array(values, dtype=object) for name, values in columns.items()}
     numbers = {
         "line": np.array([row.line for row in rows], np.int64),
         "dropped": np.array([getattr(row, "dropped", 0) for row in rows], np.int64),
     }
-    return {**arrays, **numbers, "negatives": ragged}
+    return {**arrays, **numbers, **ragged}
 
 
 def count_tokens(dataset: tf.data.Dataset, output_features) -> tf.data.Dataset:
@@ -146,18 +154,19 @@ def read_shard(task: seqio.Task, shard: int) -> Iterator[dict[str, np.ndarray]]:
     """The rows of one shard of `task.get_dataset`, in order, in batches: bytes and integers.
 
     The preprocessors are the task's own, run on batches instead of single rows. `negatives` holds
-    all rows' one after the other, `negative_counts` how many each row has.
+    all rows' one after the other, `negative_counts` how many each row has;
+    likewise `scores` and `score_counts`.
     """
     batches = task.source.read_batches(shard)
     batches = task.preprocess_postcache(batches, sequence_length=None).prefetch(2)
     try:
         for batch in batches:
-            negatives = batch.pop("negatives")
-            texts, counts = negatives.flat_values.numpy(), negatives.row_lengths().numpy()
+            ragged = {name: batch.pop(name) for name in ("negatives", "scores")}
             yield {
                 **{name: tensor.numpy() for name, tensor in batch.items()},
-                "negatives": texts,
-                "negative_counts": counts,
+                **{name: tensor.flat_values.numpy() for name, tensor in ragged.items()},
+                "negative_counts": ragged["negatives"].row_lengths().numpy(),
+                "score_counts": ragged["scores"].row_lengths().numpy(),
             }
     except tf.errors.OpError as error:
         if task.source.failure is not None:
