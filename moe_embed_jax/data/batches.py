@@ -3,6 +3,7 @@
 import abc
 import concurrent.futures
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -57,17 +58,19 @@ class PairBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class TaughtPairBatch(PairBatch):
-    """A batch with what a teacher says, for distillation.
+class FullPairBatch(PairBatch):
+    """A batch with what only some runs need, see `Contrastive.Batch`.
 
     teacher_query_BW, teacher_document_BW: its vectors of the queries and of their own documents;
       [B, 0] where they are not learned.
     teacher_score_BM: its scores of the documents, NaN where one is not known; [B, 0] likewise.
+    in_batch_B: whether the texts of other pairs are negatives; the same for the whole batch.
     """
 
     teacher_query_BW: jax.Array = dataclasses.field(metadata=FLOATS)
     teacher_document_BW: jax.Array = dataclasses.field(metadata=FLOATS)
     teacher_score_BM: jax.Array = dataclasses.field(metadata=FLOATS)
+    in_batch_B: jax.Array = dataclasses.field(metadata=MASK)
 
 
 @jax.tree_util.register_dataclass
@@ -210,16 +213,18 @@ class PairBatches(Batches):
         negatives: int = 0,
         row_buckets: int = 0,
         teaching: Teaching | None = None,
+        alone: Collection[str] = (),
     ):
         """
         Args:
           chunk_rows: as of `Batches`.
           negatives: hard negatives of a pair (N), at most: the first of those it has.
           row_buckets: the most row counts; 0: as `most_buckets` says.
-          teaching: comes with the batches, which are then `TaughtPairBatch`es.
+          teaching: comes with the batches, which are then `FullPairBatch`es.
+          alone: tasks whose pairs have no other negatives than their own; likewise.
         """
         super().__init__(schedule, mesh, chunk_rows)
-        self.negatives, self.teaching = negatives, teaching
+        self.negatives, self.teaching, self.alone = negatives, teaching, alone
         used = [store.lengths, store.negative_lengths] if negatives else [store.lengths]
         longest = max(int(lengths.max(initial=0)) for lengths in used)
         if longest > row_length:
@@ -279,11 +284,11 @@ class PairBatches(Batches):
         needed = self._rows_needed(packings)
         bucket = next(bucket for bucket in self.buckets if bucket >= needed)
         return [
-            self._device_part(self.own(rows, position), packings[position], bucket)
+            self._device_part(step, self.own(rows, position), packings[position], bucket)
             for position in positions
         ]
 
-    def _device_part(self, own_rows: np.ndarray, packing, bucket: int) -> PairBatch:
+    def _device_part(self, step: int, own_rows: np.ndarray, packing, bucket: int) -> PairBatch:
         pairs = self.per_device
         sequences = self.store.read(own_rows)
         texts = [pair[0] for pair in sequences] + [pair[1] for pair in sequences]
@@ -312,14 +317,16 @@ class PairBatches(Batches):
             document_id_BM2=document_id_BM2,
             valid_BM=np.concatenate([np.ones((pairs, 1), bool), mask_BN], axis=1),
         )
-        if self.teaching is None:
+        if self.teaching is None and not self.alone:
             return batch
-        teacher_query_BW, teacher_document_BW = self.teaching.vectors(own_rows)
-        return TaughtPairBatch(
+        teaching = self.teaching or Teaching(self.store)
+        teacher_query_BW, teacher_document_BW = teaching.vectors(own_rows)
+        return FullPairBatch(
             **vars(batch),
             teacher_query_BW=teacher_query_BW,
             teacher_document_BW=teacher_document_BW,
-            teacher_score_BM=self.teaching.scores(own_rows, mask_BN, places),
+            teacher_score_BM=teaching.scores(own_rows, mask_BN, places),
+            in_batch_B=np.full(pairs, self.schedule.group(step).task not in self.alone),
         )
 
 

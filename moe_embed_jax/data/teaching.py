@@ -16,7 +16,11 @@ class Teaching:
     """
 
     def __init__(
-        self, store: TokenStore, teacher: TeacherVectors | None, has_vectors: bool, scores_from: str
+        self,
+        store: TokenStore,
+        teacher: TeacherVectors | None = None,
+        has_vectors: bool = False,
+        scores_from: str = "",
     ):
         """`scores_from`: "pairs" (those of `store`), "teacher" (inner products), or "" (none)."""
         self.teacher = teacher

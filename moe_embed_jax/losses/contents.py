@@ -58,12 +58,15 @@ class Contents:
     partner_O: numbers of partners, int32; O = 2 B, every pair in both directions.
     own_negative_BN: which hard negatives that are not among `documents` are negatives of their own
       pair; [B, 0] if hard negatives are shared.
+    hard_BN: which hard negatives are negatives of their own pair, whatever else is in the batch:
+      neither its query nor a right answer, and no copy of an earlier one of its own.
     """
 
     documents: Texts
     queries: Texts
     partner_O: jax.Array
     own_negative_BN: jax.Array
+    hard_BN: jax.Array
 
 
 def compare_contents(
@@ -95,14 +98,25 @@ def compare_contents(
     documents = texts(document_BM[:, :shared], valid_BM[:, :shared], document_BM[:, :shared])
     queries = texts(query_BM, valid_BM[:, :1], query_BM + X)
 
-    hard_BN, valid_BN = document_BM[:, shared:], valid_BM[:, shared:]
-    earlier_NN = jnp.tri(M - shared, k=-1, dtype=bool)
-    same_BNN = hard_BN[:, :, None] == hard_BN[:, None, :]
+    number_BN, valid_BN = document_BM[:, 1:], valid_BM[:, 1:]
+    earlier_NN = jnp.tri(M - 1, k=-1, dtype=bool)
+    same_BNN = number_BN[:, :, None] == number_BN[:, None, :]
     copy_BN = jnp.any(same_BNN & earlier_NN & valid_BN[:, None, :], axis=-1)
+    distinct_BN = valid_BN & ~copy_BN & (number_BN != query_BM)
     is_own_X = jnp.zeros(X, bool).at[own_B].set(True)  # those count as own documents
-    own_negative_BN = valid_BN & ~copy_BN & ~is_own_X[hard_BN] & (hard_BN != query_BM)
-    contents = Contents(documents, queries, partner_O, own_negative_BN)
+    own_negative_BN = (distinct_BN & ~is_own_X[number_BN])[:, shared - 1 :]
+    hard_BN = distinct_BN & ~_are_pairs(query_BM, number_BN, own_B)
+    contents = Contents(documents, queries, partner_O, own_negative_BN, hard_BN)
     return jax.lax.with_sharding_constraint(contents, P())
+
+
+def _are_pairs(query_B1, number_BN, own_B):
+    """[B, N] bool: some pair of the batch has this query and this document."""
+    B, N = number_BN.shape
+    asked_BM = jnp.concatenate([own_B[:, None], number_BN], axis=1)
+    both_BM2 = jnp.stack([jnp.broadcast_to(query_B1, asked_BM.shape), asked_BM], axis=-1)
+    both_BM = number_contents(both_BM2.reshape(-1, 2)).reshape(B, N + 1)
+    return jnp.zeros(both_BM.size, bool).at[both_BM[:, 0]].set(True)[both_BM[:, 1:]]
 
 
 def number_contents(ids_X2):

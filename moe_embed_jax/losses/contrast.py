@@ -23,6 +23,8 @@ class ContrastResult:
     masked: mean number of documents per query that were left out as negatives: copies, right
       answers, and those above the margin. Its own document and empty slots are not counted.
     loss_of_width: the unweighted loss of each width.
+    spread: the spread-out regulariser, unweighted; with several widths the weighted sum. 0 where it
+      is off.
 
     accuracy and masked are those of the widest vectors.
     """
@@ -31,6 +33,7 @@ class ContrastResult:
     accuracy: jax.Array
     masked: jax.Array
     loss_of_width: dict[int, jax.Array]
+    spread: jax.Array
 
 
 def initial_log_scale(config: ContrastConfig) -> jax.Array:
@@ -76,19 +79,38 @@ def prepare(query_BD, document_BMD, valid_BM):
     return query_BD.astype(jnp.float32), document_BMD, valid_BM
 
 
+def spread_of(first_B, x_BD):
+    """Mean of (x_i . x_j)^2 over ordered pairs i != j of those texts that are the `first_B` with
+    their content; 0 where there is one.
+
+    With G the sum of x x^T the sum of all squares is |G|^2, so no B x B array and no exchange of
+    vectors is needed: every device sums over its own texts, D x D numbers are added up.
+    """
+    x_BD = jnp.where(first_B[:, None], x_BD, 0.0)
+    gram_DD = jnp.einsum("BD,BE->DE", x_BD, x_BD, precision="highest")
+    own = jnp.sum(jnp.square(jnp.sum(jnp.square(x_BD), axis=1)))  # i = j
+    texts = jnp.sum(first_B.astype(jnp.float32))
+    return (jnp.sum(jnp.square(gram_DD)) - own) / jnp.maximum(texts * (texts - 1), 1.0)
+
+
 def over_widths(
-    config: ContrastConfig, query_BD, document_BMD, valid_BM, one_width
+    config: ContrastConfig, query_BD, document_BMD, valid_BM, one_width, first_of
 ) -> ContrastResult:
     """The result of a batch from its vectors, of any length, cut to each Matryoshka width.
 
     Args:
+      first_of: bool [B] of the queries and of the own documents, the first with their content.
       one_width: (q_BD, d_BMD), of unit length -> the loss of every pair, the score of its own
         document, and maximum and number of the scores of its negative documents, all [B].
     """
     widths = config.widths(query_BD.shape[-1])
-    parts = [
-        one_width(unit(query_BD[:, :width]), unit(document_BMD[..., :width])) for width, _ in widths
-    ]
+    cut = [(unit(query_BD[:, :width]), unit(document_BMD[..., :width])) for width, _ in widths]
+    parts = [one_width(*texts) for texts in cut]
+    spread = jnp.zeros((), jnp.float32)
+    if config.spread:
+        for (q_BD, d_BMD), (_, weight) in zip(cut, widths, strict=True):
+            sides = zip(first_of, (q_BD, d_BMD[:, 0]), strict=True)
+            spread += weight * sum(spread_of(first_B, x_BD) for first_B, x_BD in sides)
     B = len(valid_BM)
     if config.share_hard_negatives:
         others_B = jnp.full(B, jnp.sum(valid_BM) - 1)
@@ -101,6 +123,7 @@ def over_widths(
         accuracy=jnp.mean(jax.lax.stop_gradient(own_B > top_B).astype(jnp.float32)),
         masked=jnp.mean((others_B - count_B).astype(jnp.float32)),
         loss_of_width={width: loss for (width, _), loss in zip(widths, losses, strict=True)},
+        spread=spread,
     )
 
 
@@ -119,9 +142,16 @@ def describe_negatives(config: ContrastConfig, batch_size: int, negatives: int) 
         f"Each query is compared with {compared}. Duplicates count once.",
         f"{masked} are masked.",
     ]
-    if config.margin is not None:
+    if config.hard_negatives_only:
         sentences.append(
-            f"Documents that score more than {config.margin:g} above its own document are masked."
+            f"Queries of {', '.join(config.hard_negatives_only.split())} are compared with their "
+            "own hard negatives alone."
+        )
+    if config.margin is not None:
+        spared = "" if config.margin_hard_negatives else ", but its own hard negatives stay"
+        sentences.append(
+            f"Documents that score more than {config.margin:g} above its own document are masked"
+            f"{spared}."
         )
     extra = [term for term in config.terms.split() if term != "q->d"]
     if extra:

@@ -32,6 +32,14 @@ class ContrastConfig:
       reference code). False: of their pair's query alone (the paper's equation 3).
     margin: a text that scores more than this above s(q_i, d_i), in cosine units, is taken for a
       false negative and left out (Qwen3-Embedding, arXiv 2506.05176, has 0.1). None: no text is.
+    margin_hard_negatives: False: a pair's own hard negatives stay, however high they score: for
+      negatives that people or a cross-encoder chose.
+    hard_negatives_only: sources, separated by blanks, whose queries are compared with their own
+      hard negatives and nothing else of the batch: where the documents of other queries may be
+      right answers (labels, paraphrases).
+    spread: weight of the spread-out regulariser (GOR, arXiv 1708.06320; in the form of
+      EmbeddingGemma, arXiv 2509.20354): the mean of (x_i . x_j)^2 over i != j for the distinct
+      queries of a batch, plus the same for its distinct own documents, all of unit length.
     dims: Matryoshka widths and weights, {"768": 1.0, "256": 1.0}: vectors are cut, then normalised,
       and the loss is the weighted sum over widths; None: the full width, weight 1.
     """
@@ -44,6 +52,9 @@ class ContrastConfig:
     partition: str = "joint"
     share_hard_negatives: bool = True
     margin: float | None = None
+    margin_hard_negatives: bool = True
+    hard_negatives_only: str = ""
+    spread: float = 0.0
     dims: dict[str, float] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self):
@@ -70,6 +81,10 @@ class ContrastConfig:
             raise UserError(f"loss.partition={self.partition!r}: choose 'joint' or 'separate'")
         if self.margin is not None and not _is_number(self.margin, least=0.0):
             raise UserError(f"loss.margin={self.margin!r} must be a number of at least 0, or None")
+        if not self.margin_hard_negatives and self.margin is None:
+            raise UserError("loss.margin_hard_negatives=False needs loss.margin, which is None")
+        if not _is_number(self.spread, least=0.0):
+            raise UserError(f"loss.spread={self.spread!r} must be 0 (off) or more")
         if self.dims is not None:
             _check_dims(self.dims)
             dims = {str(width): float(weight) for width, weight in dict(self.dims).items()}

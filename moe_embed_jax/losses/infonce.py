@@ -27,6 +27,7 @@ def infonce(
     document_id_BM2,
     valid_BM=None,
     log_scale=None,
+    in_batch_B=None,
     *,
     tile: int = TILE,
 ) -> ContrastResult:
@@ -38,6 +39,8 @@ def infonce(
       query_id_B2, document_id_BM2: 64-bit content ids as two int32.
       valid_BM: which slots are filled, default all; slot 0 always is.
       log_scale: scalar, only with `config.learn_temperature`, see `initial_log_scale`.
+      in_batch_B: bool, queries that are compared with the texts of other pairs, default all; the
+        others have no negatives but their own hard ones.
       tile: most texts per side that are scored at once on a device.
 
     Leading axes are sharded over the mesh in context, whose size must divide B.
@@ -47,12 +50,15 @@ def infonce(
     contents = compare_contents(query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives)
 
     def one_width(q_BD, d_BMD):
-        return _one_width(config, scale, q_BD, d_BMD, contents, tile)
+        return _one_width(config, scale, q_BD, d_BMD, contents, in_batch_B, tile)
 
-    return over_widths(config, query_BD, document_BMD, valid_BM, one_width)
+    first_of = contents.queries.counts[:, 0], contents.documents.counts[:, 0]
+    return over_widths(config, query_BD, document_BMD, valid_BM, one_width, first_of)
 
 
-def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, tile: int):
+def _one_width(
+    config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, in_batch_B, tile: int
+):
     """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
     d_BD = d_BMD[:, 0]
     own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
@@ -60,20 +66,37 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
     if config.margin is not None:
         limit_B = jax.lax.stop_gradient(own_B + config.margin * scale)
 
+    # What the streamed sums leave out: they know no pairs, so a pair's own hard negatives that are
+    # to stay are added afterwards.
+    stream_limit_B = limit_B
+    if in_batch_B is not None:
+        stream_limit_B = jnp.where(in_batch_B, limit_B, -jnp.inf)
+    adds_own = in_batch_B is not None or not config.margin_hard_negatives
+    own_negative_BN = contents.own_negative_BN
+    if adds_own:
+        shared = contents.hard_BN.shape[1] - own_negative_BN.shape[1]
+        own_negative_BN = jnp.pad(own_negative_BN, ((0, 0), (shared, 0)))
+
     def against_documents(x_BD):
         """Summands of the denominator [B, ...], their maximum and number."""
         lse_B, top_B, count_B = streamed_log_sum_exp(
             tile,
             scale * x_BD,
             contents.queries.own(),
-            limit_B,
+            stream_limit_B,
             d_BMD[:, : contents.documents.number.shape[1]],
             contents.documents,
             contents.partner_O,
         )
-        hard_BND = d_BMD[:, d_BMD.shape[1] - contents.own_negative_BN.shape[1] :]
+        hard_BND = d_BMD[:, d_BMD.shape[1] - own_negative_BN.shape[1] :]
         hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
-        counts_BN = contents.own_negative_BN & (hard_BN <= limit_B[:, None])
+        below_BN = hard_BN <= stream_limit_B[:, None]
+        counts_BN = own_negative_BN & below_BN
+        if adds_own:
+            stays_BN = contents.hard_BN & ~below_BN
+            if config.margin_hard_negatives:
+                stays_BN &= hard_BN <= limit_B[:, None]
+            counts_BN |= stays_BN
         hard_BN = jnp.where(counts_BN, hard_BN, -jnp.inf)
         top_B = jnp.maximum(top_B, jnp.max(hard_BN, axis=1, initial=-jnp.inf))
         summands_BK = jnp.concatenate([lse_B[:, None], hard_BN], axis=1)
@@ -84,7 +107,7 @@ def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, contents: Contents, t
             tile,
             scale * x_BD,
             contents.documents.own(),
-            limit_B,
+            stream_limit_B,
             q_BD[:, None],
             contents.queries,
             contents.partner_O,

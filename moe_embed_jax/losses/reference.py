@@ -60,6 +60,7 @@ def dense_infonce(
     document_id_BM2,
     valid_BM=None,
     log_scale=None,
+    in_batch_B=None,
 ) -> ContrastResult:
     """Arguments and result of `infonce.infonce`; needs no mesh."""
     query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
@@ -68,28 +69,60 @@ def dense_infonce(
         query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives
     )
     queries_BB = negative_queries(query_id_B2, document_id_BM2[:, 0])
+    hard_BZ = own_hard_negatives(query_id_B2, document_id_BM2, valid_BM)
+
+    negatives = documents_BZ, queries_BB, hard_BZ
 
     def one_width(q_BD, d_BMD):
-        return _one_width(config, scale, q_BD, d_BMD, documents_BZ, queries_BB)
+        return _one_width(config, scale, q_BD, d_BMD, *negatives, in_batch_B)
 
-    return over_widths(config, query_BD, document_BMD, valid_BM, one_width)
+    first_of = [
+        ~jnp.any(jnp.triu(same_content(ids_B2, ids_B2), k=1), axis=0)
+        for ids_B2 in (query_id_B2, document_id_BM2[:, 0])
+    ]
+    return over_widths(config, query_BD, document_BMD, valid_BM, one_width, first_of)
 
 
-def _one_width(config: ContrastConfig, scale, q_BD, d_BMD, documents_BZ, queries_BB):
+def own_hard_negatives(query_id_B2, document_id_BM2, valid_BM):
+    """[B, Z] bool: document z is a hard negative of pair i, and the first of its content there;
+    neither its query nor a document of that query."""
+    B, M = valid_BM.shape
+    document_id_Z2 = document_id_BM2.reshape(B * M, 2)
+    pair_Z, slot_Z = jnp.divmod(jnp.arange(B * M), M)
+    own_BZ = (jnp.arange(B)[:, None] == pair_Z) & valid_BM.reshape(-1) & (slot_Z > 0)
+    same_ZZ = same_content(document_id_Z2, document_id_Z2)
+    copy_BZ = exists(own_BZ, same_ZZ & (slot_Z[:, None] < slot_Z[None, :]))
+    same_query_BB = same_content(query_id_B2, query_id_B2)
+    answer_BZ = exists(same_query_BB, same_content(document_id_BM2[:, 0], document_id_Z2))
+    return own_BZ & ~copy_BZ & ~answer_BZ & ~same_content(query_id_B2, document_id_Z2)
+
+
+def _one_width(
+    config: ContrastConfig, scale, q_BD, d_BMD, documents_BZ, queries_BB, hard_BZ, in_batch_B
+):
     """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
     d_BD, d_ZD = d_BMD[:, 0], d_BMD.reshape(-1, d_BMD.shape[-1])
     own_B = scale * jnp.sum(q_BD * d_BD, axis=-1)
 
-    def logits(x_BD, y_ZD, negative_BZ):
+    limit_B = jnp.full_like(own_B, jnp.inf)
+    if config.margin is not None:
+        limit_B = own_B + config.margin * scale
+    stays_BZ = hard_BZ if in_batch_B is not None else jnp.zeros_like(hard_BZ)
+    if not config.margin_hard_negatives:
+        stays_BZ = hard_BZ
+
+    def logits(x_BD, y_ZD, negative_BZ, stays_BZ=False):
         logits_BZ = scale * jnp.einsum("BD,ZD->BZ", x_BD, y_ZD, precision="highest")
-        if config.margin is not None:
-            negative_BZ &= logits_BZ <= (own_B + config.margin * scale)[:, None]
+        below_BZ = logits_BZ <= limit_B[:, None]
+        takes_part_BZ = below_BZ if in_batch_B is None else below_BZ & in_batch_B[:, None]
+        spared_BZ = stays_BZ & (below_BZ if config.margin_hard_negatives else True)
+        negative_BZ = (negative_BZ & takes_part_BZ) | (spared_BZ & ~takes_part_BZ)
         return jnp.where(negative_BZ, logits_BZ, -jnp.inf)
 
     logits_of = {
-        "q->d": logits(q_BD, d_ZD, documents_BZ),
+        "q->d": logits(q_BD, d_ZD, documents_BZ, stays_BZ),
         "q->q": logits(q_BD, q_BD, queries_BB),
-        "d->d": logits(d_BD, d_ZD, documents_BZ),
+        "d->d": logits(d_BD, d_ZD, documents_BZ, stays_BZ),
         "d->q": logits(d_BD, q_BD, queries_BB),
     }
 

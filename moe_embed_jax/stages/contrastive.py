@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from moe_embed_jax.data.batches import PairBatch, TaughtPairBatch, batch_specs
+from moe_embed_jax.data.batches import FullPairBatch, PairBatch, batch_specs
 from moe_embed_jax.data.buckets import in_chunks
 from moe_embed_jax.data.schedule import group_weights
 from moe_embed_jax.data.teacher_vectors import width_of
@@ -72,7 +72,7 @@ class Contrastive:
 
     @property
     def Batch(self) -> type:
-        return TaughtPairBatch if self.loss.distillation.is_on else PairBatch
+        return FullPairBatch if self.loss.is_full else PairBatch
 
     @property
     def rules(self) -> tuple:
@@ -103,6 +103,7 @@ class Contrastive:
             batch.document_id_BM2,
             batch.valid_BM,
             params.get("log_scale"),
+            batch.in_batch_B if self.loss.hard_negatives_only else None,
         )
         total, taught = self._with_distillation(
             contrast.loss, params, batch, query_BD, document_BMD
@@ -114,6 +115,9 @@ class Contrastive:
         }
         if len(contrast.loss_of_width) > 1:
             metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
+        if self.loss.spread:
+            total += self.loss.spread * contrast.spread
+            metrics["spread"] = contrast.spread
         if self.loss.learn_temperature:
             metrics["temperature"] = jnp.exp(-clip_log_scale(self.loss, params["log_scale"]))
         statistics = jax.tree.map(lambda leaf: leaf.sum(axis=0), device_statistics)
@@ -166,7 +170,7 @@ class Contrastive:
             rows=rows,
             tokens=tokens,
             batch_shapes=batch_shapes(rows_of_all, pairs, documents)
-            | teaching_shapes(config.loss.distillation, pairs, documents, width),
+            | full_shapes(config.loss, pairs, documents, width),
             model_flops=training_flops_per_token(config.model) * math.prod(rows_of_all),
             work="all token slots",
             note=f"{pairs} pairs in {chunks} chunk(s) of {rows} rows of {data.row_length} slots "
@@ -183,12 +187,13 @@ class Contrastive:
         return [f"data.chunk_rows={chunk_rows}: {cost}"]
 
 
-def teaching_shapes(distillation, pairs: int, documents: int, width: int) -> dict:
-    """Shapes of what a `TaughtPairBatch` has more than a `PairBatch`; `width` (W) of a teacher."""
-    if not distillation.is_on:
+def full_shapes(loss: LossConfig, pairs: int, documents: int, teacher_width: int) -> dict:
+    """Shapes of what a `FullPairBatch` has more than a `PairBatch`, if `loss` asks for one."""
+    if not loss.is_full:
         return {}
-    vectors = dict.fromkeys(("teacher_query_BW", "teacher_document_BW"), (pairs, width))
-    return vectors | {"teacher_score_BM": (pairs, documents if distillation.scores else 0)}
+    vectors = dict.fromkeys(("teacher_query_BW", "teacher_document_BW"), (pairs, teacher_width))
+    scores = (pairs, documents if loss.distillation.scores else 0)
+    return vectors | {"teacher_score_BM": scores, "in_batch_B": (pairs,)}
 
 
 def batch_shapes(rows_CRL: tuple[int, int, int], pairs: int, documents: int) -> dict:
@@ -283,7 +288,7 @@ class ContrastiveRun:
             self.data_spec["teacher"] = teaching.teacher.content_hash
         groups = self.batches.schedule.groups
         self._constant = groups_without_negatives(
-            store, groups, config.batch_size, config.data.negatives
+            store, groups, config.batch_size, config.data.negatives, self.batches.alone
         )
         if len(self._constant) == len(groups):
             alone = "a batch is one pair, and none has hard negatives"

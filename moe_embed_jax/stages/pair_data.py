@@ -1,6 +1,7 @@
 """The pairs of a contrastive run: batches, a teacher's vectors, and what is said about them."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -76,6 +77,13 @@ def pair_batches(
 ) -> PairBatches:
     data = config.data
     groups = mixture_groups(store.groups, data.rates)
+    alone, tasks = config.loss.hard_negatives_only.split(), {group.task for group in groups}
+    for name in alone:
+        if name not in tasks:
+            raise UserError(
+                f"loss.hard_negatives_only: there is no source {name}; sources: "
+                f"{', '.join(sorted(tasks))}"
+            )
     schedule = Schedule(
         groups, config.batch_size, config.steps, config.seed, data.language_exponent
     )
@@ -90,21 +98,30 @@ def pair_batches(
         data.negatives,
         data.row_buckets,
         teaching,
+        alone,
     )
 
 
 def groups_without_negatives(
-    store: TokenStore, groups: list[Group], batch_size: int, hard_negatives: int
+    store: TokenStore,
+    groups: list[Group],
+    batch_size: int,
+    hard_negatives: int,
+    alone: Collection[str] = (),
 ) -> list[Group]:
     """The groups whose batches never hold a negative for any pair.
 
     Args:
       hard_negatives: of a pair, at most, that the run uses.
+      alone: tasks whose pairs have no other negatives than these.
     """
     without = []
     for group in groups:
         first, last = store.negative_starts[[group.start, group.stop]]
         if hard_negatives and last > first:
+            continue
+        if group.task in alone:
+            without.append(group)
             continue
         ids_N22 = store.content_ids[group.start : group.stop]
         # A few rows tell it of nearly every group.

@@ -88,6 +88,11 @@ class LossConfig(ContrastConfig):
         if self.balance_over not in ("batch", "device"):
             raise UserError(f"loss.balance_over={self.balance_over!r}: choose 'batch' or 'device'")
 
+    @property
+    def is_full(self) -> bool:
+        """Whether the loss reads what a `FullPairBatch` has more than a `PairBatch`."""
+        return self.distillation.is_on or bool(self.hard_negatives_only)
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLossConfig:
@@ -213,6 +218,11 @@ class RunConfig(Run):
             raise UserError(
                 f"data.teacher={data.teacher}, and loss.distillation reads no vectors: give "
                 "--config.loss.distillation.vectors=10 or another weight, or leave data.teacher out"
+            )
+        if self.loss.hard_negatives_only and not data.negatives:
+            raise UserError(
+                f"loss.hard_negatives_only={self.loss.hard_negatives_only!r} and data.negatives=0: "
+                "these sources would have nothing to be told apart from; give data.negatives"
             )
         if distillation.scores and not data.negatives:
             raise UserError(

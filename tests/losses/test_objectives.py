@@ -201,6 +201,51 @@ def test_extreme_scores_do_not_overflow():
         assert all(np.isfinite(grad).all() for grad in grads)
 
 
+def test_own_hard_negatives_are_spared_from_the_margin():
+    """Pair 0's hard negative scores 1, its own document 0; to the others it is above no limit."""
+    eye = np.eye(4, dtype=np.float32)
+    query, document = eye[[0, 0]], np.stack([eye[[1, 0]], eye[[0, 3]]])
+    ids = distinct_ids(2), distinct_ids(4, 100).reshape(2, 2, 2)
+    keys = dict(temperature=1.0, margin=0.1)
+    masked = loss_of(query, document, *ids, **keys)
+    # Pair 1 keeps its own hard negative and that of pair 0, as no score is above 1.1.
+    pair_1 = np.log(1 + np.exp(-1.0) + 1 + np.exp(-1.0))
+    np.testing.assert_allclose(masked.loss, (np.log(2.0) + pair_1) / 2, rtol=1e-6)
+    spared = loss_of(query, document, *ids, **keys, margin_hard_negatives=False)
+    # What pair 1 has above the margin of pair 0 is not curated for pair 0: it stays masked.
+    np.testing.assert_allclose(spared.loss, (np.log(2 + np.e) + pair_1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(masked.masked - spared.masked, 1 / 2, rtol=1e-6)
+
+
+def test_queries_outside_the_batch_see_their_own_hard_negatives_alone():
+    rng = np.random.default_rng(9)
+    query, document = unit(rng, 4, 8), unit(rng, 4, 3, 8)
+    ids = distinct_ids(4), distinct_ids(12, 100).reshape(4, 3, 2)
+    everything = loss_of(query, document, *ids, temperature=0.1)
+    outside = INFONCE(
+        ContrastConfig(temperature=0.1), query, document, *ids, None, None, np.zeros(4, bool)
+    )
+    scores = np.einsum("bd,bmd->bm", query, document) / 0.1
+    expected = np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[:, 0])
+    np.testing.assert_allclose(outside.loss, expected, rtol=1e-5)
+    assert outside.loss < everything.loss
+    np.testing.assert_allclose(outside.masked, 11 - 2)
+
+
+def test_spread_is_the_mean_square_of_distinct_texts():
+    """Two equal queries count once; orthogonal documents have none; opposite ones have 1."""
+    eye = np.eye(4, dtype=np.float32)
+    query = np.stack([eye[0], eye[0], (eye[0] + eye[1]) * 3])
+    query_id = distinct_ids(3)
+    query_id[1] = query_id[0]
+    result = loss_of(query, eye[:3], query_id, distinct_ids(3, 100), spread=1.0)
+    np.testing.assert_allclose(result.spread, 0.5, rtol=1e-6)  # of the queries, cosine^2
+    document = np.stack([eye[0], -eye[0], eye[1]])
+    result = loss_of(query, document, query_id, distinct_ids(3, 100), spread=1.0)
+    np.testing.assert_allclose(result.spread, 0.5 + 1 / 3, rtol=1e-6)
+    assert loss_of(query, document, query_id, distinct_ids(3, 100)).spread == 0
+
+
 def test_a_tie_is_no_hit():
     """Vectors of one 1 each, so that every score is exact: 0, or the same number."""
     query = np.eye(4, dtype=np.float32)
@@ -246,6 +291,8 @@ def test_learned_temperature():
         ({"partition": "both"}, r"loss\.partition='both': choose 'joint' or 'separate'"),
         ({"margin": -0.1}, r"loss\.margin=-0\.1 must be a number of at least 0"),
         ({"margin": "no"}, r"loss\.margin='no' must be a number"),
+        ({"margin_hard_negatives": False}, r"margin_hard_negatives=False needs loss\.margin"),
+        ({"spread": -1}, r"loss\.spread=-1 must be 0 \(off\) or more"),
         ({"dims": {"a": 1.0}}, r"loss\.dims: 'a': 1\.0 must be a width"),
         ({"dims": {"64": -1.0}}, r"loss\.dims: '64': -1\.0 must be a width"),
         ({"dims": {}}, r"loss\.dims=\{\}: no width has a weight"),
@@ -276,6 +323,10 @@ def test_negatives_in_words():
     own = describe_negatives(config, 256, 10)
     assert "up to 10 hard negatives of its own. Duplicates count once." in own
     assert "Documents that score more than 0.1 above its own document are masked." in own
+    spared = dataclasses.replace(config, margin_hard_negatives=False, hard_negatives_only="a b")
+    spared = describe_negatives(spared, 256, 10)
+    assert "Queries of a, b are compared with their own hard negatives alone." in spared
+    assert "are masked, but its own hard negatives stay." in spared
     assert "The terms q->q, d->q (q query, d its document) follow the same rules" in own
 
 

@@ -1,5 +1,6 @@
 """The contrastive loss against a loop in float64, and its streamed form against its dense one."""
 
+import dataclasses
 import functools
 import math
 import sys
@@ -19,24 +20,40 @@ from moe_embed_jax.losses.streaming import TILE
 from moe_embed_jax.mesh import MeshConfig, batch_sharding, make_mesh, replicated, single_device_mesh
 
 
-def oracle(config, query, document, query_id, document_id, valid, temperature):
+def oracle(config, query, document, query_id, document_id, valid, temperature, in_batch):
     """Loss, accuracy and masked, pair by pair and text by text, in float64."""
     B, M = valid.shape
     query_id = [tuple(x) for x in query_id.tolist()]
     document_id = [[tuple(x) for x in row] for row in document_id.tolist()]
     pairs = {(query_id[k], document_id[k][0]) for k in range(B)}
-    total, hits, masked = 0.0, 0, 0
+    total, hits, masked, spread = 0.0, 0, 0, 0.0
     widths = config.widths(query.shape[1])
     for width, weight in widths:
         q = query[:, :width].astype(np.float64)
         q /= np.linalg.norm(q, axis=-1, keepdims=True)
         d = document[..., :width].astype(np.float64)
         d /= np.linalg.norm(d, axis=-1, keepdims=True)
+        for ids, x in ((query_id, q), ([row[0] for row in document_id], d[:, 0])):
+            first = [i for i in range(B) if ids[i] not in ids[:i]]
+            squares = [(x[i] @ x[j]) ** 2 for i in first for j in first if i != j]
+            spread += weight * np.mean(squares) if squares else 0.0
         for i in range(B):
             own, own_id = q[i] @ d[i, 0], document_id[i][0]
             limit = np.inf if config.margin is None else own + config.margin
+            own_limit = limit if config.margin_hard_negatives else np.inf
+            limit = limit if in_batch[i] else -np.inf  # of what is not added below
             sums = dict.fromkeys(("q->d", "q->q", "d->d", "d->q"), 0.0)
             best, offered, counted, seen = -np.inf, 0, 0, set()
+            mine = [document_id[i][m] for m in range(1, M) if valid[i, m]]
+            stays = {c for c in mine if c != query_id[i] and (query_id[i], c) not in pairs}
+            for m, content in enumerate(mine, start=1):  # wherever else in the batch it stands
+                if content in mine[: m - 1] or content not in stays:
+                    continue
+                if limit < (score := q[i] @ d[i, m]) <= own_limit:
+                    sums["q->d"] += np.exp((score - own) / temperature)
+                    best, counted = max(best, score), counted + 1
+                if limit < (score := d[i, 0] @ d[i, m]) <= own_limit:
+                    sums["d->d"] += np.exp((score - own) / temperature)
             for m, j in ((m, j) for m in range(M) for j in range(B)):
                 if not valid[j, m] or (m > 0 and j != i and not config.share_hard_negatives):
                     continue
@@ -71,7 +88,7 @@ def oracle(config, query, document, query_id, document_id, valid, temperature):
             if width == widths[0][0]:
                 hits += own > best
                 masked += offered - 1 - counted
-    return total, hits / B, masked / B
+    return total, hits / B, masked / B, spread
 
 
 def make_batch(seed, B, N, D, contents):
@@ -95,17 +112,24 @@ CONFIGS = st.builds(
     terms=st.sampled_from(["q->d", "d->q q->d", "q->d q->q d->d", "q->d q->q d->d d->q"]),
     partition=st.sampled_from(["joint", "separate"]),
     share_hard_negatives=st.booleans(),
-    margin=st.sampled_from([None, 0.1]),
+    margin=st.just(0.1),
+    margin_hard_negatives=st.booleans(),
+    spread=st.sampled_from([0.0, 3.0]),
     dims=st.sampled_from([None, {8: 1.0, 3: 0.5}]),
+).flatmap(
+    lambda config: st.sampled_from(
+        [config, dataclasses.replace(config, margin=None, margin_hard_negatives=True)]
+    )
 )
 
 
 def value_and_grads(loss, config):
     """jitted (result, gradients to vectors and log_scale)."""
 
-    def of(query, document, log_scale, *rest):
-        result = loss(config, query, document, *rest, log_scale)
-        return result.loss, result
+    def of(query, document, log_scale, query_id, document_id, valid, in_batch=None):
+        texts = query, document, query_id, document_id, valid
+        result = loss(config, *texts, log_scale, in_batch)
+        return result.loss + config.spread * result.spread, result
 
     grads = jax.grad(of, argnums=(0, 1, 2), has_aux=True)
     return jax.jit(grads)
@@ -114,6 +138,7 @@ def value_and_grads(loss, config):
 def check(result, grads, expected, expected_grads):
     """Loss to 1e-6, gradients to 5e-6 of the largest."""
     np.testing.assert_allclose(result.loss, expected.loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.spread, expected.spread, rtol=1e-6)
     np.testing.assert_array_equal(result.accuracy, expected.accuracy)
     np.testing.assert_allclose(result.masked, expected.masked, rtol=1e-6)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -128,21 +153,28 @@ def check(result, grads, expected, expected_grads):
     config=CONFIGS,
     N=st.sampled_from([3, 1, 0]),
     tile=st.sampled_from([4, TILE]),
+    alone=st.booleans(),
 )
-def test_both_forms_equal_the_oracle_and_each_other(config, N, tile):
+def test_both_forms_equal_the_oracle_and_each_other(config, N, tile, alone):
     dense = value_and_grads(dense_infonce, config)
     streamed = value_and_grads(functools.partial(infonce, tile=tile), config)
     log_scale = jnp.float32(-math.log(0.05))
     temperature = 0.05 if config.learn_temperature else config.temperature
     for seed, contents in enumerate((3, 8, 8, 1000)):  # from nearly all alike to all different
         query, document, *rest = make_batch(seed, 9, N, 8, contents)
-        expected_grads, expected = dense(query, document, log_scale, *rest)
+        in_batch = np.arange(9) % 3 > 0 if alone else np.ones(9, bool)
+        more = [in_batch] if alone else []
+        expected_grads, expected = dense(query, document, log_scale, *rest, *more)
         with jax.set_mesh(single_device_mesh()):
-            grads, result = streamed(query, document, log_scale, *rest)
+            grads, result = streamed(query, document, log_scale, *rest, *more)
         check(result, grads, expected, expected_grads)
-        loss, accuracy, masked = oracle(config, query, document, *rest, temperature)
+        loss, accuracy, masked, spread = oracle(
+            config, query, document, *rest, temperature, in_batch
+        )
         for form in (expected, result):
             np.testing.assert_allclose(form.loss, loss, rtol=1e-5, atol=1e-5)
+            expected_spread = spread if config.spread else 0.0
+            np.testing.assert_allclose(form.spread, expected_spread, rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose((form.accuracy, form.masked), (accuracy, masked), rtol=1e-6)
 
 
@@ -153,7 +185,14 @@ def test_on_devices(part):
 
 
 def equal_on_1_2_4_and_8_devices():
-    everything = ContrastConfig(terms="q->d q->q d->d d->q", margin=0.2, dims={16: 1.0, 8: 0.5})
+    everything = ContrastConfig(
+        terms="q->d q->q d->d d->q",
+        margin=0.05,
+        margin_hard_negatives=False,
+        hard_negatives_only="labels",
+        spread=2.0,
+        dims={16: 1.0, 8: 0.5},
+    )
     symmetric = ContrastConfig(
         terms="q->d d->q",
         partition="separate",
@@ -166,6 +205,8 @@ def equal_on_1_2_4_and_8_devices():
         (symmetric, [(1, 1, 2), (2, 2, 1)]),
     ):
         query, document, *rest = make_batch(0, 48, 2, 16, 60)
+        if config.hard_negatives_only:
+            rest.append(np.arange(48) % 5 > 0)
         arguments = query, document, initial_log_scale(config), *rest
         expected_grads, expected = value_and_grads(dense_infonce, config)(*arguments)
         streamed = value_and_grads(functools.partial(infonce, tile=4), config)

@@ -160,4 +160,25 @@ FAULTS = (
         "jnp.exp(log_r_BM) * (log_r_BM - log_p_BM)",
         "losses/test_distillation.py -k scores_against",
     ),
+    Fault(
+        "spread-counts-a-text-with-itself",
+        "losses/contrast.py",
+        "(jnp.sum(jnp.square(gram_DD)) - own)",
+        "jnp.sum(jnp.square(gram_DD))",
+        f"{MEANING} -k spread",
+    ),
+    Fault(
+        "spared-hard-negatives-may-be-right-answers",
+        "losses/contents.py",
+        "hard_BN = distinct_BN & ~_are_pairs(query_BM, number_BN, own_B)",
+        "hard_BN = distinct_BN",
+        ORACLE,
+    ),
+    Fault(
+        "queries-outside-the-batch-see-its-queries",
+        "losses/infonce.py",
+        "            contents.documents.own(),\n            stream_limit_B,",
+        "            contents.documents.own(),\n            limit_B,",
+        ORACLE,
+    ),
 )

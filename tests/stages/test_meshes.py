@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from helpers.forked import run_forked
 
-from moe_embed_jax.data.batches import TaughtPairBatch, abstract_batch, batch_shardings
+from moe_embed_jax.data.batches import FullPairBatch, abstract_batch, batch_shardings
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh import MeshConfig, make_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
-from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes, teaching_shapes
+from moe_embed_jax.stages.contrastive import Contrastive, batch_shapes, full_shapes
 from moe_embed_jax.training.optimizer import make_optimizer
 from moe_embed_jax.training.run_config import LossConfig, OptimizerConfig
 from moe_embed_jax.training.state import abstract_state, create_state
@@ -54,7 +54,7 @@ def test_every_mesh_equals_one_device():
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 
 
-def make_batch(devices: int, chunks: int) -> TaughtPairBatch:
+def make_batch(devices: int, chunks: int) -> FullPairBatch:
     """The same 32 pairs with ragged hard negatives, packed as 8 devices do, for 8 or for one."""
     rng = np.random.default_rng(0)
     width, parts = 2 + NEGATIVES, []
@@ -82,7 +82,7 @@ def make_batch(devices: int, chunks: int) -> TaughtPairBatch:
     texts = query_slot, document_slot, ids[:, 0], ids[:, 1:], there
     teacher = rng.normal(size=(2, B, TEACHER_WIDTH)).astype(np.float32)
     scores = rng.normal(size=there.shape).astype(np.float32)
-    return TaughtPairBatch(*rows, *texts, *teacher, scores)
+    return FullPairBatch(*rows, *texts, *teacher, scores, np.arange(B) % 2 == 0)
 
 
 def train(mesh, model: EncoderConfig, chunks: int):
@@ -92,11 +92,11 @@ def train(mesh, model: EncoderConfig, chunks: int):
         OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1, epsilon=1e-6), 10
     )
     host = make_batch(mesh.size, chunks)
-    batch = jax.device_put(host, batch_shardings(TaughtPairBatch, mesh))
+    batch = jax.device_put(host, batch_shardings(FullPairBatch, mesh))
     documents = 1 + NEGATIVES
     shapes = batch_shapes(host.token_CRL.shape, DEVICES * PAIRS, documents)
-    shapes |= teaching_shapes(LOSS.distillation, DEVICES * PAIRS, documents, TEACHER_WIDTH)
-    abstract = abstract_batch(mesh, TaughtPairBatch, **shapes)
+    shapes |= full_shapes(LOSS, DEVICES * PAIRS, documents, TEACHER_WIDTH)
+    abstract = abstract_batch(mesh, FullPairBatch, **shapes)
     state = create_state(config, optimizer, mesh, seed=0)
     with jax.set_mesh(mesh):
         step = jit_train_step(config, optimizer, mesh).jitted

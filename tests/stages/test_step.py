@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from moe_embed_jax.data.batches import PairBatch, TaughtPairBatch, abstract_batch
+from moe_embed_jax.data.batches import FullPairBatch, PairBatch, abstract_batch
 from moe_embed_jax.data.packing import fill_rows, pack
 from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.mesh import single_device_mesh
@@ -54,7 +54,7 @@ def make_taught_batch(
     chunks=1,
     negatives=0,
     ragged=True,
-    kind=TaughtPairBatch,
+    kind=FullPairBatch,
 ):
     """The same with vectors of a teacher."""
     rng = np.random.default_rng(0)
@@ -68,10 +68,11 @@ def make_taught_batch(
     teacher = rng.normal(size=(2, PAIRS, TEACHER_WIDTH)).astype(np.float32)
     scores = rng.normal(size=(PAIRS, 1 + negatives)).astype(np.float32)
     scores[rng.random(scores.shape) < 0.2] = np.nan  # not known
+    in_batch = np.arange(PAIRS) % 3 > 0
     if order is not None:
         sequences = [[side[i] for i in order] for side in sequences]
         ids, there, teacher = ids[:, order], there[order], teacher[:, order]
-        scores = scores[order]
+        scores, in_batch = scores[order], in_batch[order]
     flat = [sequence for side in sequences for sequence in side]
     packing = pack([len(sequence) for sequence in flat], row_length, slots)
     rows = -(-(packing.rows + 1) // chunks) * chunks
@@ -84,7 +85,7 @@ def make_taught_batch(
         ids[0],
         ids[1:].swapaxes(0, 1),
         there,
-        *((*teacher, scores) if kind is TaughtPairBatch else ()),
+        *((*teacher, scores, in_batch) if kind is FullPairBatch else ()),
     )
 
 

@@ -103,7 +103,10 @@ def test_what_is_missing_is_said(trained, tmp_path, flag, message):
 
 def test_a_weight_needs_a_teacher():
     with pytest.raises(UserError, match=r"data\.teacher is empty, and loss\.distillation learns"):
-        RunConfig(loss=LossConfig(distillation=DistillationConfig(vectors=1.0)))
+        RunConfig(
+            data=DataConfig(vocabulary=VocabularyConfig("train", size=512)),
+            loss=LossConfig(distillation=DistillationConfig(vectors=1.0)),
+        )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,11 @@ from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import init_params
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.preparation import tokenize as prepare
-from moe_embed_jax.stages.pair_data import describe_hard_negatives, open_teaching
+from moe_embed_jax.stages.pair_data import (
+    describe_hard_negatives,
+    open_teaching,
+    pair_batches,
+)
 from moe_embed_jax.tokenizers.vocabulary import (
     DOCUMENT_PREFIX,
     QUERY_PREFIX,
@@ -251,6 +255,26 @@ def test_a_run_with_hard_negatives_resumes_on_other_devices(trained, tmp_path):
     assert "after step 1" in result.stdout
     for name in ("contrastive_loss", "distillation_scores", "masked_candidates", "grad_norm"):
         np.testing.assert_allclose(metric(run, name), metric(whole, name), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_say_which_sources_stand_alone(prepared):
+    config, data_dir, store = prepared
+    values = run_config(data_dir, config["pairs"])
+    values["loss"] = {"hard_negatives_only": "descriptions"}
+    run = config_module.build(RunConfig, values | {"steps": 12})
+    batches = pair_batches(store, run, single_device_mesh(), 1)
+    alone = set()
+    for step in range(12):
+        batch = batches.at(step)
+        is_alone = batch.group.task == "descriptions"
+        alone.add(is_alone)
+        assert (np.asarray(batch.arrays.in_batch_B) != is_alone).all()
+        assert batch.arrays.teacher_query_BW.shape == batch.arrays.teacher_score_BM.shape == (16, 0)
+    assert alone == {True, False}
+    values["loss"] = {"hard_negatives_only": "descriptions web"}
+    run = config_module.build(RunConfig, values)
+    with pytest.raises(UserError, match=r"there is no source web; sources: descriptions, transl"):
+        pair_batches(store, run, single_device_mesh(), 1)
 
 
 def test_pairs_without_scores_are_refused(prepared, tmp_path):

@@ -196,6 +196,13 @@ def test_a_batch_of_one_pair_is_refused(page):
     page({"batch_size": 1, "data.negatives": 2, "data.pairs": "pairs"})
 
 
+def test_sources_with_hard_negatives_only_need_some(page):
+    with pytest.raises(UserError, match=r"hard_negatives_only='faq' and data\.negatives=0: these"):
+        page({"loss.hard_negatives_only": "faq"})
+    keys = {"loss.hard_negatives_only": "faq", "data.negatives": 2, "data.pairs": "pairs"}
+    assert page(keys).loss.is_full and not page({}).loss.is_full
+
+
 class Pairs:
     """The index of a token store: groups of 3 pairs of texts, which letters stand for."""
 
@@ -205,8 +212,8 @@ class Pairs:
         self.negative_starts = np.arange(len(self.content_ids) + 1) * hard_negatives
         self.groups = [Group("task", f"{i}", 3 * i, 3 * i + 3, 1.0) for i, _ in enumerate(groups)]
 
-    def constant(self, batch_size: int, hard_negatives: int = 0) -> str:
-        found = groups_without_negatives(self, self.groups, batch_size, hard_negatives)
+    def constant(self, batch_size: int, hard_negatives: int = 0, alone=()) -> str:
+        found = groups_without_negatives(self, self.groups, batch_size, hard_negatives, alone)
         return "".join(group.language for group in found)
 
 
@@ -216,3 +223,5 @@ def test_groups_whose_loss_is_always_zero_are_found():
     assert Pairs(*groups).constant(batch_size=1) == "01234"
     assert Pairs(*groups, hard_negatives=1).constant(batch_size=1) == "01234"  # not used
     assert Pairs(*groups, hard_negatives=1).constant(batch_size=1, hard_negatives=2) == ""
+    assert Pairs(*groups).constant(batch_size=16, hard_negatives=2, alone=["task"]) == "01234"
+    assert Pairs(*groups).constant(batch_size=16, hard_negatives=2, alone=["x"]) == "12"
