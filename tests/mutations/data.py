@@ -206,6 +206,6 @@ FAULTS = (
         "preparation/beam/scored.py",
         "own - (1 - relative) * abs(own)",
         "own * relative",
-        "preparation/test_raw_formats.py -k test_scored",
+        "preparation/test_scored_formats.py -k test_scored",
     ),
 )

@@ -23,14 +23,14 @@ FAULTS = (
     Fault(
         "hard-negative-that-is-the-query-stays",
         "losses/contents.py",
-        " & (hard_BN != query_BM)",
+        " & (number_BN != query_BM)",
         "",
         f"{MEANING} -k hard_negative",
     ),
     Fault(
         "hard-negative-that-is-a-document-of-the-batch-counts-twice",
         "losses/contents.py",
-        " & ~is_own_X[hard_BN]",
+        " & ~is_own_X[number_BN]",
         "",
         ORACLE,
     ),
