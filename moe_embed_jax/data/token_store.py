@@ -142,10 +142,11 @@ class TokenStoreWriter(FolderWriter):
             self.rows += 1
         self._lengths.append(lengths.astype(np.int32))
         self._content_ids.append(content_ids.astype(np.int32))
-        unknown = [np.full(n, np.nan, np.float32) for n in (len(lengths), len(negatives.lengths))]
-        scores = unknown[1] if negatives.scores is None else negatives.scores
+        own, scores = document_scores, negatives.scores
+        if scores is None:
+            scores = np.full(len(negatives.lengths), np.nan)
         self._negatives.append(negatives._replace(tokens=np.zeros(0, np.int32), scores=scores))
-        self._document_scores.append(unknown[0] if document_scores is None else document_scores)
+        self._document_scores.append(np.full(len(lengths), np.nan) if own is None else own)
 
     def write_json(self, name: str, value: dict) -> None:
         """Stores `value` beside the data; it is no part of the spec or its hash."""
@@ -201,10 +202,8 @@ class TokenStoreWriter(FolderWriter):
             values = (starts, negative_lengths, negative_ids)
             for (name, dtype), value in zip(NEGATIVE_INDEX.items(), values, strict=True):
                 arrays[name] = value.astype(dtype)
-        scores = [
-            np.concatenate(parts).astype("<f4")
-            for parts in (self._document_scores, [n.scores for n in self._negatives])
-        ]
+        parts = self._document_scores, [negatives.scores for negatives in self._negatives]
+        scores = [np.concatenate(part).astype("<f4") for part in parts]
         if any(np.isfinite(array).any() for array in scores):
             arrays |= dict(zip(SCORE_INDEX, scores, strict=True))
         return arrays
@@ -239,11 +238,9 @@ class TokenStore:
         self.negative_starts, self.negative_lengths, self.negative_ids = (
             arrays.get(name, empty) for name, empty in zip(NEGATIVE_INDEX, none, strict=True)
         )
+        counts = zip(SCORE_INDEX, (len(self), len(self.negative_lengths)), strict=True)
         self.document_scores, self.negative_scores = (
-            arrays.get(name, np.full(count, np.nan, np.float32))
-            for name, count in zip(
-                SCORE_INDEX, (len(self), len(self.negative_lengths)), strict=True
-            )
+            arrays.get(name, np.full(count, np.nan, np.float32)) for name, count in counts
         )
         self._paths = [folder / _shard_name(i, spec["shards"]) for i in range(spec["shards"])]
         self._readers: dict[int, ArrayRecordReader] = {}
@@ -260,9 +257,7 @@ class TokenStore:
         folder = storage.path(folder)
         spec = read_spec(folder)
         arrays = {}
-        known = (*INDEX, *NEGATIVE_INDEX, *SCORE_INDEX)
-        names = [name for name in known if name in spec["content"]]
-        for name in names:
+        for name in [n for n in (*INDEX, *NEGATIVE_INDEX, *SCORE_INDEX) if n in spec["content"]]:
             path = folder / f"{name}.npy"
             try:
                 with path.open("rb") as file:

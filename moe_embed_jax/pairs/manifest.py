@@ -2,9 +2,10 @@
 
 {"format", "rows", "languages", "groups": [{"source", "language", "start", "stop", sums}],
  "shards": [{"file", "lengths", "rows", "bytes", "sha256", "lengths_sha256"}],
-     and "scored", of shards with rows that have scores: how many; "format" is then 2
  "about": where the pairs come from, "content_hash",
  "metadata": {file of TFDS: its SHA-256}, "hash": of all the others}
+
+A shard with rows that have scores says how many, as "scored"; "format" is then 2.
 """
 
 import json
