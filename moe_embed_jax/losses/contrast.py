@@ -83,8 +83,8 @@ def spread_of(first_B, x_BD):
     """Mean of (x_i . x_j)^2 over ordered pairs i != j of those texts that are the `first_B` with
     their content; 0 where there is one.
 
-    With G the sum of x x^T the sum of all squares is G's squared norm, so no B x B array and no exchange of
-    vectors is needed: every device sums over its own texts, D x D numbers are added up.
+    With G the sum of x x^T the sum of all squares is G's squared norm, so no B x B array and no
+    exchange of vectors is needed: every device sums over its own texts, D x D numbers are added up.
     """
     x_BD = jnp.where(first_B[:, None], x_BD, 0.0)
     gram_DD = jnp.einsum("BD,BE->DE", x_BD, x_BD, precision="highest")
