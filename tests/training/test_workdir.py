@@ -102,7 +102,7 @@ MEMORY = MESH | {"model.remat_rows", "data.chunk_rows"}
 @pytest.mark.parametrize(
     ("cls", "own", "own_if_dropless"),
     [
-        (RunConfig, {"data.pairs"}, {"data.row_buckets"}),
+        (RunConfig, {"data.pairs", "data.teacher"}, {"data.row_buckets"}),
         (MaskedRunConfig, {"data.texts", "loss.predictions_at_once"}, set()),
     ],
 )
