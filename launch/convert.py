@@ -91,11 +91,9 @@ def main():
     action = options.pop("action")
     distributed.refuse_several_processes()
     if action == "export":
-        names = [field.name for field in dataclasses.fields(CardConfig)]
-        options["card"] = CardConfig(**{name: options.pop(name) for name in names})
+        options["card"] = taken(CardConfig, options)
     if action == "merge":
-        names = [field.name for field in dataclasses.fields(MergeConfig)]
-        options["config"] = MergeConfig(**{name: options.pop(name) for name in names})
+        options["config"] = taken(MergeConfig, options)
         options["sources"] = options.pop("source")
     check(action, options)
 
@@ -116,6 +114,11 @@ def main():
         return
     done = "checked, nothing written" if options["dry_run"] else f"wrote {options['target']}"
     print(f"{done}, {time.monotonic() - start:.1f} s")
+
+
+def taken(cls, options: dict):
+    """The dataclass of `launching.add_flags`, its values taken out of `options`."""
+    return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
 
 
 def check(action: str, options: dict) -> None:

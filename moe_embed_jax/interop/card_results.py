@@ -27,7 +27,7 @@ def run_scores(folder: pathlib.Path) -> list[dict]:
         {
             "task_type": "information-retrieval",
             "dataset_type": f"held-out/{name}",
-            "dataset_name": f"{name}, held out, mean of {len(scores)} languages",
+            "dataset_name": f"{name}, held out{_mean_of(scores, 'languages')}",
             "metric_type": NDCG,
             "metric_value": round(statistics.fmean(scores), 4),
         }
@@ -51,7 +51,7 @@ def mteb_scores(folder: str) -> list[dict]:
                 {
                     "task_type": "sentence-similarity",
                     "dataset_type": f"mteb/{content['task_name']}",
-                    "dataset_name": f"MTEB {content['task_name']}, mean of {len(subsets)} subsets",
+                    "dataset_name": f"MTEB {content['task_name']}{_mean_of(subsets, 'subsets')}",
                     "dataset_split": split,
                     "dataset_revision": content.get("dataset_revision"),
                     "metric_type": "main_score",
@@ -61,3 +61,7 @@ def mteb_scores(folder: str) -> list[dict]:
     if not scores:
         raise UserError(f"--evaluation={folder} holds no results as launch/evaluate.py writes them")
     return scores
+
+
+def _mean_of(scores: list, kind: str) -> str:
+    return f", mean of {len(scores)} {kind}" if len(scores) > 1 else ""

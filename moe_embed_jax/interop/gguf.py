@@ -26,9 +26,11 @@ def gguf_facts(model: EncoderConfig, output_bias: float, is_bert: bool) -> list[
             "assertion about `activation_function`)."
         ]
     conversion = [
-        "Convert under transformers 4.57: from 5.5 on the converter's AutoTokenizer meets the "
-        "error that asks for `trust_remote_code`. Texts are cut at 512 tokens there, and more than "
-        "2,048 positions are an error.",
+        "Conversion to GGUF: run llama.cpp's converter under transformers 4.57, which its "
+        "requirements pin. From 5.5 on its AutoTokenizer meets the error that asks for "
+        "`trust_remote_code`. Leave `hidden_act` in config.json: without it the converter reads "
+        "other sizes (12 layers, rotary base 1000) and says nothing. Texts are cut at 512 tokens "
+        "there, and more than 2,048 positions are an error.",
     ]
     if output_bias:
         return [

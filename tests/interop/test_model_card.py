@@ -84,7 +84,7 @@ def test_what_a_user_needs_is_said():
     ("change", "bias", "words"),
     [
         ({}, 0.02, r"not exact.*root mean square 0\.02 .*--drop_expert_output_bias"),
-        ({}, 0.0, r"GGUF: exact.*transformers 4\.57"),
+        ({}, 0.0, r"GGUF: exact.*transformers 4\.57.*Leave `hidden_act`"),
         (dict(expert_output_bias=False), 0.0, "GGUF: exact"),
         (dict(moe_every=0), 0.0, "none.*rotary models without experts"),
         (dict(expert_bias=True), 0.02, "none.*a hidden bias in every expert"),
@@ -122,6 +122,8 @@ def test_scores_of_a_run_and_of_mteb(tmp_path):
         "api, held out, mean of 2 languages",
         0.3,
     )
+    (tmp_path / "results.json").write_text(json.dumps({"trained": {"api/en": {"ndcg_at_10": 0.2}}}))
+    assert run_scores(tmp_path)[0]["dataset_name"] == "api, held out"
     with pytest.raises(UserError, match="holds no results"):
         mteb_scores(tmp_path)
     for folder, value in (("1", 0.6), ("1/experiments/embed_dim_8", 0.1)):

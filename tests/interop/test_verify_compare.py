@@ -96,7 +96,7 @@ def refusing_all(result):
         (other_vector, 'vectors differ although the token ids are equal in "thai"'),
         (slightly_off, 'vectors differ although the token ids are equal in "thai"'),
         (cut, "only the long text differs (cosine 0.9000): it is cut elsewhere"),
-        (cut_with_ids, 'token ids differ in "long"'),
+        (cut_with_ids, 'it cuts "long" at another token, lowest cosine 0.9000: give it texts of'),
         (refusing, 'it refuses "thai": HTTP 500 no'),
         (refusing_all, "it refuses all texts"),
     ],
@@ -105,6 +105,15 @@ def test_what_is_wrong_is_said(change, reason):
     theirs = ours()
     change(theirs)
     assert compare(TEXTS, ours(), theirs).wrong.startswith(reason)
+
+
+def test_a_text_that_is_cut_elsewhere_hides_no_other_difference():
+    theirs = ours()
+    cut_with_ids(theirs)
+    found = compare(TEXTS, ours(), theirs)
+    assert (found.equal_ids, found.max_abs) == ("34/35", 0)
+    other_vector(theirs)
+    assert compare(TEXTS, ours(), theirs).wrong.startswith("vectors differ although")
 
 
 def test_coarse_arithmetic_is_allowed_where_it_was_asked_for():

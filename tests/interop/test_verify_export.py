@@ -154,3 +154,15 @@ def test_transformers_js(exported, monkeypatch, capsys):
     flags = ("--runtimes=transformers.js", f"--node_folder={NODE}")
     assert verify(monkeypatch, exported, *flags) == 0, capsys.readouterr().err
     assert float(rows(exported)["transformers.js"][2]) < 1e-5
+
+
+@pytest.mark.node
+def test_llama_cpp_starts(exported, tmp_path, monkeypatch, capsys):
+    """Its package forks, and the child was refused the options of the worker: no model was read."""
+    if shutil.which("node") is None or not (NODE / "node_modules" / "node-llama-cpp").is_dir():
+        pytest.skip(f"needs node, and node-llama-cpp in {NODE}")
+    folder = shutil.copytree(exported, tmp_path / "with_gguf")
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert verify(monkeypatch, folder, "--runtimes=llama.cpp", f"--node_folder={NODE}") == 1
+    said = capsys.readouterr().err
+    assert "llama.cpp does not work" in said and "NoBinary" not in said, said

@@ -49,7 +49,8 @@ def compare(
     """`precision`: one of TOLERANCE, what `theirs` was computed in.
 
     What differs in the markup text alone, by its ids, is noted and left out of the numbers; so is
-    another cut of a long text that hardly changes its vector.
+    another cut of a long text that hardly changes its vector. One that changes it is wrong, and is
+    left out of the numbers too.
     """
     refused = {texts[i].name: reason for i, reason in theirs.refused.items()}
     notes = [f"refuses the {name} text ({said:.80})" for name, said in refused.items()]
@@ -71,16 +72,21 @@ def compare(
     cosine_N = np.sum(theirs.vectors * ours.vectors, 1) / np.maximum(norm_N, 1e-12)
     difference_N = np.abs(theirs.vectors - ours.vectors).max(1)
     longest = max(map(len, ours.ids))  # of a text that was cut
+    badly_cut = []
     for i in other_ids.copy():
         if texts[i].name == MARKUP:
             notes.append("reads markup such as <s> in a text as control tokens")
         elif len(ours.ids[i]) == longest and cosine_N[i] >= CUT_ELSEWHERE:
             cut = f"cuts {texts[i].name} at another token (cosine {cosine_N[i]:.5f})"
             notes.append(cut)
+        elif len(ours.ids[i]) == longest:
+            badly_cut.append(i)
         else:
             continue
         other_ids.remove(i)
         answered.remove(i)
+    if not answered:
+        return wrong("its token ids differ in all texts")
     max_abs, cosine = float(difference_N[answered].max()), float(cosine_N[answered].min())
     comparison = Comparison(equal_ids, max_abs, cosine, "", "; ".join(notes))
     most, least = TOLERANCE[precision]
@@ -101,6 +107,12 @@ def compare(
         comparison.wrong = (
             f"vectors differ {equal}in {_some(names)}: largest difference {max_abs:.1e}, lowest "
             f"cosine {cosine:.5f}, {precision} allows {least}"
+        )
+    elif badly_cut:
+        least, which = cosine_N[badly_cut].min(), _some([texts[i].name for i in badly_cut])
+        comparison.wrong = (
+            f"it cuts {which} at another token, lowest cosine {least:.4f}: give it texts of fewer "
+            f"than {longest} tokens, prefix and special tokens included"
         )
     return comparison
 

@@ -41,6 +41,9 @@ const runtimes = {
         return run(encode, tokenize, library.env.version);
     },
     "llama.cpp": async () => {
+        // The package tries its binary in a process of its own, which takes over the options of
+        // this one, and --input-type is refused there.
+        process.execArgv = [];
         const {getLlama} = await import("node-llama-cpp");
         const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
         const model = await llama.loadModel({modelPath: request.file});
