@@ -42,9 +42,9 @@ class Texts:
     first_partner: jax.Array
     partners: jax.Array
 
-    def own(self) -> "Texts":
-        """[B] of slot 0."""
-        return jax.tree.map(lambda x_BM: x_BM[:, 0], self)
+    def own(self, column: bool = False) -> "Texts":
+        """[B] of slot 0; [B, 1] with `column`."""
+        return jax.tree.map(lambda x_BM: x_BM[:, :1] if column else x_BM[:, 0], self)
 
 
 @jax.tree_util.register_dataclass

@@ -142,6 +142,8 @@ def describe_negatives(config: ContrastConfig, batch_size: int, negatives: int) 
         f"Each query is compared with {compared}. Duplicates count once.",
         f"{masked} are masked.",
     ]
+    if config.positives == "all":
+        sentences.append("All right answers in the batch stand together against the negatives.")
     if config.hard_negatives_only:
         sentences.append(
             f"Queries of {', '.join(config.hard_negatives_only.split())} are compared with their "

@@ -37,6 +37,9 @@ class ContrastConfig:
     hard_negatives_only: sources, separated by blanks, whose queries are compared with their own
       hard negatives and nothing else of the batch: where the documents of other queries may be
       right answers (labels, paraphrases).
+    positives: "own": o is that of the own document. "all": o is the sum over the distinct right
+      answers in the batch, the own documents of every copy of the query (MIL-NCE, arXiv
+      1912.06430): for queries with several answers, which "own" asks for one by one.
     spread: weight of the spread-out regulariser (GOR, arXiv 1708.06320; in the form of
       EmbeddingGemma, arXiv 2509.20354): the mean of (x_i . x_j)^2 over i != j for the distinct
       queries of a batch, plus the same for its distinct own documents, all of unit length.
@@ -54,6 +57,7 @@ class ContrastConfig:
     margin: float | None = None
     margin_hard_negatives: bool = True
     hard_negatives_only: str = ""
+    positives: str = "own"
     spread: float = 0.0
     dims: dict[str, float] | None = dataclasses.field(default=None, hash=False)
 
@@ -83,6 +87,8 @@ class ContrastConfig:
             raise UserError(f"loss.margin={self.margin!r} must be a number of at least 0, or None")
         if not self.margin_hard_negatives and self.margin is None:
             raise UserError("loss.margin_hard_negatives=False needs loss.margin, which is None")
+        if self.positives not in ("own", "all"):
+            raise UserError(f"loss.positives={self.positives!r}: choose 'own' or 'all'")
         if not _is_number(self.spread, least=0.0):
             raise UserError(f"loss.spread={self.spread!r} must be 0 (off) or more")
         if self.dims is not None:

@@ -81,6 +81,7 @@ def _one_width(
         """Summands of the denominator [B, ...], their maximum and number."""
         lse_B, top_B, count_B = streamed_log_sum_exp(
             tile,
+            False,
             scale * x_BD,
             contents.queries.own(),
             stream_limit_B,
@@ -105,6 +106,7 @@ def _one_width(
     def against_queries(x_BD):
         lse_B, _, _ = streamed_log_sum_exp(
             tile,
+            False,
             scale * x_BD,
             contents.documents.own(),
             stream_limit_B,
@@ -114,6 +116,13 @@ def _one_width(
         )
         return lse_B[:, None]
 
+    right_B = own_B
+    if config.positives == "all":
+        texts = d_BMD[:, :1], contents.documents.own(column=True), contents.partner_O
+        anchors = scale * q_BD, contents.queries.own(), jnp.full_like(own_B, jnp.inf)
+        right_B, _, _ = streamed_log_sum_exp(tile, True, *anchors, *texts)
+        if in_batch_B is not None:
+            right_B = jnp.where(in_batch_B, right_B, own_B)
     from_documents_BK, top_B, count_B = against_documents(q_BD)
     by_query = [from_documents_BK]
     if config.has("q->q"):
@@ -124,14 +133,15 @@ def _one_width(
     if config.has("d->d"):
         by_document.append(against_documents(d_BD)[0])
 
-    def negative_log_likelihood(summands):
-        """-log(o / (o + all summands)), taken relative to o: exactly 0 without any negative, and
-        never NaN."""
-        relative_BK = jnp.concatenate(summands, axis=1) - own_B[:, None]
+    def negative_log_likelihood(summands, right_B):
+        """-log(o / (o + all summands)) with o = exp(right_B), taken relative to o: exactly 0
+        without any negative, and never NaN."""
+        relative_BK = jnp.concatenate(summands, axis=1) - right_B[:, None]
         return jax.nn.logsumexp(jnp.pad(relative_BK, ((0, 0), (1, 0))), axis=1)
 
     if config.partition == "joint" or not by_document:
-        loss_B = negative_log_likelihood(by_query + by_document)
+        loss_B = negative_log_likelihood(by_query + by_document, right_B)
     else:
-        loss_B = (negative_log_likelihood(by_query) + negative_log_likelihood(by_document)) / 2
+        loss_B = negative_log_likelihood(by_query, right_B)
+        loss_B = (loss_B + negative_log_likelihood(by_document, own_B)) / 2
     return loss_B, own_B, top_B, count_B

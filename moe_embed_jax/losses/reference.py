@@ -71,15 +71,18 @@ def dense_infonce(
     queries_BB = negative_queries(query_id_B2, document_id_BM2[:, 0])
     hard_BZ = own_hard_negatives(query_id_B2, document_id_BM2, valid_BM)
 
-    negatives = documents_BZ, queries_BB, hard_BZ
+    texts = documents_BZ, queries_BB, hard_BZ
 
     def one_width(q_BD, d_BMD):
-        return _one_width(config, scale, q_BD, d_BMD, *negatives, in_batch_B)
+        return _one_width(config, scale, q_BD, d_BMD, *texts, in_batch_B, right_BB)
 
     first_of = [
         ~jnp.any(jnp.triu(same_content(ids_B2, ids_B2), k=1), axis=0)
         for ids_B2 in (query_id_B2, document_id_BM2[:, 0])
     ]
+    same_document_BB = same_content(document_id_BM2[:, 0], document_id_BM2[:, 0])
+    same_query_BB = same_content(query_id_B2, query_id_B2)
+    right_BB = exists(same_query_BB, same_document_BB) & first_of[1]
     return over_widths(config, query_BD, document_BMD, valid_BM, one_width, first_of)
 
 
@@ -98,7 +101,15 @@ def own_hard_negatives(query_id_B2, document_id_BM2, valid_BM):
 
 
 def _one_width(
-    config: ContrastConfig, scale, q_BD, d_BMD, documents_BZ, queries_BB, hard_BZ, in_batch_B
+    config: ContrastConfig,
+    scale,
+    q_BD,
+    d_BMD,
+    documents_BZ,
+    queries_BB,
+    hard_BZ,
+    in_batch_B,
+    right_BB,
 ):
     """Loss, own score, and maximum and number of the negative documents' scores, all [B]."""
     d_BD, d_ZD = d_BMD[:, 0], d_BMD.reshape(-1, d_BMD.shape[-1])
@@ -126,18 +137,24 @@ def _one_width(
         "d->q": logits(d_BD, q_BD, queries_BB),
     }
 
-    def negative_log_likelihood(*terms):
+    answer_B = own_B
+    if config.positives == "all":
+        scores_BB = scale * jnp.einsum("BD,CD->BC", q_BD, d_BD, precision="highest")
+        answer_B = jax.nn.logsumexp(jnp.where(right_BB, scores_BB, -jnp.inf), axis=1)
+        if in_batch_B is not None:
+            answer_B = jnp.where(in_batch_B, answer_B, own_B)
+
+    def negative_log_likelihood(answer_B, *terms):
         chosen_BZ = jnp.concatenate([logits_of[term] for term in terms if config.has(term)], axis=1)
-        relative_BZ = jnp.pad(chosen_BZ - own_B[:, None], ((0, 0), (1, 0)))  # 0: the own document
+        relative_BZ = jnp.pad(chosen_BZ - answer_B[:, None], ((0, 0), (1, 0)))  # 0: the answer
         return jax.nn.logsumexp(relative_BZ, axis=1)
 
     if config.partition == "joint":
-        loss_B = negative_log_likelihood("q->d", "q->q", "d->d", "d->q")
+        loss_B = negative_log_likelihood(answer_B, "q->d", "q->q", "d->d", "d->q")
     elif config.has("d->q") or config.has("d->d"):
-        loss_B = (
-            negative_log_likelihood("q->d", "q->q") + negative_log_likelihood("d->q", "d->d")
-        ) / 2
+        by_document_B = negative_log_likelihood(own_B, "d->q", "d->d")
+        loss_B = (negative_log_likelihood(answer_B, "q->d", "q->q") + by_document_B) / 2
     else:
-        loss_B = negative_log_likelihood("q->d", "q->q")
+        loss_B = negative_log_likelihood(answer_B, "q->d", "q->q")
     found_BZ = logits_of["q->d"]
     return loss_B, own_B, jnp.max(found_BZ, axis=1), jnp.sum(found_BZ > -jnp.inf, axis=1)

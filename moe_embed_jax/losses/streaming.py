@@ -28,14 +28,22 @@ GATHERED_SPEC = P(None, IN_SLICE)  # [I, B / I, ...]
 SPECS = (BATCH_SPEC,) * 3 + (GATHERED_SPEC,) * 2 + (P(),)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def streamed_log_sum_exp(
-    tile: int, anchor_BD, other: Texts, limit_B, candidate_BMD, candidates: Texts, partner_O
+    tile: int,
+    answers: bool,
+    anchor_BD,
+    other: Texts,
+    limit_B,
+    candidate_BMD,
+    candidates: Texts,
+    partner_O,
 ):
     """Log-sum-exp, maximum and number of each anchor's scores with its negatives.
 
     Args:
       tile: most anchors, and most candidates, that are scored at once.
+      answers: take its partners, each once, in place of its negatives.
       anchor_BD: float32; scores are inner products, so the scale must be in here.
       other: [B], the text of each anchor's pair that decides what is no negative: its query where
         documents are scored, its document where queries are (`contents.py`).
@@ -48,10 +56,11 @@ def streamed_log_sum_exp(
       a gradient, to anchor_BD and candidate_BMD. All sharded like the batch; needs a mesh in
       context whose size divides B.
     """
-    return _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O)[0]
+    arguments = anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O
+    return _forward(tile, answers, *arguments)[0]
 
 
-def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O):
+def _forward(tile, answers, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O):
     gathered = _gather((candidate_BMD, candidates))
     arguments = (anchor_BD, other, limit_B, *gathered, partner_O)
 
@@ -64,7 +73,7 @@ def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner
                 anchor, stats = tiles
 
                 def one_candidate_tile(stats, candidate):
-                    logits_ac = _logits(anchor, candidate, partner_O)
+                    logits_ac = _logits(answers, anchor, candidate, partner_O)
                     return _accumulate(stats, logits_ac), None
 
                 return None, jax.lax.scan(one_candidate_tile, stats, rotating)[0]
@@ -86,7 +95,7 @@ def _forward(tile, anchor_BD, other, limit_B, candidate_BMD, candidates, partner
     return results, (arguments, results[0])
 
 
-def _backward(tile, residuals, cotangents):
+def _backward(tile, answers, residuals, cotangents):
     arguments, lse_B = residuals
 
     def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_O, lse_b, dlse_b):
@@ -101,7 +110,7 @@ def _backward(tile, residuals, cotangents):
 
                 def one_anchor_tile(dcandidate_cD, tiles):
                     anchor, lse_a, dlse_a, danchor_aD = tiles
-                    logits_ac = _logits(anchor, candidate, partner_O)
+                    logits_ac = _logits(answers, anchor, candidate, partner_O)
                     dlogits_ac = jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]
                     danchor_aD += _matmul("ac,cD->aD", dlogits_ac, candidate[0])
                     dcandidate_cD += _matmul("ac,aD->cD", dlogits_ac, anchor[0])
@@ -143,8 +152,9 @@ def _matmul(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, precision="highest")
 
 
-def _logits(anchor, candidate, partner_O):
-    """logits_ac of one tile, -inf where the candidate is no negative of the anchor."""
+def _logits(answers: bool, anchor, candidate, partner_O):
+    """logits_ac of one tile, -inf where the candidate is no negative of the anchor (no partner, if
+    `answers`)."""
     x_aD, other, limit_a = anchor
     y_cD, text = candidate
     # Partners are looked up in the candidates' lists or in the anchors', where the longest list of
@@ -158,13 +168,16 @@ def _logits(anchor, candidate, partner_O):
         right_c = jnp.where(by_candidate, _partner(text, k, partner_O), text.number)
         return left_a[:, None] == right_c[None, :]
 
-    left_out_ac = ~text.counts | (other.number[:, None] == text.number) | is_partner(0)
-    left_out_ac = jax.lax.fori_loop(
+    partner_ac = jax.lax.fori_loop(
         1,
         jnp.minimum(longest_c, longest_a),
-        lambda k, left_out_ac: left_out_ac | is_partner(k),
-        left_out_ac,
+        lambda k, partner_ac: partner_ac | is_partner(k),
+        is_partner(0),
     )
+    if answers:
+        left_out_ac = ~(text.counts & partner_ac)
+    else:
+        left_out_ac = ~text.counts | (other.number[:, None] == text.number) | partner_ac
     logits_ac = _matmul("aD,cD->ac", x_aD, y_cD)
     return jnp.where(left_out_ac | (logits_ac > limit_a[:, None]), -jnp.inf, logits_ac)
 

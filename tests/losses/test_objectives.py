@@ -217,6 +217,21 @@ def test_own_hard_negatives_are_spared_from_the_margin():
     np.testing.assert_allclose(masked.masked - spared.masked, 1 / 2, rtol=1e-6)
 
 
+def test_all_right_answers_of_a_query_are_one_term():
+    """Queries 0 and 1 are one text; pair 2 has the document of pair 1, which counts once."""
+    rng = np.random.default_rng(10)
+    query, document = unit(rng, 4, 8), unit(rng, 4, 8)
+    query[1], document[2] = query[0], document[1]
+    query_id, document_id = distinct_ids(4), distinct_ids(4, 100)
+    query_id[1], document_id[2] = query_id[0], document_id[1]
+    result = loss_of(query, document, query_id, document_id, temperature=0.1, positives="all")
+    right = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    wrong = np.array([[0, 0, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0]])
+    scores = np.exp(query @ document.T / 0.1)
+    answers, negatives = (scores * right).sum(axis=1), (scores * wrong).sum(axis=1)
+    np.testing.assert_allclose(result.loss, np.mean(np.log1p(negatives / answers)), rtol=1e-5)
+
+
 def test_queries_outside_the_batch_see_their_own_hard_negatives_alone():
     rng = np.random.default_rng(9)
     query, document = unit(rng, 4, 8), unit(rng, 4, 3, 8)
@@ -292,6 +307,7 @@ def test_learned_temperature():
         ({"margin": -0.1}, r"loss\.margin=-0\.1 must be a number of at least 0"),
         ({"margin": "no"}, r"loss\.margin='no' must be a number"),
         ({"margin_hard_negatives": False}, r"margin_hard_negatives=False needs loss\.margin"),
+        ({"positives": "some"}, r"loss\.positives='some': choose 'own' or 'all'"),
         ({"spread": -1}, r"loss\.spread=-1 must be 0 \(off\) or more"),
         ({"dims": {"a": 1.0}}, r"loss\.dims: 'a': 1\.0 must be a width"),
         ({"dims": {"64": -1.0}}, r"loss\.dims: '64': -1\.0 must be a width"),

@@ -77,11 +77,16 @@ def oracle(config, query, document, query_id, document_id, valid, temperature, i
                 for term, anchor in (("q->q", q[i]), ("d->q", d[i, 0])):
                     if (score := anchor @ q[j]) <= limit:
                         sums[term] += np.exp((score - own) / temperature)
+            right = 1.0
+            if config.positives == "all" and in_batch[i]:
+                answers = {c for k, c in pairs if k == query_id[i]}
+                first = [[row[0] for row in document_id].index(c) for c in answers]
+                right = sum(np.exp((q[i] @ d[j, 0] - own) / temperature) for j in first)
             sums = {term: value if config.has(term) else 0.0 for term, value in sums.items()}
             if config.partition == "joint":
-                loss = np.log1p(sum(sums.values()))
+                loss = np.log1p(sum(sums.values()) / right)
             else:
-                loss = np.log1p(sums["q->d"] + sums["q->q"])
+                loss = np.log1p((sums["q->d"] + sums["q->q"]) / right)
                 if config.has("d->q") or config.has("d->d"):
                     loss = (loss + np.log1p(sums["d->q"] + sums["d->d"])) / 2
             total += weight * loss / B
@@ -114,6 +119,7 @@ CONFIGS = st.builds(
     share_hard_negatives=st.booleans(),
     margin=st.just(0.1),
     margin_hard_negatives=st.booleans(),
+    positives=st.sampled_from(["own", "all"]),
     spread=st.sampled_from([0.0, 3.0]),
     dims=st.sampled_from([None, {8: 1.0, 3: 0.5}]),
 ).flatmap(
@@ -190,6 +196,7 @@ def equal_on_1_2_4_and_8_devices():
         margin=0.05,
         margin_hard_negatives=False,
         hard_negatives_only="labels",
+        positives="all",
         spread=2.0,
         dims={16: 1.0, 8: 0.5},
     )

@@ -181,4 +181,11 @@ FAULTS = (
         "            contents.documents.own(),\n            limit_B,",
         ORACLE,
     ),
+    Fault(
+        "copies-of-a-right-answer-count-twice",
+        "losses/streaming.py",
+        "left_out_ac = ~(text.counts & partner_ac)",
+        "left_out_ac = ~partner_ac",
+        f"{MEANING} -k right_answers",
+    ),
 )
