@@ -83,6 +83,7 @@ def main():
         what = (output, texts, encode, embedder.identity(prompt), arguments.dtype)
         shape, done = write_zarr(what, arguments.part, arguments.finish)
     seconds = time.monotonic() - start
+    launching.report_truncation(embedder)
     name = output if arguments.part is None else f"part {arguments.part} of {output}"
     rate = f", {seconds:.1f} s, {done / seconds:,.0f} texts/s" if done else ""
     print(f"{name}: {arguments.dtype} {shape}{rate}")

@@ -102,6 +102,7 @@ def score_suite(arguments) -> None:
         on_process_0(f"result {len(results)}", lambda: write_task(output, card, results[-1]))
         scores = ", ".join(f"{100 * result.mean(width):.2f}" for width in vectors.widths)
         print(f"{result.name}: {result.main_score} {scores} ({result.seconds:.1f} s)", flush=True)
+    launching.report_truncation(encoder)
     on_process_0("summary", lambda: write_summary(output, card, results))
     print(f"{output}: results, table.md, languages.png")
 
@@ -141,6 +142,7 @@ def score_sets(arguments) -> None:
         launching.report_prompts(embedder, prompts)
         sides = tuple(prompts.values())
         results = score_model(embedder, groups, dims, sides, sys.stderr.isatty())
+        launching.report_truncation(embedder)
     content = results if len(results) > 1 else next(iter(results.values()))
 
     def write():

@@ -22,8 +22,9 @@ from moe_embed_jax.models.encoder import (
     unstack_params,
 )
 from moe_embed_jax.models.pooling import pool_texts
-from moe_embed_jax.processes import to_devices, to_host, tokenized_together
+from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
+from moe_embed_jax.tokenizers.truncation import Truncation
 from moe_embed_jax.unstacked import Unstacked
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
@@ -43,6 +44,7 @@ class Embedder:
       prompts: name -> prefix, "query" and "document" among them.
       has_prompts: whether the model's folder names a prefix that is not empty.
       max_lengths: {"query": tokens, "document": tokens}; longer texts are truncated.
+      truncation: how many texts and tokens were cut, of each side.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Embedder:
         self.mesh = mesh
         self.prompts = dict(prompts)
         self.has_prompts = has_prompts
+        self.truncation = Truncation()
 
     @classmethod
     def load(
@@ -108,6 +111,7 @@ class Embedder:
         dim: int | None = None,
         batch_size: int | None = None,
         show_progress: bool = False,
+        on_truncation: str = "warn",
     ) -> np.ndarray:
         """Embeddings of `texts` in their order: float32 [len(texts), dim or width], unit norm.
 
@@ -117,13 +121,17 @@ class Embedder:
             itself, which has a colon or a space ("query: ").
           dim: keep the first `dim` features, then normalise again (Matryoshka).
           batch_size: most texts in a device call; None: the token budget decides.
+          on_truncation: of texts that are longer than `max_lengths`. "warn": one line on standard
+            error, once for each side; `truncation` counts all. "error": `UserError` that names the
+            first one, and nothing is embedded. "ignore": they are not counted, which saves
+            tokenising them to their end.
         """
         width = self._width(dim)
-        sequences = self.tokenize(texts, prompt)
+        sequences = self.tokenize(texts, prompt, on_truncation)
         pooled = self.embed_sequences(sequences, None, batch_size, show_progress)
         return unit_norm(pooled[:, :width])
 
-    def tokenize(self, texts, prompt: str | None) -> list[np.ndarray]:
+    def tokenize(self, texts, prompt: str | None, on_truncation: str = "warn") -> list[np.ndarray]:
         """Token ids (specials included) of the prompted texts, truncated at their side's length."""
         if isinstance(texts, str):
             raise UserError("encode takes a list of texts, not one str: use encode([text])")
@@ -137,11 +145,13 @@ class Embedder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise UserError(f"texts[{i}] is a {type(text).__name__}, not a str")
-        limit = self._max_length(prompt)
-        return tokenized_together(
+        return self.truncation.tokenize(
+            self.vocabulary,
             [prefix + text for text in texts],
-            lambda share: self.vocabulary.encode_texts(share, limit),
+            self._side(prompt),
+            self._max_length(prompt),
             self.mesh,
+            on_truncation,
         )
 
     def identity(self, prompt: str | None) -> dict:
@@ -182,7 +192,10 @@ class Embedder:
         return plan_calls(lengths, self.mesh.size, batch_size, self._tokens_per_call)
 
     def _max_length(self, prompt: str | None) -> int:
-        return self.max_lengths["query" if prompt == "query" else "document"]
+        return self.max_lengths[self._side(prompt)]
+
+    def _side(self, prompt: str | None) -> str:
+        return "query" if prompt == "query" else "document"
 
     def prefix(self, prompt: str | None) -> str:
         """What stands before each text for `prompt`, see `encode`."""

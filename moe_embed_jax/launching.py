@@ -130,6 +130,7 @@ def curate(curation_class, arguments: argparse.Namespace, rule):
     report = curation_class(pairs, work, embedding, rule, mesh).run(
         output, arguments.part, arguments.finish
     )
+    report_truncation(teacher)
     if report is not None:
         print(report.table())
     return report
@@ -162,6 +163,7 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
         prefix = json.dumps(form["prefix"], ensure_ascii=False)
         assumed |= prompt in ("query", "document") and bool(form["prefix"])
         print(f"{side}: prefix {prefix}, at most {form['max_length']} tokens", flush=True)
+    encoder.truncation.tells = False  # `report_truncation` does, at the end
     asked = [name for name in ("query", "document") if name in prompts.values()]
     if asked and not encoder.has_prompts:
         others = "Nomic's prefixes are used" if assumed else "there is no prefix"
@@ -171,6 +173,12 @@ def report_prompts(encoder, prompts: dict[str, str | None]) -> None:
             'flag (for E5: "query: " and "passage: ")',
             file=sys.stderr,
         )
+
+
+def report_truncation(encoder) -> None:
+    """Prints how many texts and tokens of each side were cut, of those that were embedded now."""
+    for line in encoder.truncation.lines():
+        print(line, flush=True)
 
 
 def number_or_none(flag: str) -> float | None:

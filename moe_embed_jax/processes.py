@@ -162,6 +162,17 @@ def tokenized_together(
     ]
 
 
+def summed_over(mesh: jax.sharding.Mesh, counts: np.ndarray) -> np.ndarray:
+    """`counts`, int64 below 2 ** 62, summed over the processes that share work on `mesh`."""
+    if share_of_process(mesh)[1] == 1:
+        return counts
+    # Without 64-bit mode devices hold int32.
+    low, high = counts % (1 << 31), counts >> 31
+    parts = multihost_utils.process_allgather(np.stack([low, high]).astype(np.int32))
+    low, high = parts.astype(np.int64).sum(axis=0)
+    return low + (high << 31)
+
+
 def _gathered(values, size: int) -> np.ndarray:
     """int32 [processes, size]: `values` of every process, followed by zeros."""
     padded = np.zeros(size, np.int32)

@@ -15,6 +15,7 @@ from moe_embed_jax.data.data_spec import vocabulary_path
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.model_folder import PROMPTS
 from moe_embed_jax.models.encoder import EncoderConfig, encode_tokens, init_params
+from moe_embed_jax.tokenizers.truncation import Truncation
 from moe_embed_jax.tokenizers.vocabulary import Vocabulary
 
 MODEL = EncoderConfig(
@@ -140,6 +141,37 @@ def test_texts_are_truncated_at_their_sides_length(embedder):
     for prompt in LENGTHS:
         expected = reference(embedder, [words], prompt)
         np.testing.assert_allclose(embedder.encode([words], prompt), expected, atol=1e-5)
+
+
+def test_truncation_is_told_once_counted_or_refused(embedder, capsys):
+    embedder.truncation = Truncation()
+    words = " ".join(synthetic_data._word(i, "aa") for i in range(200))
+    texts = ["short", words, "", words + " tail"]
+    prefix, limit = embedder.prefix("document"), LENGTHS["document"]
+    whole = [len(embedder.vocabulary.encode(prefix + text)) + 2 for text in texts]
+    cut = [max(length - limit, 0) for length in whole]
+    assert [n > 0 for n in cut] == [False, True, False, True]
+    line = (
+        f"document: 2 of 4 texts are longer than {limit} tokens: {sum(cut):,} of {sum(whole):,} "
+        f"tokens ({sum(cut) / sum(whole):.1%}) are cut off"
+    )
+    first = embedder.encode(texts, "document")
+    assert capsys.readouterr().err == f"warning: {line}\n"
+    np.testing.assert_array_equal(embedder.encode(texts, "document"), first)
+    assert capsys.readouterr().err == ""
+    counts = embedder.truncation.sides["document"]
+    assert dataclasses.astuple(counts) == (limit, 8, 2 * sum(whole), 4, 2 * sum(cut))
+    ignored = embedder.encode(texts, "document", on_truncation="ignore")
+    np.testing.assert_array_equal(ignored, first)
+    assert counts.texts == 8
+    with pytest.raises(UserError) as error:
+        embedder.encode(texts, "document", on_truncation="error")
+    assert str(error.value) == f"{line} (the first is texts[1]): shorten them"
+    # A text that just fits is not cut.
+    fits = embedder.vocabulary.decode(embedder.vocabulary.encode(words)[:5])
+    embedder.encode([fits, ""], "document", on_truncation="error")
+    with pytest.raises(UserError, match="on_truncation='stop': choose one of warn, error, ignore"):
+        embedder.encode(texts, "document", on_truncation="stop")
 
 
 def test_a_megabyte_of_text_is_its_beginning(embedder):

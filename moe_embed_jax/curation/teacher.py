@@ -14,11 +14,18 @@ from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
 from moe_embed_jax.tokenizers.files import XLMR_FILE
+from moe_embed_jax.tokenizers.truncation import Truncation
 from moe_embed_jax.tokenizers.vocabulary import clean_text
 
 
 class Teacher(Protocol):
-    """What `load_teacher` gives: `Embedder` is one."""
+    """What `load_teacher` gives: `Embedder` is one.
+
+    Attributes:
+      truncation: how many texts and tokens were cut, of each side.
+    """
+
+    truncation: Truncation
 
     def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
         """float32 [len(texts), D] of unit norm."""
@@ -80,17 +87,38 @@ class SentenceTransformerTeacher:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the teacher {EXTERNAL}{name} cannot be loaded: {reason}") from None
+        self.truncation = Truncation()
 
     def encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
         if not texts:
             return self._no_vectors
+        texts = [clean_text(text) for text in texts]  # tokenizers take no half of a surrogate pair
+        self._count_truncated(texts, prompt)
         return self._model.encode(
-            [clean_text(text) for text in texts],  # tokenizers take no half of a surrogate pair
+            texts,
             prompt=self._prefix(prompt),
             normalize_embeddings=True,
             convert_to_numpy=True,
             show_progress_bar=False,
         ).astype(np.float32)
+
+    def _count_truncated(self, texts: list[str], prompt: str | None) -> None:
+        """Models without a tokenizer of the tokenizers library are not counted."""
+        tokenizer = getattr(self._model.tokenizer, "backend_tokenizer", None)
+        limit = self._model.max_seq_length
+        if tokenizer is None or limit is None:
+            return
+        tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own stays as it is
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        prefix = self._prefix(prompt)
+        lengths = [len(e) for e in tokenizer.encode_batch_fast([prefix + text for text in texts])]
+        length_N = np.array(lengths, np.int64)
+        cut_N = np.maximum(length_N - limit, 0)
+        counts = [len(texts), length_N.sum(), np.count_nonzero(cut_N), cut_N.sum()]
+        side = "query" if prompt == "query" else "document"
+        self.truncation.add(side, limit, counts)
+        self.truncation.tell(side)
 
     def identity(self, prompt: str | None) -> dict:
         return {"hash": self._hash, **self.text_form(prompt)}

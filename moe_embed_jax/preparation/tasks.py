@@ -211,7 +211,10 @@ def tokenize(
 
 
 class TruncateAndAddSpecials:
-    """<s>, the first `max_lengths[name] - 2` ids, </s>: a truncated text keeps its </s>."""
+    """<s>, the first `max_lengths[name] - 2` ids, </s>: a truncated text keeps its </s>.
+
+    `NAME_cut` is how many tokens each text has lost.
+    """
 
     def __init__(self, max_lengths: Mapping[str, int]):
         self._max_lengths = dict(max_lengths)
@@ -231,10 +234,21 @@ class TruncateAndAddSpecials:
                 bos, eos = (tf.constant([i], dtype=ids.dtype) for i in specials)
             return tf.concat([bos, ids, eos], axis=-1)
 
-        return _map(
-            dataset,
-            lambda row: {**row, **{name: finish(row[name], name) for name in output_features}},
-        )
+        def lost(ids, name: str):
+            if isinstance(ids, tf.RaggedTensor):
+                if ids.ragged_rank > 1:
+                    return ids.with_values(lost(ids.values, name))
+                length = ids.row_lengths()
+            else:
+                length = tf.size(ids, tf.int64)
+            return tf.maximum(length - (self._max_lengths[name] - 2), 0)
+
+        def finish_row(row: dict) -> dict:
+            finished = {name: finish(row[name], name) for name in output_features}
+            cut = {f"{name}_cut": lost(row[name], name) for name in output_features}
+            return {**row, **finished, **cut}
+
+        return _map(dataset, finish_row)
 
 
 def _map(dataset: tf.data.Dataset, function) -> tf.data.Dataset:

@@ -24,6 +24,7 @@ from absl import app, flags
 from moe_embed_jax import launching, storage
 from moe_embed_jax.data.data_spec import (
     MIXTURES,
+    STATISTICS,
     complete_config,
     held_out_path,
     pair_sources,
@@ -51,6 +52,7 @@ from moe_embed_jax.tokenizers.vocabulary import (
 )
 
 QUANTILES = (0.5, 0.9, 0.99)
+PLURALS = {"query": "queries", "document": "documents", "negatives": "hard negatives"}
 NAMED_ROWS = 10  # dropped rows listed per group
 
 
@@ -185,13 +187,13 @@ def _write_store(config: dict, data_dir: Path, vocabulary: Vocabulary, folder: P
     with TokenStoreWriter(folder, spec) as writer:
         for task in mixture.tasks:
             described[task.name] = _write_task(
-                task, mixture.get_rate(task) / total_rate, writer, empty, limits
+                task, mixture.get_rate(task) / total_rate, writer, empty
             )
-        writer.write_json(statistics.FILE_NAME, described)
+        writer.write_json(STATISTICS, described)
     return described
 
 
-def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> dict:
+def _write_task(task, rate: float, writer: TokenStoreWriter, empty) -> dict:
     """Tokenises one task into `writer`, one group per language."""
     tasks = import_tasks()
 
@@ -206,6 +208,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
     dropped: dict[str, dict] = {}
     kept_lengths = []
     hard = {"texts": 0, "tokens": 0}
+    cut = {name: np.zeros(2, np.int64) for name in PLURALS}
     position = 0
     group = -1
     title = f"tokenise {task.name}"
@@ -217,6 +220,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
             if not np.array_equal(rows, expected[position : position + len(rows)]):
                 raise RuntimeError(f"{task.name}: tf.data returned rows in another order")
             keep = (lengths > empty).all(axis=1)
+            _count_cut(cut, batch, keep)
             group_of_row = np.searchsorted(ends, position + np.arange(len(rows)), side="right")
             for current in np.unique(group_of_row).tolist():
                 if current != group:
@@ -235,7 +239,8 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty, limits) -> d
             bar.update(len(rows))
     if position != len(expected):
         raise RuntimeError(f"{task.name}: tf.data returned {position} of {len(expected)} rows")
-    return _describe_lengths(np.concatenate(kept_lengths), limits) | {
+    return _describe_lengths(np.concatenate(kept_lengths)) | {
+        "cut": {name: [int(n) for n in found] for name, found in cut.items() if found[0]},
         "languages": len(groups),
         "rate": rate,
         "empty": dropped,
@@ -279,6 +284,20 @@ def _scores(scores, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return document, negative
 
 
+def _count_cut(cut: dict[str, np.ndarray], batch: Mapping, keep: np.ndarray) -> None:
+    """Adds to `cut` the texts of the kept rows that were cut, and the tokens that they lost."""
+    for name, found in cut.items():
+        if name not in batch:
+            continue
+        lost = batch[f"{name}_cut"]
+        if name == "negatives":
+            rows = np.repeat(keep, np.diff(lost.row_splits.numpy()))
+            lost = lost.flat_values.numpy()[rows]
+        else:
+            lost = lost.numpy()[keep]
+        found += np.count_nonzero(lost), lost.sum()
+
+
 def _count_dropped(dropped: dict[str, dict], language: str, rows: np.ndarray) -> None:
     if len(rows):
         entry = dropped.setdefault(language, {"pairs": 0, "rows": []})
@@ -289,7 +308,7 @@ def _count_dropped(dropped: dict[str, dict], language: str, rows: np.ndarray) ->
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
-def _describe_lengths(lengths: np.ndarray, limits: np.ndarray) -> dict:
+def _describe_lengths(lengths: np.ndarray) -> dict:
     described: dict = {"pairs": len(lengths)}
     for column, name in enumerate(("query", "document")):
         values = lengths[:, column]
@@ -300,7 +319,6 @@ def _describe_lengths(lengths: np.ndarray, limits: np.ndarray) -> dict:
             "mean": round(float(values.mean()), 2),
             **{f"p{q * 100:.0f}": int(np.quantile(values, q)) for q in QUANTILES},
             "max": int(values.max()),
-            "at_limit": int((values == limits[column]).sum()),
         }
     return described
 
@@ -310,7 +328,7 @@ def format_statistics(tasks: Mapping[str, dict]) -> str:
     quantiles = "".join(f"{f'p{q * 100:.0f}':>6}" for q in QUANTILES)
     lines = [
         f"{'task':<14}{'pairs':>9}{'lang.':>6}{'rate':>7}  {'tokens of':<9}"
-        f"{'mean':>7}{quantiles}{'max':>6}{'at limit':>10}"
+        f"{'mean':>7}{quantiles}{'max':>6}{'cut':>10}"
     ]
     for task, entry in tasks.items():
         head = f"{task:<14}{entry['pairs']:>9,}{entry['languages']:>6}{entry['rate']:>7.3f}"
@@ -319,12 +337,14 @@ def format_statistics(tasks: Mapping[str, dict]) -> str:
             if values is None:
                 continue
             numbers = "".join(f"{values[f'p{q * 100:.0f}']:>6}" for q in QUANTILES)
-            share = values["at_limit"] / entry["pairs"]
+            share = entry["cut"].get(name, [0])[0] / entry["pairs"]
             lines.append(
                 f"{head}  {name:<9}{values['mean']:>7.1f}{numbers}{values['max']:>6}{share:>10.1%}"
             )
             head = " " * len(head)
     for task, entry in tasks.items():
+        for name, (texts, tokens) in entry["cut"].items():
+            lines.append(f"cut: {texts:,} {PLURALS[name]} of {task} lose {tokens:,} tokens")
         if hard := entry.get("negatives"):
             lines.append(
                 f"hard negatives of {task}: {hard['texts']:,} "

@@ -34,6 +34,7 @@ from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.processes import process_0_first, wait_for_all
 from moe_embed_jax.sharding import rules_for, specs
 from moe_embed_jax.stages.pair_data import (
+    describe_cut,
     describe_hard_negatives,
     describe_teaching,
     groups_without_negatives,
@@ -42,6 +43,7 @@ from moe_embed_jax.stages.pair_data import (
     typical_rows,
 )
 from moe_embed_jax.stages.stage import Workload, add_balance, check_divisible, slot_metrics
+from moe_embed_jax.tokenizers.truncation import Truncation
 from moe_embed_jax.training import workdir as workdir_module
 from moe_embed_jax.training.overview import (
     describe_mesh_and_model,
@@ -274,6 +276,7 @@ class ContrastiveRun:
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, mesh, is_writer: bool):
         self._config, self._mesh = config, mesh
+        self._truncation = Truncation()  # of all evaluations, so that each side is told once
         process_0_first("data", lambda: workdir_module.find_data(config, write=is_writer))
         # Not one after the other: every host may copy the data first.
         store, self._vocabulary = workdir_module.open_data(workdir, config, write=is_writer)
@@ -319,6 +322,8 @@ class ContrastiveRun:
             f"{batches.row_length}-token rows; row counts per device {batches.buckets}{at_a_time}",
             f"negatives   {describe_negatives(config.loss, config.batch_size, batches.negatives)}",
         ]
+        if cut := describe_cut(config):
+            lines.append(f"cut         {cut}")
         if batches.negatives:
             lines.append(f"hard        {describe_hard_negatives(batches)}")
         if self._teaching:
@@ -344,4 +349,6 @@ class ContrastiveRun:
         data = self._config.data
         lengths = {"query": data.query_length, "document": data.document_length}
         model, encoder = self._config.model, params["encoder"]
-        return Embedder(model, encoder, self._vocabulary, lengths, self._mesh)
+        embedder = Embedder(model, encoder, self._vocabulary, lengths, self._mesh)
+        embedder.truncation = self._truncation
+        return embedder

@@ -1,5 +1,6 @@
 """The pairs of a contrastive run: batches, a teacher's vectors, and what is said about them."""
 
+import collections
 import math
 from collections.abc import Collection
 
@@ -7,12 +8,13 @@ import numpy as np
 
 from moe_embed_jax import storage
 from moe_embed_jax.data.batches import PairBatches
-from moe_embed_jax.data.data_spec import token_store_path
+from moe_embed_jax.data.data_spec import STATISTICS, planned_store_path, token_store_path
 from moe_embed_jax.data.schedule import Group, Schedule, mixture_groups
 from moe_embed_jax.data.teacher_vectors import TeacherVectors
 from moe_embed_jax.data.teaching import Teaching
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.json_file import read_object
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.training.run_config import RunConfig
 
@@ -70,6 +72,27 @@ def describe_teaching(teaching: Teaching, batches: PairBatches, config: RunConfi
         )
     where = f", from {teaching.teacher.folder}" if teaching.teacher else ""
     return f"{'; '.join(lines)}{where}; the loss is {' + '.join(parts)}"
+
+
+def describe_cut(config: RunConfig) -> str:
+    """What preparation cut off, of the sources that are trained on; "" if nothing is known of it.
+
+    Raises `UserError` for a damaged file of statistics.
+    """
+    path = planned_store_path(config.data.preparation(), config.data.dir) / STATISTICS
+    if not path.is_file():
+        return ""
+    texts, tokens = collections.Counter(), 0
+    for task, entry in read_object(path).items():
+        if config.data.rates is None or config.data.rates.get(task):
+            for name, (count, lost) in entry.get("cut", {}).items():
+                texts[name] += count
+                tokens += lost
+    counts = ", ".join(f"{count:,} of {name}" for name, count in texts.items())
+    return counts and (
+        f"{counts}: texts longer than query_length={config.data.query_length} or document_length="
+        f"{config.data.document_length}, which lose {tokens:,} tokens"
+    )
 
 
 def pair_batches(

@@ -62,14 +62,32 @@ class Tokenizer(abc.ABC):
 
     def encode_texts(self, texts: Sequence[str | bytes], max_length: int) -> list[np.ndarray]:
         """`encode_text` of each text."""
+        return self._with_specials(self.encode_batch(texts, self._max_ids(max_length)))
+
+    def encode_counted(
+        self, texts: Sequence[str | bytes], max_length: int
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """`encode_texts`, and int64 [N]: how many tokens of each text were cut off.
+
+        Texts that are too long are tokenised to their end for it.
+        """
+        max_ids = self._max_ids(max_length)
+        rows = self.encode_batch(texts, max_ids + 1)
+        cut_N = np.zeros(len(rows), np.int64)
+        longer = [i for i, row in enumerate(rows) if len(row) > max_ids]
+        for i, whole in zip(longer, self.encode_batch([texts[i] for i in longer]), strict=True):
+            cut_N[i] = len(whole) - max_ids
+        return self._with_specials([row[:max_ids] for row in rows]), cut_N
+
+    def _max_ids(self, max_length: int) -> int:
         if max_length < 2:
             raise UserError(
                 f"max_length {max_length} has no room for the two special tokens: give 2 or more"
             )
-        return [
-            np.array([self.bos_id, *ids, self.eos_id], dtype=np.int32)
-            for ids in self.encode_batch(texts, max_ids=max_length - 2)
-        ]
+        return max_length - 2
+
+    def _with_specials(self, rows: list[list[int]]) -> list[np.ndarray]:
+        return [np.array([self.bos_id, *ids, self.eos_id], dtype=np.int32) for ids in rows]
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
         """`ids` as a list. Raises `UserError` for an id outside [0, size)."""

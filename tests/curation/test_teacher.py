@@ -119,6 +119,11 @@ def test_equals_embedder_through_pytorch(minilm):
             ours.encode(TEXTS, prompt=prompt), theirs.encode(TEXTS, prompt=prompt), atol=1e-5
         )
     assert len(theirs.identity(None)["hash"]) == 64
+    long = ["one two three " * 300, "short"]
+    for each in (ours, theirs):
+        each.encode(long, prompt="passage: ")
+    assert theirs.truncation.lines() == ours.truncation.lines()
+    assert theirs.truncation.sides["document"].cut_texts == 1
 
 
 def test_a_model_has_one_identity(minilm, tmp_path):

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from moe_embed_jax.pairs.row import PairRow
+from moe_embed_jax.tokenizers.truncation import Truncation
 
 WIDTH = 64
 
@@ -17,6 +18,7 @@ class StandInTeacher:
         self.name = name
         self.slowness = slowness
         self.texts = 0
+        self.truncation = Truncation()
 
     def encode(self, texts, prompt=None):
         self.texts += len(texts)

@@ -23,6 +23,7 @@ from moe_embed_jax.ownership import own
 from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.preparation.pair_writer import PairWriter
 from moe_embed_jax.search.vectors import VectorStore
+from moe_embed_jax.tokenizers.truncation import Truncation
 
 WIDTH = 64
 
@@ -41,6 +42,9 @@ class StandIn:
 
     has_prompts = True
 
+    def __init__(self):
+        self.truncation = Truncation()
+
     def identity(self, prompt):
         return {"hash": "stand-in", **self.text_form(prompt)}
 
@@ -51,6 +55,11 @@ class StandIn:
         if prompt == "both":
             raise UserError("prompt='both': choose query or document")
         type(self).calls.append((prompt, len(texts)))
+        # One token a word; it "reads" 8, as `text_form` says.
+        length_N = np.array([len(text.split()) for text in texts], np.int64)
+        cut_N = np.maximum(length_N - 8, 0)
+        counts = len(texts), length_N.sum(), np.count_nonzero(cut_N), cut_N.sum()
+        self.truncation.add("query" if prompt == "query" else "document", 8, counts)
         x = np.zeros((len(texts), WIDTH), np.float32)
         for row, text in zip(x, texts, strict=True):
             for word in [str(prompt)] * (not text) + text.lower().split():
@@ -117,6 +126,14 @@ def test_writes_a_folder_that_continues(launch, tmp_path, capsys, dtype):
     assert StandIn.calls == [("document", 0)]  # nothing was left to embed
     assert launch("embed", *flags, "--prompt=query") == 2
     assert "encoder.prefix: document -> query" in one_line_error(capsys)
+
+
+def test_says_how_many_texts_were_cut(launch, tmp_path, capsys):
+    texts = ["eins zwei", "wort " * 10, "wort " * 12]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    assert launch("embed", "--input=in.jsonl", *EMBED, chunk=2) == 0
+    line = "document: 2 of 3 texts are longer than 8 tokens: 6 of 24 tokens (25.0%) are cut off"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_titles_fields_and_dim(launch, tmp_path):

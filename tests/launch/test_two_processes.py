@@ -60,6 +60,13 @@ def test_two_processes_embed_and_evaluate_as_one(tmp_path, data_dir):
         *("e.npy", "e.zarr", "scores.json", "tokenised-0", "tokenised-1")
     ]
     assert "e.zarr: float32" in together.output("out0") and together.output("out1") == ""
+    # The texts of both are counted, however they were shared.
+    told = [
+        [line for line in out.splitlines() if "longer than" in line]
+        for out in (alone.stdout, together.output("out0"))
+    ]
+    assert told[0] == told[1]
+    assert told[0][0] == "document: none of 24 texts is longer than 2048 tokens"
     counts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/tokenised-*"))]
     # One process: texts twice, queries and documents. Each of two: half of them.
     assert counts[0] == [24, 24, 12, 12] and counts[1] == counts[2] == [12, 12, 6, 6]
@@ -73,13 +80,13 @@ def main(folder: str, output: str) -> None:
     from moe_embed_jax import distributed
     from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 
-    encode_texts, counts = Tokenizer.encode_texts, []
+    encode_counted, counts = Tokenizer.encode_counted, []
 
     def counted(self, texts, max_length):
         counts.append(len(texts))
-        return encode_texts(self, texts, max_length)
+        return encode_counted(self, texts, max_length)
 
-    Tokenizer.encode_texts = counted
+    Tokenizer.encode_counted = counted
     start = distributed.start
 
     def start_once():

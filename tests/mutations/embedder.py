@@ -7,6 +7,13 @@ IDS = "interop/test_interop.py -k 'parity_with_float64 and published'"
 
 FAULTS = (
     Fault(
+        "cut-tokens-without-those-of-the-prefix",
+        "tokenizers/tokenizer.py",
+        "cut_N[i] = len(whole) - max_ids",
+        "cut_N[i] = len(whole) - max_ids - 2",
+        "test_embedder.py -k truncation_is_told",
+    ),
+    Fault(
         "prompt-is-not-put-before-texts",
         "embedder.py",
         "[prefix + text for text in texts]",
@@ -23,14 +30,14 @@ FAULTS = (
     Fault(
         "queries-cut-at-the-length-of-documents",
         "embedder.py",
-        'self.max_lengths["query" if prompt == "query" else "document"]',
+        "self.max_lengths[self._side(prompt)]",
         'self.max_lengths["document"]',
         "test_embedder.py -k truncated",
     ),
     Fault(
         "documents-cut-at-the-length-of-queries",
         "embedder.py",
-        'self.max_lengths["query" if prompt == "query" else "document"]',
+        "self.max_lengths[self._side(prompt)]",
         'self.max_lengths["query"]',
         "test_embedder.py -k truncated",
     ),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -124,10 +125,22 @@ def test_store_holds_every_pair(builders, tmp_path, capsys):
         np.testing.assert_array_equal(ids[1], content_ids([row["document"]])[0])
     assert store.lengths.max(axis=0).tolist() == [10, 20]
     statistics = json.loads((tmp_path / "statistics.json").read_text())["tokens"]
+    cut = dict.fromkeys(("query", "document"), (0, 0))
+    for row in rows:
+        for name, prefix, limit in (("query", QUERY_PREFIX, 8), ("document", DOCUMENT_PREFIX, 18)):
+            lost = max(len(vocabulary.encode(prefix + row[name])) - limit, 0)
+            cut[name] = (cut[name][0] + (lost > 0), cut[name][1] + lost)
+    found = [task["cut"] for task in statistics["tasks"].values()]
+    for name, expected in cut.items():
+        counts = [counts[name] for counts in found if name in counts]
+        assert tuple(np.sum(counts, axis=0)) == expected and expected[0]
     assert statistics["tasks"]["aws_api"]["pairs"] == 2500
     assert statistics["store"] == folder.name
     assert json.loads((folder / "statistics.json").read_text()) == statistics["tasks"]
-    assert "aws_api" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "aws_api" in out and re.search(
+        r"^cut: [\d,]+ documents of \w+ lose [\d,]+ tok", out, re.M
+    )
 
 
 def test_second_call_returns_at_once(builders, tmp_path, monkeypatch):
