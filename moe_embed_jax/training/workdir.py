@@ -91,8 +91,9 @@ def read_run_config(workdir: pathlib.Path) -> Run | None:
             raise UserError(f"objective={objective!r} is none of {', '.join(RUN_CONFIGS)}")
         return config_files.build(RUN_CONFIGS[objective], values)
     except UserError as error:
+        reason = str(error).removeprefix(f"{path} ")
         raise UserError(
-            f"{path} is damaged ({error}): put the right file back; or remove it, and the command "
+            f"{path} is damaged ({reason}): put the right file back; or remove it, and the command "
             "that made the run writes it again"
         ) from error
 

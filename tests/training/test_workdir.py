@@ -165,6 +165,7 @@ def test_a_damaged_config_is_named(tmp_path, page):
         line = str(error.value)
         assert line.startswith(f"{path} is damaged (") and message in line, line
         assert "\n" not in line and "put the right file back" in line
+        assert line.count(str(path)) == 1
 
 
 @pytest.mark.parametrize(
