@@ -18,9 +18,9 @@ from collections.abc import Iterator
 # warning where it has no credentials, for the type of every bucket.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-# A network may drop what is sent, and then nothing is heard. gcsfs would wait for five minutes and
-# try again six times, TensorStore for ever. So a connection is made in 10 s, and one from which
-# nothing comes for 30 s is lost.
+# A network may drop what is sent, and then nothing is heard; gcsfs would wait for five minutes, six
+# times. So for gcsfs and TensorStore a connection is made in 10 s, and one from which nothing comes
+# for 30 s is lost.
 os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
