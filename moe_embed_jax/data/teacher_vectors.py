@@ -79,10 +79,11 @@ def _keys(content_ids: np.ndarray) -> np.ndarray:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an index. Raises `UserError`: damaged."""
+    data = path.read_bytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        with np.load(io.BytesIO(data)) as arrays:
             return {f"{name}_{part}": arrays[f"{name}_{part}"] for name in SIDES for part in PARTS}
-    except (*UNREADABLE, SyntaxError, TokenError, MemoryError) as error:
+    except (*UNREADABLE, OSError, SyntaxError, TokenError, MemoryError) as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it and unit.json beside it, and repeat the "
             "command that made it"

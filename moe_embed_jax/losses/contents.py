@@ -59,20 +59,22 @@ class Contents:
     own_negative_BN: which hard negatives that are not among `documents` are negatives of their own
       pair; [B, 0] if hard negatives are shared.
     hard_BN: which hard negatives are negatives of their own pair, whatever else is in the batch:
-      neither its query nor a right answer, and no copy of an earlier one of its own.
+      neither its query nor a right answer, and no copy of an earlier one of its own. None where
+      it was not asked for.
     """
 
     documents: Texts
     queries: Texts
     partner_O: jax.Array
     own_negative_BN: jax.Array
-    hard_BN: jax.Array
+    hard_BN: jax.Array | None
 
 
 def compare_contents(
-    query_id_B2, document_id_BM2, valid_BM, share_hard_negatives: bool
+    query_id_B2, document_id_BM2, valid_BM, share_hard_negatives: bool, own_hard: bool = False
 ) -> Contents:
     """Slot 0 of `document_id_BM2` is the own document, `valid_BM` says which slots are filled.
+    `own_hard`: find `Contents.hard_BN`.
 
     Needs a mesh in context.
     """
@@ -105,7 +107,7 @@ def compare_contents(
     distinct_BN = valid_BN & ~copy_BN & (number_BN != query_BM)
     is_own_X = jnp.zeros(X, bool).at[own_B].set(True)  # those count as own documents
     own_negative_BN = (distinct_BN & ~is_own_X[number_BN])[:, shared - 1 :]
-    hard_BN = distinct_BN & ~_are_pairs(query_BM, number_BN, own_B)
+    hard_BN = distinct_BN & ~_are_pairs(query_BM, number_BN, own_B) if own_hard else None
     contents = Contents(documents, queries, partner_O, own_negative_BN, hard_BN)
     return jax.lax.with_sharding_constraint(contents, P())
 

@@ -47,7 +47,10 @@ def infonce(
     """
     query_BD, document_BMD, valid_BM = prepare(query_BD, document_BMD, valid_BM)
     scale = score_scale(config, log_scale)
-    contents = compare_contents(query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives)
+    own_hard = in_batch_B is not None or not config.margin_hard_negatives
+    contents = compare_contents(
+        query_id_B2, document_id_BM2, valid_BM, config.share_hard_negatives, own_hard
+    )
 
     def one_width(q_BD, d_BMD):
         return _one_width(config, scale, q_BD, d_BMD, contents, in_batch_B, tile)
@@ -71,9 +74,8 @@ def _one_width(
     stream_limit_B = limit_B
     if in_batch_B is not None:
         stream_limit_B = jnp.where(in_batch_B, limit_B, -jnp.inf)
-    adds_own = in_batch_B is not None or not config.margin_hard_negatives
     own_negative_BN = contents.own_negative_BN
-    if adds_own:
+    if contents.hard_BN is not None:
         shared = contents.hard_BN.shape[1] - own_negative_BN.shape[1]
         own_negative_BN = jnp.pad(own_negative_BN, ((0, 0), (shared, 0)))
 
@@ -93,7 +95,7 @@ def _one_width(
         hard_BN = scale * jnp.einsum("BD,BND->BN", x_BD, hard_BND, precision="highest")
         below_BN = hard_BN <= stream_limit_B[:, None]
         counts_BN = own_negative_BN & below_BN
-        if adds_own:
+        if contents.hard_BN is not None:
             stays_BN = contents.hard_BN & ~below_BN
             if config.margin_hard_negatives:
                 stays_BN &= hard_BN <= limit_B[:, None]

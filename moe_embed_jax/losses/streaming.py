@@ -168,16 +168,19 @@ def _logits(answers: bool, anchor, candidate, partner_O):
         right_c = jnp.where(by_candidate, _partner(text, k, partner_O), text.number)
         return left_a[:, None] == right_c[None, :]
 
-    partner_ac = jax.lax.fori_loop(
-        1,
-        jnp.minimum(longest_c, longest_a),
-        lambda k, partner_ac: partner_ac | is_partner(k),
-        is_partner(0),
-    )
+    def or_partners(found_ac):
+        return jax.lax.fori_loop(
+            1,
+            jnp.minimum(longest_c, longest_a),
+            lambda k, found_ac: found_ac | is_partner(k),
+            found_ac,
+        )
+
     if answers:
-        left_out_ac = ~(text.counts & partner_ac)
+        left_out_ac = ~(text.counts & or_partners(is_partner(0)))
     else:
-        left_out_ac = ~text.counts | (other.number[:, None] == text.number) | partner_ac
+        left_out_ac = ~text.counts | (other.number[:, None] == text.number) | is_partner(0)
+        left_out_ac = or_partners(left_out_ac)
     logits_ac = _matmul("aD,cD->ac", x_aD, y_cD)
     return jnp.where(left_out_ac | (logits_ac > limit_a[:, None]), -jnp.inf, logits_ac)
 

@@ -6,6 +6,7 @@ READERS = (
         "damage/data",
         "damage/pairs",
         "damage/vectors",
+        "damage/teacher",
         "damage/import",
         "damage/run",
     ),
@@ -35,5 +36,6 @@ QUICK = {
     **{f"fuzz/{name}": range(15) for name in ("suite", "raw")},
     **{f"fuzz/{name}": range(8) for name in ("parquet", "arrow")},
     **{f"damage/{name}": range(15) for name in ("store", "data", "pairs", "vectors")},
+    "damage/teacher": range(15),
     "kill/embed_zarr": (3,),
 }

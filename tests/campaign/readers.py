@@ -6,6 +6,7 @@ import json
 import pathlib
 import random
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 
@@ -143,6 +144,20 @@ def vectors(path):
     return VectorStore(path)[:]
 
 
+def teacher(path):
+    from helpers.stand_in_teacher import pair
+
+    from moe_embed_jax.data.teacher_vectors import TeacherVectors
+    from moe_embed_jax.tokenizers.vocabulary import content_ids
+
+    rows = [pair(i) for i in range(40)]
+    texts = [content_ids([r[column] for r in rows]) for column in (0, 1)]
+    used, numbers = np.ones(len(rows), bool), np.arange(len(rows))
+    with tempfile.TemporaryDirectory() as copy:
+        found = TeacherVectors(path, copy, np.stack(texts, axis=1), used, texts[1][:5])
+        return [found.queries(numbers), found.documents(numbers), found.negatives(numbers[:5])]
+
+
 def steps(path):
     """The models of all checkpoints of a run."""
     return [embedder(path, int(p.name)) for p in (path / "checkpoints").iterdir()]
@@ -265,6 +280,7 @@ READERS = {
     "damage/data": Reader("data", data_folder, written=True),
     "damage/pairs": Reader("pairs", pairs, written=True),
     "damage/vectors": Reader("vectors", vectors, written=True),
+    "damage/teacher": Reader("teacher", teacher, written=True),
     "damage/import": Reader("imported", embedder, written=True),
     "damage/run": Reader(
         "run", embedder, written=True, skip=("report", "tensorboard", "png"), named=steps

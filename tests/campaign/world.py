@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from campaign import xlmr_folder
 from helpers import evaluation_data, published_models, raw_sources, synthetic_data
 from helpers.labelled_model import write_model
-from helpers.stand_in_teacher import StandInTeacher
+from helpers.stand_in_teacher import StandInTeacher, pair
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 RUN = dict(steps=12, eval_every=6, checkpoint_every=4, data=synthetic_data.ONE_ROW_COUNT)
@@ -113,6 +113,15 @@ def _vectors(world: World, path) -> None:
     texts = [f"a text of {i} words" for i in range(300)]
     teacher = StandInTeacher()
     write_vectors(path, lambda: iter(texts), teacher.encode, teacher.identity(None), "float32")
+
+
+def _teacher(world: World, path) -> None:
+    """A work folder of launch/mine.py with one source and language."""
+    from moe_embed_jax.curation.pair_texts import Embedding, PairTexts, distinct
+
+    rows = [pair(i) for i in range(40)]
+    texts = PairTexts(distinct(r.query for r in rows), distinct(r.document for r in rows))
+    Embedding(StandInTeacher()).embed(path / "00000-faq-en", texts)
 
 
 def _texts(world: World, path) -> None:
@@ -218,7 +227,7 @@ PARTS = {
     made.__name__.removeprefix("_"): made
     for made in (
         *(_data, _tokens, _config, _run, _model, _dense, _imported, _exported, _pairs),
-        *(_vectors, _texts, _beir, _sets, _raw, _columns, _recipe_sources),
+        *(_vectors, _teacher, _texts, _beir, _sets, _raw, _columns, _recipe_sources),
     )
 } | {"xlmr": lambda world, path: xlmr_folder.write(path)}
 NEEDS = {

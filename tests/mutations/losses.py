@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         "copies-of-the-second-right-answer-are-negatives",
         "losses/streaming.py",
-        "        jnp.minimum(longest_c, longest_a),\n",
-        "        1,\n",
+        "            jnp.minimum(longest_c, longest_a),\n",
+        "            1,\n",
         f"{MEANING} -k 'duplicates or copy'",
     ),
     Fault(
@@ -170,8 +170,8 @@ FAULTS = (
     Fault(
         "spared-hard-negatives-may-be-right-answers",
         "losses/contents.py",
-        "hard_BN = distinct_BN & ~_are_pairs(query_BM, number_BN, own_B)",
-        "hard_BN = distinct_BN",
+        " & ~_are_pairs(query_BM, number_BN, own_B) if own_hard",
+        " if own_hard",
         ORACLE,
     ),
     Fault(
@@ -184,8 +184,8 @@ FAULTS = (
     Fault(
         "copies-of-a-right-answer-count-twice",
         "losses/streaming.py",
-        "left_out_ac = ~(text.counts & partner_ac)",
-        "left_out_ac = ~partner_ac",
+        "left_out_ac = ~(text.counts & or_partners(is_partner(0)))",
+        "left_out_ac = ~or_partners(is_partner(0))",
         f"{MEANING} -k right_answers",
     ),
 )
