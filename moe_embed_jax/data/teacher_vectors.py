@@ -4,7 +4,8 @@ launch/filter.py and launch/mine.py keep the vectors of distinct queries and doc
 folder, in a folder for each of their units:
 
     queries.zarr, documents.zarr   `VectorStore`s
-    texts.npz                      which text has which vector, by content id, see `write_index`
+    texts.npz                      which text has which vector, by content id, and a CRC-32 of all
+                                   vectors of a side, see `write_index`
 
 Content ids depend on texts alone, so the student may have another tokenizer, and may train on any
 part of these pairs. The stores are made for reading in order. Before training they are copied, row
@@ -21,7 +22,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tokenize import TokenError
 
@@ -37,7 +38,7 @@ from moe_embed_jax.ownership import own
 SIDES = ("queries", "documents")
 INDEX, VECTORS, CHECKS, ABOUT = "texts.npz", "vectors.bin", "checks.npy", "about.json"
 COPIED = 8192  # rows at a time, as the stores' chunks
-PARTS = ("key", "row")  # of each side in INDEX
+PARTS = ("key", "row", "crc")  # of each side in INDEX
 # What NumPy and zipfile say of a damaged file.
 UNREADABLE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError),
@@ -54,7 +55,7 @@ def _store(folder: Path, name: str):
 
 
 def write_index(folder: Path, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Writes which text has which row of `folder`/queries.zarr and documents.zarr.
+    """Writes which text has which row of `folder`/queries.zarr and documents.zarr, which are whole.
 
     Args:
       sides: name of SIDES -> content ids int32 [n, 2] of texts, and the row [n] of each.
@@ -66,10 +67,22 @@ def write_index(folder: Path, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]
     path = folder / INDEX
     if path.is_file():
         with contextlib.suppress(UserError):
-            if all(np.array_equal(arrays[name], found) for name, found in _read(path).items()):
+            found = _read(path)
+            if all(np.array_equal(array, found[name]) for name, array in arrays.items()):
                 return
+    for name in sides:
+        crc = 0
+        for part_NW in _slices(_store(folder, name)):
+            crc = zlib.crc32(part_NW.tobytes(), crc)
+        arrays[f"{name}_crc"] = np.uint32(crc)
     with written_whole(path) as file:
         np.savez(file, **arrays)
+
+
+def _slices(store) -> Iterator[np.ndarray]:
+    """The vectors of a `VectorStore` in order, some rows at a time."""
+    for begin in range(0, len(store), COPIED):
+        yield np.ascontiguousarray(store[begin : begin + COPIED])
 
 
 def _keys(content_ids: np.ndarray) -> np.ndarray:
@@ -216,11 +229,18 @@ class TeacherVectors:
                 checks = []
                 with (partial / VECTORS).open("wb") as file:
                     for unit in units:
-                        for store in unit.stores.values():
-                            for begin in range(0, len(store), COPIED):
-                                part_NW = np.ascontiguousarray(store[begin : begin + COPIED])
+                        for name, store in unit.stores.items():
+                            crc = 0
+                            for part_NW in _slices(store):
                                 file.write(part_NW.tobytes())
+                                crc = zlib.crc32(part_NW.tobytes(), crc)
                                 checks += [zlib.crc32(vector_W.tobytes()) for vector_W in part_NW]
+                            if crc != unit.index[name][2]:
+                                raise UserError(
+                                    f"{store.folder} holds other vectors than {INDEX} beside it "
+                                    "was written for: delete both, and repeat the command that "
+                                    "made them"
+                                )
                 with (partial / CHECKS).open("wb") as file:
                     np.save(file, np.array(checks, np.uint32))
                 text = json.dumps({"from": str(self.folder), "hash": self.content_hash}, indent=1)
