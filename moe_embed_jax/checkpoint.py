@@ -236,7 +236,11 @@ class Checkpoints:
         """
         try:
             yield
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:
+            # Orbax raises a plain `Exception` for an array that TensorStore cannot read.
+            expected = (OSError, ValueError, LookupError, TypeError, AttributeError)
+            if type(error) is not Exception and not isinstance(error, expected):
+                raise
             reason, has_checksums = self._damage(step, TREES)
             if reason is None and has_checksums:
                 raise

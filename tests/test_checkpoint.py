@@ -306,6 +306,21 @@ def test_a_step_that_goes_between_its_listing_and_its_reading(tmp_path, monkeypa
     assert read_newest(tmp_path / "c", None, ["params"], read_params)[0] == 1
 
 
+def test_a_step_that_goes_while_orbax_reads_its_arrays(saved, monkeypatch, capsys):
+    """Orbax raises a plain `Exception` then, of many lines."""
+    restore = ocp.CheckpointManager.restore
+
+    def fails_once(manager, step, **kwargs):
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+        shutil.rmtree(saved.folder / str(step))
+        raise Exception("Encountered error while reading array index: 0.\nTensorStore(...)")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fails_once)
+    assert read_newest(saved.folder, None, ["params"], read_params)[0] == 5
+    line = capsys.readouterr().err
+    assert f"checkpoint {saved.folder}/7 is damaged: " in line and line.count("\n") == 1
+
+
 def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):
     """The checkpoint that was the newest a moment ago may be gone: the next one is read."""
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
