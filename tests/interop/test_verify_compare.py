@@ -1,6 +1,7 @@
 """What counts as wrong, and what is said of it; the card and golden.json."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -172,6 +173,12 @@ def test_what_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
     assert "npm install @huggingface/transformers" in reason("transformers.js", str(tmp_path))
     monkeypatch.setattr(runtimes.shutil, "which", lambda name: None)
     assert "node is not installed" in reason("transformers.js")
+
+
+def test_an_answer_that_is_cut_off():
+    code = f"print({runtimes._RESULT!r} + '{{')"
+    with pytest.raises(runtimes.Failed, match="cut off"):
+        runtimes._run([sys.executable, "-c", code], {}, None)
 
 
 def test_the_workers_mark_their_answer_alike():

@@ -119,7 +119,10 @@ def _run(command: list[str], request: dict, place: str | None) -> dict:
         raise Absent(f"{command[0]} cannot be started: {error.strerror}") from None
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(_RESULT):
-            return json.loads(line.removeprefix(_RESULT))
+            try:
+                return json.loads(line.removeprefix(_RESULT))
+            except ValueError:
+                raise Failed("its answer is cut off") from None
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in said if "Error" in line or "error" in line]
     raise Failed(f"it ended with status {done.returncode}: {(errors or said or ['?'])[-1]:.300}")

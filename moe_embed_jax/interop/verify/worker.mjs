@@ -57,7 +57,8 @@ const runtimes = {
             return found;
         };
         const encode = async (text) => {
-            const vector = [...(await context.getEmbeddingFor(text)).vector];
+            // Of a text the package would leave out the start token, which llama.cpp itself adds.
+            const vector = [...(await context.getEmbeddingFor(ids(text))).vector];
             const length = norm(vector);
             return vector.map((x) => x / length);
         };
@@ -75,5 +76,12 @@ try {
     if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
     answer = {missing: error.message.split("\n")[0]};
 }
-fs.writeSync(1, `\nverify-result ${JSON.stringify(answer)}\n`);
+const bytes = Buffer.from(`\nverify-result ${JSON.stringify(answer)}\n`);
+for (let done = 0; done < bytes.length;) {  // a pipe takes 64 KiB at once, or nothing when full
+    try {
+        done += fs.writeSync(1, bytes, done);
+    } catch (error) {
+        if (error.code !== "EAGAIN") throw error;
+    }
+}
 process.exit(0);
