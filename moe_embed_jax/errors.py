@@ -7,12 +7,26 @@ its stack trace.
 
 import os
 import signal
+from collections.abc import Iterable
 
+_CONTROL = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)  # the last two separate lines
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _CONTROL if chr(code) != "\t"}
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, as shells have it
 
 
 class UserError(Exception):
-    """Wrong input, configuration or environment; the message names the thing and the remedy."""
+    """Wrong input, configuration or environment; the message names the thing and the remedy.
+
+    Messages quote data, so control characters and line breaks in them are escaped: an error is one
+    line. `log`: lines of another program that stand below it.
+    """
+
+    def __init__(self, message: str = "", log: Iterable[str] = ()):
+        super().__init__(message)
+        self.log = tuple(log)
+
+    def __str__(self) -> str:
+        return "\n  ".join(str(line).translate(_ESCAPES) for line in (*self.args[:1], *self.log))
 
 
 class LostConnection(OSError):

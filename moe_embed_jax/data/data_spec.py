@@ -21,6 +21,7 @@ from moe_embed_jax.tokenizers.settings import effective_bytes
 # Raise when the same pairs start to give other tokens (vocabulary recipe, tasks, record format).
 PREPARATION_VERSION = 1
 STATISTICS = "statistics.json"  # in a token store; those of earlier versions say nothing of cuts
+CUT_TEXTS = {"query": "queries", "document": "documents", "negatives": "hard negatives"}
 # The builder's own, repeated because its module belongs to preparation; a test holds them together.
 BUILDER_VERSION = "1.0.0"
 # Mixture -> task -> the builder config that stores its rows.

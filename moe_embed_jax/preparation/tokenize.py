@@ -23,6 +23,7 @@ from absl import app, flags
 
 from moe_embed_jax import launching, storage
 from moe_embed_jax.data.data_spec import (
+    CUT_TEXTS,
     MIXTURES,
     STATISTICS,
     complete_config,
@@ -52,7 +53,6 @@ from moe_embed_jax.tokenizers.vocabulary import (
 )
 
 QUANTILES = (0.5, 0.9, 0.99)
-PLURALS = {"query": "queries", "document": "documents", "negatives": "hard negatives"}
 NAMED_ROWS = 10  # dropped rows listed per group
 
 
@@ -208,7 +208,7 @@ def _write_task(task, rate: float, writer: TokenStoreWriter, empty) -> dict:
     dropped: dict[str, dict] = {}
     kept_lengths = []
     hard = {"texts": 0, "tokens": 0}
-    cut = {name: np.zeros(2, np.int64) for name in PLURALS}
+    cut = {name: np.zeros(2, np.int64) for name in CUT_TEXTS}
     position = 0
     group = -1
     title = f"tokenise {task.name}"
@@ -344,7 +344,7 @@ def format_statistics(tasks: Mapping[str, dict]) -> str:
             head = " " * len(head)
     for task, entry in tasks.items():
         for name, (texts, tokens) in entry["cut"].items():
-            lines.append(f"cut: {texts:,} {PLURALS[name]} of {task} lose {tokens:,} tokens")
+            lines.append(f"cut: {texts:,} {CUT_TEXTS[name]} of {task} lose {tokens:,} tokens")
         if hard := entry.get("negatives"):
             lines.append(
                 f"hard negatives of {task}: {hard['texts']:,} "

@@ -105,11 +105,11 @@ def _run_command(step: Step, command: Command, log, tick, signals, descriptor) -
             time.sleep(TICK)
     signals.raise_if_stopped(step.name)
     if process.returncode:
-        lines = "\n  ".join(last_lines(log, LAST_LINES, start))
         ended = f"exit status {process.returncode}"
         if process.returncode < 0:
             ended = f"ended by {signal.Signals(-process.returncode).name}"
-        raise UserError(f"step {step.name} failed ({ended}); its log is {log}:\n  {lines}")
+        message = f"step {step.name} failed ({ended}); its log is {log}:"
+        raise UserError(message, log=last_lines(log, LAST_LINES, start))
     if not command.output.is_file():
         raise UserError(
             f"step {step.name} ended before it was finished ({command.output} is missing; its log "

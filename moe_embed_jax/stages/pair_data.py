@@ -8,7 +8,12 @@ import numpy as np
 
 from moe_embed_jax import storage
 from moe_embed_jax.data.batches import PairBatches
-from moe_embed_jax.data.data_spec import STATISTICS, planned_store_path, token_store_path
+from moe_embed_jax.data.data_spec import (
+    CUT_TEXTS,
+    STATISTICS,
+    planned_store_path,
+    token_store_path,
+)
 from moe_embed_jax.data.schedule import Group, Schedule, mixture_groups
 from moe_embed_jax.data.teacher_vectors import TeacherVectors
 from moe_embed_jax.data.teaching import Teaching
@@ -88,11 +93,13 @@ def describe_cut(config: RunConfig) -> str:
             for name, (count, lost) in entry.get("cut", {}).items():
                 texts[name] += count
                 tokens += lost
-    counts = ", ".join(f"{count:,} of {name}" for name, count in texts.items())
-    return counts and (
-        f"{counts}: texts longer than query_length={config.data.query_length} or document_length="
-        f"{config.data.document_length}, which lose {tokens:,} tokens"
-    )
+    longest = dict.fromkeys(texts, config.data.document_length)
+    if "query" in texts:
+        longest["query"] = config.data.query_length
+    counts = [
+        f"{texts[name]:,} {CUT_TEXTS[name]} of over {most} tokens" for name, most in longest.items()
+    ]
+    return f"{', '.join(counts)}: {tokens:,} tokens are cut off" if counts else ""
 
 
 def pair_batches(

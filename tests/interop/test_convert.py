@@ -93,6 +93,8 @@ def test_a_conversion_killed_after_its_folder_appeared_can_be_repeated(tmp_path,
         assert not action(target=tmp_path / name)
         assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("*")}
         assert str(tmp_path) not in (tmp_path / name / "made_by.json").read_text()
+    with (tmp_path / "export" / "README.md").open("a") as file:  # people do that
+        file.write("Ours.\n")
     result = convert("export", f"--source={source}", f"--target={tmp_path / 'export'}")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"done before: {tmp_path / 'export'}\n"
@@ -106,6 +108,28 @@ def test_a_conversion_killed_after_its_folder_appeared_can_be_repeated(tmp_path,
             actions[name](target=tmp_path / name, **other)
     with pytest.raises(UserError, match=refused):
         actions["import"](target=tmp_path / "export")
+    # A result that was damaged meanwhile is not taken for done.
+    for name, action in actions.items():
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        damaged = max(files, key=lambda path: path.stat().st_size)
+        content = damaged.read_bytes()
+        damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"but .* was changed .*: remove it, and repeat"):
+            action(target=tmp_path / name)
+        damaged.unlink()
+        with pytest.raises(UserError, match=r"is what this command made, but .* is missing"):
+            action(target=tmp_path / name)
+        damaged.write_bytes(content)
+        made = tmp_path / name / "made_by.json"
+        text = made.read_text()
+        made.write_text(text.replace('"crc32": "', '"crc32": "0'))
+        with pytest.raises(UserError, match=r"made_by.json was changed .*: remove"):
+            action(target=tmp_path / name)
+        made.write_text(text)
+        assert not action(target=tmp_path / name)
+        # Folders of earlier versions do not say what they held.
+        made.write_text(json.dumps({"command": json.loads(text)["command"]}))
+        assert not action(target=tmp_path / name)
     (source / "config.json").touch()
     for name, action in actions.items():
         with pytest.raises(UserError, match=refused):

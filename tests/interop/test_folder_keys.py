@@ -142,7 +142,11 @@ FILES = {
         "prompts": honoured({"query": "other: "}),
         "similarity_fn_name": refused("manhattan"),
     },
-    "made_by.json": {"command": harmless("another", "of convert, to find its work done")},
+    "made_by.json": {
+        "command": harmless("another", "of convert, to find its work done"),
+        "files": harmless({}, "of convert, to find its work whole"),
+        "crc32": harmless("0", "of these files"),
+    },
     "modules.json": {
         "idx": harmless(9, "the order of the list counts, as in the library"),
         "name": harmless("other", LIBRARY),
