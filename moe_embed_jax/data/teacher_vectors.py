@@ -3,9 +3,8 @@
 launch/filter.py and launch/mine.py keep the vectors of distinct queries and documents in a work
 folder, in a folder for each of their units:
 
-    queries.zarr, documents.zarr   `VectorStore`s
-    texts.npz                      which text has which vector, by content id, and a CRC-32 of all
-                                   vectors of a side, see `write_index`
+    queries.zarr, documents.zarr   the vectors: `VectorStore`
+    texts.npz                      which text has which, by content id; CRC-32 of all of a side
 
 Content ids depend on texts alone, so the student may have another tokenizer, and may train on any
 part of these pairs. The stores are made for reading in order. Before training they are copied, row

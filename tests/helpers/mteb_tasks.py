@@ -152,9 +152,9 @@ class SpyVocabulary:
     def __init__(self, vocabulary):
         self.vocabulary, self.calls = vocabulary, []
 
-    def encode_texts(self, texts, limit):
+    def encode_counted(self, texts, limit):
         self.calls.append((texts, limit))
-        return self.vocabulary.encode_texts(texts, limit)
+        return self.vocabulary.encode_counted(texts, limit)
 
     def __getattr__(self, name):
         return getattr(self.vocabulary, name)

@@ -65,7 +65,7 @@ def balance_and_gradient(over: str, mesh, batch: PairBatch, model=MODEL):
     # Routers that are far from even: devices then differ.
     params["encoder"]["groups"]["block_1"]["moe"]["router"]["kernel"] *= 30
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, batch_shardings(PairBatch, mesh))
+        batch = jax.device_put(batch, batch_shardings(type(batch), mesh))
         results = compiled(over, mesh, model)(params, batch)
     (value, (in_loss, load)), gradient = jax.device_get(results)
     np.testing.assert_allclose(in_loss, value, rtol=1e-4)  # what is reported is what is trained on
