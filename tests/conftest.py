@@ -181,8 +181,10 @@ def cloud_server(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(cloud_server, tmp_path):
+def bucket(cloud_server, tmp_path, monkeypatch):
     """A folder in a bucket that is no other test's."""
-    from moe_embed_jax import storage
+    from moe_embed_jax import bucket, storage
 
+    # A connection that another test has lost would count as lost for a minute.
+    monkeypatch.setattr(bucket, "_lost", None)
     return storage.path(f"gs://{cloud_storage.BUCKET}/{tmp_path.name}")

@@ -27,7 +27,7 @@ def raises(error):
         (lambda: {"a": np.arange(4)}, False, outcome.ACCEPTED),
         (lambda: {"a": np.arange(3, dtype=np.int8)}, True, outcome.LOST),
         (raises(UserError("file.json: line 3 is no JSON")), True, outcome.REFUSED),
-        (raises(UserError("one line\nand another")), True, outcome.TRACE),
+        (raises(UserError("one line", log=["and another"])), True, outcome.TRACE),
         (raises(RecursionError("deep")), False, outcome.TRACE),
         (raises(outcome.Timeout()), False, outcome.HANG),
     ],
