@@ -24,7 +24,7 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.pooling import pool_texts
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
-from moe_embed_jax.tokenizers.truncation import Truncation
+from moe_embed_jax.tokenizers.truncation import Truncation, side_of
 from moe_embed_jax.unstacked import Unstacked
 
 PAD_ID = 1  # what fills empty slots; nothing reads it
@@ -148,7 +148,7 @@ class Embedder:
         return self.truncation.tokenize(
             self.vocabulary,
             [prefix + text for text in texts],
-            self._side(prompt),
+            side_of(prompt),
             self._max_length(prompt),
             self.mesh,
             on_truncation,
@@ -192,10 +192,7 @@ class Embedder:
         return plan_calls(lengths, self.mesh.size, batch_size, self._tokens_per_call)
 
     def _max_length(self, prompt: str | None) -> int:
-        return self.max_lengths[self._side(prompt)]
-
-    def _side(self, prompt: str | None) -> str:
-        return "query" if prompt == "query" else "document"
+        return self.max_lengths[side_of(prompt)]
 
     def prefix(self, prompt: str | None) -> str:
         """What stands before each text for `prompt`, see `encode`."""

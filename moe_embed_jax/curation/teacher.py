@@ -14,7 +14,7 @@ from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.interop.source import EXTERNAL
 from moe_embed_jax.tokenizers.files import XLMR_FILE
-from moe_embed_jax.tokenizers.truncation import Truncation
+from moe_embed_jax.tokenizers.truncation import Truncation, count, side_of
 from moe_embed_jax.tokenizers.vocabulary import clean_text
 
 
@@ -102,22 +102,27 @@ class SentenceTransformerTeacher:
             show_progress_bar=False,
         ).astype(np.float32)
 
-    def _count_truncated(self, texts: list[str], prompt: str | None) -> None:
-        """Models without a tokenizer of the tokenizers library are not counted."""
+    @functools.cached_property
+    def _counting_tokenizer(self):
+        """Of the tokenizers library, for whole texts; None: the model has another kind."""
         tokenizer = getattr(self._model.tokenizer, "backend_tokenizer", None)
-        limit = self._model.max_seq_length
-        if tokenizer is None or limit is None:
-            return
+        if tokenizer is None:
+            return None
         tokenizer = type(tokenizer).from_str(tokenizer.to_str())  # the model's own stays as it is
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        return tokenizer
+
+    def _count_truncated(self, texts: list[str], prompt: str | None) -> None:
+        """Models without a tokenizer of the tokenizers library are not counted."""
+        tokenizer, limit = self._counting_tokenizer, self._model.max_seq_length
+        if tokenizer is None or limit is None:
+            return
         prefix = self._prefix(prompt)
         lengths = [len(e) for e in tokenizer.encode_batch_fast([prefix + text for text in texts])]
         length_N = np.array(lengths, np.int64)
-        cut_N = np.maximum(length_N - limit, 0)
-        counts = [len(texts), length_N.sum(), np.count_nonzero(cut_N), cut_N.sum()]
-        side = "query" if prompt == "query" else "document"
-        self.truncation.add(side, limit, counts)
+        side = side_of(prompt)
+        self.truncation.add(side, limit, count(length_N.sum(), np.maximum(length_N - limit, 0)))
         self.truncation.tell(side)
 
     def identity(self, prompt: str | None) -> dict:

@@ -40,6 +40,16 @@ class Counts:
         )
 
 
+def side_of(prompt: str | None) -> str:
+    """Whose length and counts a prompt has: "query" its own, all others those of "document"."""
+    return "query" if prompt == "query" else "document"
+
+
+def count(tokens: int, cut_N: np.ndarray) -> np.ndarray:
+    """int64 [4], the arguments of `Counts.add`: of N texts with `tokens` in all, `cut_N` cut."""
+    return np.array([len(cut_N), tokens, np.count_nonzero(cut_N), cut_N.sum()], np.int64)
+
+
 class Truncation:
     """Counts by side ("query", "document"), and whether a reader was told of each.
 
@@ -84,10 +94,7 @@ class Truncation:
             return kept
 
         sequences = tokenized_together(texts, tokenize, mesh)
-        tokens = sum(map(len, kept)) + cut_N.sum()
-        counts = summed_over(
-            mesh, np.array([len(kept), tokens, np.count_nonzero(cut_N), cut_N.sum()], np.int64)
-        )
+        counts = summed_over(mesh, count(sum(map(len, kept)) + cut_N.sum(), cut_N))
         if on_truncation == "error" and counts[2]:
             which = f" (the first is texts[{np.flatnonzero(cut_N)[0]}])" if cut_N.any() else ""
             which *= len(kept) == len(texts)  # a share's numbers would be others

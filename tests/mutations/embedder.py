@@ -30,14 +30,14 @@ FAULTS = (
     Fault(
         "queries-cut-at-the-length-of-documents",
         "embedder.py",
-        "self.max_lengths[self._side(prompt)]",
+        "self.max_lengths[side_of(prompt)]",
         'self.max_lengths["document"]',
         "test_embedder.py -k truncated",
     ),
     Fault(
         "documents-cut-at-the-length-of-queries",
         "embedder.py",
-        "self.max_lengths[self._side(prompt)]",
+        "self.max_lengths[side_of(prompt)]",
         'self.max_lengths["query"]',
         "test_embedder.py -k truncated",
     ),
