@@ -132,6 +132,13 @@ def run_python(arguments, devices: int = 1, timeout: float = 600, **environment)
     )
 
 
+def unfinished_copy(whole, run, step: int) -> None:
+    """A copy of the finished work directory `whole` as it was before the checkpoint of `step`."""
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / str(step))
+    (run / "results.json").unlink()
+
+
 def metric(workdir, name: str) -> np.ndarray:
     """A metric of every step in a run's journal."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

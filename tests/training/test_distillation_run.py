@@ -1,11 +1,9 @@
 """A run that learns from a teacher's vectors, through the launcher."""
 
-import shutil
-
 import jax
 import numpy as np
 import pytest
-from conftest import metric
+from conftest import metric, unfinished_copy
 from helpers import synthetic_data
 from helpers.forked import run_forked
 from helpers.stand_in_teacher import StandInTeacher
@@ -73,9 +71,7 @@ def test_a_run_says_what_it_learns_from_and_learns_it(trained):
 def test_it_resumes_on_other_devices_and_not_with_another_teacher(trained, tmp_path):
     command, whole, _ = trained
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints" / "6")
-    (run / "results.json").unlink()
+    unfinished_copy(whole, run, 6)
     other = teacher_of(tmp_path / "other.work", {"translations": (210, 90, 37)})
     command = [*command, TEACH, f"--workdir={run}"]
     result = run_forked([*command, f"--config.data.teacher={other}"])

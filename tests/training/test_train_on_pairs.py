@@ -1,13 +1,12 @@
 """From a prepared folder of pairs with hard negatives to tokens, batches and a trained model."""
 
 import dataclasses
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import metric
+from conftest import metric, unfinished_copy
 from helpers import synthetic_data
 from helpers.forked import run_forked
 
@@ -246,9 +245,7 @@ def test_the_loss_of_a_run_counts_its_hard_negatives(pairs, prepared, trained):
 def test_a_run_with_hard_negatives_resumes_on_other_devices(trained, tmp_path):
     command, whole, _ = trained
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "checkpoints" / "2")
-    (run / "results.json").unlink()
+    unfinished_copy(whole, run, 2)
     result = run_forked([*command, f"--workdir={run}", "--config.mesh.expert=2"], devices=4)
     assert result.returncode == 0, result.stderr
     assert "data=2 x fsdp=1 x expert=2 on 4 cpu device(s)" in result.stdout
