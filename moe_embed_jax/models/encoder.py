@@ -27,6 +27,7 @@ from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
 from moe_embed_jax.unstacked import is_unstacked, piece_of, unstack
 
+ZEROS = nnx.initializers.zeros  # where only shapes are asked: a fifth of the trace of a normal one
 BLOCK_SUM = "block_sum"  # the sum before the last norm of a block: what `remat_rows` saves
 
 
@@ -35,8 +36,7 @@ def _norm(config: EncoderConfig, rngs: nnx.Rngs) -> LayerNorm:
 
 
 class Embeddings(nnx.Module):
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+    def __init__(self, config: EncoderConfig, init, rngs: nnx.Rngs):
         self.dtype = config.dtype
         self.token = nnx.Param(init(rngs.params(), (config.vocab_size, config.width)))
         # The released layout keeps BERT's table; a text that stands alone is of type 0.
@@ -56,8 +56,7 @@ class Embeddings(nnx.Module):
 class Block(nnx.Module):
     """Post-norm: attention, add, norm; feed-forward or MoE, add, norm."""
 
-    def __init__(self, config: EncoderConfig, is_moe: bool, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+    def __init__(self, config: EncoderConfig, is_moe: bool, init, rngs: nnx.Rngs):
         linear = functools.partial(Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
         self.attention = Attention(config.width, config.num_heads, linear)
         self.norm_1 = _norm(config, rngs)
@@ -86,10 +85,10 @@ class Block(nnx.Module):
 class Group(nnx.Module):
     """The repeating unit: the first `size` blocks, of which at most one has experts."""
 
-    def __init__(self, config: EncoderConfig, size: int, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, size: int, init, rngs: nnx.Rngs):
         self.size = size
         for i in range(size):
-            setattr(self, f"block_{i}", Block(config, config.is_moe(i), rngs))
+            setattr(self, f"block_{i}", Block(config, config.is_moe(i), init, rngs))
 
     def __call__(self, x_RLD, text_index_RL, rotation_RLJ, keep_choices=False):
         """(x_RLD, statistics or None)."""
@@ -107,13 +106,18 @@ def _pure(module: nnx.Module) -> dict:
 
 def init_params(config: EncoderConfig, key: jax.Array) -> dict:
     """{"embeddings": ..., "groups": ..., "tail": ...}; block leaves have a leading axis G."""
+    return _initialized(config, nnx.initializers.normal(config.initializer_range), key)
+
+
+def _initialized(config: EncoderConfig, init, key: jax.Array) -> dict:
     embeddings_key, groups_key = jax.random.split(key)
-    params = {"embeddings": _pure(Embeddings(config, nnx.Rngs(embeddings_key)))}
+    params = {"embeddings": _pure(Embeddings(config, init, nnx.Rngs(embeddings_key)))}
     for name, (count, size) in config.parts.items():
-        keys_G = jax.random.split(groups_key, count)
-        params[name] = jax.vmap(lambda key, size=size: _pure(Group(config, size, nnx.Rngs(key))))(
-            keys_G
-        )
+
+        def one_group(key, size=size):
+            return _pure(Group(config, size, init, nnx.Rngs(key)))
+
+        params[name] = jax.vmap(one_group)(jax.random.split(groups_key, count))
         groups_key = jax.random.fold_in(groups_key, 1)
     return params
 
@@ -121,17 +125,17 @@ def init_params(config: EncoderConfig, key: jax.Array) -> dict:
 @functools.cache
 def abstract_params(config: EncoderConfig) -> dict:
     """The tree of `init_params` as ShapeDtypeStructs; it is shared, and must not be changed."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.eval_shape(lambda: _initialized(config, ZEROS, jax.random.key(0)))
 
 
 @functools.cache
 def _structure(kind: type[nnx.Module], *arguments) -> tuple[nnx.GraphDef, nnx.State]:
-    """Of the module `kind(*arguments, rngs)`, which is only traced for it."""
-    return nnx.split(nnx.eval_shape(lambda: kind(*arguments, nnx.Rngs(0))))
+    """Of the module `kind(*arguments, init, rngs)`, which is only traced for it."""
+    return nnx.split(nnx.eval_shape(lambda: kind(*arguments, ZEROS, nnx.Rngs(0))))
 
 
 def _module(params: dict, kind: type[nnx.Module], *arguments) -> nnx.Module:
-    """The module `kind(*arguments, rngs)` around given parameters."""
+    """The module `kind(*arguments, init, rngs)` around given parameters."""
     graphdef, state = _structure(kind, *arguments)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy, into which the parameters go
     nnx.replace_by_pure_dict(state, params)

@@ -107,13 +107,14 @@ def _load_file(path: pathlib.Path) -> Tokenizer:
         return vocabulary
     _refuse_changes(vocabulary, path)
     other = path.with_name(JSON_FILE)
-    pieces = [piece.piece for piece in _read(vocabulary).pieces[3:]]
     # Models such as CamemBERT ship a file of the same name for another layout of ids.
-    if storage.has_entry(other) and _pieces_of(other)[4 : 4 + len(pieces)] != pieces:
-        raise UserError(
-            f"{other} gives the pieces of {path.name} other ids than XLM-R's layout does: name "
-            f"{other} as the tokenizer, or move it away if it does not belong to this model"
-        )
+    if storage.has_entry(other):
+        pieces = [piece.piece for piece in _read(vocabulary).pieces[3:]]
+        if _pieces_of(other)[4 : 4 + len(pieces)] != pieces:
+            raise UserError(
+                f"{other} gives the pieces of {path.name} other ids than XLM-R's layout does: name "
+                f"{other} as the tokenizer, or move it away if it does not belong to this model"
+            )
     return vocabulary
 
 

@@ -108,14 +108,14 @@ FAULTS = (
         "preparation/beam/buckets.py",
         "is_first[1:] = keys[1:] != keys[:-1]",
         "pass",
-        "preparation/test_prepare_pipeline.py -k test_duplicates",
+        "preparation/test_prepare_rows.py -k test_duplicates",
     ),
     Fault(
         "of-raw-duplicates-the-last-stays",
         "preparation/beam/buckets.py",
         '("part", "ascending"), ("number", "ascending")',
         '("part", "descending"), ("number", "descending")',
-        "preparation/test_prepare_pipeline.py -k test_duplicates",
+        "preparation/test_prepare_rows.py -k test_duplicates",
     ),
     Fault(
         "quarantined-rows-are-pairs-too",

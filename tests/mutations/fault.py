@@ -41,6 +41,18 @@ class Fault:
     def test_files(self) -> list[str]:
         return [word.split("::")[0] for word in self.arguments if word.startswith("tests/")]
 
+    @property
+    def test_names(self) -> list[str]:
+        """Names of tests, or parts of them, in `tests`; not the ids of parameters (1-2, case0)."""
+        chosen = [
+            word.partition("::")[2].partition("[")[0] if "::" in word else word
+            for word in shlex.split(self.tests)
+            if "::" in word or not word.endswith(".py")
+        ]
+        words = re.split(r"[\s()]+", " ".join(chosen))
+        operators = ("-k", "and", "or", "not")
+        return [word for word in words if re.fullmatch(r"[a-z_]+", word) and word not in operators]
+
     def apply(self, text: str) -> str:
         """`text` of the file with the fault in it.
 
@@ -74,6 +86,10 @@ def problems(root: pathlib.Path, areas: dict[str, tuple[Fault, ...]]) -> list[st
             for file in fault.test_files:
                 if not (root / file).is_file():
                     found.append(f"{where}: {file} does not exist")
+            files = [root / file for file in fault.test_files if (root / file).is_file()]
+            text = "".join(file.read_text() for file in files)
+            gone = [name for name in fault.test_names if files and name not in text]
+            found.extend(f"{where}: no test is called {name}: {fault.tests!r}" for name in gone)
             try:
                 fault.apply((root / fault.path).read_text())
             except (ValueError, OSError) as error:

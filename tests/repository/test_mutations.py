@@ -14,7 +14,7 @@ NAMES = {
 
 
 def test_every_fault_fits_the_code_as_it_stands():
-    """Its place is there once, its name is its own, and its test files exist."""
+    """Its place is there once, its name is its own, and its tests exist."""
     assert problems(ROOT, check.AREAS) == []
 
 
@@ -27,8 +27,9 @@ def test_there_are_faults_in_every_area():
 def test_a_fault_without_its_place_is_named():
     fault = Fault("gone", "errors.py", "no such text", "", "test_no_such_file.py -k a")
     same = Fault("gone", "errors.py", "class UserError", "class UserError", "-k a")
+    moved = Fault("moved", "errors.py", "class UserError", "class A", "test_config.py -k no_such")
     broken = Fault("broken", "errors.py", "class UserError", "class (", "test_config.py")
-    *found, last = problems(ROOT, {"area": (fault, same, broken)})
+    *found, last = problems(ROOT, {"area": (fault, same, moved, broken)})
     where = "area: gone: moe_embed_jax/errors.py: "
     assert found == [
         f"{where}tests/test_no_such_file.py does not exist",
@@ -36,6 +37,8 @@ def test_a_fault_without_its_place_is_named():
         f"{where}another fault has this name",
         f"{where}no test file is named: '-k a'",
         f"{where}the new text is the old one: 'class UserError'",
+        "area: moved: moe_embed_jax/errors.py: no test is called no_such: "
+        "'test_config.py -k no_such'",
     ]
     assert last.startswith("area: broken: moe_embed_jax/errors.py: the result is not Python: ")
 
