@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from moe_embed_jax.compilation_cache import keep_programs
 from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
@@ -24,6 +25,7 @@ from moe_embed_jax.models.encoder import (
 from moe_embed_jax.models.pooling import pool_texts
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.shapes import PADDING
+from moe_embed_jax.token_ids import checked_ids
 from moe_embed_jax.tokenizers.truncation import Truncation, side_of
 from moe_embed_jax.unstacked import Unstacked
 
@@ -73,7 +75,12 @@ class Embedder:
 
     @classmethod
     def load(
-        cls, folder, step: int | None = None, mesh=None, weights: str = WEIGHTS[0]
+        cls,
+        folder,
+        step: int | None = None,
+        mesh=None,
+        weights: str = WEIGHTS[0],
+        compilation_cache=None,
     ) -> "Embedder":
         """From any model folder: a training run's work directory (`step` None: its newest
         checkpoint), an imported model, or a published checkpoint as safetensors (the layout of
@@ -81,10 +88,14 @@ class Embedder:
 
         weights: "float32", or "int8" for a quarter of the memory on a CPU: matrices and word table
         are kept as int8 (models/int8_weight.py), computation stays float32.
+        compilation_cache: folder in which the process keeps compiled programs, for the next one to
+        find (`keep_programs`). None: as JAX is set, by JAX_COMPILATION_CACHE_DIR for example.
 
         Raises `UserError` when the folder is not a model, naming what is missing; for other
         weights, and for int8 on a mesh that is not one CPU device.
         """
+        if compilation_cache is not None:
+            keep_programs(compilation_cache)
         mesh = mesh or single_device_mesh()
         loaded = load_model(folder, mesh, step, weights)
         params = loaded.params
@@ -229,7 +240,7 @@ class Embedder:
             columns than the model has positions.
         """
         width = self._width(dim)
-        ids_BL, mask_BL = self._checked(input_ids, attention_mask)
+        ids_BL, mask_BL = checked_ids(input_ids, attention_mask, self.model)
         sequences = [ids[mask] for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         positions = [np.flatnonzero(mask).astype(np.int32) for mask in mask_BL]
         pooled = self.embed_sequences(sequences, positions)[:, :width]
@@ -240,7 +251,7 @@ class Embedder:
 
         Arguments and errors as in `encode_ids`.
         """
-        ids_BL, mask_BL = self._checked(input_ids, attention_mask)
+        ids_BL, mask_BL = checked_ids(input_ids, attention_mask, self.model)
         batch, length = ids_BL.shape
         result = np.zeros((batch, length, self.width), np.float32)
         # A few shapes only: lengths in powers of two, rows by the token budget.
@@ -260,33 +271,6 @@ class Embedder:
             x_RLD = self._call(_encode_rows, token_RL, text_index_RL, position_RL)
             result[part] = to_host(x_RLD)[:count, :length]
         return result * mask_BL[..., None]
-
-    def _checked(self, input_ids, attention_mask) -> tuple[np.ndarray, np.ndarray]:
-        """int32 ids and bool mask, both [batch, length]."""
-        ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
-        if ids.ndim != 2 or ids.shape != mask.shape:
-            raise UserError(
-                f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} must both be "
-                "[batch, length]"
-            )
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise UserError(f"input_ids are {ids.dtype}; they must be integers")
-        if not np.isin(mask, (0, 1)).all():
-            raise UserError("attention_mask must hold 0 (padding) and 1 (token) only")
-        mask = mask.astype(bool)
-        outside = mask & ((ids < 0) | (ids >= self.model.vocab_size))
-        if outside.any():
-            row, column = (int(i) for i in np.argwhere(outside)[0])
-            raise UserError(
-                f"input_ids[{row}, {column}] = {ids[row, column]} is outside the word table "
-                f"[0, {self.model.vocab_size})"
-            )
-        if self.model.max_positions and mask[:, self.model.max_positions :].any():
-            raise UserError(
-                f"a text has tokens beyond column {self.model.max_positions}, the model's last "
-                "position: truncate it"
-            )
-        return ids.astype(np.int32), mask
 
     def embed_sequences(
         self, sequences, positions=None, batch_size=None, show_progress=False

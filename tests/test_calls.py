@@ -72,3 +72,30 @@ def test_many_texts_are_planned_in_parts():
     calls = list(plan_calls(lengths, 1))
     members = np.concatenate([call.members for call in calls])
     assert np.unique(members).size == members.size == 70_000
+
+
+SHAPES = {  # rows of a device and slots of a row
+    *((1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (1, 2048)),
+    *((8, 64), (64, 64), (128, 64), (8, 256), (32, 256), (8, 512), (16, 512), (8, 1024)),
+    (4, 2048),
+}
+
+
+@given(
+    st.lists(st.integers(0, 2_048), max_size=300),
+    st.sampled_from([None, 1, 7, 100]),
+    st.sampled_from([1, 8]),
+)
+def test_there_are_17_programs_at_most(lengths, batch_size, devices):
+    """For texts of up to 2,048 tokens, as docs/efficiency.md says."""
+    calls = plan_calls(lengths, devices, batch_size)
+    assert {(call.rows // devices, call.row_length) for call in calls} <= SHAPES
+
+
+def test_each_of_the_17_programs_is_needed_by_some_texts():
+    used = set()
+    for length in (10, 20, 40, 70, 200, 400, 800, 2_000):
+        for count in (1, 2, 40, 60, 240, 4_000, 100_000):
+            for call in plan_calls(np.full(min(count, 9_000), length), 1):
+                used.add((call.rows, call.row_length))
+    assert used == SHAPES and len(SHAPES) == 17

@@ -255,3 +255,29 @@ def test_neither_training_nor_embedding_imports_tensorflow():
     )
     result = run_python(["-c", code])
     assert result.returncode == 0, result.stderr
+
+
+def test_a_second_process_finds_the_programs_that_the_first_has_kept(folder, tmp_path):
+    """Told by JAX's own counters."""
+    script = f"""
+import jax, numpy as np
+counted = []
+jax.monitoring.register_event_listener(lambda event, **_: counted.append(event))
+from moe_embed_jax import Embedder
+embedder = Embedder.load({str(folder)!r}, compilation_cache={str(tmp_path / "programs")!r})
+vectors = embedder.encode(["tanara nobipo"])
+kept = "/jax/compilation_cache/"
+print(counted.count(kept + "cache_hits"), counted.count(kept + "cache_misses"), vectors.sum())
+"""
+    hits, misses, total = run_python(["-c", script]).stdout.split()
+    kept = sorted(file.name for file in (tmp_path / "programs").glob("*-cache"))
+    assert int(hits) == 0 and int(misses) == len(kept) > 0
+    assert any(name.startswith("jit__pool_rows-") for name in kept)
+    assert run_python(["-c", script]).stdout.split() == [misses, "0", total]
+    assert sorted(file.name for file in (tmp_path / "programs").glob("*-cache")) == kept
+
+
+def test_programs_cannot_be_kept_in_a_file(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"compilation_cache=.*file is a file: name a folder"):
+        Embedder.load(folder, compilation_cache=tmp_path / "file")

@@ -220,6 +220,7 @@ def _each_group(one_group, count: int, x_RLD, params):
     """`jax.lax.scan` over the groups; unrolled for `Unstacked` parameters."""
     if not is_unstacked(params):
         return jax.lax.scan(one_group, x_RLD, params)
+    one_group = jax.jit(one_group)  # traced once
     statistics = []
     for g in range(count):
         x_RLD, of_group = one_group(x_RLD, piece_of(params, g))
