@@ -44,7 +44,7 @@ class Queries:
     @classmethod
     def start(cls, query_BD: np.ndarray, count: int, k: int, dtype) -> "Queries":
         """Nothing found yet for float32 `query_BD`, the first `count` of which are no padding."""
-        near = _rounded(query_BD, dtype)
+        near = rounded(query_BD, dtype)
         # Products with zeros are exact; else each document would be a candidate.
         is_zero_B = ~query_BD.any(axis=1)
         size_B, slope_B = (np.where(is_zero_B, 0, x_B) for x_B in (near.size_N, near.slope_N))
@@ -61,7 +61,7 @@ def walk(parts: list[Queries], blocks: Iterable[tuple[int, np.ndarray, int]], dt
     # Memory of scores, two arrays of each shape: new memory costs a tenth of the products.
     free, pending = collections.defaultdict(list), None
     for first, document_nD, count in blocks:
-        near = _rounded(document_nD, dtype)
+        near = rounded(document_nD, dtype)
         for queries in parts:
             shape = len(queries.rounded.x_ND), len(document_nD)
             memory_Bn = free[shape].pop() if free[shape] else jnp.zeros(shape, jnp.float32)
@@ -92,9 +92,6 @@ def bfloat16_is_faster() -> bool:
             times.append(time.process_time() - start)
         seconds[dtype] = min(times[1:])  # the first one compiles
     return seconds[jnp.bfloat16] < 0.8 * seconds[jnp.float32]
-
-
-_rounded = jax.jit(rounded, static_argnums=1)
 
 
 @jax.jit

@@ -71,9 +71,9 @@ FAULTS = (
     ),
     Fault(
         "id-behind-the-word-table-is-accepted",
-        "embedder.py",
-        "(ids >= self.model.vocab_size)",
-        "(ids > self.model.vocab_size)",
+        "token_ids.py",
+        "(ids >= model.vocab_size)",
+        "(ids > model.vocab_size)",
         "interop/test_interop.py -k bad_ids",
     ),
     Fault(

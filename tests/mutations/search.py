@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "rounding-of-the-query-is-not-in-the-bound",
         "search/rounded.py",
-        "residue_N + 2 * c * size_N)",
-        "2 * c * size_N)",
+        "return size_N, residue_N, residue_N + 2 * c * size_N",
+        "return size_N, residue_N, 2 * c * size_N",
         "search/test_rounded.py -k bound_holds",
     ),
     Fault(

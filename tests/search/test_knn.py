@@ -7,7 +7,7 @@ import pytest
 from helpers.forked import run_forked
 
 from moe_embed_jax.mesh import MeshConfig, make_mesh
-from moe_embed_jax.search import cpu, knn
+from moe_embed_jax.search import cpu, knn, rounded
 from moe_embed_jax.search.knn import top_k
 
 
@@ -193,7 +193,7 @@ def test_empty(B, N):
 
 
 def test_many_small_sets_share_compilations():
-    functions = (cpu._rounded, cpu._products, cpu._peaks)
+    functions = (rounded._converted, rounded._sizes, cpu._products, cpu._peaks)
     before = [function._cache_size() for function in functions]
     for N in range(90, 1000, 45):
         top_k(whole_numbers(N % 200 + 1, 16), whole_numbers(N, 16), 101)

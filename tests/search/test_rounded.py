@@ -10,9 +10,7 @@ from moe_embed_jax.search.rounded import rounded
 
 
 def off_and_bound(query_BD, document_nD, dtype):
-    query, document = (
-        jax.jit(rounded, static_argnums=1)(x, dtype) for x in (query_BD, document_nD)
-    )
+    query, document = (rounded(jnp.asarray(x), dtype) for x in (query_BD, document_nD))
     assert query.x_ND.dtype == dtype
     product_Bn = np.asarray(cpu._product(query.x_ND, document.x_ND)).astype(np.float64)
     exact_Bn = query_BD.astype(np.float64) @ document_nD.T.astype(np.float64)
@@ -50,3 +48,9 @@ def test_too_large_vectors_have_no_bound():
     large = np.full((1, 4), 1e30, np.float32)
     _, bound_Bn = off_and_bound(np.ones((1, 4), np.float32), large, jnp.bfloat16)
     assert np.isinf(bound_Bn).all()
+
+
+def test_inside_another_program_it_is_refused():
+    """XLA would find a residue of 0."""
+    with pytest.raises(TypeError, match="do not call it inside"):
+        jax.jit(rounded, static_argnums=1)(np.ones((1, 4), np.float32), jnp.bfloat16)
