@@ -76,7 +76,7 @@ def test_the_runner_tells_noticed_from_survived_and_broken(tmp_path, capsys):
     assert "not counted: same-for-all (moe_embed_jax/two.py): it is symmetric" in printed
     assert "maximum = max\n" in (tmp_path / "moe_embed_jax/two.py").read_text()
 
-    nothing = Fault("no-test", "two.py", "return min", "return max", "test_two.py -k minimum")
+    nothing = Fault("no-test", "two.py", "return min", "return max", "test_two.py -k 1-2")
     assert check.main(["--jobs=1"], tmp_path, {"numbers": (nothing,)}) == 2
     assert "broken: numbers: no-test" in (printed := capsys.readouterr().out)
     assert "no test is selected" in printed
