@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.epsilon = 1e-6
     config.optimizer.weight_decay = 0.0
 
-    config.loss = ConfigDict(dict(predictions_at_once=2_048))  # 2 GB of logits
+    config.loss = ConfigDict(dict(predictions_at_once=2_048))  # 2 GB of logits, not on TPUs
 
     if variant == "laptop":
         config.batch_size = 32

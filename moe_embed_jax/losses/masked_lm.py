@@ -40,6 +40,16 @@ def masked_cross_entropy(logits_TV, target_T) -> MaskedSums:
     own_T = jnp.sum(jnp.where(is_target_TV, logits_TV, 0.0), axis=-1)
     loss_T = jax.nn.logsumexp(logits_TV, axis=-1) - own_T
     best_T = jnp.max(jax.lax.stop_gradient(logits_TV), axis=-1)
+    return sums_of(loss_T, own_T, best_T, target_T)
+
+
+def sums_of(loss_T, own_T, best_T, target_T) -> MaskedSums:
+    """Sums over the tokens that have a target.
+
+    Args:
+      loss_T, own_T, best_T: cross entropy, logit of the target, and largest logit, float32.
+      target_T: as for `masked_cross_entropy`.
+    """
     there_T = target_T != PADDING
     return MaskedSums(
         loss=jnp.sum(jnp.where(there_T, loss_T, 0.0)),

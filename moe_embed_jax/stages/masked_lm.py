@@ -122,7 +122,7 @@ class MaskedLM:
         at_once = max(config.loss.predictions_at_once // 2, 1)
         return [
             f"data.chunk_rows={chunk_rows}: {cost}",
-            f"loss.predictions_at_once={at_once}: fewer logits at a time",
+            f"loss.predictions_at_once={at_once}: fewer logits at a time (not on TPUs)",
         ]
 
 

@@ -101,7 +101,8 @@ class MaskedLossConfig:
     mask_rate: float = 0.3  # share of the tokens of a row that are predicted
     mask_share: float = 0.8  # of those: replaced by <mask>
     random_share: float = 0.1  # of those: replaced by a random token; the rest stays as it is
-    # Predictions of a device that have logits at a time: memory is this times the vocabulary.
+    # Predictions of a device that have logits at a time: memory is this times the vocabulary. No
+    # effect on TPUs, whose kernel writes no logits.
     predictions_at_once: int = setting(1024, FREE)
     balance: float = 1.0  # coefficient of the load-balancing loss, where the model has experts
 

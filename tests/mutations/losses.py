@@ -1,9 +1,10 @@
-"""Faults of the contrastive loss and masked language modelling."""
+"""Faults of the contrastive loss and masked language modelling, and of the kernel of the latter."""
 
 from mutations.fault import Fault
 
 MEANING = "losses/test_objectives.py"
 ORACLE = "losses/test_streamed_infonce.py -k oracle"
+KERNEL = "kernels/test_linear_cross_entropy.py"
 
 FAULTS = (
     Fault(
@@ -187,5 +188,33 @@ FAULTS = (
         "left_out_ac = ~(text.counts & or_partners(is_partner(0)))",
         "left_out_ac = ~or_partners(is_partner(0))",
         f"{MEANING} -k right_answers",
+    ),
+    Fault(
+        "the-target-is-in-the-sum-of-the-other-outputs",
+        "kernels/linear_cross_entropy.py",
+        "jnp.where(is_target_TV, 0.0, jnp.exp(logit_TV - best_T1))",
+        "jnp.exp(logit_TV - best_T1)",
+        f"{KERNEL} -k equals_the_oracle",
+    ),
+    Fault(
+        "a-sum-of-exponentials-is-not-shrunk-to-a-new-maximum",
+        "kernels/linear_cross_entropy.py",
+        "sum_ref[...] * shrink_T1",
+        "sum_ref[...]",
+        f"{KERNEL} -k equals_the_oracle",
+    ),
+    Fault(
+        "what-lies-behind-the-vocabulary-counts",
+        "kernels/linear_cross_entropy.py",
+        "jnp.where(_iota((1, block), 1) < left, bias_1V, MASK_VALUE)",
+        "bias_1V",
+        f"{KERNEL} -k equals_the_oracle",
+    ),
+    Fault(
+        "the-gradient-of-the-target-is-rounded-to-nothing",
+        "kernels/linear_cross_entropy.py",
+        "jnp.where(there_t1, sum_t1 / total_t1, 0.0)",
+        "jnp.where(there_t1, 1 - (1 - sum_t1 / total_t1).astype(x_TD.dtype), 0.0)",
+        f"{KERNEL} -k certain",
     ),
 )
