@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -33,7 +34,9 @@ from moe_embed_jax.kernels.mxu import dot
 from moe_embed_jax.kernels.text_blocks import blocks_to_visit, number_padding_last
 from moe_embed_jax.mesh import vmem_limit_bytes
 
-BLOCK = 256  # queries of a program, and keys that it visits at a time
+BLOCK = 256  # queries of a program
+KEYS = 512  # that the forward pass visits at a time where they divide the row; backward: BLOCK
+LOG2_E = float(np.log2(np.e))
 SPARE_BYTES = 2**20  # of VMEM, for what does not grow with the row
 
 
@@ -89,8 +92,7 @@ class _AttentionGrid:
         self.blocks, self.groups = self.length // BLOCK, self.width // self.lanes
         self.heads, self.dtype, self.interpret = heads, qkv_RLU.dtype, interpret
         self.heads_of_group = heads // self.groups
-        visited = blocks_to_visit(index_R1L[:, 0], BLOCK, BLOCK)
-        self.visited = [block_RN.reshape(-1) for block_RN in visited]
+        self.index_RL = index_R1L[:, 0]
         self.inputs = [
             (qkv_RLU, self._queries()),
             *((qkv_RLU, self._row_of_group(part)) for part in (1, 2)),
@@ -100,8 +102,10 @@ class _AttentionGrid:
     def forward(self):
         """(context [R, L, D], logarithms of denominators [R, G, heads of a group, L])."""
         log_sum = (self.rows, self.groups, self.heads_of_group, self.length)
+        keys = BLOCK if self.length % KEYS else KEYS
         return self._run(
             _forward_kernel,
+            keys=keys,
             inputs=self.inputs,
             grid_steps=self.blocks,
             out_specs=[self._queries(), self._statistics()],
@@ -109,11 +113,7 @@ class _AttentionGrid:
                 jax.ShapeDtypeStruct((self.rows, self.length, self.width), self.dtype),
                 jax.ShapeDtypeStruct(log_sum, jnp.float32),
             ],
-            scratch=[
-                self._scratch(BLOCK, self.lanes, self.dtype),
-                self._scratch(self.lanes, BLOCK, self.dtype),
-                self._scratch(BLOCK, LANES, jnp.int32),
-            ],
+            scratch=self._keys(keys),
             products=2,
             name="attention",
         )
@@ -128,6 +128,7 @@ class _AttentionGrid:
         shape = (self.rows, self.length, 3 * self.width)
         (dqkv_RLU,) = self._run(
             functools.partial(_backward_kernel, blocks=blocks),
+            keys=BLOCK,
             inputs=[
                 *self.inputs,
                 (context_RLD, self._queries()),
@@ -143,10 +144,8 @@ class _AttentionGrid:
             ],
             out_shape=[jax.ShapeDtypeStruct(shape, self.dtype)],
             scratch=[
-                self._scratch(BLOCK, self.lanes, self.dtype),
-                self._scratch(self.lanes, BLOCK, self.dtype),
-                self._scratch(BLOCK, LANES, jnp.int32),
-                *[self._scratch(BLOCK, self.lanes, jnp.float32)] * 2,
+                *self._keys(BLOCK),
+                *[pltpu.VMEM((blocks, BLOCK, self.lanes), jnp.float32)] * 2,
             ],
             products=5,
             name="attention_backward",
@@ -173,13 +172,19 @@ class _AttentionGrid:
     def _row(self, array):
         return pl.BlockSpec((1, *array.shape[1:]), lambda r, g, i, *_: (r, 0, 0))
 
-    def _scratch(self, *shape_and_dtype):
-        *shape, dtype = shape_and_dtype
-        return pltpu.VMEM((self.blocks, *shape), dtype)
+    def _keys(self, keys: int):
+        """Scratch for `_prepare_keys`, `keys` at a time."""
+        blocks = self.length // keys
+        return [
+            pltpu.VMEM((blocks, keys, self.lanes), self.dtype),
+            pltpu.VMEM((blocks, self.lanes, keys), self.dtype),
+            pltpu.VMEM((blocks, keys, LANES), jnp.int32),
+        ]
 
     def _run(
-        self, kernel, *, inputs, grid_steps, out_specs, out_shape, scratch, products: int, name
+        self, kernel, *, keys, inputs, grid_steps, out_specs, out_shape, scratch, products, name
     ):
+        visited = blocks_to_visit(self.index_RL, BLOCK, keys)
         # qkv is named three times for its three parts, and read once.
         arrays = [array for array, _ in inputs]
         scores = self.rows * self.heads * self.length**2
@@ -205,7 +210,7 @@ class _AttentionGrid:
             ),
             interpret=self.interpret,
             name=name,
-        )(*self.visited, *arrays)
+        )(*(block_RN.reshape(-1) for block_RN in visited), *arrays)
 
 
 def _forward_kernel(
@@ -230,23 +235,29 @@ def _forward_kernel(
     @pl.when(block == 0)
     def _():
         def prepare(n):
-            _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head)
-            value_WK_ref[n] = v_ref[0, _slots(n)].T
+            keys = _prepare_keys(
+                n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head
+            )
+            value_WK_ref[n] = v_ref[0, keys].T
 
-        _for_each(blocks, prepare)
+        _for_each(len(key_ref), prepare)
 
-    q_QW = _queries(q_ref, cos_ref, sin_ref, block, head)
+    q_QW = _queries(q_ref, cos_ref, sin_ref, block, head, LOG2_E)  # exp2 is one multiply less
     q_hQW = [apply_mask(mask_QW, q_QW) for mask_QW in head_masks(q_QW.shape, head)]
     index_1Q = index_ref[0, :, _slots(block)]
 
     def add_block(n, states):
         same_KQ = key_index_ref[n][:, :1] == index_1Q
+        # Products of all heads first: the matrix units then work while a softmax is computed.
+        score_hKQ = [dot(key_ref[n], q_QW, 1, 1) for q_QW in q_hQW]
         results = []
-        for h, (q_QW, (max_1Q, sum_1Q, total_JQ)) in enumerate(zip(q_hQW, states, strict=True)):
-            score_KQ = jnp.where(same_KQ, dot(key_ref[n], q_QW, 1, 1), MASK_VALUE)
+        for h, (score_KQ, (max_1Q, sum_1Q, total_JQ)) in enumerate(
+            zip(score_hKQ, states, strict=True)
+        ):
+            score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
             before_1Q, max_1Q = max_1Q, jnp.maximum(max_1Q, score_KQ.max(axis=0, keepdims=True))
             # What masked keys add before the query's first own key, that key shrinks to zero.
-            shrink_1Q, weight_KQ = jnp.exp(before_1Q - max_1Q), jnp.exp(score_KQ - max_1Q)
+            shrink_1Q, weight_KQ = jnp.exp2(before_1Q - max_1Q), jnp.exp2(score_KQ - max_1Q)
             sum_1Q = sum_1Q * shrink_1Q + weight_KQ.sum(axis=0, keepdims=True)
             value_JK = value_WK_ref[n, h * head : (h + 1) * head]
             context_JQ = dot(value_JK, weight_KQ.astype(value_JK.dtype), 1, 0)
@@ -263,7 +274,7 @@ def _forward_kernel(
     context_WQ = jnp.concatenate([total_JQ / sum_1Q for _, sum_1Q, total_JQ in states])
     context_ref[0] = context_WQ.T.astype(context_ref.dtype)
     for h, (max_1Q, sum_1Q, _) in enumerate(states):
-        log_sum_ref[0, 0, h : h + 1] = max_1Q + jnp.log(sum_1Q)
+        log_sum_ref[0, 0, h : h + 1] = (max_1Q + jnp.log2(sum_1Q)) / LOG2_E
 
 
 def _backward_kernel(
@@ -344,9 +355,10 @@ def _backward_kernel(
         dqkv_ref[0] = dvalue_ref[step - 2 * blocks].astype(dqkv_ref.dtype)
 
 
-def _slots(block):
+def _slots(block, size: int | None = None):
     """The slots of a block in its row."""
-    return pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
+    size = size or BLOCK
+    return pl.ds(pl.multiple_of(block * size, size), size)
 
 
 def _for_each(blocks, body):
@@ -357,15 +369,17 @@ def _for_each(blocks, body):
     jax.lax.fori_loop(0, blocks, step, 0)
 
 
-def _queries(q_ref, cos_ref, sin_ref, block, head: int):
+def _queries(q_ref, cos_ref, sin_ref, block, head: int, factor: float = 1.0):
     """Rotated and scaled."""
     rotation = cos_ref[0, _slots(block)], sin_ref[0, _slots(block)]
-    return (rotate(q_ref[0], *rotation, head) * head**-0.5).astype(q_ref.dtype)
+    return (rotate(q_ref[0], *rotation, head) * (factor * head**-0.5)).astype(q_ref.dtype)
 
 
 def _prepare_keys(n, k_ref, index_ref, cos_ref, sin_ref, key_ref, key_index_ref, head: int):
-    """Block n of the rotated keys, and of their texts, one per sublane."""
-    slots = _slots(n)
+    """Block n of the rotated keys, and of their texts, one per sublane; returns its slots."""
+    keys = key_ref.shape[1]
+    slots = _slots(n, keys)
     key_KW = rotate(k_ref[0, slots], cos_ref[0, slots], sin_ref[0, slots], head)
     key_ref[n] = key_KW.astype(key_ref.dtype)
-    key_index_ref[n] = jnp.broadcast_to(index_ref[0, :, slots], (LANES, BLOCK)).T
+    key_index_ref[n] = jnp.broadcast_to(index_ref[0, :, slots], (LANES, keys)).T
+    return slots

@@ -24,7 +24,8 @@ from moe_embed_jax.models.attention import (
 )
 
 BLOCK = 128  # half of the kernel's own, for speed; test_planning.py compiles that one
-ROW = 3 * BLOCK
+KEYS = 2 * BLOCK  # likewise
+ROW = 2 * KEYS
 ROWS = {  # lengths of the texts; the rest of the row is padding
     "one text fills the row": [ROW],
     "every token is a text": [1] * ROW,
@@ -45,6 +46,7 @@ KERNELS = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked_module, "BLOCK", BLOCK)
+    monkeypatch.setattr(blocked_module, "KEYS", KEYS)
 
 
 def packed(rows):
@@ -120,15 +122,15 @@ def test_bfloat16_is_closer_to_float32_than_plain_attention(small_blocks, kernel
 def test_blocks_without_a_common_text_are_skipped(small_blocks, kernel):
     """Forward and backward: values that are no numbers cannot reach what never meets them. (A
     block that is met multiplies them by zero, which is no number either.)"""
-    qkv, text_index, angles = make_case([[BLOCK, 2 * BLOCK]], 2, 64)
-    spoilt = qkv.at[:, BLOCK:].set(jnp.nan)
+    qkv, text_index, angles = make_case([[KEYS, ROW - KEYS]], 2, 64)
+    spoilt = qkv.at[:, KEYS:].set(jnp.nan)
     of_case = {}
     for name, values in (("whole", qkv), ("spoilt", spoilt)):
         case = values, text_index, angles
         of_case[name] = value_and_gradient(KERNELS[kernel], case, 2)
     for whole, of_spoilt in zip(of_case["whole"], of_case["spoilt"], strict=True):
-        np.testing.assert_array_equal(of_spoilt[:, :BLOCK], whole[:, :BLOCK])
-        assert np.isnan(of_spoilt[:, BLOCK:]).all()
+        np.testing.assert_array_equal(of_spoilt[:, :KEYS], whole[:, :KEYS])
+        assert np.isnan(of_spoilt[:, KEYS:]).all()
 
 
 @settings(max_examples=50, deadline=None)

@@ -4,7 +4,23 @@ from mutations.fault import Fault
 
 PARITY = "interop/test_interop.py -k 'parity_with_float64 and published'"
 
+BLOCKED = "kernels/test_blocked_attention.py"
+
 FAULTS = (
+    Fault(
+        "tpu-attention-does-not-shrink-its-running-sum",
+        "kernels/blocked_attention.py",
+        "sum_1Q = sum_1Q * shrink_1Q",
+        "sum_1Q = sum_1Q",
+        f"{BLOCKED} -k 'equals_plain and TPU-2'",
+    ),
+    Fault(
+        "tpu-attention-saves-logarithms-of-base-2",
+        "kernels/blocked_attention.py",
+        "(max_1Q + jnp.log2(sum_1Q)) / LOG2_E",
+        "max_1Q + jnp.log2(sum_1Q)",
+        f"{BLOCKED} -k 'equals_plain and TPU-2'",
+    ),
     Fault(
         "attention-crosses-the-texts-of-a-row",
         "models/attention.py",
@@ -24,28 +40,28 @@ FAULTS = (
         "kernels/triton_attention.py",
         "sum_Q * shrink_Q + weight_QK.sum(axis=1)",
         "sum_Q + weight_QK.sum(axis=1)",
-        "kernels/test_blocked_attention.py -k 'equals_plain and Triton'",
+        f"{BLOCKED} -k 'equals_plain and Triton'",
     ),
     Fault(
         "triton-attention-gradient-without-the-mean",
         "kernels/triton_attention.py",
         "weight_QK * (dweight_QK - mean_Q[:, None])",
         "weight_QK * dweight_QK",
-        "kernels/test_blocked_attention.py -k 'equals_plain and Triton'",
+        f"{BLOCKED} -k 'equals_plain and Triton'",
     ),
     Fault(
         "long-attention-leaves-out-the-last-block-with-the-text",
         "kernels/text_blocks.py",
         "stop_RN = shares_RNn.shape[-1] - jnp.argmax",
         "stop_RN = shares_RNn.shape[-1] - 1 - jnp.argmax",
-        "kernels/test_blocked_attention.py -k no_pair",
+        f"{BLOCKED} -k no_pair",
     ),
     Fault(
         "cudnn-attention-sees-other-texts",
         "models/attention.py",
         "mask=mask_R1Lk, implementation",
         "mask=mask_R1Lk | True, implementation",
-        "kernels/test_blocked_attention.py -k 'equals_plain and cuDNN'",
+        f"{BLOCKED} -k 'equals_plain and cuDNN'",
     ),
     Fault(
         "old-gpus-compute-in-bfloat16",
