@@ -134,7 +134,7 @@ def parse_module(text: str) -> Module:
         if header:
             name, instructions = header.group(2), {}
             entry = name if header.group(1) else entry
-        elif line.startswith("}") and name:
+        elif line == "}" and name:
             computations[name] = Computation(name, instructions)
             name = None
         elif name:
@@ -173,7 +173,7 @@ def _lines(text: str):
     inside a fusion is) joined to the line that it began in."""
     joined = None
     for line in text.splitlines():
-        if joined is not None and line.startswith(('"', "},")):
+        if joined is not None and line != "}" and line.startswith(('"', "}")):
             joined += line
             continue
         if joined is not None:

@@ -146,6 +146,23 @@ def test_spanned_axes_are_those_that_vary_within_a_group():
 TPU_MODULE = (ROOT / "tests/golden/tpu_module.hlo").read_text()
 
 
+def test_an_instruction_over_several_lines_is_one():
+    """JAX's splash attention writes metadata whose last line begins as the end of a computation."""
+    module = parse_module("""HloModule m
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %a = f32[2]{0} parameter(0)
+  %k = f32[2]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={x={
+"block": 1
+}}, metadata={op_name="jit(f)/splash"}
+  ROOT %r = f32[2]{0} add(%k, %k)
+}
+""")
+    entry = module.computations[module.entry]
+    assert entry.root.name == "r"
+    assert "splash" in entry.instructions["k"].rest
+
+
 @pytest.fixture(scope="module")
 def tpu_cost():
     class Mesh:
