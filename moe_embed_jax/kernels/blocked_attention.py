@@ -115,7 +115,7 @@ class _AttentionGrid:
             ],
             scratch=self._keys(keys),
             products=2,
-            name="attention",
+            name="blocked_attention",
         )
 
     def backward(self, context_RLD, log_sum_RGHL, dcontext_RLD):
@@ -148,7 +148,7 @@ class _AttentionGrid:
                 *[pltpu.VMEM((blocks, BLOCK, self.lanes), jnp.float32)] * 2,
             ],
             products=5,
-            name="attention_backward",
+            name="blocked_attention_backward",
         )
         return dqkv_RLU
 

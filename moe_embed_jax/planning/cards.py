@@ -44,6 +44,7 @@ class Card:
     shared_bytes: int  # of a core
     block_bytes: int  # of shared memory, at most, for a block
     description: str  # its name, from which the compute capability follows
+    kernel_share: float = 1.0  # as `chips.Chip`; nothing was measured
 
     @property
     def hbm_bytes(self) -> int:

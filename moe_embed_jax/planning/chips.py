@@ -11,8 +11,11 @@ units), 4 units of 128 x 128 per core (v4 and v5p: two cores work as one device)
 speaks of two units of 256 x 256, but the compiler's estimates pass their FLOPs per cycle; with
 four, the clock is 1.75 GHz. Cross-checks with libtpu 0.0.42: at these clocks the compiler's
 estimate of an 8192-cubed bfloat16 matmul comes to 88 % (v5e), 90 % (v5p), 93 % (v4) and 70 % (v6e)
-of peak, and that of a float32 addition in HBM to 81 %, 72 %, 77 % and 86 % of the bandwidth. No
-number here was measured on hardware.
+of peak, and that of a float32 addition in HBM to 81 %, 72 %, 77 % and 86 % of the bandwidth.
+
+Share of the peak that products inside kernels reach: what was measured of a large product, 92 % on
+v5e (8192-cubed, by XLA and by a Pallas kernel: jax docs/pallas/tpu/matmul.ipynb) and 70 % on v6e
+(benchmarks/planner_validation.py); the compiler's estimate above on v4 and v5p.
 
 Between slices: the pages give the bandwidth of the data center network per pod of 256 chips for v5e
 (6.4 Tbit/s) and v6e (25.6 Tbit/s), and per chip for v5p (50 Gbit/s); that of v4 gives none, and
@@ -37,6 +40,7 @@ class Chip:
     dcn_bandwidth: float  # bytes/s, one way, of a chip's share of the network between slices
     torus_dims: int
     clock_hz: float
+    kernel_share: float  # of peak_flops, that products inside a kernel are taken to reach
     cores: int
     wraps_at: int  # a torus dimension that is a multiple of it is closed to a ring
     example: str  # a topology that exists
@@ -54,10 +58,40 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 6.25e9, 3, 1.05e9, 2, 4, "v4:2x2x1"),
-        Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 3.125e9, 2, 1.5e9, 1, 16, "v5e:4x4"),
-        Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 6.25e9, 3, 1.75e9, 2, 4, "v5p:2x2x1"),
-        Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 100e9, 12.5e9, 2, 1.75e9, 1, 16, "v6e:2x2"),
+        Chip(
+            "v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 6.25e9, 3, 1.05e9, 0.93, 2, 4, "v4:2x2x1"
+        ),
+        Chip(
+            "v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 3.125e9, 2, 1.5e9, 0.92, 1, 16, "v5e:4x4"
+        ),
+        Chip(
+            "v5p",
+            459e12,
+            int(95.74 * GIB),
+            2765e9,
+            100e9,
+            6.25e9,
+            3,
+            1.75e9,
+            0.90,
+            2,
+            4,
+            "v5p:2x2x1",
+        ),
+        Chip(
+            "v6e",
+            918e12,
+            int(31.25 * GIB),
+            1638e9,
+            100e9,
+            12.5e9,
+            2,
+            1.75e9,
+            0.70,
+            1,
+            16,
+            "v6e:2x2",
+        ),
     )
 }
 DEVICE_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from moe_embed_jax import storage
 from moe_embed_jax.planning.aot import Plan
-from moe_embed_jax.planning.report import GIB, seconds_by_kind
+from moe_embed_jax.planning.report import GIB, error_bar_text, seconds_by_kind
 
 
 def save_picture(plan: Plan, path) -> None:
@@ -16,6 +16,7 @@ def save_picture(plan: Plan, path) -> None:
     figure.suptitle(
         f"{plan.step_name} step, {plan.mesh.split(',')[0]} ({plan.topology}): predicted"
     )
+    figure.supxlabel(f"error bars: {error_bar_text(plan)}", fontsize=6, wrap=True)
     if plan.memory:
         kinds = plan.memory.by_kind()
     else:

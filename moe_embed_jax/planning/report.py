@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moe_embed_jax.markdown_table import markdown_table
+from moe_embed_jax.planning import error_bars
 from moe_embed_jax.planning.aot import Plan
 from moe_embed_jax.planning.cards import MEMORY_FRACTION
 from moe_embed_jax.planning.chips import DCN_SECONDS
@@ -20,6 +21,7 @@ def to_json(plan: Plan) -> dict:
     """All predictions of a plan; sizes in bytes, times in seconds, per chip unless named."""
     result = {
         "predicted": True,  # every number below
+        "error_bars": error_bar_text(plan),
         "topology": plan.topology,
         "chips": plan.chips,
         "mesh": plan.mesh,
@@ -35,6 +37,7 @@ def to_json(plan: Plan) -> dict:
         "compiled_flops_per_chip": plan.cost.flops if plan.cost else None,
         "predicted_step_seconds": plan.times.step_seconds if plan.times else None,
         "predicted_step_seconds_without_overlap": plan.times.serial_seconds if plan.times else None,
+        "predicted_step_seconds_bounds": _bounds(plan),
         "predicted_mfu": plan.mfu,
         "predicted_mfu_of_real_tokens": plan.mfu and plan.mfu * plan.step.real_share,
         "collectives": [
@@ -240,8 +243,23 @@ def _print_time(plan: Plan, console: Console) -> None:
             f"whole run   {plan.step.repeats:,} steps: {hours:,.2f} hours, "
             f"{hours * plan.chips:,.1f} chip-hours (evaluation and checkpoints left out)"
         )
+    if found := _bounds(plan):
+        low, high = (seconds * 1e3 for seconds in found)
+        lines.insert(0, f"step        {low:,.4g} to {high:,.4g} ms with its error bars")
     for line in lines:
         console.print(f"predicted   {line}")
+    console.print(f"error bars  {error_bar_text(plan)}")
+
+
+def error_bar_text(plan: Plan) -> str:
+    """How far predictions of this kind were from measurements."""
+    return error_bars.describe(plan.step_name, plan.is_gpu)
+
+
+def _bounds(plan: Plan) -> tuple[float, float] | None:
+    """Seconds of the step with error bars; None where nothing of the kind was ever compared."""
+    is_compared = plan.times and plan.step_name == "train" and not plan.is_gpu
+    return error_bars.bounds(plan.times.step_seconds) if is_compared else None
 
 
 def to_markdown(plans: list[Plan]) -> str:
@@ -275,7 +293,9 @@ def to_markdown(plans: list[Plan]) -> str:
             cells += [""] * 6
         rows.append(cells)
     title = f"Predicted for one {plans[0].step_name} step, not measured:"
-    return f"{title}\n\n{markdown_table(head, rows, 'l')}\n"
+    texts = dict.fromkeys(error_bar_text(plan) for plan in plans)
+    notes = "\n".join(f"Error bars: {text}." for text in texts)
+    return f"{title}\n\n{markdown_table(head, rows, 'l')}\n\n{notes}\n"
 
 
 def seconds_by_source(plan: Plan) -> dict[str, float]:

@@ -3,8 +3,8 @@
 A step is taken to be the sum of
 
   * the compiler's cycle estimates over the chip's clock;
-  * Pallas kernels, for which it has none: max(FLOPs / peak, bytes / bandwidth, operations of the
-    vector unit) of each call, VECTOR_OPERATIONS for every transcendental;
+  * Pallas kernels, for which it has none: max(FLOPs / rate of large products, bytes / bandwidth,
+    operations of the vector unit) of each call, `vector_operations_of` for every transcendental;
   * other instructions without an estimate (gathers, scatters, sorts): the same, from the bytes that
     they touch in HBM, and for sorts the operations of the vector unit;
   * collectives that block;
@@ -26,8 +26,12 @@ from moe_embed_jax.planning.cards import Card
 from moe_embed_jax.planning.chips import DCN_SECONDS, Chip
 from moe_embed_jax.planning.cost import Cost
 
-# Of a GELU with its slope, or of a masked softmax, per exponential; counted in the sources.
+# Per exponential, with the arithmetic around it (a GELU with its slope, a masked softmax); counted
+# in the sources.
 VECTOR_OPERATIONS = 25
+# Of kernels whose schedule was read (benchmarks/kernel_schedules.py): what their loops take where
+# the matrix units have less to do, as on v6e.
+SCHEDULED_OPERATIONS = {"blocked_attention_backward": 29, "blocked_attention": 14}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,13 @@ class Times:
         return self.step_seconds - self.exposed_async + self.async_collectives + self.prefetches
 
 
+def vector_operations_of(kernel: str) -> int:
+    """Operations of the vector unit per exponential of the kernel of this name; the compiler writes
+    what made it before and behind the name (`transpose_jvp_NAME_`)."""
+    found = (count for name, count in SCHEDULED_OPERATIONS.items() if name in kernel)
+    return next(found, VECTOR_OPERATIONS)
+
+
 def predict(cost: Cost, chip: Chip | Card) -> Times:
     def roofline(
         flops: float, moved: float, vector_operations: float, precision: str = "bfloat16"
@@ -82,9 +93,9 @@ def predict(cost: Cost, chip: Chip | Card) -> Times:
         estimated=cost.cycles / chip.clock_hz,
         kernels=sum(
             roofline(
-                kernel.flops or 0.0,
+                (kernel.flops or 0.0) / chip.kernel_share,
                 kernel.bytes or 0.0,
-                (kernel.transcendentals or 0.0) * VECTOR_OPERATIONS,
+                (kernel.transcendentals or 0.0) * vector_operations_of(kernel.name),
                 kernel.precision,
             )
             * count

@@ -8,7 +8,7 @@ from rich.console import Console
 from moe_embed_jax import storage
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.planning import search
+from moe_embed_jax.planning import error_bars, search
 from moe_embed_jax.planning.aot import Plan, compile_plan
 from moe_embed_jax.planning.report import print_plan, to_json, to_markdown
 from moe_embed_jax.planning.request import Assumptions
@@ -50,6 +50,7 @@ def _plan(config: Run, topology: str, assumed: Assumptions, arguments, console: 
         }
         chips = len(devices) // parsed.slices
         config, plan = search.search(config, chips, plan_of, identity, arguments.cache, console)
+        console.print(f"error bars  {error_bars.describe(arguments.step, parsed.is_gpu)}")
         if config is None:
             raise UserError(
                 f"no candidate fits {topology}: take more chips, a smaller batch_size or model"

@@ -102,7 +102,7 @@ FAULTS = (
         "planning/roofline.py",
         "        return max(\n            flops / chip.product_flops(precision),\n",
         "        return math.fsum(\n            [flops / chip.product_flops(precision),\n",
-        FREE,
+        "planning/test_roofline.py -k busiest_unit",
         more=(
             (
                 "            vector_operations / chip.vector_operations,\n        )",
@@ -180,5 +180,26 @@ FAULTS = (
         "tokens / (PACKED_SHARE * data.row_length)",
         "tokens / data.row_length",
         "planning/test_planning.py -k rows_follow",
+    ),
+    Fault(
+        "kernels-reach-the-peak",
+        "planning/roofline.py",
+        "(kernel.flops or 0.0) / chip.kernel_share",
+        "kernel.flops or 0.0",
+        "planning/test_roofline.py -k busiest_unit",
+    ),
+    Fault(
+        "a-kernel-with-a-schedule-has-the-operations-of-any",
+        "planning/roofline.py",
+        "if name in kernel)",
+        "if name == kernel)",
+        "planning/test_roofline.py -k has_its_own_operations",
+    ),
+    Fault(
+        "a-table-of-plans-has-no-error-bars",
+        "planning/report.py",
+        "{markdown_table(head, rows, 'l')}\\n\\n{notes}\\n",
+        "{markdown_table(head, rows, 'l')}\\n",
+        "planning/test_error_bars.py -k bounds",
     ),
 )

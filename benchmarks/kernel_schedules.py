@@ -1,0 +1,98 @@
+"""The planner's price of kernels against the compiler's own schedule of their inner loops.
+
+    python benchmarks/kernel_schedules.py [--topology=v5e:1x1]
+
+A TPU runs bundles of instructions in the order that the compiler chose, one per cycle, so the
+length of a loop's body in bundles is its time, without what it waits for memory. libtpu writes the
+bundles out (--xla_jf_dump_to). Price: matrix units at their peak, or vector operations as in
+planning/roofline.py, whichever is longer; the share of the peak that hardware reaches
+(chips.kernel_share) is not in it. Needs libtpu and no TPU; takes a minute.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone; never takes a TPU that is there
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_embed_jax.kernels import blocked_attention
+from moe_embed_jax.markdown_table import markdown_table
+from moe_embed_jax.mesh import MeshConfig, make_mesh
+from moe_embed_jax.models.attention import rotation
+from moe_embed_jax.planning import roofline
+from moe_embed_jax.planning.topology import topology_devices
+
+LENGTH, HEADS, HEAD = 2048, 12, 64
+
+
+def attention_gradient(qkv_RLU, text_index_RL, position_RL):
+    def context(qkv_RLU):
+        tables = rotation(position_RL, HEAD, 10_000.0)
+        return blocked_attention.blocked_attention(qkv_RLU, text_index_RL, tables, HEADS)
+
+    context_RLD, vjp = jax.vjp(context, qkv_RLU)
+    return vjp(context_RLD)
+
+
+def longest_loop(folder: pathlib.Path, kernel: str) -> int:
+    """Bundles in the body of the longest loop of a kernel that has no loop inside."""
+    (path,) = folder.glob(f"*{kernel}_.1-*-final_bundles.txt")
+    bundles = [
+        (found[1].count(">"), "LB" in found[1])  # depth, begins a loop
+        for line in path.read_text().splitlines()
+        if (found := re.match(r"\s*(?:0x[0-9a-f]+|0)\b([^{]*)\{", line))
+    ]
+    lengths = []
+    for start, (depth, begins) in enumerate(bundles):
+        if begins:
+            body = [bundles[start]]
+            for bundle in bundles[start + 1 :]:
+                if bundle[0] < depth:
+                    break
+                body.append(bundle)
+            if sum(starts for _, starts in body) == 1:
+                lengths.append(len(body))
+    return max(lengths)
+
+
+def main():
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--topology", default="v5e:1x1")
+    options = flags.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={name} --xla_jf_dump_llo_text=true"
+        chip, devices = topology_devices(options.topology)
+        mesh = make_mesh(MeshConfig(), devices)
+        here = NamedSharding(mesh, PartitionSpec())
+        index = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=here)
+        qkv = jax.ShapeDtypeStruct((1, LENGTH, 3 * HEADS * HEAD), jnp.bfloat16, sharding=here)
+        with jax.set_mesh(mesh):
+            jax.jit(attention_gradient).lower(qkv, index, index).compile()
+        rows = []
+        for kernel, dumped, keys, products in (
+            ("blocked_attention", "jvp_blocked_attention", blocked_attention.KEYS, 2),
+            ("blocked_attention_backward", "transpose_jvp_blocked_attention_backward_",
+             blocked_attention.BLOCK, 5),
+        ):  # fmt: skip
+            scores = 2 * keys * blocked_attention.BLOCK  # of a group of two heads
+            flops = products * 2 * scores * 128
+            operations = scores * roofline.vector_operations_of(kernel)
+            units = flops / chip.peak_flops, operations / chip.vector_operations
+            price = chip.clock_hz * max(units)
+            bundles = longest_loop(pathlib.Path(name), dumped)
+            rows.append([kernel, f"{price:.0f}", bundles, f"{bundles / price:.2f}"])
+    print(markdown_table(["kernel", "price, cycles", "bundles", "bundles / price"], rows, "lr"))
+
+
+if __name__ == "__main__":
+    main()
