@@ -40,6 +40,7 @@ def main():
     flags.add_argument("--dim", type=int, help="keep the first features only (Matryoshka)")
     flags.add_argument("--field", help='JSON field of the text; default "text" after "title"')
     launching.add_dtype_flag(flags, "of a .zarr output")
+    launching.add_weights_flag(flags)
     add_part_flags(flags)
     arguments = flags.parse_args()
     alone = arguments.part is not None or arguments.finish
@@ -66,7 +67,8 @@ def main():
     from moe_embed_jax.embedder import Embedder
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-    embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
+    mesh = make_mesh(MeshConfig())
+    embedder = Embedder.load(arguments.model, mesh=mesh, weights=arguments.weights)
     prompt = launching.prompt(arguments.prompt)
     launching.report_prompts(embedder, {"texts": prompt})
     start = time.monotonic()

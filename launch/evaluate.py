@@ -48,6 +48,7 @@ def main():
     )
     flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
     flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
+    launching.add_weights_flag(flags)
     arguments = flags.parse_args()
 
     if arguments.suite:
@@ -85,7 +86,7 @@ def score_suite(arguments) -> None:
     tasks = load_suite(arguments.suite, values)
     check_files(tasks, data)
     mesh = make_mesh(MeshConfig())
-    encoder = load_teacher(arguments.model, mesh)
+    encoder = load_teacher(arguments.model, mesh, arguments.weights)
     symmetric = launching.prompt(arguments.symmetric_prompt)
     prompts = {**launching.prompts(arguments), "symmetric": symmetric}
     cache = storage.path(arguments.cache) if arguments.cache else output / "vectors"
@@ -137,7 +138,8 @@ def score_sets(arguments) -> None:
         from moe_embed_jax.embedder import Embedder
         from moe_embed_jax.mesh import MeshConfig, make_mesh
 
-        embedder = Embedder.load(arguments.model, mesh=make_mesh(MeshConfig()))
+        mesh = make_mesh(MeshConfig())
+        embedder = Embedder.load(arguments.model, mesh=mesh, weights=arguments.weights)
         prompts = launching.prompts(arguments)
         launching.report_prompts(embedder, prompts)
         sides = tuple(prompts.values())

@@ -15,7 +15,7 @@ from moe_embed_jax.data.packing import fill_rows
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.inference_batches import SLOTS, TOKENS_PER_CALL, Call, call_rows, plan_calls
 from moe_embed_jax.mesh import batch_sharding, check_dtype, single_device_mesh
-from moe_embed_jax.model_folder import PROMPTS, WEIGHTS, load_model
+from moe_embed_jax.model_folder import PROMPTS, load_model
 from moe_embed_jax.models.encoder import (
     EncoderConfig,
     encode_tokens,
@@ -79,27 +79,29 @@ class Embedder:
         folder,
         step: int | None = None,
         mesh=None,
-        weights: str = WEIGHTS[0],
+        weights: str = "float32",
         compilation_cache=None,
     ) -> "Embedder":
         """From any model folder: a training run's work directory (`step` None: its newest
         checkpoint), an imported model, or a published checkpoint as safetensors (the layout of
         nomic-embed-text-v2-moe, BERT, XLM-RoBERTa).
 
-        weights: "float32", or "int8" for a quarter of the memory on a CPU: matrices and word table
-        are kept as int8 (models/int8_weight.py), computation stays float32.
+        weights: what matrices and word table are kept as on a CPU. "float32"; "bfloat16" for half
+        of the memory, in which products are computed, too; "int8" for a quarter (models/
+        int8_weight.py), computed in float32; "auto": bfloat16 where the processor multiplies it
+        faster, which takes half a second to measure.
         compilation_cache: folder in which the process keeps compiled programs, for the next one to
         find (`keep_programs`). None: as JAX is set, by JAX_COMPILATION_CACHE_DIR for example.
 
         Raises `UserError` when the folder is not a model, naming what is missing; for other
-        weights, and for int8 on a mesh that is not one CPU device.
+        weights, and for bfloat16 and int8 on a mesh that is not one CPU device.
         """
         if compilation_cache is not None:
             keep_programs(compilation_cache)
         mesh = mesh or single_device_mesh()
         loaded = load_model(folder, mesh, step, weights)
         params = loaded.params
-        if weights == "float32" and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+        if weights != "int8" and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
             params = unstack_params(params)
         return cls(
             loaded.model,

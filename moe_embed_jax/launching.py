@@ -23,6 +23,7 @@ from moe_embed_jax.pairs.manifest import MANIFEST, read_manifest
 from moe_embed_jax.parts import add_part_flags
 from moe_embed_jax.refusals import is_lost_connection, refusal_of_system
 from moe_embed_jax.search import check_dtype
+from moe_embed_jax.weights import WEIGHTS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +87,11 @@ def add_dtype_flag(flags: argparse.ArgumentParser, help_text: str) -> None:
     flags.add_argument("--dtype", type=check_dtype, default="float32", help=help_text)
 
 
+def add_weights_flag(flags: argparse.ArgumentParser) -> None:
+    text = "of the model on a CPU: bfloat16 and int8 need less memory; auto: bfloat16 if faster"
+    flags.add_argument("--weights", choices=WEIGHTS, default="float32", help=text)
+
+
 def curation_arguments(description: str, rule_class) -> tuple[argparse.Namespace, object]:
     """(arguments, rule) of launch/filter.py and launch/mine.py; `rule_class`: a dataclass.
 
@@ -98,6 +104,7 @@ def curation_arguments(description: str, rule_class) -> tuple[argparse.Namespace
         "--teacher", required=True, help="model folder or sentence-transformers:NAME"
     )
     flags.add_argument("--output", required=True, help="prepared folder to write")
+    add_weights_flag(flags)
     add_flags(flags, TeacherConfig)
     add_part_flags(flags)
     add_flags(flags, rule_class)
@@ -123,7 +130,7 @@ def curate(curation_class, arguments: argparse.Namespace, rule):
 
     pairs, output = PairFolder(arguments.pairs), storage.path(arguments.output)
     mesh = make_mesh(MeshConfig())
-    teacher, sides = load_teacher(arguments.teacher, mesh), prompts(arguments)
+    teacher, sides = load_teacher(arguments.teacher, mesh, arguments.weights), prompts(arguments)
     report_prompts(teacher, sides)
     embedding = Embedding(teacher, *sides.values(), arguments.dtype)
     work = output.with_name(f"{output.name}.work")

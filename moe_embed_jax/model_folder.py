@@ -27,7 +27,6 @@ from moe_embed_jax.made_by import keep_command
 from moe_embed_jax.mesh import replicated
 from moe_embed_jax.models.encoder import EncoderConfig, abstract_params
 from moe_embed_jax.models.heads import mlm_head_shapes
-from moe_embed_jax.models.int8_weight import quantized
 from moe_embed_jax.new_folder import new_folder
 from moe_embed_jax.processes import to_devices, to_host
 from moe_embed_jax.sharding import is_array, path_of, rules_for, shardings, with_shardings
@@ -39,10 +38,10 @@ from moe_embed_jax.tokenizers.files import (
 )
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.vocabulary import DOCUMENT_PREFIX, QUERY_PREFIX, Vocabulary
+from moe_embed_jax.weights import chosen, form_of
 
 PROMPTS = {"query": QUERY_PREFIX, "document": DOCUMENT_PREFIX}
 NO_PROMPTS = {"query": "", "document": ""}
-WEIGHTS = ("float32", "int8")  # what matrices are kept as; computation is float32
 LONGEST = 2048  # tokens, where neither the folder nor a position table limits them
 # A tokenizer with far fewer ids than the word table has rows belongs to another model.
 MOST_UNUSED_ROWS = 1024
@@ -86,32 +85,23 @@ class ModelFolder:
     unused: list[str]
     notes: list[str]
     matryoshka_dims: tuple[int, ...]
-    _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, one of WEIGHTS
+    _read: Callable[..., tuple[dict, dict | None]]  # of mesh, progress, weights as chosen
 
-    def load(
-        self, mesh: jax.sharding.Mesh, progress=iter, weights: str = WEIGHTS[0]
-    ) -> LoadedModel:
+    def load(self, mesh: jax.sharding.Mesh, progress=iter, weights: str = "float32") -> LoadedModel:
         """Parameters sharded over `mesh` by the table of rules.
 
         Args:
           progress: as tqdm.
-          weights: one of WEIGHTS. "int8": matrices as `int8_weight.quantized` makes them, one
-            after the other, for inference on one CPU device.
+          weights: one of `weights.WEIGHTS`. "bfloat16", "int8": matrices become that one after the
+            other, for inference on one CPU device; a bfloat16 model computes in it, too.
 
         Raises:
-          UserError: other weights; int8 on another mesh.
+          UserError: other weights; bfloat16 or int8 on another mesh.
         """
-        if weights not in WEIGHTS:
-            raise UserError(f"weights={weights!r}: choose one of {', '.join(WEIGHTS)}")
-        device, *others = mesh.devices.flat
-        if weights == "int8" and (others or device.platform != "cpu"):
-            raise UserError(
-                f"weights='int8' is for one CPU device; this mesh has {mesh.size} of platform "
-                f"{device.platform}: use weights='float32'"
-            )
+        weights = chosen(weights, mesh)
         params, mlm_head = self._read(mesh, progress, weights)
         return LoadedModel(
-            self.model,
+            dataclasses.replace(self.model, dtype=weights) if weights == "bfloat16" else self.model,
             params,
             mlm_head,
             self.vocabulary,
@@ -171,7 +161,7 @@ def open_model(
 
 
 def load_model(
-    folder, mesh: jax.sharding.Mesh, step: int | None = None, weights: str = WEIGHTS[0]
+    folder, mesh: jax.sharding.Mesh, step: int | None = None, weights: str = "float32"
 ) -> LoadedModel:
     """`open_model(folder, step).load(mesh, weights=weights)`."""
     return open_model(folder, step).load(mesh, weights=weights)
@@ -189,8 +179,7 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
     lengths = {side: max_length(model, said) for side, said in settings.max_lengths.items()}
 
     def read(mesh, progress, weights):
-        form = quantized if weights == "int8" else lambda path, array: array
-        params, mlm_head = published.read(progress, form)
+        params, mlm_head = published.read(progress, form_of(weights))
         return place(params, model, mesh), mlm_head
 
     return ModelFolder(
@@ -233,11 +222,12 @@ def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> 
                     f"the tokenizer in {folder} was changed: its SHA-256 is {tokenizer[:12]}, the "
                     f"model was trained with {expected[:12]}; bring that file back"
                 )
-            if weights == "int8":
+            if weights != "float32":
+                form = form_of(weights)
                 arrays = progress(checkpoints.restore_each(number, "params", params))
 
                 def checked(path, array):
-                    return quantized(path, _checked(path, array, folder))
+                    return form(path, _checked(path, array, folder))
 
                 # Not by a loop, whose variable would keep each array while the next one is read.
                 leaves = list(itertools.starmap(checked, arrays))

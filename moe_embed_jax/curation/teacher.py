@@ -41,21 +41,23 @@ class Teacher(Protocol):
         """Whether the model says what its prompts are."""
 
 
-def load_teacher(name: str, mesh: jax.sharding.Mesh) -> Teacher:
+def load_teacher(name: str, mesh: jax.sharding.Mesh, weights: str = "float32") -> Teacher:
     """A model by the name that launch/filter.py and launch/mine.py take.
 
     Args:
       name: anything `Embedder.load` takes (a run, an import, a published checkpoint); or
         "sentence-transformers:" and a folder or a name on its hub, run by PyTorch, for models that
         `Embedder` cannot load.
-      mesh: devices of an `Embedder`.
+      mesh: devices of an `Embedder`. weights: as of `Embedder.load`.
 
     Raises:
       UserError: no such model, or a folder without a tokenizer that sentence-transformers reads;
-        sentence-transformers is wanted and not installed.
+        sentence-transformers is wanted and not installed, or wanted with other weights.
     """
     if not name.startswith(EXTERNAL):
-        return Embedder.load(name, mesh=mesh)
+        return Embedder.load(name, mesh=mesh, weights=weights)
+    if weights != "float32":
+        raise UserError(f"--weights={weights}: PyTorch runs {name}: leave it out")
     return SentenceTransformerTeacher(name.removeprefix(EXTERNAL))
 
 

@@ -9,13 +9,13 @@ from flax import nnx
 
 from moe_embed_jax.kernels import (
     blocked_attention,
+    cpu_attention,
     fused_attention,
     long_attention,
     triton_attention,
 )
 from moe_embed_jax.mesh import has_triton, platform
 
-SCORES_AT_A_TIME = 1 << 20  # on a CPU: 4 MB of float32, which its caches can hold
 LONGEST_MASK = 512  # tokens of a row: for cuDNN, [R, L, L] in memory
 
 
@@ -48,7 +48,6 @@ def attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
     for the kernels use `long_attention`.
     """
     q_RLHJ, k_RLHJ, v_RLHJ = _rotated_heads(qkv_RLU, rotation_RLJ, heads)
-    # Heads before positions: XLA:CPU multiplies these faster than strided ones.
     q_RHLJ, k_RHLJ, v_RHLJ = (x.swapaxes(1, 2) for x in (q_RLHJ, k_RLHJ, v_RLHJ))
     if platform() == "tpu" and long_attention.supports(qkv_RLU.shape[1]):
         context_RHLJ = long_attention.long_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL)
@@ -106,39 +105,14 @@ def _side_by_side(context_RLHJ):
     return context_RLHJ.reshape(*context_RLHJ.shape[:2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_by_rows(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
-    """`attention` for CPUs.
-
-    Without gradients it computes a few rows at a time, whose scores stay in the cache: half the
-    time for 16 rows of 512 tokens. With gradients it computes all rows at once, because the scores
-    must be saved in any case.
-    """
-    rows, length, _ = qkv_RLU.shape
-    most = max(SCORES_AT_A_TIME // (heads * length**2), 1)
-    piece = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
-    if piece == rows:
-        return attention(qkv_RLU, text_index_RL, rotation_RLJ, heads)
-    pieces = jax.tree.map(
-        lambda array: array.reshape(-1, piece, *array.shape[1:]),
-        (qkv_RLU, text_index_RL, rotation_RLJ),
-    )
-    context_PRLD = jax.lax.map(lambda of_piece: attention(*of_piece, heads), pieces)
-    return context_PRLD.reshape(rows, length, -1)
-
-
-def _fwd(qkv_RLU, text_index_RL, rotation_RLJ, heads):
-    def whole(qkv_RLU):
-        return attention(qkv_RLU, text_index_RL, rotation_RLJ, heads)
-
-    return jax.vjp(whole, qkv_RLU)
-
-
-def _bwd(heads, vjp, dcontext_RLD):
-    return *vjp(dcontext_RLD), None, None
-
-
-attention_by_rows.defvjp(_fwd, _bwd)
+def attention_in_pieces(qkv_RLU, text_index_RL, rotation_RLJ, heads: int):
+    """`attention` by cpu_attention.py, for CPUs; float32."""
+    q_RLHJ, k_RLHJ, v_RLHJ = _rotated_heads(qkv_RLU, rotation_RLJ, heads)
+    q_RLHJ *= q_RLHJ.shape[-1] ** -0.5
+    # Heads before positions: XLA:CPU multiplies these faster than strided ones.
+    heads_first = (x.swapaxes(1, 2) for x in (q_RLHJ, k_RLHJ, v_RLHJ))
+    context_RHLJ = cpu_attention.cpu_attention(*heads_first, text_index_RL)
+    return _side_by_side(context_RHLJ.swapaxes(1, 2))
 
 
 def attention_for(row_length: int, width: int, heads: int, dtype):
@@ -152,7 +126,9 @@ def attention_for(row_length: int, width: int, heads: int, dtype):
         return cudnn_attention
     if has_triton() and triton_attention.supports(*shape):
         return long_triton_attention
-    return attention_by_rows if platform() == "cpu" else attention
+    if platform() == "cpu":
+        return attention_in_pieces
+    return attention
 
 
 def _cudnn_supports(row_length: int, width: int, heads: int, dtype) -> bool:
@@ -192,4 +168,5 @@ class Attention(nnx.Module):
         """
         _, length, width = x_RLD.shape
         function = attention_for(length, width, self.num_heads, self.qkv.dtype)
-        return self.out(function(self.qkv(x_RLD), text_index_RL, rotation_RLJ, self.num_heads))
+        qkv_RLU = self.qkv(x_RLD).astype(self.qkv.dtype)
+        return self.out(function(qkv_RLU, text_index_RL, rotation_RLJ, self.num_heads))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moe_embed_jax.kernels.cpu_products import dtype_between_products
 from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.encoder_config import EncoderConfig
@@ -50,7 +51,7 @@ class Embeddings(nnx.Module):
         x_RLD = self.token[...][token_RL] + self.token_type[...][0]
         if self.position is not None:
             x_RLD += self.position[...][position_RL]
-        return self.norm(x_RLD).astype(self.dtype)
+        return self.norm(x_RLD).astype(dtype_between_products(self.dtype))
 
 
 class Block(nnx.Module):
@@ -260,9 +261,9 @@ def encode_tokens(
       position_RL: position within the text.
 
     Returns:
-      x_RLD in `config.dtype` (padding: unspecified finite values), and `RoutingStatistics` with a
-      leading axis of MoE layers, or None without experts. Rows are sharded over the mesh in
-      context.
+      x_RLD in `config.dtype`, on CPUs in float32 (padding: unspecified finite values), and
+      `RoutingStatistics` with a leading axis of MoE layers, or None without experts. Rows are
+      sharded over the mesh in context.
     """
 
     def local(params, *rows):

@@ -3,15 +3,21 @@
 import jax
 from flax import nnx
 
+from moe_embed_jax.kernels.cpu_products import product
 from moe_embed_jax.kernels.mxu import sum_tokens
+from moe_embed_jax.mesh import platform
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` with a bias, computing in `dtype`."""
+    """`nnx.Linear` with a bias, computing in `dtype`; on CPUs the result is float32."""
 
     def __call__(self, x_RLD):
         kernel_DN, bias_N = (p[...].astype(self.dtype) for p in (self.kernel, self.bias))
-        return add_bias(x_RLD.astype(self.dtype) @ kernel_DN, bias_N)
+        x_RLD = x_RLD.astype(self.dtype)
+        if platform() == "cpu":
+            y_TN = product(x_RLD.reshape(-1, x_RLD.shape[-1]), kernel_DN)
+            return add_bias(y_TN.reshape(*x_RLD.shape[:-1], -1), bias_N)
+        return add_bias(x_RLD @ kernel_DN, bias_N)
 
 
 @jax.custom_vjp

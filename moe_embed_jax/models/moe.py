@@ -34,6 +34,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config, kernel_init, rngs: nnx.Rngs):
         experts, width, ffn = config.num_experts, config.width, config.ffn_width
+        self.dtype = config.dtype
         self.experts_per_token = config.experts_per_token
         self.normalize_gates = config.normalize_gates
         self.experts = Experts(
@@ -55,6 +56,7 @@ class MoE(nnx.Module):
 
     def __call__(self, x_RLD, valid_RL, keep_choices=False) -> tuple[jax.Array, RoutingStatistics]:
         logits_RLE = self.router(x_RLD.astype(jnp.float32))
+        x_RLD = x_RLD.astype(self.dtype)
         expert_RLK, gate_RLK, statistics = route(
             logits_RLE, valid_RL, self.experts_per_token, self.normalize_gates
         )

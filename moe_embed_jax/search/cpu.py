@@ -16,7 +16,6 @@ XLA computes the next block while NumPy ranks this one.
 import collections
 import dataclasses
 import functools
-import time
 from collections.abc import Iterable
 
 import jax
@@ -73,25 +72,6 @@ def walk(parts: list[Queries], blocks: Iterable[tuple[int, np.ndarray, int]], dt
             pending = queries, near, document_nD[:count], first, score_Bn, peak_BG
     if pending is not None:
         _rank(*pending)
-
-
-@functools.cache
-def bfloat16_is_faster() -> bool:
-    """Whether this processor multiplies bfloat16 into float32 clearly faster than float32.
-
-    Measured, once in a process, in half a second; in processor time, which others that share the
-    machine disturb least. What it says changes no result.
-    """
-    seconds = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
-        x_BD, y_nD = jnp.ones((256, 512), dtype), jnp.ones((4096, 512), dtype)
-        times = []
-        for _ in range(9):
-            start = time.process_time()
-            _product(x_BD, y_nD).block_until_ready()
-            times.append(time.process_time() - start)
-        seconds[dtype] = min(times[1:])  # the first one compiles
-    return seconds[jnp.bfloat16] < 0.8 * seconds[jnp.float32]
 
 
 @jax.jit

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.kernels.cpu_products import bfloat16_is_faster
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.processes import share_of_process, to_devices, true_anywhere
 from moe_embed_jax.search import cpu, exact
@@ -145,7 +146,7 @@ def _walk_on_cpu(parts, document_ND: Documents, k: int, block: int, mesh) -> lis
     """The same by `search.cpu`. Processes of the mesh share the blocks: each walks its own."""
     count, width = _shape(document_ND, "document")
     work = float(count) * width * sum(map(len, parts))
-    is_rounded = work > cpu.WORTH_MEASURING and cpu.bfloat16_is_faster()
+    is_rounded = work > cpu.WORTH_MEASURING and bfloat16_is_faster()
     dtype = jnp.bfloat16 if is_rounded else jnp.float32
     queries = [cpu.Queries.start(_padded_queries(x_BD), len(x_BD), k, dtype) for x_BD in parts]
     block = document_layout(count, 1, block, block).rows

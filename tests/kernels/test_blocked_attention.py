@@ -167,7 +167,7 @@ def test_what_the_kernel_takes():
         ("TPU v5 lite", (512, 768, 12), "bfloat16", "fused_attention"),
         ("TPU v5 lite", (2048, 768, 12), "bfloat16", "blocked_attention"),
         ("TPU v5 lite", (16_384, 768, 12), "bfloat16", "attention"),
-        ("cpu", (2048, 768, 12), "float32", "attention_by_rows"),
+        ("cpu", (2048, 768, 12), "float32", "attention_in_pieces"),
         ("NVIDIA L4", (256, 768, 12), "bfloat16", "cudnn_attention"),
         ("NVIDIA L4", (512, 768, 12), "bfloat16", "cudnn_attention"),
         ("NVIDIA L4", (256, 768, 12), "float32", "long_triton_attention"),

@@ -12,7 +12,7 @@ from moe_embed_jax.kernels import fused_attention as fused_module
 from moe_embed_jax.kernels import long_attention
 from moe_embed_jax.kernels.fused_attention import fused_attention, supports
 from moe_embed_jax.models import attention as attention_module
-from moe_embed_jax.models.attention import attention, attention_by_rows, rotation
+from moe_embed_jax.models.attention import attention, rotation
 
 
 def make_case(rows, length, heads, head, dtype=jnp.float32):
@@ -51,35 +51,6 @@ def test_equals_plain_attention(heads, head, length, rotary):
     expected_gradient, expected = value_and_gradient(attention)
     np.testing.assert_allclose(context, expected, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=3e-5)
-
-
-@pytest.mark.parametrize("rotary", [True, False])
-@pytest.mark.parametrize("rows", [1, 6, 7])
-def test_by_rows_equals_plain_attention(rows, rotary):
-    heads, length = 4, 64
-    qkv, text_index, angles = make_case(rows, length, heads, 16)
-    angles = angles if rotary else None
-
-    def scores_at_a_time(of_rows):
-        return mock.patch.object(
-            attention_module, "SCORES_AT_A_TIME", of_rows * heads * length**2 + 1
-        )
-
-    def gradient(function):
-        return jax.grad(lambda qkv: jnp.sum(function(qkv, text_index, angles, heads) ** 2))(qkv)
-
-    with (
-        scores_at_a_time(of_rows=4),
-        mock.patch.object(attention_module, "attention", wraps=attention) as of_piece,
-    ):
-        context = attention_by_rows(qkv, text_index, angles, heads)
-    # The largest divisor of the rows that is at most 4.
-    assert {call.args[0].shape[0] for call in of_piece.call_args_list} == {{1: 1, 6: 3, 7: 1}[rows]}
-    np.testing.assert_allclose(context, attention(qkv, text_index, angles, heads), atol=1e-6)
-    with scores_at_a_time(of_rows=0):  # not even one row fits
-        context = attention_by_rows(qkv, text_index, angles, heads)
-        np.testing.assert_array_equal(gradient(attention_by_rows), gradient(attention))
-    np.testing.assert_allclose(context, attention(qkv, text_index, angles, heads), atol=1e-6)
 
 
 @pytest.mark.parametrize("head", [32, 64])

@@ -151,7 +151,9 @@ def test_identity_is_another_models(embedder, folder):
 
 
 def test_misuse(folder):
-    with pytest.raises(UserError, match="weights='int4': choose one of float32, int8"):
+    with pytest.raises(
+        UserError, match="weights='int4': choose one of float32, bfloat16, int8, auto"
+    ):
         Embedder.load(folder, weights="int4")
 
 

@@ -23,7 +23,7 @@ FAULTS = (
     ),
     Fault(
         "attention-crosses-the-texts-of-a-row",
-        "models/attention.py",
+        "kernels/cpu_attention.py",
         "text_index_RL[:, :, None] == text_index_RL[:, None, :]",
         "(text_index_RL[:, :, None] >= 0) == (text_index_RL[:, None, :] >= 0)",
         "models/test_encoder.py -k 'packed_equals and 0-options0'",
@@ -31,9 +31,51 @@ FAULTS = (
     Fault(
         "attention-scores-not-scaled",
         "models/attention.py",
-        "scale = q_RHLJ.shape[-1] ** -0.5",
-        "scale = 1.0",
+        "q_RLHJ *= q_RLHJ.shape[-1] ** -0.5",
+        "q_RLHJ *= 1.0",
         PARITY,
+    ),
+    Fault(
+        "attention-on-cpus-forgets-the-mean-of-the-gradients",
+        "kernels/cpu_attention.py",
+        "(dweight_RHkL - mean_RHL[:, :, None])",
+        "dweight_RHkL",
+        "kernels/test_cpu_products.py -k attention",
+    ),
+    Fault(
+        "pieces-of-attention-hide-the-texts-of-another-row",
+        "kernels/cpu_attention.py",
+        "hidden_PR1Lk[number // pieces_of_row]",
+        "hidden_PR1Lk[number % len(hidden_PR1Lk)]",
+        "kernels/test_cpu_products.py -k pieces",
+    ),
+    Fault(
+        "products-on-cpus-add-up-in-bfloat16",
+        "kernels/cpu_products.py",
+        "preferred_element_type=jnp.float32",
+        "preferred_element_type=x_XMK.dtype",
+        "kernels/test_cpu_products.py -k 'product_and or bfloat16'",
+    ),
+    Fault(
+        "weight-gradients-on-cpus-are-of-float32-operands",
+        "kernels/cpu_products.py",
+        "return as_it_is(x_XNM) if x_XMN.dtype == jnp.bfloat16 else x_XNM",
+        "return x_XNM",
+        "kernels/test_cpu_products.py -k xla_multiplies",
+    ),
+    Fault(
+        "auto-weights-do-not-measure",
+        "weights.py",
+        'is_one_cpu and bfloat16_is_faster() else "float32"',
+        'is_one_cpu else "float32"',
+        "models/test_bfloat16_weights.py -k auto",
+    ),
+    Fault(
+        "bfloat16-weights-are-computed-in-float32",
+        "model_folder.py",
+        'dataclasses.replace(self.model, dtype=weights) if weights == "bfloat16" else self.model',
+        "self.model",
+        "models/test_bfloat16_weights.py -k products",
     ),
     Fault(
         "triton-attention-never-shrinks-what-it-has",
@@ -87,8 +129,8 @@ FAULTS = (
     Fault(
         "gelu-is-the-tanh-one",
         "models/feed_forward.py",
-        "jax.nn.gelu(x, approximate=False)",
-        "jax.nn.gelu(x, approximate=True)",
+        "return 0.5 * (1.0 + jax.lax.erf(x / math.sqrt(2)))",
+        "return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))",
         PARITY,
     ),
     Fault(

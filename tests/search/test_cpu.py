@@ -1,14 +1,11 @@
 """The walk of CPUs: scores to the bit, whatever the products are rounded to."""
 
 import itertools
-import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_embed_jax.search import cpu, exact
-from moe_embed_jax.search.knn import top_k
+from moe_embed_jax.search import cpu, exact, knn
 
 SCALES = np.float32([1e-30, 1e-12, 1, 1e12, 1e30])
 
@@ -26,7 +23,7 @@ def oracle(query_BD, document_ND, k):
 @pytest.fixture(params=["float32", "bfloat16"])
 def products(request, monkeypatch):
     monkeypatch.setattr(cpu, "WORTH_MEASURING", 0)
-    monkeypatch.setattr(cpu, "bfloat16_is_faster", lambda: request.param == "bfloat16")
+    monkeypatch.setattr(knn, "bfloat16_is_faster", lambda: request.param == "bfloat16")
 
 
 def adversarial(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,7 +52,7 @@ def test_scores_and_order_are_exact_to_the_bit(seed, products):
     query_BD, document_ND = adversarial(seed)
     N = len(document_ND)
     for k, block in [(1, 256), (10, 1024), (100, 256), (N - 1, 256), (2 * N, 1024)]:
-        score_Bk, index_Bk = top_k(query_BD, document_ND, k, block=block)
+        score_Bk, index_Bk = knn.top_k(query_BD, document_ND, k, block=block)
         expected_score, expected_index = oracle(query_BD, document_ND, k)
         np.testing.assert_array_equal(index_Bk, expected_index)
         np.testing.assert_array_equal(score_Bk, expected_score)
@@ -64,7 +61,7 @@ def test_scores_and_order_are_exact_to_the_bit(seed, products):
 def test_documents_that_rounding_lowers_are_found(products):
     document_ND = np.random.default_rng(0).normal(size=(8192, 64)) * 0.1
     document_ND[5], document_ND[5000] = 1 + 0.40 / 128, 1 + 0.45 / 128  # both 1 in bfloat16
-    _, index_Bk = top_k(np.ones((1, 64)), document_ND, 1, block=4096)
+    _, index_Bk = knn.top_k(np.ones((1, 64)), document_ND, 1, block=4096)
     assert index_Bk == 5000
 
 
@@ -74,14 +71,14 @@ def test_a_clear_search_compares_few_pairs(monkeypatch, products):
     monkeypatch.setattr(exact, "with_all", None)
     x_ND = np.random.default_rng(0).normal(size=(2**14 + 64, 64))
     x_ND /= np.linalg.norm(x_ND, axis=1, keepdims=True)
-    top_k(x_ND[:64], x_ND[64:], 10, block=4096)
+    knn.top_k(x_ND[:64], x_ND[64:], 10, block=4096)
     assert 64 * 10 <= sum(pairs) < 64 * 60
 
 
 def test_equal_documents_need_no_pairs(monkeypatch, products):
     monkeypatch.setattr(exact, "pair_scores", lambda q, d, query_P, _: np.zeros(-len(query_P)))
     document_ND = np.full((1000, 5), 0.7, np.float32)
-    _, index_Bk = top_k(document_ND[:2], document_ND, 30, block=256)
+    _, index_Bk = knn.top_k(document_ND[:2], document_ND, 30, block=256)
     np.testing.assert_array_equal(index_Bk, [np.arange(30)] * 2)
 
 
@@ -95,16 +92,3 @@ def test_keys_order_scores_then_indices_and_give_them_back():
         np.testing.assert_array_equal(found, expected)
     assert exact.keys(np.float32([-0.0]), 5) == exact.keys(np.float32([0.0]), 5)
     assert [x.item() for x in exact.unpacked(np.array([exact.EMPTY]))] == [-np.inf, -1]
-
-
-@pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.9, False)])
-def test_bfloat16_is_chosen_by_its_time(seconds, faster, monkeypatch):
-    now = [0.0]
-
-    def product(x_BD, _):
-        now[0] += seconds if x_BD.dtype == jnp.bfloat16 else 1.0
-        return types.SimpleNamespace(block_until_ready=lambda: None)
-
-    monkeypatch.setattr(cpu, "_product", product)
-    monkeypatch.setattr(cpu.time, "process_time", lambda: now[0])
-    assert cpu.bfloat16_is_faster.__wrapped__() == faster

@@ -1,0 +1,144 @@
+"""Products and attention of CPUs against float64, and what XLA makes of them in bfloat16."""
+
+import re
+import types
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_embed_jax.kernels import cpu_attention as attention_module
+from moe_embed_jax.kernels import cpu_products
+from moe_embed_jax.kernels.cpu_attention import cpu_attention
+from moe_embed_jax.kernels.cpu_products import product
+
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+def normal(*shape, dtype, seed=0):
+    """Numbers that `dtype` holds."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def in_float64(*arrays):
+    return [np.asarray(array).astype(np.float64) for array in arrays]
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_product_and_gradients(dtype, weight_dtype):
+    x, dy = normal(40, 24, dtype=dtype), normal(40, 16, dtype=dtype, seed=1)
+    w = normal(24, 16, dtype=jnp.bfloat16, seed=2).astype(weight_dtype)
+    y, vjp = jax.vjp(product, x, w)
+    dx, dw = vjp(dy.astype(jnp.float32))
+    x64, w64, dy64 = in_float64(x, w, dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.float32, dtype, weight_dtype)
+    np.testing.assert_allclose(y, x64 @ w64, rtol=1e-5, atol=1e-5)
+    for found, expected in ((dx, dy64 @ w64.T), (dw, x64.T @ dy64)):
+        once_rounded = 2.0**-8 if found.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(
+            np.asarray(found, np.float32), expected, rtol=once_rounded, atol=1e-5
+        )
+
+
+def make_case(rows, heads, length, head, dtype):
+    """(q, k, v, dcontext, text_index): two texts in each row, then padding."""
+    arrays = [normal(rows, heads, length, head, dtype=dtype, seed=i) for i in range(4)]
+    index = np.full((rows, length), -1, np.int32)
+    for row in range(rows):
+        index[row, : length // 2 + row], index[row, length // 2 + row : length - 3] = 0, 1
+    return *arrays, jnp.asarray(index)
+
+
+def in_numpy(q, k, v, dcontext, text_index):
+    """context, dq, dk, dv in float64."""
+    q, k, v, dcontext = in_float64(q, k, v, dcontext)
+    hidden = np.asarray(text_index)[:, :, None] != np.asarray(text_index)[:, None, :]
+    score = np.where(hidden[:, None], -np.inf, q @ k.swapaxes(-1, -2))
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    weight /= weight.sum(axis=-1, keepdims=True)
+    dweight = dcontext @ v.swapaxes(-1, -2)
+    dscore = weight * (dweight - (weight * dweight).sum(axis=-1, keepdims=True))
+    return weight @ v, dscore @ k, dscore.swapaxes(-1, -2) @ q, weight.swapaxes(-1, -2) @ dcontext
+
+
+# Rows (of 4) and heads (of 6) at a time: all, 2 rows, one row, 3 heads, one head.
+@pytest.mark.parametrize("scores", [4 * 6 * 256, 3 * 6 * 256, 6 * 256, 4 * 256, 1])
+def test_attention_in_pieces(scores):
+    *arrays, dcontext, text_index = make_case(4, 6, 16, 8, jnp.float32)
+    with mock.patch.object(attention_module, "SCORES_AT_A_TIME", scores):
+        context, vjp = jax.vjp(lambda *a: cpu_attention(*a, text_index), *arrays)
+        found = context, *vjp(dcontext)
+        without_gradient = cpu_attention(*arrays, text_index)
+    np.testing.assert_array_equal(without_gradient, context)
+    for one, expected in zip(found, in_numpy(*arrays, dcontext, text_index), strict=True):
+        np.testing.assert_allclose(one, expected, atol=1e-5)
+
+
+def test_other_texts_cannot_matter():
+    q, k, v, dcontext, text_index = make_case(2, 2, 16, 8, jnp.float32)
+    is_first = (np.asarray(text_index) == 0)[:, None, :, None]
+
+    def of_first(q, k, v):
+        context, vjp = jax.vjp(lambda *a: cpu_attention(*a, text_index), q, k, v)
+        return context * is_first, *(d * is_first for d in vjp(dcontext * is_first))
+
+    others = (jnp.where(is_first, x, 1e4) for x in (q, k, v))
+    for one, two in zip(of_first(q, k, v), of_first(*others), strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert np.isfinite(one).all()
+
+
+def test_attention_rounds_operands_only():
+    *arrays, dcontext, text_index = make_case(2, 4, 32, 16, jnp.bfloat16)
+    context, vjp = jax.vjp(lambda *a: cpu_attention(*a, text_index), *arrays)
+    assert context.dtype == jnp.float32
+    found = context, *vjp(dcontext.astype(jnp.float32))
+    for one, expected in zip(found, in_numpy(*arrays, dcontext, text_index), strict=True):
+        off = np.asarray(one, np.float32) - expected
+        assert np.sqrt(np.mean(off**2)) < 2.0**-8 * np.sqrt(np.mean(expected**2))
+
+
+def operands_made_float32(function, *arguments) -> set[str]:
+    """Shapes of the bfloat16 arrays that the compiled program converts to float32."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    bfloat16 = dict(re.findall(r"%?([\w.-]+) = bf16(\[[\d,]*\])", text))
+    bfloat16 |= dict(re.findall(r"%?([\w.-]+): bf16(\[[\d,]*\])", text))
+    converted = re.findall(r"= f32\[[\d,]*\]\S* convert\(%?([\w.-]+)\)", text)
+    return {bfloat16[name] for name in converted if name in bfloat16}
+
+
+def test_xla_multiplies_bfloat16():
+    """It makes no float32 operands first, in no product of a layer and none of its gradients."""
+    x, w = normal(64, 128, dtype=jnp.bfloat16), normal(128, 256, dtype=jnp.bfloat16)
+
+    def gradients(x, w):
+        y, vjp = jax.vjp(product, x, w)
+        return y, *vjp(y)
+
+    assert not operands_made_float32(gradients, x, w)
+    plain = operands_made_float32(lambda x, w: x @ w, x, w)
+    assert plain == {"[64,128]", "[128,256]"}  # what this test looks for
+
+    *arrays, _, text_index = make_case(2, 2, 64, 32, jnp.bfloat16)
+
+    def attention_gradients(*arrays):
+        context, vjp = jax.vjp(lambda *a: cpu_attention(*a, text_index), *arrays)
+        return vjp(context)
+
+    assert not operands_made_float32(attention_gradients, *arrays)
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.9, False)])
+def test_bfloat16_is_chosen_by_its_time(seconds, faster, monkeypatch):
+    now = [0.0]
+
+    def measured(x_BD, _):
+        now[0] += seconds if x_BD.dtype == jnp.bfloat16 else 1.0
+        return types.SimpleNamespace(block_until_ready=lambda: None)
+
+    monkeypatch.setattr(cpu_products, "_measured", measured)
+    monkeypatch.setattr(cpu_products.time, "process_time", lambda: now[0])
+    assert cpu_products.bfloat16_is_faster.__wrapped__() == faster
