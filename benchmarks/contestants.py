@@ -7,6 +7,7 @@ a pipe while it is not its turn; the processor time of that sleep is measured to
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,6 +25,22 @@ from moe_embed_jax.errors import UserError  # noqa: E402
 
 MOST_OTHERS = 0.05
 SCALES = ("wall", "cpu")  # seconds by the clock, processor seconds of the contestant's process
+
+
+def require(extra: str, *modules: str) -> None:
+    """Ends the program with one line where modules that a benchmark needs are not installed.
+
+    For the start of a benchmark: its contestants would miss them minutes later. extra: whose
+    installation brings them.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"error: this benchmark needs {', '.join(missing)}, not installed here: "
+            f"pip install -e .[{extra}]",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 class Turns:
@@ -207,6 +224,12 @@ def add_flags(flags) -> None:
     model.add_argument("--layers", type=int, default=12)
     model.add_argument("--width", type=int, default=384, help="heads: width / 64, experts: 4 width")
     model.add_argument("--experts", type=int, default=8, help="every second layer, top-2")
+    model.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",  # of both sides
+        help="of products, on both sides; PyTorch's by autocast",
+    )
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--output", help="JSON file to write")
 
@@ -325,6 +348,13 @@ def quiet_torch():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return torch
+
+
+def autocast(dtype: str):
+    """PyTorch's products on CPUs in `dtype`."""
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def temporary_folder():

@@ -27,13 +27,13 @@ import contestants
 import efficiency_models as models
 import efficiency_report
 import numpy as np
-from efficiency_models import DENSE, INT8, OURS, PEER
+from efficiency_models import BFLOAT16, DENSE, INT8, OURS, PEER
 
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 
 SPEED_PARTS = ("memory", "latency", "throughput")
-WEIGHTS = ("float32", "int8")
+WEIGHTS = ("float32", "bfloat16", "int8")
 
 
 def sample(texts: list[str], count: int, seed: int) -> list[str]:
@@ -47,6 +47,7 @@ def functions(about: dict, folders: dict, arguments, work: dict) -> dict:
     own = {"prompts": prompts, "work": work}
     result = {
         OURS: (models.ours, {"folder": folders[OURS], "weights": "float32", **own}),
+        BFLOAT16: (models.ours, {"folder": folders[OURS], "weights": "bfloat16", **own}),
         INT8: (models.ours, {"folder": folders[OURS], "weights": "int8", **own}),
     }
     if about["twin"]:
@@ -105,7 +106,7 @@ def agreement(embeddings: dict) -> dict:
             "largest_difference": float(np.abs(x_ND - embeddings[OURS]).max()),
         }
         for name, x_ND in embeddings.items()
-        if name in (INT8, PEER)
+        if name in (BFLOAT16, INT8, PEER)
     }
 
 
@@ -285,6 +286,7 @@ def main():
     flags.add_argument("--again", default="", help="parts to measure again")
     flags.add_argument("--seed", type=int, default=0)
     arguments = flags.parse_args()
+    contestants.require("pytorch", "torch", "transformers", "sentence_transformers")
     try:
         report = measure(arguments)
     except UserError as error:

@@ -1,6 +1,7 @@
 """The models that benchmarks/efficiency.py compares, each in a separate process.
 
     ours               the model, Embedder, float32 weights
+    ours, bfloat16     the same folder, Embedder.load(weights="bfloat16")
     ours, int8         the same folder, Embedder.load(weights="int8")
     dense twin         Embedder; random weights, no experts, as many parameters in total
     sentence-transformers   the model exported, float32, PyTorch
@@ -19,7 +20,8 @@ import contestants
 
 from moe_embed_jax.errors import UserError
 
-OURS, INT8, DENSE, PEER = "ours", "ours, int8", "dense twin", "sentence-transformers"
+OURS, BFLOAT16, INT8 = "ours", "ours, bfloat16", "ours, int8"
+DENSE, PEER = "dense twin", "sentence-transformers"
 SHAPES = {"nomic-v2": {}}  # arguments of EncoderConfig, whose defaults are the published model's
 SIDES = ("query", "document")
 

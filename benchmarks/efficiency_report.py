@@ -1,6 +1,6 @@
 """The report of benchmarks/efficiency.py as Markdown."""
 
-from efficiency_models import DENSE, INT8, OURS, PEER
+from efficiency_models import BFLOAT16, DENSE, INT8, OURS, PEER
 
 from moe_embed_jax.markdown_table import markdown_table
 
@@ -18,7 +18,7 @@ def markdown(report: dict) -> str:
         agreement(report),
     ]
     if report["quality"]:
-        parts += ["## Index size and nDCG@10", quality(report), cost_of_int8(report)]
+        parts += ["## Index size and nDCG@10", quality(report), cost_of_weights(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -42,7 +42,7 @@ def conditions(report: dict) -> str:
 
 def speed(report: dict) -> str:
     about, rates = report["about"], report["throughput"]["rates"]
-    parameters = {name: about["parameters"] for name in (OURS, INT8, PEER)}
+    parameters = {name: about["parameters"] for name in (OURS, BFLOAT16, INT8, PEER)}
     parameters[DENSE] = about["twin_parameters"]
     tokens = report["throughput"]["ready"][OURS]["tokens"] / report["texts"]["documents"]
     rows = []
@@ -99,8 +99,9 @@ def agreement(report: dict) -> str:
     found = report["throughput"]["embeddings"]
     return (
         f"The embeddings of the documents: sentence-transformers' differ by at most "
-        f"{found[PEER]['largest_difference']:.1e} in a component; int8 weights leave a cosine of "
-        f"at least {found[INT8]['least_cosine']:.4f} with those of float32 weights."
+        f"{found[PEER]['largest_difference']:.1e} in a component. Least cosine with those of "
+        f"float32 weights: {found[BFLOAT16]['least_cosine']:.5f} for bfloat16, "
+        f"{found[INT8]['least_cosine']:.5f} for int8."
     )
 
 
@@ -120,10 +121,13 @@ def quality(report: dict) -> str:
     return markdown_table(header, rows, "lr")
 
 
-def cost_of_int8(report: dict) -> str:
-    """Of int8 weights, with float32 vectors of all dimensions."""
-    costs = [
-        f"{rows_of['int8'][0]['ndcg_at_10'] - rows_of['float32'][0]['ndcg_at_10']:+.4f} on {name}"
-        for name, rows_of in report["quality"].items()
-    ]
-    return f"int8 weights change nDCG@10 by {', '.join(costs)}."
+def cost_of_weights(report: dict) -> str:
+    """Of weights in fewer bytes, with float32 vectors of all dimensions."""
+    lines = []
+    for weights in ("bfloat16", "int8"):
+        costs = []
+        for name, rows_of in report["quality"].items():
+            exact, found = (rows_of[kind][0]["ndcg_at_10"] for kind in ("float32", weights))
+            costs.append(f"{found - exact:+.4f} on {name}")
+        lines.append(f"{weights} weights change nDCG@10 by {', '.join(costs)}.")
+    return " ".join(lines)

@@ -1,11 +1,13 @@
 """Encoding throughput on texts of mixed lengths: Embedder against SentenceTransformer.
 
-    python benchmarks/encode_throughput.py [--model=DIR] [--input=texts.txt] [--output=FILE.json]
+    python benchmarks/encode_throughput.py [--model=DIR] [--input=texts.txt] [--dtype=bfloat16]
+        [--output=FILE.json]
 
 Both load the same weights (`--model`: any model folder; default: a random MoE model) and encode the
 same texts with the document prompt, text to unit-norm float32; the embeddings are compared.
 sentence-transformers runs on the exported folder, sorts by length by itself, and is measured with
-batches of 32 (its default) and with the fastest of --batch_sizes.
+batches of 32 (its default) and with the fastest of --batch_sizes. Both compute in --dtype: float32,
+the default of both, or bfloat16 (weights="bfloat16", PyTorch's autocast).
 
 Default texts: queries and documents of the default data, as many of every length (on a logarithmic
 scale, 3 to 256 tokens with specials and prefix) as the data allow.
@@ -23,13 +25,13 @@ import numpy as np
 
 OURS, DEFAULT, BEST = "ours", "sentence-transformers, batches of 32", "sentence-transformers, best"
 DEFAULT_BATCH = 32
-TOLERANCE = 1e-4  # largest difference of a component
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # largest difference of a component
 
 
-def ours(turns, folder: str, texts: list[str]):
+def ours(turns, folder: str, texts: list[str], dtype: str):
     from moe_embed_jax import Embedder
 
-    embedder = Embedder.load(folder)
+    embedder = Embedder.load(folder, weights=dtype)
     lengths = [len(ids) for ids in embedder.tokenize(texts, "document")]
     embeddings = embedder.encode(texts, "document")  # compiles every shape
     result = {"embeddings": embeddings, "lengths": lengths}
@@ -39,7 +41,9 @@ def ours(turns, folder: str, texts: list[str]):
         result = turns.seconds()
 
 
-def sentence_transformers(turns, folder: str, texts: list[str], length: int, sizes: list[int]):
+def sentence_transformers(
+    turns, folder: str, texts: list[str], length: int, sizes: list[int], dtype: str
+):
     """The fastest of `sizes` is chosen on the texts themselves."""
     contestants.quiet_torch()
     from sentence_transformers import SentenceTransformer
@@ -48,9 +52,11 @@ def sentence_transformers(turns, folder: str, texts: list[str], length: int, siz
     model.max_seq_length = length
 
     def encode(batch_size: int):
-        return model.encode(
-            texts, prompt_name="document", batch_size=batch_size, show_progress_bar=False
-        )
+        with contestants.autocast(dtype):
+            embeddings = model.encode(
+                texts, prompt_name="document", batch_size=batch_size, show_progress_bar=False
+            )
+        return embeddings.astype(np.float32)
 
     embeddings = encode(sizes[0])
     trials = {}
@@ -118,6 +124,7 @@ def main():
     flags.add_argument("--texts", type=int, default=1024, help="how many")
     flags.add_argument("--batch_sizes", default="8,16,32,64", help="tried by the peer")
     arguments = flags.parse_args()
+    contestants.require("pytorch", "torch", "transformers", "sentence_transformers")
 
     if arguments.input:
         texts = pathlib.Path(arguments.input).read_text(encoding="utf-8").splitlines()
@@ -141,10 +148,11 @@ def main():
                 lengths={"query": arguments.query_length, "document": length},
                 seed=arguments.seed,
             )
-        theirs = dict(folder=f"{folder}/exported", texts=texts, length=length)
+        dtype = arguments.dtype
+        theirs = dict(folder=f"{folder}/exported", texts=texts, length=length, dtype=dtype)
         sizes = sorted({DEFAULT_BATCH, *map(int, arguments.batch_sizes.split(","))})
         functions = {
-            OURS: (ours, dict(folder=str(model), texts=texts)),
+            OURS: (ours, dict(folder=str(model), texts=texts, dtype=dtype)),
             DEFAULT: (sentence_transformers, theirs | {"sizes": [DEFAULT_BATCH]}),
             BEST: (sentence_transformers, theirs | {"sizes": sizes}),
         }
@@ -170,7 +178,7 @@ def main():
         "ratio_default_batch": contestants.median_ratio(table, OURS, DEFAULT),
         "ratio_cpu": contestants.median_ratio(table, OURS, BEST, "cpu"),
         "largest_difference": difference,
-        "agree": max(difference.values()) < TOLERANCE,
+        "agree": max(difference.values()) < TOLERANCE[arguments.dtype],
         "tokens_per_second": table,
         "texts_per_second": contestants.rates(results, "texts"),
         "texts": len(texts),
@@ -179,7 +187,7 @@ def main():
         **contestants.circumstances(arguments, results, ready, made),
     }
     contestants.print_table(
-        f"Encoding {len(texts)} texts, {sum(lengths):,} tokens",
+        f"Encoding {len(texts)} texts, {sum(lengths):,} tokens, {arguments.dtype}",
         ["", "real tokens/s", "texts/s", "tokens per CPU second", "ours is faster by"],
         [
             [
@@ -194,7 +202,7 @@ def main():
     )
     contestants.write_report(arguments.output, report)
     if not report["agree"]:
-        raise SystemExit(f"error: the embeddings differ by more than {TOLERANCE}")
+        raise SystemExit(f"error: the embeddings differ by more than {TOLERANCE[arguments.dtype]}")
 
 
 if __name__ == "__main__":

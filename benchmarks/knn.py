@@ -109,6 +109,7 @@ def main():
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--output", help="JSON file to write")
     arguments = flags.parse_args()
+    contestants.require("benchmark", "faiss")
     sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes.split(",")]
     searches = [run(arguments, *size) for size in sizes]
     report = {

@@ -119,6 +119,7 @@ def sentence_transformers(turns, folder: str, batches: list, sizes: dict, cached
                 batch_sampler=InOrder,
                 prompts={"query": sizes["prefixes"][0], "document": sizes["prefixes"][1]},
                 use_cpu=True,
+                bf16=sizes["dtype"] == "bfloat16",
                 dataloader_pin_memory=False,
                 save_strategy="no",
                 logging_strategy="no",

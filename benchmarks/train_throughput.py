@@ -1,9 +1,11 @@
 """Training throughput in real tokens per second: ours, ours without packing, sentence-transformers.
 
-    python benchmarks/train_throughput.py [--width=384] [--batch_size=128] [--output=FILE.json]
+    python benchmarks/train_throughput.py [--width=384] [--batch_size=128] [--dtype=bfloat16]
+        [--output=FILE.json]
 
 All contestants train the same architecture from the same weights on the same pairs in the same
-order, in float32, with InfoNCE at temperature 0.02 over the batch, AdamW and a clipped gradient:
+order, with InfoNCE at temperature 0.02 over the batch, AdamW and a clipped gradient. Both compute
+in --dtype: float32, the default of both, or bfloat16 (model.dtype, PyTorch's autocast).
 
 * ours: the training step, several texts packed into each row.
 * ours, padded: the same step with the fixed shapes of the paper's code, [B, query_length] and
@@ -181,6 +183,7 @@ def settings(arguments) -> tuple[dict, dict]:
         slots=arguments.texts_per_row,
         chunk_rows=arguments.chunk_rows,
         padded_chunk_rows=arguments.padded_chunk_rows,
+        dtype=arguments.dtype,
         mini_batch_sizes=[int(n) for n in arguments.mini_batch_sizes.split(",")],
         prefixes=(QUERY_PREFIX, DOCUMENT_PREFIX),
     )
@@ -221,6 +224,14 @@ def main():
     names = arguments.contestants.split(";")
     if OURS not in names or CACHED not in names or not set(names) <= set(NAMES):
         flags.error(f"--contestants must hold {OURS!r} and {CACHED!r}, may hold all of {NAMES}")
+    contestants.require(
+        "pytorch,benchmark",
+        "torch",
+        "transformers",
+        "sentence_transformers",
+        "datasets",
+        "accelerate",
+    )
 
     own, theirs = settings(arguments)
     lengths = {"query": arguments.query_length, "document": arguments.document_length}
@@ -233,7 +244,7 @@ def main():
             lengths=lengths,
             seed=arguments.seed,
         )
-        own["fields"]["remat_rows"] = arguments.remat_rows
+        own["fields"] |= {"remat_rows": arguments.remat_rows, "dtype": arguments.dtype}
         theirs["folder"] = f"{folder}/exported"
         functions = {
             OURS: (ours, own | {"padded": False}),
@@ -269,7 +280,7 @@ def main():
         **contestants.circumstances(arguments, results, ready, made),
     }
     contestants.print_table(
-        f"Training, {arguments.batch_size} pairs a step, width {arguments.width}",
+        f"Training in {arguments.dtype}, {arguments.batch_size} pairs, width {arguments.width}",
         ["", "real tokens/s", "per CPU second", "real slots", "s/step", "ours is faster by"],
         [
             [

@@ -1,7 +1,9 @@
 """The throughput benchmarks run at a tiny size and write what they promise; speed is not tested."""
 
+import importlib.util
 import json
 import statistics
+import sys
 import types
 
 import pytest
@@ -154,7 +156,7 @@ def test_efficiency(data_dir, tmp_path):
     result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
     assert result.returncode == 0, result.stderr
     report = json.loads((output / "report.json").read_text())
-    names = {"ours", "ours, int8", "dense twin", "sentence-transformers"}
+    names = {"ours", "ours, bfloat16", "ours, int8", "dense twin", "sentence-transformers"}
     for part in ("latency", "throughput"):
         assert report[part]["turns"].keys() == names
         assert report[part]["ratio"]["ours"] == 1
@@ -163,7 +165,7 @@ def test_efficiency(data_dir, tmp_path):
     assert report["about"]["twin"]["moe_every"] == 0
     found = report["throughput"]["embeddings"]
     assert found["sentence-transformers"]["largest_difference"] < 1e-5
-    assert 0.99 < found["ours, int8"]["least_cosine"] < 1
+    assert 0.99 < found["ours, int8"]["least_cosine"] < found["ours, bfloat16"]["least_cosine"] < 1
     for name in names:
         memory = report["memory"][name]
         assert 0 < memory["imported"] <= memory["peak"] and memory["used"] <= memory["peak"]
@@ -212,3 +214,16 @@ def test_bucket_latency(tmp_path):
     # Every row of a batch may be in another shard.
     assert report["requests"] > 64 / 2 and report["bucket"] > report["copy"]
     assert report["copy"] < 0.3 and "ratio" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["train_throughput", "encode_throughput", "knn", "efficiency"])
+def test_a_peer_that_is_not_installed_is_told_at_the_start(script, monkeypatch, capsys):
+    main = load_benchmark(script).main
+    flags = ["--model=none", "--dataset=none", "--output=none"] if script == "efficiency" else []
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: this benchmark needs ") and "pip install -e .[" in line

@@ -27,7 +27,7 @@ FLOORS = (
     {"routing", "losses", "data", "search", "sharding"},
     {"models", "checkpoint", "newest_checkpoint", "inference_batches"},
     {"interop"},
-    {"model_folder"},
+    {"model_folder", "weights"},
     {"embedder", "conversion", "preparation"},
     {"evaluation", "curation"},
     {"training", "stages"},
