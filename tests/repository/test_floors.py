@@ -13,6 +13,7 @@ FLOORS = (
         "ownership",
         "refusals",
         "children",
+        "compilation_cache",
         "finite",
         "distributed",
         "hashes",
