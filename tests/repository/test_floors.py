@@ -29,7 +29,7 @@ FLOORS = (
     {"models", "checkpoint", "newest_checkpoint", "inference_batches"},
     {"interop"},
     {"model_folder", "weights"},
-    {"embedder", "conversion", "preparation"},
+    {"embedder", "token_ids", "conversion", "preparation"},
     {"evaluation", "curation"},
     {"training", "stages"},
     {"planning", "recipe"},
