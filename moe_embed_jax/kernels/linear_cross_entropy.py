@@ -117,7 +117,7 @@ def _forward(x_TD, w_VD, bias_1V, target_T1, block: int, interpret: bool):
         cost_estimate=_cost(
             x_TD, w_VD, read=x_TD.nbytes + grid[0] * w_VD.nbytes, written=x_TD.size
         ),
-        compiler_params=_parameters("parallel"),
+        compiler_params=_parameters(),
         interpret=interpret,
         name="linear_cross_entropy",
     )(x_TD, w_VD, bias_1V, target_T1)
@@ -199,7 +199,7 @@ def _backward(x_TD, w_VD, bias_1V, rows, block: int, interpret: bool):
         cost_estimate=_cost(
             x_TD, w_VD, read=w_VD.nbytes + grid[0] * x_TD.nbytes, written=w_VD.size
         ),
-        compiler_params=_parameters("arbitrary"),
+        compiler_params=_parameters(),
         interpret=interpret,
         name="linear_cross_entropy_backward",
     )(x_TD, w_VD, bias_1V, *rows)
@@ -255,7 +255,7 @@ def _cost(x_TD, w_VD, read: int, written: int) -> pl.CostEstimate:
     )
 
 
-def _parameters(outer: str):
+def _parameters():
     return pltpu.CompilerParams(
-        dimension_semantics=(outer, "arbitrary"), vmem_limit_bytes=vmem_limit_bytes()
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_limit_bytes()
     )
