@@ -11,7 +11,6 @@ Needs `pip install -e .[pytorch]`.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -87,8 +86,7 @@ def main():
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--output", help="JSON file to write")
     arguments = flags.parse_args()
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise SystemExit("error: the peer is missing: pip install -e .[pytorch]")
+    contestants.require("pytorch", "sentence_transformers")
     from moe_embed_jax.conversion import export_model
 
     with contestants.temporary_folder() as folder:
