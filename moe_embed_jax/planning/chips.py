@@ -3,8 +3,9 @@
 Sources. Peak FLOP/s, HBM bandwidth, inter-chip bandwidth and cores per chip: the "System
 architecture" pages of Google Cloud (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Those give
 the inter-chip bandwidth of a chip in both directions over all its ports; a link one way is that
-over 2 x ports. HBM bytes: what the compiler says is available ("exceeds available HBM (15.75G)"),
-a little less than the 16, 32, 32 and 95 GB of the pages.
+over 2 x ports on v4 and v5e, and what a `ppermute` of 64 MiB was measured to reach of 100 GB/s on
+v5p and v6e (marin-community/marin issue 6736). HBM bytes: what the compiler says is available
+("exceeds available HBM (15.75G)"), a little less than the 16, 32, 32 and 95 GB of the pages.
 
 Clock, in which the compiler's `estimated_cycles` count: peak / (2 x multipliers of all matrix
 units), 4 units of 128 x 128 per core (v4 and v5p: two cores work as one device). The v6e page
@@ -69,7 +70,7 @@ CHIPS = {
             459e12,
             int(95.74 * GIB),
             2765e9,
-            100e9,
+            86.3e9,
             6.25e9,
             3,
             1.75e9,
@@ -83,7 +84,7 @@ CHIPS = {
             918e12,
             int(31.25 * GIB),
             1638e9,
-            100e9,
+            86.8e9,
             12.5e9,
             2,
             1.75e9,
