@@ -6,7 +6,8 @@ A TPU runs bundles of instructions in the order that the compiler chose, one per
 length of a loop's body in bundles is its time, without what it waits for memory. libtpu writes the
 bundles out (--xla_jf_dump_to). Price: matrix units at their peak, or vector operations as in
 planning/roofline.py, whichever is longer; the share of the peak that hardware reaches
-(chips.kernel_share) is not in it. Needs libtpu and no TPU; takes a minute.
+(chips.kernel_share) is not in it. Fewer bundles than the price mean that they wait for the matrix
+units. Needs libtpu and no TPU; takes a minute.
 """
 
 import argparse

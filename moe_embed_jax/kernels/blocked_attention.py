@@ -312,7 +312,7 @@ def _backward_kernel(
 
     @pl.when(step < blocks)
     def _():
-        q_QW = _queries(q_ref, cos_ref, sin_ref, step, head)
+        q_QW = _queries(q_ref, cos_ref, sin_ref, step, head, LOG2_E)
         dcontext_QW = dcontext_ref[0]
         index_1Q = index_ref[0, :, _slots(step)]
         dot_WQ = (context_ref[0].astype(jnp.float32) * dcontext_QW.astype(jnp.float32)).T
@@ -321,13 +321,20 @@ def _backward_kernel(
             same_KQ = key_index_ref[n][:, :1] == index_1Q
             value_KW = v_ref[0, _slots(n)]
             dkey_KW = dvalue_KW = jnp.zeros(value_KW.shape, jnp.float32)
+            heads = [
+                (apply_mask(mask_QW, q_QW), apply_mask(mask_QW, dcontext_QW))
+                for mask_QW in head_masks(q_QW.shape, head)
+            ]
+            products = [
+                (dot(key_ref[n], head_q_QW, 1, 1), dot(value_KW, dhead_QW, 1, 1))
+                for head_q_QW, dhead_QW in heads
+            ]
             results = []
-            for h, mask_QW in enumerate(head_masks(q_QW.shape, head)):
+            for h, (head_q_QW, dhead_QW) in enumerate(heads):
                 lanes = slice(h * head, (h + 1) * head)
-                head_q_QW, dhead_QW = apply_mask(mask_QW, q_QW), apply_mask(mask_QW, dcontext_QW)
-                score_KQ = jnp.where(same_KQ, dot(key_ref[n], head_q_QW, 1, 1), MASK_VALUE)
-                weight_KQ = jnp.exp(score_KQ - log_sum_ref[0, 0, h : h + 1])
-                dweight_KQ = dot(value_KW, dhead_QW, 1, 1)
+                score_KQ, dweight_KQ = products[h]
+                score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
+                weight_KQ = jnp.exp2(score_KQ - log_sum_ref[0, 0, h : h + 1] * LOG2_E)
                 mean_1Q = dot_WQ[lanes].sum(axis=0, keepdims=True)
                 dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QW.dtype)
                 dvalue_KW += dot(weight_KQ.astype(q_QW.dtype), dhead_QW, 1, 0)
@@ -348,7 +355,8 @@ def _backward_kernel(
     def _():
         n = step - blocks
         rotation = cos_ref[0, _slots(n)], sin_ref[0, _slots(n)]
-        dqkv_ref[0] = rotate_back(dkey_ref[n], *rotation, head).astype(dqkv_ref.dtype)
+        dkey_KW = dkey_ref[n] / LOG2_E  # queries had this factor
+        dqkv_ref[0] = rotate_back(dkey_KW, *rotation, head).astype(dqkv_ref.dtype)
 
     @pl.when(step >= 2 * blocks)
     def _():
