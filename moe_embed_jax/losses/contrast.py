@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.losses.contrast_config import ContrastConfig
+from moe_embed_jax.losses.contrast_config import FLOAT32, ContrastConfig
+from moe_embed_jax.losses.quantisation import as_stored
 
 
 @jax.tree_util.register_dataclass
@@ -18,21 +19,21 @@ from moe_embed_jax.losses.contrast_config import ContrastConfig
 class ContrastResult:
     """float32 scalars.
 
-    loss: mean over pairs, nats; with several widths the weighted sum over them.
+    loss: mean over pairs, nats; with several widths or forms the weighted sum over them.
     accuracy: share of queries whose own document scores above all their negative documents.
     masked: mean number of documents per query that were left out as negatives: copies, right
       answers, and those above the margin. Its own document and empty slots are not counted.
-    loss_of_width: the unweighted loss of each width.
+    loss_of: the unweighted loss of each width and form: "256", "256_int8".
     spread: the spread-out regulariser, unweighted; with several widths the weighted sum. 0 where it
       is off.
 
-    accuracy and masked are those of the widest vectors.
+    accuracy and masked are those of the widest vectors in the first form.
     """
 
     loss: jax.Array
     accuracy: jax.Array
     masked: jax.Array
-    loss_of_width: dict[int, jax.Array]
+    loss_of: dict[str, jax.Array]
     spread: jax.Array
 
 
@@ -96,19 +97,23 @@ def spread_of(first_B, x_BD):
 def over_widths(
     config: ContrastConfig, query_BD, document_BMD, valid_BM, one_width, first_of
 ) -> ContrastResult:
-    """The result of a batch from its vectors, of any length, cut to each Matryoshka width.
+    """The result of a batch from its vectors, of any length, cut to each Matryoshka width, in each
+    form of an index.
 
     Args:
       first_of: bool [B] of the queries and of the own documents, the first with their content.
-      one_width: (q_BD, d_BMD), of unit length -> the loss of every pair, the score of its own
+      one_width: (q_BD, d_BMD), as they are compared -> the loss of every pair, the score of its own
         document, and maximum and number of the scores of its negative documents, all [B].
     """
-    widths = config.widths(query_BD.shape[-1])
-    cut = [(unit(query_BD[:, :width]), unit(document_BMD[..., :width])) for width, _ in widths]
-    parts = [one_width(*texts) for texts in cut]
     spread = jnp.zeros((), jnp.float32)
-    if config.spread:
-        for (q_BD, d_BMD), (_, weight) in zip(cut, widths, strict=True):
+    parts, weights = {}, []
+    for width, weight in config.widths(query_BD.shape[-1]):
+        q_BD, d_BMD = unit(query_BD[:, :width]), unit(document_BMD[..., :width])
+        for form, share in config.forms():
+            name = str(width) if form == FLOAT32 else f"{width}_{form}"
+            parts[name] = one_width(*as_stored(form, q_BD, d_BMD, valid_BM))
+            weights.append(weight * share)
+        if config.spread:
             sides = zip(first_of, (q_BD, d_BMD[:, 0]), strict=True)
             spread += weight * sum(spread_of(first_B, x_BD) for first_B, x_BD in sides)
     B = len(valid_BM)
@@ -116,13 +121,13 @@ def over_widths(
         others_B = jnp.full(B, jnp.sum(valid_BM) - 1)
     else:
         others_B = B - 1 + jnp.sum(valid_BM[:, 1:], axis=1)
-    _, own_B, top_B, count_B = parts[0]
-    losses = [jnp.mean(loss_B) for loss_B, _, _, _ in parts]
+    _, own_B, top_B, count_B = next(iter(parts.values()))
+    losses = {name: jnp.mean(loss_B) for name, (loss_B, *_) in parts.items()}
     return ContrastResult(
-        loss=sum(weight * loss for (_, weight), loss in zip(widths, losses, strict=True)),
+        loss=sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True)),
         accuracy=jnp.mean(jax.lax.stop_gradient(own_B > top_B).astype(jnp.float32)),
         masked=jnp.mean((others_B - count_B).astype(jnp.float32)),
-        loss_of_width={width: loss for (width, _), loss in zip(widths, losses, strict=True)},
+        loss_of=losses,
         spread=spread,
     )
 

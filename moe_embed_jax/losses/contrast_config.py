@@ -7,6 +7,7 @@ import numbers
 from moe_embed_jax.errors import UserError
 
 TERMS = ("q->d", "q->q", "d->d", "d->q")
+FLOAT32, INT8, BINARY = FORMS = ("float32", "int8", "binary")  # of vectors in an index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class ContrastConfig:
       queries of a batch, plus the same for its distinct own documents, all of unit length.
     dims: Matryoshka widths and weights, {"768": 1.0, "256": 1.0}: vectors are cut, then normalised,
       and the loss is the weighted sum over widths; None: the full width, weight 1.
+    quantisation: forms of vectors and weights, {"float32": 1.0, "int8": 1.0, "binary": 1.0}: each
+      width is compared as a compressed index of that form scores it (`quantisation.py`), and the
+      loss is the weighted sum over widths and forms; None: float32, weight 1.
     """
 
     temperature: float = 0.02
@@ -60,6 +64,7 @@ class ContrastConfig:
     positives: str = "own"
     spread: float = 0.0
     dims: dict[str, float] | None = dataclasses.field(default=None, hash=False)
+    quantisation: dict[str, float] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self):
         if not 0 < self.temperature < math.inf:
@@ -95,6 +100,10 @@ class ContrastConfig:
             _check_dims(self.dims)
             dims = {str(width): float(weight) for width, weight in dict(self.dims).items()}
             object.__setattr__(self, "dims", dims)  # as JSON keeps it
+        if self.quantisation is not None:
+            _check_forms(self.quantisation)
+            weights = {form: float(weight) for form, weight in dict(self.quantisation).items()}
+            object.__setattr__(self, "quantisation", weights)
 
     def has(self, term: str) -> bool:
         return term in self.terms.split()
@@ -107,6 +116,12 @@ class ContrastConfig:
         if widths[0][0] > full:
             raise UserError(f"loss.dims: {widths[0][0]} is wider than the embeddings ({full})")
         return widths
+
+    def forms(self) -> list[tuple[str, float]]:
+        """(form, weight) of the vectors that are compared, float32 first."""
+        if self.quantisation is None:
+            return [(FLOAT32, 1.0)]
+        return [(form, self.quantisation[form]) for form in FORMS if form in self.quantisation]
 
 
 def _is_number(value, least: float) -> bool:
@@ -123,3 +138,16 @@ def _check_dims(dims) -> None:
             )
     if not any(dict(dims).values()):
         raise UserError(f"loss.dims={dims}: no width has a weight above 0")
+
+
+def _check_forms(quantisation) -> None:
+    for form, weight in dict(quantisation).items():
+        if form not in FORMS:
+            raise UserError(f"loss.quantisation: {form!r} is not one of {FORMS}")
+        if not _is_number(weight, least=0.0) or not weight:
+            raise UserError(
+                f"loss.quantisation: {form!r}: {weight!r} must be a weight above 0; leave out a "
+                "form that is not to be trained"
+            )
+    if not dict(quantisation):
+        raise UserError("loss.quantisation={} has no form: give None for float32 alone")

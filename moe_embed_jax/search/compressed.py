@@ -60,7 +60,9 @@ class Int8Vectors:
             largest_D = np.zeros(D, np.float32)
             for _, x_nD in _pieces(document_ND):
                 np.maximum(largest_D, np.abs(x_nD).max(axis=0), out=largest_D)
-            scale_D = np.maximum(largest_D / LEVELS, np.finfo(np.float32).tiny)
+            # A product, as compilers make of a division by a constant: training has equal scales.
+            scale_D = largest_D * np.float32(1 / LEVELS)
+            scale_D = np.maximum(scale_D, np.finfo(np.float32).tiny)
         scale_D = np.asarray(scale_D, np.float32)
         if scale_D.shape != (D,) or not (np.isfinite(scale_D) & (scale_D > 0)).all():
             raise ValueError(f"scale_D must be {D} positive numbers, one per dimension")

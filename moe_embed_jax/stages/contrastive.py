@@ -115,8 +115,8 @@ class Contrastive:
             "accuracy": contrast.accuracy,
             "masked_candidates": contrast.masked,
         }
-        if len(contrast.loss_of_width) > 1:
-            metrics |= {f"loss_at_{width}": loss for width, loss in contrast.loss_of_width.items()}
+        if len(contrast.loss_of) > 1:
+            metrics |= {f"loss_at_{name}": loss for name, loss in contrast.loss_of.items()}
         if self.loss.spread:
             total += self.loss.spread * contrast.spread
             metrics["spread"] = contrast.spread

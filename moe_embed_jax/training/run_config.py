@@ -87,6 +87,11 @@ class LossConfig(ContrastConfig):
         super().__post_init__()
         if self.balance_over not in ("batch", "device"):
             raise UserError(f"loss.balance_over={self.balance_over!r}: choose 'batch' or 'device'")
+        if self.quantisation and not self.distillation.contrast:
+            raise UserError(
+                "loss.quantisation is of the contrastive loss, and loss.distillation.contrast=0 "
+                "leaves that out: give contrast a weight, or no quantisation"
+            )
 
     @property
     def is_full(self) -> bool:

@@ -70,7 +70,7 @@ def test_the_defaults_are_the_papers_loss():
     np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, accuracy)
     assert result.masked == 0
-    assert result.loss_of_width == {8: result.loss}
+    assert result.loss_of == {"8": result.loss}
 
 
 def test_duplicates_are_never_negatives():
@@ -173,7 +173,7 @@ def test_a_matryoshka_width_is_the_loss_of_cut_vectors():
     ids = distinct_ids(6), distinct_ids(6, 100)
     result = loss_of(query, document, *ids, dims={8: 1.0, 4: 0.5})
     wide, narrow = loss_of(query, document, *ids), loss_of(query[:, :4], document[:, :4], *ids)
-    np.testing.assert_allclose(result.loss_of_width[4], narrow.loss, rtol=1e-6)
+    np.testing.assert_allclose(result.loss_of["4"], narrow.loss, rtol=1e-6)
     np.testing.assert_allclose(result.loss, wide.loss + 0.5 * narrow.loss, rtol=1e-6)
     assert result.accuracy == wide.accuracy
     with pytest.raises(UserError, match=r"loss\.dims: 16 is wider than the embeddings \(8\)"):
@@ -312,6 +312,9 @@ def test_learned_temperature():
         ({"dims": {"a": 1.0}}, r"loss\.dims: 'a': 1\.0 must be a width"),
         ({"dims": {"64": -1.0}}, r"loss\.dims: '64': -1\.0 must be a width"),
         ({"dims": {}}, r"loss\.dims=\{\}: no width has a weight"),
+        ({"quantisation": {"int4": 1.0}}, r"loss\.quantisation: 'int4' is not one of"),
+        ({"quantisation": {"int8": 0}}, r"loss\.quantisation: 'int8': 0 must be a weight above 0"),
+        ({"quantisation": {}}, r"loss\.quantisation=\{\} has no form"),
     ],
 )
 def test_wrong_keys_are_named(keys, message):
@@ -320,7 +323,7 @@ def test_wrong_keys_are_named(keys, message):
 
 
 def test_the_config_survives_json():
-    config = ContrastConfig(dims={768: 1, 256: 0.5}, margin=0)
+    config = ContrastConfig(dims={768: 1, 256: 0.5}, margin=0, quantisation={"binary": 1})
     card = dataclasses.asdict(config)
     assert json.loads(json.dumps(card)) == card
     assert ContrastConfig(**card) == config

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 
@@ -27,16 +28,15 @@ def oracle(config, query, document, query_id, document_id, valid, temperature, i
     document_id = [[tuple(x) for x in row] for row in document_id.tolist()]
     pairs = {(query_id[k], document_id[k][0]) for k in range(B)}
     total, hits, masked, spread = 0.0, 0, 0, 0.0
-    widths = config.widths(query.shape[1])
-    for width, weight in widths:
-        q = query[:, :width].astype(np.float64)
-        q /= np.linalg.norm(q, axis=-1, keepdims=True)
-        d = document[..., :width].astype(np.float64)
-        d /= np.linalg.norm(d, axis=-1, keepdims=True)
-        for ids, x in ((query_id, q), ([row[0] for row in document_id], d[:, 0])):
-            first = [i for i in range(B) if ids[i] not in ids[:i]]
-            squares = [(x[i] @ x[j]) ** 2 for i in first for j in first if i != j]
-            spread += weight * np.mean(squares) if squares else 0.0
+    compared = list(itertools.product(config.widths(query.shape[1]), config.forms()))
+    for (width, weight), (form, share) in compared:
+        q, d = unit(query, width), unit(document, width)
+        if form == config.forms()[0][0]:
+            for ids, x in ((query_id, q), ([row[0] for row in document_id], d[:, 0])):
+                first = [i for i in range(B) if ids[i] not in ids[:i]]
+                squares = [(x[i] @ x[j]) ** 2 for i in first for j in first if i != j]
+                spread += weight * np.mean(squares) if squares else 0.0
+        q, d, _ = stored(form, q, d, valid)
         for i in range(B):
             own, own_id = q[i] @ d[i, 0], document_id[i][0]
             limit = np.inf if config.margin is None else own + config.margin
@@ -89,11 +89,43 @@ def oracle(config, query, document, query_id, document_id, valid, temperature, i
                 loss = np.log1p((sums["q->d"] + sums["q->q"]) / right)
                 if config.has("d->q") or config.has("d->d"):
                     loss = (loss + np.log1p(sums["d->q"] + sums["d->d"])) / 2
-            total += weight * loss / B
-            if width == widths[0][0]:
+            total += weight * share * loss / B
+            if ((width, weight), (form, share)) == compared[0]:
                 hits += own > best
                 masked += offered - 1 - counted
     return total, hits / B, masked / B, spread
+
+
+def unit(x, width):
+    x = x[..., :width].astype(np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def stored(form, q, d, valid):
+    """Queries and documents as an index of this form scores them, and how far the nearest component
+    is from being rounded the other way."""
+    if form == "int8":
+        scale = np.abs(d[valid]).max(axis=0) / 127
+        value = np.where(valid[..., None], d, 0) / scale
+        return q, np.rint(value) * scale, np.abs(np.abs(value) % 1 - 0.5).min()
+    if form == "binary":
+        threshold = d[valid].mean(axis=0)
+        above = q - threshold
+        sign = np.where(d > threshold, 1, -1) / d.shape[-1] ** 0.5
+        return unit(above, None), sign, np.abs(d - threshold)[valid].min()
+    return q, d, 1.0
+
+
+def make_clear_batch(config, seed, *sizes):
+    """A batch none of whose components float32 may round another way than float64."""
+    for attempt in itertools.count():
+        batch = query, document, _, _, valid = make_batch(seed + 1000 * attempt, *sizes)
+        if all(
+            stored(form, unit(query, width), unit(document, width), valid)[2] > 1e-4
+            for width, _ in config.widths(query.shape[1])
+            for form, _ in config.forms()
+        ):
+            return batch
 
 
 def make_batch(seed, B, N, D, contents):
@@ -122,6 +154,9 @@ CONFIGS = st.builds(
     positives=st.sampled_from(["own", "all"]),
     spread=st.sampled_from([0.0, 3.0]),
     dims=st.sampled_from([None, {8: 1.0, 3: 0.5}]),
+    quantisation=st.sampled_from(
+        [None, {"int8": 2.0}, {"binary": 1.0}, {"float32": 1.0, "int8": 0.5, "binary": 0.5}]
+    ),
 ).flatmap(
     lambda config: st.sampled_from(
         [config, dataclasses.replace(config, margin=None, margin_hard_negatives=True)]
@@ -167,7 +202,7 @@ def test_both_forms_equal_the_oracle_and_each_other(config, N, tile, alone):
     log_scale = jnp.float32(-math.log(0.05))
     temperature = 0.05 if config.learn_temperature else config.temperature
     for seed, contents in enumerate((3, 8, 8, 1000)):  # from nearly all alike to all different
-        query, document, *rest = make_batch(seed, 9, N, 8, contents)
+        query, document, *rest = make_clear_batch(config, seed, 9, N, 8, contents)
         in_batch = np.arange(9) % 3 > 0 if alone else np.ones(9, bool)
         more = [in_batch] if alone else []
         expected_grads, expected = dense(query, document, log_scale, *rest, *more)
@@ -199,6 +234,7 @@ def equal_on_1_2_4_and_8_devices():
         positives="all",
         spread=2.0,
         dims={16: 1.0, 8: 0.5},
+        quantisation={"float32": 1.0, "int8": 1.0, "binary": 0.5},
     )
     symmetric = ContrastConfig(
         terms="q->d d->q",
@@ -211,7 +247,7 @@ def equal_on_1_2_4_and_8_devices():
         (everything, [(2, 2, 2), (2, 1, 2, 2)]),
         (symmetric, [(1, 1, 2), (2, 2, 1)]),
     ):
-        query, document, *rest = make_batch(0, 48, 2, 16, 60)
+        query, document, *rest = make_clear_batch(config, 0, 48, 2, 16, 60)
         if config.hard_negatives_only:
             rest.append(np.arange(48) % 5 > 0)
         arguments = query, document, initial_log_scale(config), *rest

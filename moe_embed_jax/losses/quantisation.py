@@ -1,0 +1,60 @@
+"""Vectors as a compressed index stores and scores them, for quantisation-aware training.
+
+The forms, scales, thresholds and rounding are those of `search/compressed.py`, made of the
+documents of the global batch in place of those of an index. Rounding has no gradient, so a
+component passes its gradient on to the number that it was made of (straight-through, arXiv
+1308.3432; for embeddings: pplx-embed, arXiv 2602.11151).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_embed_jax.losses.contrast_config import BINARY, INT8
+
+LEVELS = 127  # as of `Int8Vectors`
+
+
+def as_stored(form: str, query_BD, document_BMD, valid_BM) -> tuple[jax.Array, jax.Array]:
+    """(query_BD, document_BMD) whose inner products are the scores of an index of this form.
+
+    Args:
+      form: "float32" (nothing changes), "int8" or "binary".
+      query_BD, document_BMD: float32, of unit length; zeros where `valid_BM` is False, there and in
+        the result.
+
+    int8: `Int8Vectors`, searched with queries in float32. binary: `BinaryVectors.scores`, which
+    ranks what was found by Hamming distance: the query less the thresholds, with the signs of a
+    document. Both are divided by their lengths, so that scores are cosines; that changes no order.
+    """
+    there_BM1 = valid_BM[..., None]
+    if form == INT8:
+        scale_D = int8_scale(document_BMD)
+        value_BMD = jnp.clip(jnp.round(document_BMD / scale_D), -LEVELS, LEVELS)
+        return query_BD, _straight_through(value_BMD * scale_D, document_BMD)
+    if form == BINARY:
+        threshold_D = binary_threshold(document_BMD, valid_BM)
+        sign_BMD = jnp.where(document_BMD > threshold_D, 1.0, -1.0) / document_BMD.shape[-1] ** 0.5
+        above_BD = query_BD - threshold_D
+        length_B1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(above_BD), -1, keepdims=True), 1e-24))
+        stored_BMD = _straight_through(sign_BMD, document_BMD)
+        return above_BD / length_B1, jnp.where(there_BM1, stored_BMD, 0.0)
+    return query_BD, document_BMD
+
+
+def int8_scale(document_BMD):
+    """scale_D: the largest magnitude of each dimension / 127."""
+    largest_D = jnp.max(jnp.abs(document_BMD), axis=(0, 1))
+    scale_D = jnp.maximum(largest_D * np.float32(1 / LEVELS), np.finfo(np.float32).tiny)
+    return jax.lax.stop_gradient(scale_D)
+
+
+def binary_threshold(document_BMD, valid_BM):
+    """threshold_D: the mean of each dimension over all documents that are there."""
+    sum_D = jnp.sum(document_BMD, axis=(0, 1))
+    return jax.lax.stop_gradient(sum_D / jnp.sum(valid_BM))
+
+
+def _straight_through(value, x):
+    """Exactly `value`, with the gradient of `x`."""
+    return jax.lax.stop_gradient(value) + (x - jax.lax.stop_gradient(x))
