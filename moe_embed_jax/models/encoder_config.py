@@ -9,6 +9,7 @@ from moe_embed_jax.errors import UserError
 # Names in routing/exchange.py, whose functions need jax.
 BACKENDS = ("blocked", "grouped", "ragged", "capacity")
 EXCHANGES = ("ring", "all_to_all")
+ROUTER_GRADIENTS = ("sparse", "dense")
 POOLINGS = ("mean", "cls", "last")
 # The largest sizes that are believed: a config that says more is damaged, and building that model
 # would take hours or all memory.
@@ -58,6 +59,9 @@ class EncoderConfig:
     expert_exchange: str = setting("ring", FREE_IF_DROPLESS, computes=True)
     # Size of the cells of all_to_all and capacity; 1: equal shares.
     capacity_factor: float = setting(1.25, FREE_IF_DROPLESS, computes=True)
+    # In training: from the chosen experts' outputs ("sparse"), or from all experts' ("dense",
+    # routing/dense_gradient.py), for one more forward pass of every expert on every token.
+    router_gradient: str = setting("sparse", computes=True)
     # Rows whose activations in a group of blocks exist at a time on a device; they are computed
     # again in the backward pass from what is kept: the group's input, and the sum before the last
     # norm of each block. 0: all rows at a time, and all is kept.
@@ -89,9 +93,17 @@ class EncoderConfig:
             ("pooling", list(POOLINGS)),
             ("expert_backend", ["auto", *BACKENDS]),
             ("expert_exchange", list(EXCHANGES)),
+            ("router_gradient", list(ROUTER_GRADIENTS)),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"model.{name}={getattr(self, name)!r:.60}: choose from {known}")
+        if self.router_gradient == "dense":
+            for name, drops in (("expert_backend", "capacity"), ("expert_exchange", "all_to_all")):
+                if getattr(self, name) == drops:
+                    raise UserError(
+                        f"model.router_gradient='dense' needs every expert on every token, and "
+                        f"model.{name}={drops!r} drops tokens: choose another {name}"
+                    )
         if self.remat_rows < 0:
             raise UserError(f"model.remat_rows={self.remat_rows} must be 0 (off) or more")
 

@@ -12,7 +12,7 @@ from moe_embed_jax.models.feed_forward import gelu, gelu_and_slope
 from moe_embed_jax.models.linear import add_bias
 from moe_embed_jax.routing.exchange import Experts, apply_experts
 from moe_embed_jax.routing.expert_mlp import ExpertMLP, matmul
-from moe_embed_jax.routing.router import RoutingStatistics, route
+from moe_embed_jax.routing.router import RoutingStatistics, gates_of_all, route
 
 
 def gelu_mlp(x_TD, weights: dict):
@@ -38,7 +38,10 @@ class MoE(nnx.Module):
         self.experts_per_token = config.experts_per_token
         self.normalize_gates = config.normalize_gates
         self.experts = Experts(
-            config.expert_backend, config.expert_exchange, config.capacity_factor
+            config.expert_backend,
+            config.expert_exchange,
+            config.capacity_factor,
+            config.router_gradient,
         )
         self.router = nnx.Linear(
             width,
@@ -57,14 +60,16 @@ class MoE(nnx.Module):
     def __call__(self, x_RLD, valid_RL, keep_choices=False) -> tuple[jax.Array, RoutingStatistics]:
         logits_RLE = self.router(x_RLD.astype(jnp.float32))
         x_RLD = x_RLD.astype(self.dtype)
-        expert_RLK, gate_RLK, statistics = route(
+        expert_RLK, gates, statistics = route(
             logits_RLE, valid_RL, self.experts_per_token, self.normalize_gates
         )
+        if self.experts.router_gradient == "dense":
+            gates = gates, gates_of_all(logits_RLE, expert_RLK, self.normalize_gates)
         weights = {"w_in": self.w_in, "bias_in": self.bias_in, "w_out": self.w_out}
         weights = {
             name: None if w is None else w[...].astype(x_RLD.dtype) for name, w in weights.items()
         }
-        y_RLD, dropped = apply_experts(GELU_MLP, x_RLD, expert_RLK, gate_RLK, weights, self.experts)
+        y_RLD, dropped = apply_experts(GELU_MLP, x_RLD, expert_RLK, gates, weights, self.experts)
         kept_RLK = expert_RLK if keep_choices else None
         statistics = dataclasses.replace(statistics, dropped=dropped, expert_RLK=kept_RLK)
         if self.bias is not None:

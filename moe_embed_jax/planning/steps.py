@@ -17,7 +17,7 @@ from moe_embed_jax.search import knn
 from moe_embed_jax.sharding import rules_for, shardings, with_shardings
 from moe_embed_jax.stages.registry import STAGES
 from moe_embed_jax.training.optimizer import make_optimizer
-from moe_embed_jax.training.overview import training_flops_per_token
+from moe_embed_jax.training.overview import describe_router_gradient, training_flops_per_token
 from moe_embed_jax.training.run_config import Run
 from moe_embed_jax.training.state import abstract_state
 from moe_embed_jax.training.step import jit_train_step
@@ -73,7 +73,7 @@ def train_step(config: Run, mesh, assumed: Assumptions) -> Step:
         units=load.tokens,
         repeats=config.steps,
         unknown_trips=1,
-        notes=(load.note,),
+        notes=(load.note, *describe_router_gradient(config.model)),
     )
 
 

@@ -29,6 +29,7 @@ from moe_embed_jax.routing.capacity import (
     fill_cells,
     into_cells,
 )
+from moe_embed_jax.routing.dense_gradient import dense_router_gradient
 from moe_embed_jax.routing.expert_mlp import ExpertMLP
 from moe_embed_jax.routing.grouped import grouped
 from moe_embed_jax.routing.ragged import ragged
@@ -43,14 +44,23 @@ class Experts:
     backend: one of `encoder_config.BACKENDS`, or "auto".
     exchange: one of `EXCHANGES`, used where the mesh has an `expert` axis.
     capacity_factor: of the cells of `capacity` and `all_to_all`; 1 is an equal share.
+    router_gradient: "sparse", or "dense" (dense_gradient.py), which dropless ways have.
     """
 
     backend: str
     exchange: str
     capacity_factor: float
+    router_gradient: str = "sparse"
 
     def layer(self, mlp: ExpertMLP) -> Callable:
-        """(x_TD, expert_TK, gate_TK, weights) -> (y_TD, dropped), for the mesh in context."""
+        """(x_TD, expert_TK, gates, weights) -> (y_TD, dropped), for the mesh in context. `gates`:
+        gate_TK; with the "dense" gradient (gate_TK, gate_TE)."""
+        layer = self._layer(mlp)
+        if self.router_gradient == "dense":
+            return functools.partial(dense_router_gradient, layer, mlp.function)
+        return layer
+
+    def _layer(self, mlp: ExpertMLP) -> Callable:
         name = self._choose(mlp) if self.backend == "auto" else self.backend
         if name == "ragged" and platform() == "gpu" and not has_triton():
             raise UserError(
@@ -82,22 +92,24 @@ class Experts:
 
 
 def apply_experts(
-    mlp: ExpertMLP, x_RLD, expert_RLK, gate_RLK, weights, how: Experts
+    mlp: ExpertMLP, x_RLD, expert_RLK, gates, weights, how: Experts
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted expert outputs y_RLD and the number of dropped assignments (float32 scalar).
 
     Inside shard_map: everything is this device's own, also the weights of its e = E / shards
-    experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero.
+    experts. `expert_RLK == E` marks tokens that are not routed (padding): they get zero. `gates`:
+    gate_RLK; with the "dense" gradient of the router (gate_RLK, gate_RLE).
     """
     layer = how.layer(mlp)
     if jax.lax.axis_size("expert") > 1:
         layer = functools.partial(EXCHANGES[how.exchange], layer, how.capacity_factor)
-    flat = [a.reshape(-1, a.shape[-1]) for a in (x_RLD, expert_RLK, gate_RLK)]
+    inputs = x_RLD, expert_RLK, gates
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), inputs)
     y_TD, dropped = layer(*flat, weights)
     return y_TD.reshape(x_RLD.shape), dropped
 
 
-def ring(layer, capacity_factor, x_TD, expert_TK, gate_TK, weights):
+def ring(layer, capacity_factor, x_TD, expert_TK, gates, weights):
     """Tokens go to the experts, one shard after the other."""
     del capacity_factor
     shards, own = jax.lax.axis_size("expert"), count_experts(weights)
@@ -108,17 +120,21 @@ def ring(layer, capacity_factor, x_TD, expert_TK, gate_TK, weights):
     float32 = in_float32(weights)
 
     def ring_step(carry, _):
-        (x_TD, expert_TK, gate_TK, y_TD), dropped = carry
+        (x_TD, expert_TK, gates, y_TD), dropped = carry
         here_TK = jnp.where(expert_TK >= first, expert_TK - first, own)
         here_TK = jnp.minimum(here_TK, own)  # `own`: not here
         cast = jax.tree.map(lambda w, like: w.astype(like.dtype), float32, weights)
-        added_TD, dropped_here = layer(x_TD, here_TK, gate_TK, cast)
-        rotating = (x_TD, expert_TK, gate_TK, y_TD + added_TD)
+        gates_here = gates
+        if isinstance(gates, tuple):  # those of all experts: this shard's of them
+            gate_TK, gate_TE = gates
+            gates_here = gate_TK, jax.lax.dynamic_slice_in_dim(gate_TE, first, own, axis=1)
+        added_TD, dropped_here = layer(x_TD, here_TK, gates_here, cast)
+        rotating = (x_TD, expert_TK, gates, y_TD + added_TD)
         rotating = jax.lax.ppermute(rotating, "expert", next_shard)
         return (rotating, dropped + dropped_here), None
 
     # Rematerialised: the backward pass too has the activations of one step at a time.
-    start = ((x_TD, expert_TK, gate_TK, jnp.zeros_like(x_TD)), jnp.zeros((), jnp.float32))
+    start = ((x_TD, expert_TK, gates, jnp.zeros_like(x_TD)), jnp.zeros((), jnp.float32))
     ((*_, y_TD), dropped), _ = jax.lax.scan(jax.checkpoint(ring_step), start, length=shards)
     return y_TD, dropped
 

@@ -61,6 +61,21 @@ def route(logits_RLE, valid_RL, experts_per_token: int, normalize_gates: bool = 
     return expert_RLK, gate_RLK, statistics
 
 
+def gates_of_all(logits_RLE, expert_RLK, normalize_gates: bool = False):
+    """gate_RLE float32: what the gate of every expert would be, chosen or not, zero for padding.
+
+    Args:
+      expert_RLK: the choice of `route`. With `normalize_gates` its probabilities sum to 1.
+    """
+    experts = logits_RLE.shape[-1]
+    probability_RLE = jax.nn.softmax(logits_RLE.astype(jnp.float32), axis=-1)
+    if normalize_gates:
+        chosen_RLE = jax.nn.one_hot(expert_RLK, experts).sum(axis=-2)
+        chosen_RL1 = jnp.sum(chosen_RLE * probability_RLE, axis=-1, keepdims=True)
+        probability_RLE /= jnp.where(chosen_RL1 > 0, chosen_RL1, 1.0)
+    return jnp.where(expert_RLK[..., :1] < experts, probability_RLE, 0.0)
+
+
 def routing_statistics(probability_TE, expert_TK, valid_T) -> RoutingStatistics:
     """Statistics of the valid tokens; `probability_TE` float32, padding contributes nothing.
 

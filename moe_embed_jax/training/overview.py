@@ -10,7 +10,7 @@ from moe_embed_jax.models.encoder import EncoderConfig, count_params
 from moe_embed_jax.training.run_config import Run
 
 
-def describe_mesh_and_model(model: EncoderConfig, mesh: jax.sharding.Mesh) -> tuple[str, str]:
+def describe_mesh_and_model(model: EncoderConfig, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     total, active = count_params(model)
     placement = {0: "no layer", 1: "every layer"}.get(
         model.moe_every, f"every {model.moe_every}. layer"
@@ -20,7 +20,18 @@ def describe_mesh_and_model(model: EncoderConfig, mesh: jax.sharding.Mesh) -> tu
         f"model       {total:,} parameters, {active:,} active per token; {model.num_layers} "
         f"layers of width {model.width}, {placement} with {model.num_experts} experts, "
         f"top-{model.experts_per_token}",
+        *describe_router_gradient(model),
     )
+
+
+def describe_router_gradient(model: EncoderConfig) -> list[str]:
+    """A line where the router learns from all experts, because that costs time."""
+    if not model.moe_every or model.router_gradient != "dense":
+        return []
+    return [
+        f"router      learns from all {model.num_experts} experts: in the backward pass each of "
+        "them computes every token"
+    ]
 
 
 def describe_schedule(

@@ -360,6 +360,15 @@ def test_unit_norm_of_a_zero_vector_is_finite():
         (dict(width=30), "width=30 must be divisible"),
         (dict(experts_per_token=9), "experts_per_token=9 must be between 1 and num_experts=4"),
         (dict(expert_backend="magic"), "expert_backend='magic'"),
+        (dict(router_gradient="all"), "router_gradient='all': choose from"),
+        (
+            dict(router_gradient="dense", expert_backend="capacity"),
+            "model.expert_backend='capacity' drops tokens: choose another expert_backend",
+        ),
+        (
+            dict(router_gradient="dense", expert_exchange="all_to_all"),
+            "model.expert_exchange='all_to_all' drops tokens: choose another expert_exchange",
+        ),
         (dict(dtype="float16"), "dtype='float16': choose from"),
     ],
 )

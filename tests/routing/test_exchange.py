@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -18,6 +19,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import BATCH_SPEC, MeshConfig, make_mesh, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.moe import GELU_MLP
+from moe_embed_jax.routing.dense_gradient import dense_router_gradient
 from moe_embed_jax.routing.exchange import EXCHANGES, Experts, apply_experts
 from moe_embed_jax.routing.reference import reference
 
@@ -160,6 +162,27 @@ def check_another_expert_mlp():
                 np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=f"{how}")
 
 
+def check_the_gradient_of_all_experts_crosses_the_ring():
+    """dense_gradient.py: every shard adds the gates of its own experts."""
+    x, expert, gate, weights = make_case(bias=True)
+    gate_RLE = jnp.asarray(np.random.default_rng(1).random((ROWS, LENGTH, EXPERTS)), jnp.float32)
+    gate_RLE = jnp.where(expert[..., :1] < EXPERTS, gate_RLE, 0)
+    case = x, expert, (gate, gate_RLE), weights
+    oracle = functools.partial(reference, GELU_MLP.function)
+
+    def layer(x, expert, gates, weights):
+        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, expert, gates))
+        y, dropped = dense_router_gradient(oracle, GELU_MLP.function, *flat, weights)
+        return y.reshape(x.shape), dropped
+
+    expected, _ = gradients(layer, case)
+    for shape, backend in (((1, 1, 8), "blocked"), ((2, 1, 4), "grouped"), ((4, 2, 1), "blocked")):
+        how = Experts(backend, "ring", 1.0, "dense")
+        actual, _ = on_mesh(make_mesh(MeshConfig(*shape)), how, case)
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=f"{shape} {how}")
+
+
 def check_drops_are_counted_and_nothing_else_is_lost():
     """All tokens want shard 2 of 4: cells of an equal share hold a part of them."""
     case = make_case(choose=lambda e: np.where(e < EXPERTS, e % 2 + 4, e))
@@ -222,6 +245,7 @@ if __name__ == "__main__":
     check_exchanges()
     check_the_ring_sums_weight_gradients_in_float32()
     check_another_expert_mlp()
+    check_the_gradient_of_all_experts_crosses_the_ring()
     check_drops_are_counted_and_nothing_else_is_lost()
     check_experts_stay_on_their_shard()
     check_one_device_mesh_needs_no_exchange()
