@@ -65,7 +65,7 @@ def main(arguments) -> None:
     )
     import jax
 
-    from moe_embed_jax.losses.streaming import TILE
+    from moe_embed_jax.losses.ring import TILE
     from moe_embed_jax.mesh import MeshConfig, make_mesh
 
     mesh = make_mesh(MeshConfig(), jax.devices()[: options.devices])

@@ -7,7 +7,7 @@ import numbers
 from moe_embed_jax.errors import UserError
 
 TERMS = ("q->d", "q->q", "d->d", "d->q")
-FLOAT32, INT8, BINARY = FORMS = ("float32", "int8", "binary")  # of vectors in an index
+FLOAT32, INT8, BINARY = FORMS = ("float32", "int8", "binary")  # of indexes, as in search/
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,8 @@ class DistillationConfig:
       and its hard negatives.
     scores_from: "pairs": what `data.pairs` has (launch/mine.py writes scores, and raw sources may
       bring them); "teacher": inner products of the vectors of `data.teacher`.
+    batch_scores: weight of the divergence from the teacher's distribution over the own documents of
+      the whole batch, by the vectors of `data.teacher`.
     teacher_temperature: of the teacher's softmax: some hundredths for cosines, 1 for the logits of
       a cross-encoder. The student's is `loss.temperature`.
     contrast: weight of the contrastive loss beside these; 0 learns from the teacher alone.
@@ -32,11 +34,12 @@ class DistillationConfig:
     match: str = "projection"
     scores: float = 0.0
     scores_from: str = "pairs"
+    batch_scores: float = 0.0
     teacher_temperature: float = 0.02
     contrast: float = 1.0
 
     def __post_init__(self):
-        for name in ("vectors", "scores", "contrast"):
+        for name in ("vectors", "scores", "batch_scores", "contrast"):
             if not _is_number(getattr(self, name)):
                 raise UserError(
                     f"loss.distillation.{name}={getattr(self, name)!r} must be 0 (off) or more"
@@ -59,7 +62,7 @@ class DistillationConfig:
 
     @property
     def is_on(self) -> bool:
-        return bool(self.vectors or self.scores)
+        return bool(self.vectors or self.scores or self.batch_scores)
 
     @property
     def has_projection(self) -> bool:
@@ -69,7 +72,12 @@ class DistillationConfig:
     @property
     def reads_vectors(self) -> bool:
         """Whether `data.teacher` is needed."""
-        return bool(self.vectors) or (bool(self.scores) and self.scores_from == "teacher")
+        return self.takes_vectors or (bool(self.scores) and self.scores_from == "teacher")
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether the teacher's vectors come with each batch."""
+        return bool(self.vectors or self.batch_scores)
 
 
 def _is_number(value) -> bool:

@@ -16,7 +16,8 @@ from moe_embed_jax.losses.contrast import (
     prepare,
     score_scale,
 )
-from moe_embed_jax.losses.streaming import TILE, streamed_log_sum_exp
+from moe_embed_jax.losses.ring import TILE
+from moe_embed_jax.losses.streaming import streamed_log_sum_exp
 
 
 def infonce(

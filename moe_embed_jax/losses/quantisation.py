@@ -25,7 +25,9 @@ def as_stored(form: str, query_BD, document_BMD, valid_BM) -> tuple[jax.Array, j
 
     int8: `Int8Vectors`, searched with queries in float32. binary: `BinaryVectors.scores`, which
     ranks what was found by Hamming distance: the query less the thresholds, with the signs of a
-    document. Both are divided by their lengths, so that scores are cosines; that changes no order.
+    document over the root of D, their length. The query keeps its length. Divided by it, vectors
+    that hardly differ would score as well as others, and all may end as one: with the smaller
+    differences the gradient of a cosine grows, and that of the other forms does not.
     """
     there_BM1 = valid_BM[..., None]
     if form == INT8:
@@ -35,10 +37,8 @@ def as_stored(form: str, query_BD, document_BMD, valid_BM) -> tuple[jax.Array, j
     if form == BINARY:
         threshold_D = binary_threshold(document_BMD, valid_BM)
         sign_BMD = jnp.where(document_BMD > threshold_D, 1.0, -1.0) / document_BMD.shape[-1] ** 0.5
-        above_BD = query_BD - threshold_D
-        length_B1 = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(above_BD), -1, keepdims=True), 1e-24))
         stored_BMD = _straight_through(sign_BMD, document_BMD)
-        return above_BD / length_B1, jnp.where(there_BM1, stored_BMD, 0.0)
+        return query_BD - threshold_D, jnp.where(there_BM1, stored_BMD, 0.0)
     return query_BD, document_BMD
 
 

@@ -1,31 +1,16 @@
-"""Log-sum-exp of the scores of anchors with rotating candidates; no B x C array ever exists.
+"""Sums over the scores of anchors with all candidates of the mesh, one tile at a time (`ring.py`).
 
-Each device keeps its anchors. The candidates of all devices rotate round a ring over the flattened
-mesh. A device scores them in tiles, and keeps a running maximum and sum per anchor (online softmax,
-as in FlashAttention, arXiv 2205.14135, and Inf-CL, arXiv 2410.17243). The backward pass rotates the
-candidates a second time and scores them again. Their gradients rotate with them until both are back
-on the candidates' device. Memory per device is a few copies of its own vectors, and one tile of
-scores.
-
-Where the mesh has several slices, every slice has its own ring, and in it the candidates of
-all slices: they are gathered over slices once, and their gradients are summed over slices once. No
-step of a ring waits for the network between slices.
+The softmax is online: a running maximum and sum per anchor (as in FlashAttention, arXiv 2205.14135,
+and Inf-CL, arXiv 2410.17243).
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.losses.contents import Texts
-from moe_embed_jax.mesh import BATCH_SPEC, IN_SLICE
-
-TILE = 2048  # anchors or candidates; a tile of float32 scores has 16 MB
-GATHERED_SPEC = P(None, IN_SLICE)  # [I, B / I, ...]
-# Of the arguments, candidates gathered.
-SPECS = (BATCH_SPEC,) * 3 + (GATHERED_SPEC,) * 2 + (P(),)
+from moe_embed_jax.losses.ring import gather, gradients_of_vectors, matmul, reduce_over_candidates
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -61,95 +46,122 @@ def streamed_log_sum_exp(
 
 
 def _forward(tile, answers, anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O):
-    gathered = _gather((candidate_BMD, candidates))
-    arguments = (anchor_BD, other, limit_B, *gathered, partner_O)
+    anchors, gathered = (anchor_BD, other, limit_B), gather((candidate_BMD, candidates))
 
-    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_O):
-        anchors = _cut(tile, (anchor_bD, other, limit_b))
-        rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
+    def update(stats, anchor, candidate, partner_O):
+        return _accumulate(stats, _logits(answers, anchor, candidate, partner_O))
 
-        def add_tiles(stats, rotating):
-            def one_anchor_tile(_, tiles):
-                anchor, stats = tiles
-
-                def one_candidate_tile(stats, candidate):
-                    logits_ac = _logits(answers, anchor, candidate, partner_O)
-                    return _accumulate(stats, logits_ac), None
-
-                return None, jax.lax.scan(one_candidate_tile, stats, rotating)[0]
-
-            return jax.lax.scan(one_anchor_tile, None, (anchors, stats))[1]
-
-        def ring_step(carry, _):
-            stats, rotating = carry
-            # Sent before it is used, so that the transfer can hide behind the matmuls.
-            return (add_tiles(stats, rotating), _rotate(rotating)), None
-
-        empty = jnp.zeros_like(anchors[2])
-        stats = (jnp.full_like(empty, -jnp.inf), empty, empty)
-        carry, _ = jax.lax.scan(ring_step, (stats, rotating), length=jax.lax.axis_size(IN_SLICE))
-        top_b, total_b, count_b = (x.reshape(-1)[: len(anchor_bD)] for x in carry[0])
-        return top_b + jnp.log(total_b), top_b, count_b
-
-    results = jax.shard_map(local, in_specs=SPECS, out_specs=(BATCH_SPEC,) * 3)(*arguments)
-    return results, (arguments, results[0])
+    start = -jnp.inf, 0.0, 0.0
+    stats = reduce_over_candidates(tile, update, start, anchors, gathered, partner_O)
+    top_B, total_B, count_B = stats
+    lse_B = top_B + jnp.log(total_B)
+    return (lse_B, top_B, count_B), (anchors, gathered, partner_O, lse_B)
 
 
 def _backward(tile, answers, residuals, cotangents):
-    arguments, lse_B = residuals
+    *arguments, lse_B = residuals
 
-    def local(anchor_bD, other, limit_b, candidate_IbMD, candidates, partner_O, lse_b, dlse_b):
-        anchors = _cut(tile, (anchor_bD, other, limit_b))
-        rotating = _cut(tile, _flat((candidate_IbMD, candidates)))
-        # An anchor without negatives has lse -inf and logits that are all -inf: 0 keeps exp at 0.
-        lse, dlse = _cut(tile, (jnp.where(lse_b == -jnp.inf, 0.0, lse_b), dlse_b))
+    def dlogits(anchor, candidate, partner_O, of_anchor):
+        lse_a, dlse_a = of_anchor
+        logits_ac = _logits(answers, anchor, candidate, partner_O)
+        return jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]
 
-        def add_gradients(danchors, rotating, drotating):
-            def one_candidate_tile(danchors, tiles):
-                candidate, dcandidate_cD = tiles
-
-                def one_anchor_tile(dcandidate_cD, tiles):
-                    anchor, lse_a, dlse_a, danchor_aD = tiles
-                    logits_ac = _logits(answers, anchor, candidate, partner_O)
-                    dlogits_ac = jnp.exp(logits_ac - lse_a[:, None]) * dlse_a[:, None]
-                    danchor_aD += _matmul("ac,cD->aD", dlogits_ac, candidate[0])
-                    dcandidate_cD += _matmul("ac,aD->cD", dlogits_ac, anchor[0])
-                    return dcandidate_cD, danchor_aD
-
-                dcandidate_cD, danchors = jax.lax.scan(
-                    one_anchor_tile, dcandidate_cD, (anchors, lse, dlse, danchors)
-                )
-                return danchors, dcandidate_cD
-
-            return jax.lax.scan(one_candidate_tile, danchors, (rotating, drotating))
-
-        def ring_step(carry, _):
-            danchors, rotating, drotating = carry
-            danchors, drotating = add_gradients(danchors, rotating, drotating)
-            return (danchors, *_rotate((rotating, drotating))), None
-
-        # The candidates are the same in each slice, their gradients are not.
-        drotating = jax.lax.pcast(jnp.zeros_like(rotating[0]), "slice", to="varying")
-        carry = (jnp.zeros_like(anchors[0]), rotating, drotating)
-        # After as many steps as a slice has devices, each candidate is on its own device.
-        steps = jax.lax.axis_size(IN_SLICE)
-        (danchors, _, drotating), _ = jax.lax.scan(ring_step, carry, length=steps)
-        shape = candidate_IbMD.shape
-        danchor_bD = danchors.reshape(-1, shape[-1])[: len(anchor_bD)]
-        dcandidates = drotating.reshape(-1, shape[-1])[: math.prod(shape[:-1])]
-        return danchor_bD, _scatter(dcandidates.reshape(shape))
-
-    danchor_BD, dcandidate_BMD = jax.shard_map(
-        local, in_specs=SPECS + (BATCH_SPEC,) * 2, out_specs=(BATCH_SPEC, BATCH_SPEC)
-    )(*arguments, lse_B, cotangents[0])
+    of_anchors = _finite(lse_B), cotangents[0]
+    danchor_BD, dcandidate_BMD = gradients_of_vectors(tile, dlogits, *arguments, of_anchors)
     return danchor_BD, None, None, dcandidate_BMD, None, None
 
 
 streamed_log_sum_exp.defvjp(_forward, _backward)
 
 
-def _matmul(subscripts, x, y):
-    return jnp.einsum(subscripts, x, y, precision="highest")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def streamed_divergence(
+    tile: int,
+    anchor_BD,
+    other: Texts,
+    limit_B,
+    candidate_BMD,
+    candidates: Texts,
+    partner_O,
+    teacher_anchor_BW,
+    teacher_candidate_BMW,
+):
+    """What the divergence of two distributions over each anchor's negatives is made of.
+
+    With the scores s (of the vectors) and t (of the teacher's vectors), and p = softmax(t), it is
+    mean - teacher_lse + lse.
+
+    Args: those of `streamed_log_sum_exp`, the scale being in the teacher's anchors, too.
+
+    Returns: lse_B and teacher_lse_B, the log-sum-exps of s and t, -inf where there is no negative;
+      mean_B, the sum of p (t - s), 0 there. lse_B and mean_B have a gradient to anchor_BD and
+      candidate_BMD.
+    """
+    arguments = anchor_BD, other, limit_B, candidate_BMD, candidates, partner_O
+    teacher = teacher_anchor_BW, teacher_candidate_BMW
+    return _divergence_forward(tile, *arguments, *teacher)[0]
+
+
+def _both_logits(anchor, candidate, partner_O):
+    """Scores s and t of one tile, -inf where the candidate is no negative of the anchor."""
+    *student, teacher_aW = anchor
+    *text, teacher_cW = candidate
+    logits_ac = _logits(False, student, text, partner_O)
+    teacher_ac = matmul("aW,cW->ac", teacher_aW, teacher_cW)
+    return logits_ac, jnp.where(logits_ac == -jnp.inf, -jnp.inf, teacher_ac)
+
+
+def _divergence_forward(
+    tile,
+    anchor_BD,
+    other,
+    limit_B,
+    candidate_BMD,
+    candidates,
+    partner_O,
+    teacher_anchor_BW,
+    teacher_candidate_BMW,
+):
+    anchors = anchor_BD, other, limit_B, teacher_anchor_BW
+    gathered = gather((candidate_BMD, candidates, teacher_candidate_BMW))
+
+    def update(stats, anchor, candidate, partner_O):
+        *stats, top_a, total_a, sum_a = stats
+        logits_ac, teacher_ac = _both_logits(anchor, candidate, partner_O)
+        new_top_a, total_a, _ = _accumulate((top_a, total_a, 0.0), teacher_ac)
+        base_a = _finite(new_top_a)
+        gap_ac = jnp.where(teacher_ac == -jnp.inf, 0.0, teacher_ac - logits_ac)
+        sum_a = sum_a * jnp.exp(top_a - base_a)
+        sum_a += jnp.sum(jnp.exp(teacher_ac - base_a[:, None]) * gap_ac, axis=1)
+        return (*_accumulate(stats, logits_ac), new_top_a, total_a, sum_a)
+
+    start = -jnp.inf, 0.0, 0.0, -jnp.inf, 0.0, 0.0
+    stats = reduce_over_candidates(tile, update, start, anchors, gathered, partner_O)
+    top_B, total_B, _, teacher_top_B, teacher_total_B, sum_B = stats
+    lse_B, teacher_lse_B = top_B + jnp.log(total_B), teacher_top_B + jnp.log(teacher_total_B)
+    mean_B = sum_B / jnp.where(teacher_total_B > 0, teacher_total_B, 1.0)
+    return (lse_B, teacher_lse_B, mean_B), (anchors, gathered, partner_O, lse_B, teacher_lse_B)
+
+
+def _divergence_backward(tile, residuals, cotangents):
+    *arguments, lse_B, teacher_lse_B = residuals
+
+    def dlogits(anchor, candidate, partner_O, of_anchor):
+        lse_a, teacher_lse_a, dlse_a, dmean_a = (x_a[:, None] for x_a in of_anchor)
+        logits_ac, teacher_ac = _both_logits(anchor, candidate, partner_O)
+        return jnp.exp(logits_ac - lse_a) * dlse_a - jnp.exp(teacher_ac - teacher_lse_a) * dmean_a
+
+    of_anchors = _finite(lse_B), _finite(teacher_lse_B), cotangents[0], cotangents[2]
+    danchor_BD, dcandidate_BMD = gradients_of_vectors(tile, dlogits, *arguments, of_anchors)
+    return danchor_BD, None, None, dcandidate_BMD, None, None, None, None
+
+
+streamed_divergence.defvjp(_divergence_forward, _divergence_backward)
+
+
+def _finite(lse_B):
+    """0 for -inf: an anchor without negatives has logits that are all -inf, and exp stays at 0."""
+    return jnp.where(lse_B == -jnp.inf, 0.0, lse_B)
 
 
 def _logits(answers: bool, anchor, candidate, partner_O):
@@ -181,7 +193,7 @@ def _logits(answers: bool, anchor, candidate, partner_O):
     else:
         left_out_ac = ~text.counts | (other.number[:, None] == text.number) | is_partner(0)
         left_out_ac = or_partners(left_out_ac)
-    logits_ac = _matmul("aD,cD->ac", x_aD, y_cD)
+    logits_ac = matmul("aD,cD->ac", x_aD, y_cD)
     return jnp.where(left_out_ac | (logits_ac > limit_a[:, None]), -jnp.inf, logits_ac)
 
 
@@ -192,52 +204,10 @@ def _partner(texts: Texts, k, partner_O):
 
 
 def _accumulate(stats, logits_ac):
+    """(maximum, sum relative to it, number) of the scores so far and those of a tile."""
     top_a, total_a, count_a = stats
     new_top_a = jnp.maximum(top_a, jnp.max(logits_ac, axis=1))
-    base_a = jnp.where(new_top_a == -jnp.inf, 0.0, new_top_a)  # no negative yet: -inf - -inf
+    base_a = _finite(new_top_a)  # no negative yet: -inf - -inf
     total_a = total_a * jnp.exp(top_a - base_a)
     total_a += jnp.sum(jnp.exp(logits_ac - base_a[:, None]), axis=1)
     return new_top_a, total_a, count_a + jnp.sum(logits_ac > -jnp.inf, axis=1)
-
-
-def _rotate(rotating):
-    """`rotating` of the previous device of the ring."""
-    devices = jax.lax.axis_size(IN_SLICE)
-    if devices == 1:
-        return rotating
-    ring = [(device, (device + 1) % devices) for device in range(devices)]
-    return jax.lax.ppermute(rotating, IN_SLICE, ring)
-
-
-def _gather(tree):
-    """[B, ...] -> [I, B / I, ...]: each device has what those in its place in all slices have."""
-    slices = jax.sharding.get_abstract_mesh().shape["slice"]
-    by_slice = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
-    return jax.lax.with_sharding_constraint(by_slice, GATHERED_SPEC)
-
-
-def _scatter(gradient_IbMD):
-    """[b, M, D], the sum over slices of what they have for this device's part."""
-    if len(gradient_IbMD) == 1:
-        return gradient_IbMD[0]
-    return jax.lax.psum_scatter(gradient_IbMD, "slice")
-
-
-def _flat(tree):
-    """[I, b, M, ...] -> [I * b * M, ...]"""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), tree)
-
-
-def _cut(tile, tree):
-    """[b, ...] -> [n, t, ...], n tiles of t <= `tile` rows, as equal as they can be.
-
-    Padding is zero: such an anchor is cut off in the end, and such a candidate does not count.
-    """
-
-    def cut(x):
-        tiles = -(-len(x) // tile)
-        size = -(-len(x) // tiles)
-        padding = [(0, tiles * size - len(x))] + [(0, 0)] * (x.ndim - 1)
-        return jnp.pad(x, padding).reshape(tiles, size, *x.shape[1:])
-
-    return jax.tree.map(cut, tree)

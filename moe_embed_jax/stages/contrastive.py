@@ -20,7 +20,12 @@ from moe_embed_jax.losses.contrast import (
     initial_log_scale,
     score_scale,
 )
-from moe_embed_jax.losses.distillation import initial_projection, score_loss, vector_loss
+from moe_embed_jax.losses.distillation import (
+    batch_score_loss,
+    initial_projection,
+    score_loss,
+    vector_loss,
+)
 from moe_embed_jax.losses.infonce import infonce
 from moe_embed_jax.mesh import BATCH_SPEC
 from moe_embed_jax.models.encoder import (
@@ -142,8 +147,19 @@ class Contrastive:
                 params.get("projection"),
             )
             loss += distillation.vectors * taught["distillation_vectors"]
+        scale = score_scale(self.loss, params.get("log_scale"))
+        if distillation.batch_scores:
+            taught["distillation_batch_scores"] = batch_score_loss(
+                distillation,
+                widths,
+                scale,
+                (query_BD, document_BMD[:, 0]),
+                (batch.teacher_query_BW, batch.teacher_document_BW),
+                (batch.query_id_B2, batch.document_id_BM2[:, 0]),
+                batch.in_batch_B if self.loss.hard_negatives_only else None,
+            )
+            loss += distillation.batch_scores * taught["distillation_batch_scores"]
         if distillation.scores:
-            scale = score_scale(self.loss, params.get("log_scale"))
             texts = query_BD, document_BMD, batch.valid_BM, batch.teacher_score_BM
             taught["distillation_scores"] = score_loss(distillation, widths, scale, *texts)
             loss += distillation.scores * taught["distillation_scores"]
@@ -164,7 +180,7 @@ class Contrastive:
         rows_of_all = (chunks, rows * mesh.size, data.row_length)
         pairs, documents = config.batch_size, 1 + data.negatives
         width = 0
-        if config.loss.distillation.vectors:
+        if config.loss.distillation.takes_vectors:
             width = width_of(data.teacher) or config.model.width
         return Workload(
             stage=cls(config.model, config.loss, data.texts_per_row, width),

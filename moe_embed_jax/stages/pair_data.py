@@ -43,7 +43,7 @@ def open_teaching(store: TokenStore, config: RunConfig) -> Teaching | None:
         cache = data.cache_dir or data.dir
         teacher = TeacherVectors(data.teacher, cache, store.content_ids, used, store.negative_ids)
     scores_from = distillation.scores_from if distillation.scores else ""
-    teaching = Teaching(store, teacher, bool(distillation.vectors), scores_from)
+    teaching = Teaching(store, teacher, distillation.takes_vectors, scores_from)
     if scores_from and not (used & teaching.scored_rows(data.negatives)).any():
         where = f"data.pairs={data.pairs} has no scores: make pairs by launch/mine.py, or take "
         if scores_from == "teacher":
@@ -60,11 +60,16 @@ def describe_teaching(teaching: Teaching, batches: PairBatches, config: RunConfi
     """What a run learns from a teacher, and how much of it there is."""
     distillation = config.loss.distillation
     parts, lines = [f"{distillation.contrast:g} x contrastive"], []
-    if teaching.width:
+    if distillation.vectors:
         parts.append(f"{distillation.vectors:g} x (1 - cosine)")
         lines.append(
             f"vectors of {teaching.width} dimensions for the student's {config.model.width}, by "
             f"{distillation.match}"
+        )
+    if distillation.batch_scores:
+        parts.append(f"{distillation.batch_scores:g} x divergence over the batch")
+        lines.append(
+            f"scores of all documents of a batch by vectors of {teaching.width} dimensions"
         )
     if teaching.has_scores:
         parts.append(f"{distillation.scores:g} x divergence of scores")

@@ -149,6 +149,7 @@ def test_equal_vectors_lose_nothing_and_a_projection_keeps_lengths():
     "values, message",
     [
         (dict(vectors=-1), "loss.distillation.vectors=-1 must be 0"),
+        (dict(batch_scores=-1), "loss.distillation.batch_scores=-1 must be 0"),
         (dict(vectors=1.0, match="linear"), "loss.distillation.match='linear': choose from"),
         (dict(scores_from="model"), "loss.distillation.scores_from='model': choose from"),
         (dict(teacher_temperature=0.0), "loss.distillation.teacher_temperature=0.0 must be above"),

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_embed_jax import search
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.losses import contrast_config
 from moe_embed_jax.losses.contrast import ContrastConfig, prepare, unit
 from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.losses.quantisation import as_stored, binary_threshold, int8_scale
@@ -58,9 +60,12 @@ def test_vectors_and_scores_are_those_of_a_compressed_index(width):
     signs_ND = np.asarray(stored_BMD)[valid_BM] * np.sqrt(width)
     np.testing.assert_allclose(signs_ND, index.signs(slice(None)), rtol=1e-6)
     served_BN = index.scores(np.asarray(q_BD), every_BN)
-    length_B1 = np.linalg.norm(np.asarray(q_BD) - index.threshold_D, axis=1, keepdims=True)
-    cosine_BN = query @ np.asarray(stored_BMD)[valid_BM].T
-    np.testing.assert_allclose(cosine_BN, served_BN / length_B1 / np.sqrt(width), atol=1e-6)
+    scores_BN = query @ np.asarray(stored_BMD)[valid_BM].T
+    np.testing.assert_allclose(scores_BN, served_BN / np.sqrt(width), atol=1e-6)
+
+
+def test_forms_are_those_of_indexes():
+    assert contrast_config.FORMS == search.FORMS
 
 
 @pytest.mark.parametrize("form", ["int8", "binary"])
@@ -85,7 +90,6 @@ def test_the_gradient_passes_straight_through(form):
         """The loss in float64 of unit queries and stored documents."""
         if form == "binary":
             q_BD = q_BD - threshold_D
-            q_BD = q_BD / np.linalg.norm(q_BD, axis=1, keepdims=True)
         scores_BN = q_BD @ stored_BMD[there_BM].T / 0.2
         own_B = np.sum(q_BD * stored_BMD[:, 0], axis=1) / 0.2
         return np.mean(np.log(np.sum(np.exp(scores_BN - own_B[:, None]), axis=1)))

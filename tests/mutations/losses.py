@@ -51,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         "documents-keep-the-gradients-of-their-own-slice",
-        "losses/streaming.py",
+        "losses/ring.py",
         'return jax.lax.psum_scatter(gradient_IbMD, "slice")',
         'return gradient_IbMD[jax.lax.axis_index("slice")]',
         "losses/test_streamed_infonce.py -k equal",
@@ -162,6 +162,34 @@ FAULTS = (
         "losses/test_distillation.py -k scores_against",
     ),
     Fault(
+        "batch-scores-without-the-own-document",
+        "losses/distillation.py",
+        "p_own_B * (teacher_own_B - own_B) + jnp",
+        "jnp",
+        "losses/test_batch_scores.py -k 'oracle or ranking'",
+    ),
+    Fault(
+        "batch-scores-of-queries-outside-the-batch",
+        "losses/distillation.py",
+        "jnp.where(in_batch_B, limit_B, -jnp.inf)",
+        "limit_B",
+        "losses/test_batch_scores.py -k 'oracle and widths'",
+    ),
+    Fault(
+        "divergence-sums-are-not-rescaled",
+        "losses/streaming.py",
+        "sum_a = sum_a * jnp.exp(top_a - base_a)",
+        "sum_a = sum_a * 1.0",
+        "losses/test_batch_scores.py -k 'oracle and tiles'",
+    ),
+    Fault(
+        "divergence-has-the-gradient-of-the-log-sum-exp-alone",
+        "losses/streaming.py",
+        " - jnp.exp(teacher_ac - teacher_lse_a) * dmean_a",
+        "",
+        "losses/test_batch_scores.py -k oracle",
+    ),
+    Fault(
         "spread-counts-a-text-with-itself",
         "losses/contrast.py",
         "(jnp.sum(jnp.square(gram_DD)) - own)",
@@ -185,8 +213,8 @@ FAULTS = (
     Fault(
         "binary-queries-keep-the-threshold",
         "losses/quantisation.py",
-        "above_BD = query_BD - threshold_D",
-        "above_BD = query_BD",
+        "return query_BD - threshold_D, jnp",
+        "return query_BD, jnp",
         "losses/test_quantisation.py -k compressed_index",
     ),
     Fault(

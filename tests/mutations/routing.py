@@ -13,8 +13,8 @@ FAULTS = (
     Fault(
         "gates-always-sum-to-one",
         "routing/router.py",
-        "if normalize_gates:",
-        "if True:",
+        "if normalize_gates:\n        gate_RLK",
+        "if True:\n        gate_RLK",
         "models/test_encoder.py -k route",
     ),
     Fault(

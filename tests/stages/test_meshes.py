@@ -30,7 +30,9 @@ TEACHER_WIDTH = 6
 LOSS = LossConfig(
     dims={"32": 1.0, "8": 0.5},
     learn_temperature=True,
-    distillation=DistillationConfig(vectors=0.5, scores=0.5, teacher_temperature=1.0),
+    distillation=DistillationConfig(
+        vectors=0.5, scores=0.5, batch_scores=0.5, teacher_temperature=1.0
+    ),
 )
 # (data, fsdp, expert, slice), what is different about the model there, chunks
 MATRIX = [

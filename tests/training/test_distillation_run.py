@@ -19,7 +19,7 @@ from moe_embed_jax.models.encoder_config import EncoderConfig
 from moe_embed_jax.stages.contrastive import Contrastive
 from moe_embed_jax.training.run_config import LossConfig, RunConfig
 
-TEACH = "--config.loss.distillation.vectors=2"
+TEACH = [f"--config.loss.distillation.{key}" for key in ("vectors=2", "batch_scores=0.5")]
 
 
 def teacher_of(folder, group_rows=synthetic_data.GROUP_ROWS):
@@ -51,18 +51,21 @@ def trained(tmp_path_factory):
         )
     )
     command, run = ["launch/train.py", f"--config={page}"], folder / "run"
-    result = run_forked([*command, TEACH, f"--workdir={run}"])
+    result = run_forked([*command, *TEACH, f"--workdir={run}"])
     assert result.returncode == 0, result.stderr
     return command, run, result.stdout
 
 
 def test_a_run_says_what_it_learns_from_and_learns_it(trained):
     _, run, out = trained
-    assert "teacher     vectors of 64 dimensions for the student's 32, by projection, from" in out
-    assert "; the loss is 1 x contrastive + 2 x (1 - cosine)" in out
+    assert "teacher     vectors of 64 dimensions for the student's 32, by projection" in out
+    assert "; scores of all documents of a batch by vectors of 64 dimensions, from" in out
+    terms = "1 x contrastive + 2 x (1 - cosine) + 0.5 x divergence over the batch"
+    assert f"; the loss is {terms}" in out
     taught = metric(run, "distillation_vectors")
     assert taught[-1] < taught[0] - 0.02
     total = np.add(metric(run, "contrastive_loss"), np.multiply(2, taught))
+    total += np.multiply(0.5, metric(run, "distillation_batch_scores"))
     np.testing.assert_allclose(metric(run, "loss"), total + metric(run, "balance"), rtol=1e-5)
     # What is served knows nothing of the teacher's width.
     assert Embedder.load(run).encode(["kaba"], prompt="query").shape == (1, 32)
@@ -73,26 +76,29 @@ def test_it_resumes_on_other_devices_and_not_with_another_teacher(trained, tmp_p
     run = tmp_path / "run"
     unfinished_copy(whole, run, 6)
     other = teacher_of(tmp_path / "other.work", {"translations": (210, 90, 37)})
-    command = [*command, TEACH, f"--workdir={run}"]
+    command = [*command, *TEACH, f"--workdir={run}"]
     result = run_forked([*command, f"--config.data.teacher={other}"])
     assert result.returncode == 2 and "has no vector of 123 of the 460 queries" in result.stderr
     result = run_forked([*command, "--config.mesh.expert=2"], devices=4)
     assert result.returncode == 0, result.stderr
     assert "after step 3" in result.stdout
-    for name in ("distillation_vectors", "contrastive_loss", "grad_norm"):
+    for name in ("distillation_vectors", "distillation_batch_scores", "grad_norm"):
         np.testing.assert_allclose(metric(run, name), metric(whole, name), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
-        ("distillation.vectors=0", "and loss.distillation reads no vectors: give"),
-        ("distillation.scores=1", "data.negatives=0: a teacher's scores are of a query's own"),
+        (
+            ["distillation.vectors=0", "distillation.batch_scores=0"],
+            "and loss.distillation reads no vectors: give",
+        ),
+        (["distillation.scores=1"], "data.negatives=0: a teacher's scores are of a query's own"),
     ],
 )
-def test_what_is_missing_is_said(trained, tmp_path, flag, message):
+def test_what_is_missing_is_said(trained, tmp_path, flags, message):
     command, _, _ = trained
-    more = [f"--workdir={tmp_path / 'run'}", TEACH, f"--config.loss.{flag}"]
+    more = [f"--workdir={tmp_path / 'run'}", *TEACH, *(f"--config.loss.{f}" for f in flags)]
     result = run_forked([*command, *more])
     assert result.returncode == 2 and message in result.stderr
 
@@ -106,7 +112,8 @@ def test_a_weight_needs_a_teacher():
 
 
 @pytest.mark.parametrize(
-    ("keys", "widths"), [(dict(vectors=1.0), (32, 0)), (dict(scores=1.0), (0, 3))]
+    ("keys", "widths"),
+    [(dict(vectors=1.0), (32, 0)), (dict(scores=1.0), (0, 3)), (dict(batch_scores=1.0), (32, 0))],
 )
 def test_a_plan_knows_what_comes_with_a_batch(keys, widths, tmp_path):
     """Without a folder yet the teacher's width is taken for the student's."""
@@ -114,7 +121,7 @@ def test_a_plan_knows_what_comes_with_a_batch(keys, widths, tmp_path):
         dir=str(tmp_path),
         pairs=str(tmp_path / "pairs"),
         negatives=2,
-        teacher=str(tmp_path / "t.work") if "vectors" in keys else "",
+        teacher="" if "scores" in keys else str(tmp_path / "t.work"),
         vocabulary=VocabularyConfig("train", size=512),
     )
     model = EncoderConfig(vocab_size=512, num_layers=2, width=32, num_heads=2, ffn_width=64)
