@@ -1,16 +1,19 @@
 """Short experiments about the design, each arm with several seeds: docs/results.
 
     python benchmarks/findings.py --work=DIR --data_dir=runs/data --xquad=XQUAD --e5=E5 \\
-        [--findings=a,b,c,d,e,f] [--seeds=0,1,2] [--jobs=2] --report=docs/results
+        [--pairs=PAIRS] [--findings=a,b,c,d,e,f,g] [--seeds=0,1,2] [--jobs=2] \\
+        --report=docs/results
 
 a  dense against top-1 against top-2            b  upcycling: paper against preserving
 c  balance over the batch or over a device      d  experts in every layer or every second
 e  Matryoshka on and off                        f  packed or padded, chunked or not
+g  where experts win: docs/results/where_experts_win_plan.md
 
 findings_arms.py says what is run: configs/quickstart.py with a few keys changed. Judged on held-out
 sets of the default data (`make quickstart` leaves it in runs/data) and on XQuAD (a folder with
 de/corpus.jsonl.gz, queries.jsonl.gz and qrels.tsv.gz, and so on). E5 is multilingual-e5-small: its
-folder, or hf://intfloat/multilingual-e5-small.
+folder, or hf://intfloat/multilingual-e5-small. PAIRS is what launch/filter.py wrote, with its work
+folder PAIRS.work beside it.
 
 Start it again and it continues: finished runs are not repeated, other findings' are shared.
 --report writes what there is, --jobs=0 nothing else. `--jobs` runs share the processors.
@@ -32,6 +35,7 @@ def main():
     flags.add_argument("--data_dir", default="runs/data", help="the prepared default data")
     flags.add_argument("--xquad", help="its folder; default: not judged by it")
     flags.add_argument("--e5", help="multilingual-e5-small; default: its arms are not run")
+    flags.add_argument("--pairs", help="pairs of launch/filter.py; default: finding g is not run")
     flags.add_argument("--findings", default=",".join(FINDINGS))
     flags.add_argument("--seeds", default="0,1,2")
     flags.add_argument("--arms", help="run these only; default: all of the findings")
@@ -72,13 +76,14 @@ def main():
         data_dir=pathlib.Path(arguments.data_dir).resolve(),
         xquad=pathlib.Path(arguments.xquad).resolve() if arguments.xquad else None,
         e5=e5,
+        pairs=pathlib.Path(arguments.pairs).resolve() if arguments.pairs else None,
         steps={name: count for name, count in steps.items() if count},
     )
     errors = []
     if arguments.jobs:
         possible = [arm for arm in arms if place.is_possible(arm)]
         if left_out := [arm for arm in arms if arm not in possible]:
-            print(f"without --e5, not run: {', '.join(left_out)}")
+            print(f"without --e5 or --pairs, not run: {', '.join(left_out)}")
         errors = sweep(place, possible, seeds, arguments.jobs)
     if arguments.report:
         findings_report.write(pathlib.Path(arguments.report), place, keys, seeds)

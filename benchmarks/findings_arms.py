@@ -29,6 +29,7 @@ class Setting:
     languages: str
     every: int
     config: dict
+    evaluations: int = 2  # on the way, in runs that are cheap to judge
 
     @property
     def narrow(self) -> int:
@@ -44,6 +45,16 @@ SETTINGS = {
         languages="ar de en es ru zh",
         every=2,
         config=NEVER_STOP | {"batch_size": 128},
+    ),
+    # Long runs on given pairs, whose teacher's vectors lie beside them (--pairs).
+    "pairs": Setting(
+        steps=800,
+        width=128,
+        sets=SETS,
+        languages="ar de en es ru zh",
+        every=2,
+        config=NEVER_STOP | {"batch_size": 128, "data.rates": None},
+        evaluations=8,
     ),
     # A few steps of the same training: what matters is whether the losses are equal.
     "curves": Setting(
@@ -87,7 +98,34 @@ class Arm:
 
 
 FOUR = 4  # devices of the arms about balance: 32 pairs each
+EXPERTS = {
+    "dense": ("dense", {"model.moe_every": 0}),
+    "dense-wide": ("dense, 1.5 times as wide", {"model.moe_every": 0, "model.ffn_width": 384}),
+    "top-1": ("8 experts, top-1", {"model.experts_per_token": 1}),
+    "top-2": ("8 experts, top-2", {}),
+    "top-2-all": (
+        "top-2, the router's gradient of all experts",
+        {"model.router_gradient": "dense"},
+    ),
+}
+TAUGHT = {"loss.distillation.vectors": 10.0}  # data.teacher is given with --pairs
 ARMS = {
+    **{f"pairs-{name}": Arm("pairs", text, keys) for name, (text, keys) in EXPERTS.items()},
+    **{
+        f"taught-{name}": Arm("pairs", f"{text}; distilled", keys | TAUGHT)
+        for name, (text, keys) in EXPERTS.items()
+    },
+    "pairs-every-layer": Arm("pairs", "8 experts, top-2, every layer", {"model.moe_every": 1}),
+    "pairs-small-experts": Arm(
+        "pairs",
+        "16 experts of half the width, top-4, every layer",
+        {
+            "model.moe_every": 1,
+            "model.num_experts": 16,
+            "model.experts_per_token": 4,
+            "model.ffn_width": 128,
+        },
+    ),
     "top-2": Arm("scratch", "8 experts, top-2, every second layer (the quickstart)", {}),
     "top-1": Arm("scratch", "8 experts, top-1, every second layer", {"model.experts_per_token": 1}),
     "dense": Arm("scratch", "dense; active parameters of top-1", {"model.moe_every": 0}),
@@ -229,6 +267,33 @@ FINDINGS = {
         ("packed", "padded", "chunked"),
         (("padded", "packed", "rows"), ("chunked", "packed", "chunks")),
         "Only the losses of these runs are compared.",
+    ),
+    "g": Finding(
+        "where_experts_win",
+        "Where experts win: longer runs, a teacher, more and smaller experts",
+        (
+            *(f"{kind}-{name}" for kind in ("pairs", "taught") for name in EXPERTS),
+            *("pairs-every-layer", "pairs-small-experts"),
+        ),
+        (
+            *(
+                (f"{kind}-{arm}", f"{kind}-{other}", what)
+                for kind in ("pairs", "taught")
+                for arm, other, what in (
+                    ("top-1", "dense", "equal active parameters"),
+                    ("top-2", "dense-wide", "equal active parameters"),
+                    ("top-2", "top-1", "equal total parameters"),
+                    ("top-2-all", "top-2", "the router's gradient"),
+                )
+            ),
+            ("taught-dense", "pairs-dense", "the teacher"),
+            ("taught-top-2", "pairs-top-2", "the teacher"),
+            ("pairs-small-experts", "pairs-every-layer", "smaller experts, as many active numbers"),
+        ),
+        "At equal wall time: every run is judged at the time when the fastest arm of its seed was "
+        "done, between its own evaluations on the way. Runs one at a time (--jobs=1) on an idle "
+        "machine.",
+        also="equal wall time",
     ),
 }
 

@@ -18,6 +18,7 @@ def quality(setting_width: int, narrow: int) -> dict[str, tuple[str, ...]]:
     return {
         "held-out at the start": ("start", "all"),
         "held-out": ("held_out", full, "all"),
+        "held-out at equal wall time": ("equal_time",),
         "translations": ("held_out", full, "translations"),
         "descriptions": ("held_out", full, "descriptions"),
         f"held-out, {third} features": ("held_out", third, "all"),
@@ -46,6 +47,21 @@ def differences(runs: Runs, arm: str, other: str, keys) -> list[float]:
     ours, theirs = runs.get(arm, {}), runs.get(other, {})
     pairs = [(value(ours[s], keys), value(theirs[s], keys)) for s in ours if s in theirs]
     return [] if any(None in pair for pair in pairs) else [a - b for a, b in pairs]
+
+
+def judge_at_equal_time(runs: Runs) -> None:
+    """Gives each run `equal_time`: its score when the fastest arm of its seed was done, taken from
+    its evaluations on the way; steps of a run are taken as equally long. Only for seeds of which
+    every arm is there with its time."""
+    for seed in set().union(*(of_arm_ for of_arm_ in runs.values())):
+        found = [of_arm_.get(seed) for of_arm_ in runs.values()]
+        if not all(run and run["seconds"] for run in found):
+            continue
+        least = min(run["seconds"] for run in found)
+        for run in found:
+            steps = [int(step) for step in run["evaluations"]]
+            reached = run["steps"] * least / run["seconds"]
+            run["equal_time"] = float(np.interp(reached, steps, [*run["evaluations"].values()]))
 
 
 def cell(values: list[float], signed: bool = False, digits: int = 3) -> str:

@@ -17,6 +17,7 @@ from findings_numbers import (
     curve_differences,
     differences,
     effective_experts,
+    judge_at_equal_time,
     loss_differences,
     mutual_information,
     of_arm,
@@ -56,6 +57,8 @@ def write(folder: pathlib.Path, place: Place, keys: list[str], seeds: list[int])
         for arm in finding.arms:
             found = {seed: read_run(place, arm, seed) for seed in seeds}
             runs[arm] = {seed: run for seed, run in found.items() if run}
+        if key == "g":
+            judge_at_equal_time(runs)
         write_json(folder / f"{finding.name}.json", runs)
         pictures = findings_pictures.draw(folder, key, finding, runs)
         text = page(key, finding, runs, seeds, place, pictures)

@@ -26,6 +26,7 @@ def page(arm: str) -> str:
     return f"{PAGE}:further" if ARMS[arm].setting == "upcycled" else str(PAGE)
 
 
+FROM_SCRATCH = ("scratch", "pairs")  # settings whose models are small, and cheap to judge
 SCORES = "scores.json"  # the last file of a run: it is finished and judged
 
 
@@ -33,7 +34,7 @@ SCORES = "scores.json"  # the last file of a run: it is finished and judged
 class Place:
     """Where things are, and how much is run.
 
-    xquad, e5: None: not judged by XQuAD; no upcycled arms.
+    xquad, e5, pairs: None: not judged by XQuAD; no upcycled arms; none on given pairs.
     steps: {setting: steps} where they differ from the setting's.
     """
 
@@ -41,6 +42,7 @@ class Place:
     data_dir: pathlib.Path
     xquad: pathlib.Path | None = None
     e5: str | None = None
+    pairs: pathlib.Path | None = None
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def folder(self, arm: str, seed: int) -> pathlib.Path:
@@ -50,7 +52,8 @@ class Place:
         return self.steps.get(setting, SETTINGS[setting].steps)
 
     def is_possible(self, arm: str) -> bool:
-        return self.e5 is not None or ARMS[arm].setting != "upcycled"
+        needs = {"upcycled": self.e5, "pairs": self.pairs}
+        return needs.get(ARMS[arm].setting, "nothing") is not None
 
 
 def overrides(place: Place, arm: str, seed: int) -> dict:
@@ -60,7 +63,7 @@ def overrides(place: Place, arm: str, seed: int) -> dict:
         "seed": seed,
         "steps": steps,
         # In between only where it is cheap; a first and a last evaluation are always made.
-        "eval_every": max(steps // 2, 1) if ARMS[arm].setting == "scratch" else 0,
+        "eval_every": eval_every(ARMS[arm].setting, steps),
         "eval_languages": len(setting.sets),
         "checkpoint_every": steps,
         "keep_checkpoints": 1,
@@ -68,7 +71,15 @@ def overrides(place: Place, arm: str, seed: int) -> dict:
     }
     if ARMS[arm].setting == "upcycled":
         keys["init.source"] = place.e5
+    if ARMS[arm].setting == "pairs":
+        keys["data.pairs"] = str(place.pairs)
+        if "loss.distillation.vectors" in ARMS[arm].changes:
+            keys["data.teacher"] = f"{place.pairs}.work"
     return keys | setting.config | ARMS[arm].changes
+
+
+def eval_every(setting: str, steps: int) -> int:
+    return max(steps // SETTINGS[setting].evaluations, 1) if setting in FROM_SCRATCH else 0
 
 
 def load_config(place: Place, arm: str, seed: int = 0) -> RunConfig:
@@ -158,7 +169,7 @@ def run_arm(place: Place, arm: str, seed: int, xquad: dict[str, pathlib.Path]) -
             "xquad": {},
         }
         sets = dict(xquad)
-        if xquad and ARMS[arm].setting == "scratch":  # once more, to cut the vectors too
+        if xquad and ARMS[arm].setting in FROM_SCRATCH:  # once more, to cut the vectors too
             retrieval = place.work / ARMS[arm].setting / "data/retrieval"
             sets |= {name: retrieval / name for name in setting.sets}
         for width, found in evaluate(folder, sets, setting, process).items() if sets else ():

@@ -44,9 +44,13 @@ E5 = EncoderConfig(
 )
 
 
+PLACE = findings_runs.Place(
+    pathlib.Path("work"), pathlib.Path("data"), e5="e5", pairs=pathlib.Path("pairs")
+)
+
+
 def model_of(arm: str) -> EncoderConfig:
-    place = findings_runs.Place(pathlib.Path("work"), pathlib.Path("data"), e5="e5")
-    config = findings_runs.load_config(place, arm)
+    config = findings_runs.load_config(PLACE, arm)
     if not config.init.source:
         return config.model
     return upcycled_model(E5, upcycle_config(config)) if config.init.upcycle else E5
@@ -74,8 +78,7 @@ def test_arms():
     """Every arm is used, in its own way, and has a place."""
     used = [arm for finding in FINDINGS.values() for arm in finding.arms]
     assert set(used) == set(ARMS) and len({f.name for f in FINDINGS.values()}) == len(FINDINGS)
-    place = findings_runs.Place(pathlib.Path("work"), pathlib.Path("data"), e5="e5")
-    configs = {arm: findings_runs.load_config(place, arm) for arm in ARMS}
+    configs = {arm: findings_runs.load_config(PLACE, arm) for arm in ARMS}
     for setting in SETTINGS:
         arms = [arm for arm in ARMS if ARMS[arm].setting == setting]
         assert len({repr((configs[arm], ARMS[arm].devices)) for arm in arms}) == len(arms)
@@ -87,6 +90,30 @@ def test_arms():
     assert findings_arms.arms_of(["a", "d"]).count("top-2") == 1
     assert configs["matryoshka"].loss.dims == {"128": 1.0, "42": 1.0}
     assert SETTINGS["scratch"].narrow == 42
+
+
+def test_long_runs_on_given_pairs():
+    """Finding g: 12 arms, the distilled ones with the teacher of the pairs."""
+    arms = FINDINGS["g"].arms
+    assert len(arms) == 12 and {ARMS[arm].setting for arm in arms} == {"pairs"}
+    plain, taught = (findings_runs.load_config(PLACE, f"{k}-top-2") for k in ("pairs", "taught"))
+    assert plain.data.pairs == taught.data.pairs == "pairs" and plain.data.rates is None
+    assert (plain.data.teacher, taught.data.teacher) == ("", "pairs.work")
+    assert plain.eval_every == 100 and plain.steps * plain.batch_size >= 100_000
+    assert not dataclasses.replace(PLACE, pairs=None).is_possible("pairs-dense")
+    assert dataclasses.replace(PLACE, pairs=None).is_possible("top-2")
+
+
+def test_equal_wall_time():
+    """The slower run is judged where it was when the faster one was done: at step 6 of 8."""
+    curve = {0: 0.0, 4: 0.4, 8: 0.6}
+    fast = {"seconds": 30.0, "steps": 8, "evaluations": curve}
+    slow = {"seconds": 40.0, "steps": 8, "evaluations": curve}
+    runs = {"a": {0: fast, 1: dict(fast)}, "b": {0: slow, 1: slow | {"seconds": None}}}
+    findings_numbers.judge_at_equal_time(runs)
+    assert fast["equal_time"] == pytest.approx(0.6)
+    assert slow["equal_time"] == pytest.approx(0.5)
+    assert "equal_time" not in runs["a"][1]  # no time of the other arm: it was interrupted
 
 
 def run_of(score: float, loss, seed: int = 0) -> dict:
@@ -218,7 +245,7 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
     flags = [*tiny, "--findings=a,d", "--arms=top-2,dense,every-layer", "--jobs=2"]
     assert call(monkeypatch, flags) == 2
     out = capsys.readouterr()
-    assert "without --e5, not run" not in out.out and "1 run(s) failed: dense with" in out.err
+    assert "not run:" not in out.out and "1 run(s) failed: dense with" in out.err
     assert "log.txt" in out.err
     runs = [f"{arm}-{seed}" for seed in (3, 4) for arm in ("top-2", "dense", "every-layer")]
     assert [name for name, what in started if what == "train 4"] == sorted(
@@ -259,7 +286,7 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--findings=a,z", "there is no 'z'; choose from a, b, c, d, e, f"),
+        ("--findings=a,z", "there is no 'z'; choose from a, b, c, d, e, f, g"),
         ("--arms=e5-dense,best", "there is no 'best'; choose from"),
         ("--seeds=1,x", "--seeds=1,x: invalid literal"),
     ],
