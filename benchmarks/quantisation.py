@@ -29,16 +29,16 @@ SCORES = "scores_of_indexes.json"
 
 def search_all(query_BD, document_ND, k: int) -> dict[str, tuple[int, object]]:
     """{form of the index: (bytes per vector, index_Bk)} of unit vectors."""
-    from moe_embed_jax.search.compressed import BinaryVectors, Int8Vectors, rescored_top_k
-    from moe_embed_jax.search.knn import top_k
+    from moe_embed_jax.search.compressed import BinaryVectors, search_as
 
-    int8, bits = Int8Vectors.compress(document_ND), BinaryVectors.compress(document_ND)
-    return {
-        "float32": (document_ND[:1].nbytes, top_k(query_BD, document_ND, k)[1]),
-        "int8": (int8.bytes_per_vector, int8.top_k(query_BD, k)[1]),
-        "binary": (bits.bytes_per_vector, rescored_top_k(query_BD, bits, k)[1]),
-        "binary by Hamming distance": (bits.bytes_per_vector, bits.top_k(query_BD, k)[1]),
+    width = document_ND.shape[1]
+    bits = BinaryVectors.compress(document_ND)
+    sizes = {"float32": 4 * width, "int8": width, "binary": bits.bytes_per_vector}
+    found = {
+        form: (size, search_as(form, query_BD, document_ND, k)[1]) for form, size in sizes.items()
     }
+    by_distance = bits.top_k(query_BD, k)[1]
+    return found | {"binary by Hamming distance": (bits.bytes_per_vector, by_distance)}
 
 
 def judge(folder: pathlib.Path, data_dir: pathlib.Path) -> dict[str, dict]:

@@ -1,19 +1,21 @@
-"""The whole recipe of the paper as one chain of steps; each step is one of the launchers.
+"""The whole recipe as one chain of steps, the paper's or a modern one; a step is a launcher.
 
-    python launch/recipe.py --config=configs/recipe.py --workdir=runs/recipe \\
+    python launch/recipe.py --config=configs/recipe.py:paper --workdir=runs/recipe \\
         --config.prepare.sources=sources.json --config.stage1.set.data.texts=runs/texts
 
-prepare -> stage1 (masked language modelling) -> filter -> stage2 (contrastive, experts made of
-stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export -> report. See
+paper: prepare -> stage1 (masked language modelling) -> filter -> stage2 (contrastive, experts made
+of stage 1) -> mine -> stage3 (hard negatives, Matryoshka) -> evaluate -> export -> report.
+modern: stage2 also learns the vectors of the filter's teacher, stage3 the scores of the miner's;
+then merge (checkpoints of stage3) -> stage4 (quantisation-aware) -> evaluate -> export. See
 docs/recipe.md. `stageN.config` is a config of launch/train.py, `stageN.set` what is changed of it.
 Stages 2 and 3 start from the model of the stage before, so their configs state no architecture.
 `--config.evaluate.beir` adds BEIR folders to the held-out sets of the default data. All stages are
 evaluated, at the widths of stage 3's `loss.dims`. A field that is not here has its default
 (recipe/config.py, curation/*_rule.py), which is the paper's.
 
-Variants: "" is the paper's, for a TPU pod and your data; `:small` runs on the default data on two
-CPU cores, without a hub (32 minutes where nothing else runs); `:smoke` is a few steps of
-each, for tests.
+Variants: `:paper` (also none) and `:modern` are for a TPU pod and your data; `:small` and
+`:modern_small` run on the default data on two CPU cores, without a hub (the paper's in 32 minutes
+where nothing else runs); `:smoke` and `:modern_smoke` are a few steps of each, for tests.
 
 Figures: arXiv 2502.07972v3, sections 4.1 to 4.5; the configs of the stages have training's.
 """
@@ -22,8 +24,29 @@ from ml_collections import ConfigDict
 
 from moe_embed_jax.errors import UserError
 
+VARIANTS = {
+    "": (False, ""),
+    "paper": (False, ""),
+    "small": (False, "small"),
+    "smoke": (False, "smoke"),
+    "modern": (True, ""),
+    "modern_small": (True, "small"),
+    "modern_smoke": (True, "smoke"),
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
+    if variant not in VARIANTS:
+        names = ", ".join(name for name in VARIANTS if name)
+        raise UserError(f"unknown variant {variant!r} of configs/recipe.py; there are: {names}")
+    is_modern, size = VARIANTS[variant]
+    config = _paper(size)
+    if is_modern:
+        _modernise(config, size)
+    return config
+
+
+def _paper(size: str) -> ConfigDict:
     config = ConfigDict()
     config.stage1 = ConfigDict()
     config.stage1.config = "configs/mlm.py"
@@ -59,7 +82,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.stage3 = ConfigDict(dict(config="configs/finetune.py", set=ConfigDict()))
 
-    if variant in ("small", "smoke"):
+    if size:
         config.prepare = ConfigDict(dict(mixture="package_texts"))  # the embedded default data
         # Shares as in configs/quickstart.py. The teacher embeds some 34 pairs a second here, so
         # 12,000 of the 501,957 pairs are what fits into the time.
@@ -72,7 +95,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.mine.teacher = "stage2"
         config.mine.query_prompt = "query"
         config.mine.document_prompt = "document"
-    if variant == "small":
+    if size == "small":
         config.stage1.config = "configs/mlm.py:laptop"
         # Half the config's rows and steps: 32 rows take 2.5 s a step on two cores.
         config.stage1.set = ConfigDict(
@@ -84,7 +107,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.stage2.set.eval_every = 0
         config.stage2.set.checkpoint_every = 50
         config.stage3.set = _small_finetuning()
-    elif variant == "smoke":
+    elif size == "smoke":
         config.prepare.count = 400
         config.stage1.config = "configs/mlm.py:smoke"
         config.stage1.set = ConfigDict()
@@ -96,11 +119,47 @@ def get_config(variant: str = "") -> ConfigDict:
         for stage in (config.stage1, config.stage2, config.stage3):
             stage.set.steps = 2
             stage.set.eval_every = 0
-    elif variant:
-        raise UserError(
-            f"unknown variant {variant!r} of configs/recipe.py; there are: small, smoke"
-        )
     return config
+
+
+def _modernise(config: ConfigDict, size: str) -> None:
+    """What the recipes of 2025 and 2026 add: distillation (EmbeddingGemma, arXiv 2509.20354),
+    scored negatives, a merge of checkpoints (Qwen3-Embedding, arXiv 2506.05176), and training for
+    compressed indexes (pplx-embed, arXiv 2602.11151). None of them says all of its weights; these
+    are ours, and were tuned nowhere."""
+    # The filter's teacher has embedded the pairs anyway. Its cosine loss is about 0.1 where the
+    # contrastive one is some nats (docs/distillation.md).
+    config.stage2.set.loss = ConfigDict(dict(distillation=dict(vectors=10.0)))
+    scored = dict(scores=1.0)  # what the miner's teacher says of each query's hard negatives
+    stage3 = config.stage3.set
+    stage3.loss = stage3.get("loss", ConfigDict())
+    stage3.loss.distillation = ConfigDict(scored)
+    stage3.keep_checkpoints = 3
+    config.merge = ConfigDict(dict(checkpoints=3))  # the last 1,500 of 4,022 steps, as they are
+
+    # From the merged model, on the pairs of stage 3, with a small learning rate: int8 and binary
+    # vectors are to become better, and float32 ones to stay.
+    config.stage4 = ConfigDict(dict(config=config.stage3.config, set=stage3.to_dict()))
+    stage4 = config.stage4.set
+    stage4.steps = 500
+    stage4.loss.quantisation = {"float32": 1.0, "int8": 1.0, "binary": 1.0}
+    stage4.optimizer = stage4.get("optimizer", ConfigDict())
+    stage4.optimizer.peak_learning_rate = 5e-6  # a quarter of stage 3's
+    stage4.optimizer.warmup_steps = 50
+    if size == "small":
+        # e5 embeds the pairs a second time; the scores of stage 2 itself would teach it nothing.
+        config.mine.teacher = config.teacher
+        config.mine.query_prompt = config.filter.query_prompt
+        config.mine.document_prompt = config.filter.document_prompt
+        stage3.checkpoint_every = 15  # the last quarter of 120 steps is merged
+        stage4.steps = 60
+        stage4.optimizer.peak_learning_rate = 1.25e-4
+        stage4.optimizer.warmup_steps = 6
+    elif size == "smoke":
+        config.merge.checkpoints = 2
+        stage3.checkpoint_every = 1
+        stage4.steps = 2
+        stage4.optimizer.warmup_steps = 1
 
 
 def _smoke_pretraining() -> ConfigDict:

@@ -12,15 +12,17 @@ in --cache (default: OUTPUT/vectors); a run that was interrupted continues. MODE
 sentence-transformers:NAME. Details: docs/evaluation.md.
 
     python launch/evaluate.py --model=DIR --dataset=BEIR_FOLDER[,BEIR_FOLDER] \\
-        --output=results.json [--heldout=DATA_DIR] [--dim=N[,N]] \\
+        --output=results.json [--heldout=DATA_DIR] [--dim=N[,N]] [--index=int8[,binary]] \\
         [--query_prompt=query|none|"PREFIX: "] [--document_prompt=document|none|"PREFIX: "]
 
 A folder holds corpus.jsonl, queries.jsonl and qrels.tsv (or qrels/test.tsv), plain or .gz. The
 results map each folder's name (as much of its path as makes it unique) to ndcg_at_10,
 recall_at_100, mrr_at_10, queries and documents. The search is exact. --heldout: also (or only) the
 test sets that belong to prepared data, named SET/LANGUAGE. With several numbers in --dim there are
-such results under each number. --model=bm25: BM25 over words instead of a model. A prompt is a name
-that the model's folder knows ("query" and "document" always), "none", or the prefix itself.
+such results under each number. --index=float32,int8,binary: also in compressed indexes, under
+"256 int8"; binary vectors are found by Hamming distance and ranked by their bits. --model=bm25:
+BM25 over words instead of a model. A prompt is a name that the model's folder knows ("query" and
+"document" always), "none", or the prefix itself.
 """
 
 import json
@@ -46,6 +48,9 @@ def main():
     flags.add_argument(
         "--dim", type=widths, default=[None], help="keep the first features only (Matryoshka)"
     )
+    flags.add_argument(
+        "--index", type=forms, default=["float32"], help="of documents: float32, int8, binary"
+    )
     flags.add_argument("--query_prompt", default="query", help=launching.PROMPT_HELP)
     flags.add_argument("--document_prompt", default="document", help=launching.PROMPT_HELP)
     launching.add_weights_flag(flags)
@@ -63,6 +68,8 @@ def score_suite(arguments) -> None:
 
     if arguments.dataset or arguments.heldout:
         raise UserError("--suite and --dataset or --heldout: give one, a suite lists its sets")
+    if arguments.index != ["float32"]:
+        raise UserError("--index is of --dataset and --heldout; a suite is searched in float32")
     if not arguments.data:
         raise UserError("--suite needs --data=FOLDER, where its sets are")
     if arguments.model == "bm25":
@@ -143,7 +150,7 @@ def score_sets(arguments) -> None:
         prompts = launching.prompts(arguments)
         launching.report_prompts(embedder, prompts)
         sides = tuple(prompts.values())
-        results = score_model(embedder, groups, dims, sides, sys.stderr.isatty())
+        results = score_model(embedder, groups, dims, sides, sys.stderr.isatty(), arguments.index)
         launching.report_truncation(embedder)
     content = results if len(results) > 1 else next(iter(results.values()))
 
@@ -168,6 +175,16 @@ def widths(flag: str) -> list[int | None]:
         return list(dict.fromkeys(map(int, flag.split(",")))) if flag else [None]
     except ValueError:
         raise UserError(f"--dim={flag} must be a number, or several with commas") from None
+
+
+def forms(flag: str) -> list[str]:
+    from moe_embed_jax.errors import UserError
+    from moe_embed_jax.search import FORMS
+
+    names = list(dict.fromkeys(flag.split(",")))
+    if unknown := [name for name in names if name not in FORMS]:
+        raise UserError(f"--index={flag}: {unknown[0]!r} is not one of {', '.join(FORMS)}")
+    return names
 
 
 def print_table(results: dict, title: str | None = None) -> None:

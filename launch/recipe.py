@@ -34,10 +34,12 @@ def main():
         print(f"stopped by a signal in step {stopped}: the same command continues there")
         return
     from moe_embed_jax.recipe.report import write_report
+    from moe_embed_jax.recipe.steps import models_of
 
-    if table := write_report(steps, workdir):
+    if table := write_report(steps, workdir, recipe.evaluate.beside):
         print(table)
-    print(f"{workdir}/report.md and report.png say what happened; the model is {workdir}/stage3")
+    model = workdir / [*models_of(steps)][-1]
+    print(f"{workdir}/report.md and report.png say what happened; the model is {model}")
 
 
 if __name__ == "__main__":

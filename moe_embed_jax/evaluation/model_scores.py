@@ -1,11 +1,13 @@
 """Scores of one model on many retrieval sets, at several widths; what BM25 has on them."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from moe_embed_jax.evaluation.beir import RetrievalSet
 from moe_embed_jax.evaluation.retrieval import Metrics, evaluate_many
+from moe_embed_jax.search import FLOAT32
 
 BM25 = "bm25"  # in place of a model
 
@@ -16,14 +18,16 @@ def score_model(
     dims: Sequence[int | None],
     prompts: tuple[str | None, str | None],
     show_progress: bool = False,
-) -> dict[int | None, dict[str, Metrics]]:
-    """{dim: {name of the set: metrics}}.
+    indexes: Sequence[str] = (FLOAT32,),
+) -> dict[int | str | None, dict[str, Metrics]]:
+    """{dim: {name of the set: metrics}}; of other indexes under "256 int8", "all binary".
 
-    Every text is embedded once, whatever the number of widths.
+    Every text is embedded once, whatever the number of widths and indexes.
 
     Args:
       groups: the sets of a group are in memory, embedded, at the same time.
       dims: first features to keep, then normalised again (Matryoshka); None: all.
+      indexes: forms in which documents are stored, see `search.compressed`.
       prompts: of queries and documents, see `Embedder.encode`.
 
     Raises:
@@ -34,7 +38,7 @@ def score_model(
     for dim in dims:
         for prompt in prompts:
             embedder.encode([], prompt=prompt, dim=dim)  # complains before anything is embedded
-    results: dict[int | None, dict[str, Metrics]] = {dim: {} for dim in dims}
+    results = {}
     for group in groups:
         encoded: dict[int, np.ndarray] = {}
 
@@ -50,9 +54,13 @@ def score_model(
 
             return encode
 
-        for dim in dims:
-            queries, documents = encoder(0, dim), encoder(1, dim)
-            results[dim] |= evaluate_many(queries, documents, group, embedder.mesh)
+        for dim, index in itertools.product(dims, indexes):
+            sides = encoder(0, dim), encoder(1, dim)
+            name = dim
+            if [*indexes] != [FLOAT32]:
+                name = str(dim or "all") if index == FLOAT32 else f"{dim or 'all'} {index}"
+            found = evaluate_many(*sides, group, embedder.mesh, index)
+            results[name] = results.get(name, {}) | found
     return results
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from ir_measures import RR, R, nDCG
 
 from moe_embed_jax.evaluation.beir import RetrievalSet
+from moe_embed_jax.search import FLOAT32
 
 if TYPE_CHECKING:
     import jax
@@ -40,21 +41,23 @@ def evaluate_many(
     encode_documents: Encode,
     retrieval_sets: Mapping[str, RetrievalSet],
     mesh: "jax.sharding.Mesh | None" = None,
+    index: str = FLOAT32,
 ) -> dict[str, Metrics]:
     """Metrics of many small sets: {name: metrics}, in the order of `retrieval_sets`.
 
     The texts of all sets go to the encoders in one call per side, each different text once (the
     same English query is asked of every language); a query then meets only the documents of
-    its set. All vectors are in host memory at once.
+    its set. All vectors are in host memory at once. `index`: the form in which documents are stored
+    and searched, see `search.compressed.search_as`.
     """
-    from moe_embed_jax.search.knn import top_k  # here: BM25's rankings are judged without it
+    from moe_embed_jax.search.compressed import search_as  # here: BM25's are judged without it
 
     sets = list(retrieval_sets.values())
     queries = _encode_once(encode_queries, [s.queries for s in sets])
     documents = _encode_once(encode_documents, [s.documents for s in sets])
     results = {}
     for name, query_BD, document_ND in zip(retrieval_sets, queries, documents, strict=True):
-        _, index_Bk = top_k(query_BD(), document_ND(), CANDIDATES, mesh)
+        _, index_Bk = search_as(index, query_BD(), document_ND(), CANDIDATES, mesh)
         results[name] = score_run(retrieval_sets[name], index_Bk)
     return results
 

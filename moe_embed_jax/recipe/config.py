@@ -10,16 +10,17 @@ from moe_embed_jax.curation.consistency_rule import ConsistencyRule
 from moe_embed_jax.curation.negatives_rule import NegativesRule
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.interop.merge_config import MergeConfig
+from moe_embed_jax.losses.distillation_config import DistillationConfig
 from moe_embed_jax.training.run_config import RUN_CONFIGS, Run
 
 WHEEL_TEACHER = "wheel://multilingual-e5-small"
-STAGES = ("stage1", "stage2", "stage3")
+STAGES = ("stage1", "stage2", "stage3", "stage4")
+MERGED = "merged"  # the folder of the model that step "merge" makes
 # What the recipe itself gives to a stage: where the stage before left its output.
-GIVEN = {
-    "stage1": ("data.dir", "data.wheels_dir"),
-    "stage2": ("data.dir", "data.wheels_dir", "data.pairs", "init.source"),
-    "stage3": ("data.dir", "data.wheels_dir", "data.pairs", "init.source"),
-}
+DATA = ("data.dir", "data.wheels_dir")
+LATER = (*DATA, "data.pairs", "data.teacher", "init.source")
+GIVEN = {"stage1": DATA, "stage2": LATER, "stage3": LATER, "stage4": LATER}
 WANTED = {
     "data.texts": "a folder of documents, made by launch/prepare.py (format texts)",
     "init.source": "the model to start from",
@@ -79,16 +80,36 @@ class Mine(TeacherConfig, NegativesRule):
 
 
 @dataclasses.dataclass(frozen=True)
+class Merge:
+    """The last checkpoints of stage 3 become one model (launch/convert.py merge)."""
+
+    checkpoints: int = 0  # how many, 0: none; stage3 must keep them (keep_checkpoints)
+    method: str = MergeConfig.method
+
+    def __post_init__(self):
+        if self.checkpoints == 1 or self.checkpoints < 0:
+            raise UserError(f"merge.checkpoints={self.checkpoints} must be 0 (off), or 2 or more")
+        try:
+            MergeConfig(self.method).shares(self.checkpoints or 2)
+        except UserError as error:
+            raise UserError(f"merge.method, merge.checkpoints: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Beside the held-out sets of the data: BEIR folders, separated by commas."""
+    """beir: folders beside the held-out sets of the data, separated by commas. beside: work
+    directory of another finished recipe, whose last model the report sets beside this one's."""
 
     beir: str = ""
+    beside: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """teacher (also mine.teacher): a model folder, hf://OWNER/NAME, sentence-transformers:NAME,
-    wheel://multilingual-e5-small, or a stage that is trained before ("stage1", "stage2")."""
+    wheel://multilingual-e5-small, or a stage that is trained before ("stage1", "stage2"). Stages
+    whose loss learns from a teacher's vectors get those of the step that made their pairs. stage4:
+    from the merged model, or stage 3, on the pairs of stage 3; without a config there is none."""
 
     data_dir: str = "runs/data"  # prepared data, shared by runs
     wheels_dir: str = ""  # folder with the pinned wheels, where there is no network
@@ -99,6 +120,8 @@ class Recipe:
     stage2: Stage = dataclasses.field(default_factory=Stage)
     mine: Mine = dataclasses.field(default_factory=Mine)
     stage3: Stage = dataclasses.field(default_factory=Stage)
+    merge: Merge = dataclasses.field(default_factory=Merge)
+    stage4: Stage = dataclasses.field(default_factory=Stage)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
 
     def __post_init__(self):
@@ -108,7 +131,8 @@ class Recipe:
         ):
             _check_teacher(key, name, stages)
         for name in STAGES:
-            if not getattr(self, name).config:
+            stage = getattr(self, name)
+            if not stage.config and (name != "stage4" or stage.set):
                 raise UserError(f"{name}.config is empty: give a config file of launch/train.py")
 
     @property
@@ -130,7 +154,8 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
     """(flags of launch/train.py, the config that they mean) of a stage.
 
     Args:
-      given: what the recipe decides, "data.pairs" -> value; see `GIVEN`.
+      given: what the recipe decides, "data.pairs" -> value; see `GIVEN`. "data.teacher" is left out
+        where the stage learns from no vectors.
       root: config files that are not absolute lie below it.
 
     Raises:
@@ -142,7 +167,8 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
     spec = f"{file if file.is_absolute() else root / file}{colon}{variant}"
     where = f"--config.{name}.set."
     try:
-        known = config_files.defaults(config_files.read_config_file(RUN_CONFIGS, spec)[0])
+        cls, stated = config_files.read_config_file(RUN_CONFIGS, spec)
+        known = config_files.defaults(cls)
         changed = dict(_leaves(stage.set, known))
         for key, value in changed.items():
             if key in GIVEN[name]:
@@ -150,12 +176,22 @@ def training_run(name: str, stage: Stage, given: dict, root: pathlib.Path) -> tu
             if value == "":
                 what = WANTED.get(key, "a value")
                 raise UserError(f"{where}{key}=... is to be given: {what}")
+        if not ("data.teacher" in given and _reads_teacher(stated, changed)):
+            given = {key: value for key, value in given.items() if key != "data.teacher"}
         overrides = _texts(changed | given)
         config = config_files.load(RUN_CONFIGS, spec, overrides)
     except UserError as error:
         raise UserError(f"{name} ({stage.config}): {error}") from None
     flags = [f"--config.{key}={text}" for key, text in overrides.items()]
     return [f"--config={spec}", *flags], config
+
+
+def _reads_teacher(stated: dict, changed: dict) -> bool:
+    """Whether the loss of a stage learns from a teacher's vectors."""
+    prefix = "loss.distillation."
+    distillation = dict(dict(stated.get("loss", {})).get("distillation", {}))
+    distillation |= {k[len(prefix) :]: v for k, v in changed.items() if k.startswith(prefix)}
+    return config_files.build(DistillationConfig, distillation, "loss.distillation").reads_vectors
 
 
 def _leaves(section, known, prefix: str = ""):

@@ -8,18 +8,30 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_embed_jax import storage
 from moe_embed_jax.evaluation.model_scores import BM25
-from moe_embed_jax.recipe.config import STAGES
+from moe_embed_jax.recipe.config import MERGED
 from moe_embed_jax.recipe.facts import Facts
 
-COLOURS = {BM25: "0.7", "stage1": "C7", "stage2": "C0", "stage3": "C2"}
+COLOURS = {
+    BM25: "0.7",
+    "stage1": "C7",
+    "stage2": "C0",
+    "stage3": "C2",
+    MERGED: "C1",
+    "stage4": "C3",
+}
 MASKED_TITLE = "masked language modelling"
-TITLES = {"stage1": MASKED_TITLE, "stage2": "contrastive", "stage3": "fine-tuning"}
+TITLES = {
+    "stage1": MASKED_TITLE,
+    "stage2": "contrastive",
+    "stage3": "fine-tuning",
+    "stage4": "further",
+}
 
 
 def draw(path: pathlib.Path, facts: Facts) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
-    grid = figure.add_gridspec(2, 3)
-    for column, name in enumerate(STAGES):
+    grid = figure.add_gridspec(2, len(facts.stages))
+    for column, name in enumerate(facts.stages):
         axes = figure.add_subplot(grid[0, column])
         loss_S = facts.stages[name].loss_S
         step_S = np.arange(1, len(loss_S) + 1)
@@ -50,15 +62,19 @@ def _draw_pairs(axes, facts: Facts) -> None:
 
 
 def _draw_scores(axes, facts: Facts) -> None:
-    models = [BM25, *STAGES]
-    rows = [(name, dim) for dim, sets in facts.scores[STAGES[-1]].items() for name in sets]
+    models = [BM25, *facts.models]
+    of_last = facts.scores[facts.models[-1]]
+    exact = [dim for dim in of_last if " " not in dim]  # not those of compressed indexes
+    rows = [(name, dim) for dim in exact for name in of_last[dim]]
     rows.sort(key=lambda row: row[0])
     place = np.arange(len(rows))
     for i, model in enumerate(models):
         values = [facts.ndcg(model, dim, name) for name, dim in rows]
         height = [np.nan if value is None else value for value in values]
-        label = "BM25" if model == BM25 else f"stage {model[-1]}"
-        axes.bar(place + 0.2 * (i - 1.5), height, 0.19, label=label, color=COLOURS[model])
+        label = {BM25: "BM25", MERGED: MERGED}.get(model, f"stage {model[-1]}")
+        bar = 0.8 / len(models)
+        left = place + bar * (i - (len(models) - 1) / 2)
+        axes.bar(left, height, 0.95 * bar, label=label, color=COLOURS[model])
     axes.set_xticks(place, [f"{name}\n{dim} dimensions" for name, dim in rows])
     axes.set(title="Evaluation: nDCG@10, means over languages", ylim=(0, 1))
     axes.legend(fontsize=8, ncols=4)

@@ -3,21 +3,25 @@
 import pathlib
 
 from moe_embed_jax.data.text_files import written_whole
+from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.markdown_table import markdown_table
 from moe_embed_jax.recipe import picture
-from moe_embed_jax.recipe.config import STAGES
+from moe_embed_jax.recipe.config import MERGED, STAGES
 from moe_embed_jax.recipe.facts import TRAINED, Facts, Training, collect
 from moe_embed_jax.recipe.steps import Step
 from moe_embed_jax.recipe.view import duration
 
 MARKDOWN_FILE, PICTURE_FILE = "report.md", "report.png"
-TITLES = {BM25: "BM25", "stage1": "stage 1", "stage2": "stage 2", "stage3": "stage 3"}
+TITLES = {BM25: "BM25", MERGED: MERGED} | {name: f"stage {name[-1]}" for name in STAGES}
 
 
-def write_report(steps: list[Step], workdir: pathlib.Path) -> str:
-    """Writes report.md and report.png of a finished recipe; returns the table of evaluations."""
-    facts = collect(steps, workdir)
+def write_report(steps: list[Step], workdir: pathlib.Path, beside: str = "") -> str:
+    """Writes report.md and report.png of a finished recipe; returns the table of evaluations.
+
+    beside: work directory of another finished recipe, to compare the last models.
+    """
+    facts = collect(steps, workdir, beside)
     picture.draw(workdir / PICTURE_FILE, facts)
     with written_whole(workdir / MARKDOWN_FILE) as file:
         file.write(markdown(facts, workdir).encode())
@@ -41,7 +45,10 @@ def markdown(facts: Facts, workdir: pathlib.Path) -> str:
     ]
     if facts.filtered:
         parts += ["## Pairs kept by the filter", _filter_table(facts.filtered)]
-    parts += ["## Evaluation", _evaluation(facts), "## Use", _use(workdir)]
+    parts += ["## Evaluation", _evaluation(facts)]
+    if facts.beside and facts.scores:
+        parts += [f"## Beside {facts.beside[0]}", _beside(facts)]
+    parts += ["## Use", _use(workdir, facts.models[-1])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -67,6 +74,8 @@ def _outcome(name: str, facts: Facts) -> str:
             columns = " -> ".join(f"{value:,.1f}" for value in stage.perplexity.values())
             return f"{loss}, pseudo-perplexity {columns}"
         return loss
+    if name == "merge":
+        return f"checkpoints {', '.join(f'{step:,}' for step in facts.merged)} of stage 3 as one"
     if name == "evaluate":
         return f"{len(facts.scores) - 1} models and BM25"
     if name == "export":
@@ -110,28 +119,45 @@ def evaluation_table(facts: Facts) -> str:
     """Sets x dimensions by models; empty without evaluations."""
     if not facts.scores:
         return ""
-    models = [BM25, *STAGES]
+    models = [BM25, *facts.models]
     rows = []
-    for dim, sets in facts.scores[STAGES[-1]].items():
+    for dim, sets in facts.scores[facts.models[-1]].items():
         for name, metrics in sets.items():
             values = [facts.ndcg(model, dim, name) for model in models]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             rows.append([name, str(metrics["languages"]), dim, *cells])
     rows.sort(key=lambda row: row[0])  # stable: the widths of a set stay in their order
     head = ["set", "languages", "dimensions", *(TITLES[model] for model in models)]
-    return markdown_table(head, rows, "lrrrrrr")
+    return markdown_table(head, rows, "lrr" + "r" * len(models))
 
 
-def _use(workdir: pathlib.Path) -> str:
+def _beside(facts: Facts) -> str:
+    """The last model against another recipe's, where both have the set and the width."""
+    model, (_, others) = facts.models[-1], facts.beside
+    rows = []
+    for dim, sets in facts.scores[model].items():
+        for name in sets:
+            if other := others.get(dim, {}).get(name):
+                ours, theirs = facts.ndcg(model, dim, name), other[HeldOutRetrieval.metric.key]
+                rows.append([name, dim, f"{theirs:.3f}", f"{ours:.3f}", f"{ours - theirs:+.3f}"])
+    if not rows:
+        return "No set was evaluated at equal dimensions by both."
+    rows.sort(key=lambda row: row[0])
+    head = ["set", "dimensions", "that one", f"this {TITLES[model]}", "difference"]
+    return markdown_table(head, rows, "lrrrr") + "\n\nOne run of each, without a second seed."
+
+
+def _use(workdir: pathlib.Path, model: str) -> str:
+    model = workdir / model
     return f"""```
-python launch/embed.py --model={workdir}/stage3 --input=texts.jsonl --prompt=document --output=x.npy
-python launch/evaluate.py --model={workdir}/stage3 --dataset=BEIR_FOLDER --output=results.json
+python launch/embed.py --model={model} --input=texts.jsonl --prompt=document --output=x.npy
+python launch/evaluate.py --model={model} --dataset=BEIR_FOLDER --output=results.json
 ```
 
 ```python
 from moe_embed_jax import Embedder
 
-embedder = Embedder.load("{workdir}/stage3")
+embedder = Embedder.load("{model}")
 queries = embedder.encode(["..."], prompt="query")
 documents = embedder.encode(["..."], prompt="document")
 ```

@@ -8,10 +8,12 @@ import sys
 
 from moe_embed_jax import storage
 from moe_embed_jax.config import RUN_CONFIG
+from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.pairs.manifest import MANIFEST
-from moe_embed_jax.recipe.config import STAGES, WHEEL_TEACHER, Recipe, training_run
+from moe_embed_jax.recipe.config import MERGED, STAGES, WHEEL_TEACHER, Recipe, training_run
 from moe_embed_jax.training.finished import RESULTS_FILE
+from moe_embed_jax.training.run_config import Run
 from moe_embed_jax.training.workdir import identity
 
 WORKDIR = pathlib.PurePath("WORKDIR")  # in records, so that a work directory may be moved
@@ -57,14 +59,24 @@ def make_steps(
     if recipe.needs_wheel:
         steps.append(make.teacher())
     steps.append(make.filter())
-    source = {"init.source": workdir / "stage1", "data.pairs": workdir / "filtered"}
-    steps.append(make.train("stage2", source, ("stage1", "filter")))
+    steps.append(make.train("stage2", make.source("stage1", "filtered"), ("stage1", "filter")))
     steps.append(make.mine())
-    source = {"init.source": workdir / "stage2", "data.pairs": workdir / "mined"}
-    steps.append(make.train("stage3", source, ("stage2", "mine")))
-    if evaluation := make.evaluate():
+    steps.append(make.train("stage3", make.source("stage2", "mined"), ("stage2", "mine")))
+    if recipe.merge.checkpoints:
+        steps.append(make.merge())
+    if recipe.stage4.config:
+        before = steps[-1].name
+        source = make.source(MERGED if before == "merge" else before, "mined")
+        steps.append(make.train("stage4", source, (before, "mine")))
+    if evaluation := make.evaluate(steps):
         steps.append(evaluation)
-    return [*steps, make.export()]
+    return [*steps, make.export(steps)]
+
+
+def models_of(steps: list[Step]) -> dict[str, str]:
+    """{folder of a model: the step that makes it}, in their order; the last one is the result."""
+    names = {name: name for name in STAGES} | {"merge": MERGED}
+    return {names[step.name]: step.name for step in steps if step.name in names}
 
 
 class _Maker:
@@ -73,7 +85,18 @@ class _Maker:
         self.workdir = workdir
         self.launchers = launchers
         self.root = root
-        self.dims: list[str] = []  # Matryoshka, of stage 3
+        self.dims: list[str] = []  # Matryoshka, of the last stage
+        self.forms: list[str] = []  # of indexes that the last stage was trained for
+        self.configs: dict[str, Run] = {}  # of the stages
+
+    def source(self, model: str, pairs: str) -> dict:
+        """Where a stage finds its model, its pairs, and the vectors of the teacher of these."""
+        work = self.workdir
+        return {
+            "init.source": work / model,
+            "data.pairs": work / pairs,
+            "data.teacher": work / f"{pairs}.work",
+        }
 
     def prepare(self) -> Step:
         config, output = self.recipe.prepare, self.workdir / "pairs"
@@ -100,8 +123,11 @@ class _Maker:
         flags, config = training_run(name, getattr(self.recipe, name), given, self.root)
         folder = self.workdir / name
         argv = (*self._launch("train.py", {}), *flags, f"--workdir={folder}")
-        if name == "stage3":
+        self.configs[name] = config
+        if name in STAGES[2:]:
             self.dims = sorted(config.loss.dims or {}, key=int, reverse=True)
+            is_trained = config.loss.quantisation is not None
+            self.forms = [form for form, _ in config.loss.forms()] if is_trained else []
         arguments = identity(config)
         return self._step(name, folder, [(argv, folder / RESULTS_FILE)], needs, arguments)
 
@@ -133,7 +159,27 @@ class _Maker:
         needs = needs if pairs else ("filter", *needs)
         return self._step("mine", output, [(argv, output / MANIFEST)], needs, flags)
 
-    def evaluate(self) -> Step | None:
+    def merge(self) -> Step:
+        rule, config = self.recipe.merge, self.configs["stage3"]
+        every = config.checkpoint_every
+        saved = sorted({*range(every, config.steps + 1, every), config.steps})
+        saved = saved[-config.keep_checkpoints :]
+        if len(saved) < rule.checkpoints:
+            raise UserError(
+                f"merge.checkpoints={rule.checkpoints}: stage3 keeps {len(saved)} (steps="
+                f"{config.steps}, checkpoint_every={every}, keep_checkpoints="
+                f"{config.keep_checkpoints}): change one of them with --config.stage3.set"
+            )
+        saved, model = saved[-rule.checkpoints :], self.workdir / "stage3"
+        target = self.workdir / MERGED
+        sources = [f"--source={model}@{step}" for step in saved]
+        script = str(self.launchers / "convert.py")
+        flags = _flags({"target": target, "method": rule.method})
+        argv = (sys.executable, script, "merge", *sources, *flags)
+        arguments = {"model": model, "steps": saved, "method": rule.method}
+        return self._step("merge", target, [(argv, target / RUN_CONFIG)], ("stage3",), arguments)
+
+    def evaluate(self, steps: list[Step]) -> Step | None:
         """None where there is nothing to evaluate on."""
         data, beir = storage.path(self.recipe.data_dir), self.recipe.evaluate.beir
         heldout = bool(self.recipe.prepare.mixture) or (data / "retrieval").is_dir()
@@ -141,23 +187,27 @@ class _Maker:
             return None
         sets = {**({"heldout": data} if heldout else {}), **({"dataset": beir} if beir else {})}
         folder = self.workdir / "evaluation"
-        widths = {"dim": ",".join(self.dims)} if self.dims else {}
+        how = {"dim": ",".join(self.dims)} if self.dims else {}
+        if self.forms:
+            how["index"] = ",".join(self.forms)
         commands = []
-        for model in (BM25, *STAGES):
+        models = models_of(steps)
+        for model in (BM25, *models):
             output = folder / f"{model}.json"
             place = model if model == BM25 else self.workdir / model
-            more = {} if model == BM25 else widths
+            more = {} if model == BM25 else how
             flags = {"model": place, "output": output, **sets, **more}
             commands.append((self._launch("evaluate.py", flags), output))
-        arguments = {"heldout": heldout, "dataset": beir, **widths}
-        return self._step("evaluate", folder, commands, STAGES, arguments)
+        arguments = {"heldout": heldout, "dataset": beir, **how}
+        return self._step("evaluate", folder, commands, (*models.values(),), arguments)
 
-    def export(self) -> Step:
+    def export(self, steps: list[Step]) -> Step:
         target = self.workdir / "export"
-        flags = {"source": self.workdir / "stage3", "target": target}
+        model, step = [*models_of(steps).items()][-1]
+        flags = {"source": self.workdir / model, "target": target}
         script = str(self.launchers / "convert.py")
         argv = (sys.executable, script, "export", *_flags(flags))
-        return self._step("export", target, [(argv, target / RUN_CONFIG)], ("stage3",), flags)
+        return self._step("export", target, [(argv, target / RUN_CONFIG)], (step,), flags)
 
     def _teacher(self, name: str) -> tuple[str, tuple[str, ...]]:
         """(what launch/filter.py calls it, the step that makes it if any)."""

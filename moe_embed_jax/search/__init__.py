@@ -3,6 +3,7 @@
 from moe_embed_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")  # of vectors on disk
+FLOAT32, INT8, BINARY = FORMS = ("float32", "int8", "binary")  # of vectors in an index
 
 
 def check_dtype(dtype: str) -> str:

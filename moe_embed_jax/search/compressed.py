@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_embed_jax.search import knn
+from moe_embed_jax.search import BINARY, INT8, knn
 from moe_embed_jax.search.knn import Documents, pad_rows
 from moe_embed_jax.search.selection import Best, empty_top_k, masked, merge
 
@@ -245,6 +245,16 @@ def rescored_top_k(
         score_Bm[rows] = rescorer.scores(query_BD[rows], index_Bm[rows])
     order_Bk = np.argsort(-score_Bm, axis=1, kind="stable")[:, :wanted]
     return np.take_along_axis(score_Bm, order_Bk, 1), np.take_along_axis(index_Bm, order_Bk, 1)
+
+
+def search_as(form: str, query_BD: np.ndarray, document_ND: np.ndarray, k: int, mesh=None):
+    """(score_Bk, index_Bk) of an index of this form, of `search.FORMS`. binary: found by Hamming
+    distance, ranked again by the bits."""
+    if form == INT8:
+        return Int8Vectors.compress(document_ND).top_k(query_BD, k, mesh)
+    if form == BINARY:
+        return rescored_top_k(query_BD, BinaryVectors.compress(document_ND), k)
+    return knn.top_k(query_BD, document_ND, k, mesh)
 
 
 @jax.jit

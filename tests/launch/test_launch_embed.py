@@ -303,6 +303,15 @@ def test_evaluates_held_out_sets_at_several_widths(launch, tmp_path, capsys):
     assert json.loads((tmp_path / "r.json").read_text())["translations/de"] == pytest.approx(
         narrow["translations/de"]
     )
+    # In compressed indexes too, under names of their own; 2 bits tell 4 documents apart at most.
+    assert launch("evaluate", *flags, "--dim=64,2", "--index=float32,int8,binary") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [*found] == ["64", "64 int8", "64 binary", "2", "2 int8", "2 binary"]
+    assert found["64"]["translations/de"] == pytest.approx(wide["translations/de"])
+    assert found["64 int8"]["translations/de"]["ndcg_at_10"] == 1.0
+    assert found["2 binary"] != found["2"]
+    assert launch("evaluate", *flags, "--index=int8") == 0
+    assert json.loads((tmp_path / "r.json").read_text())["translations/de"]["ndcg_at_10"] == 1.0
     assert launch("evaluate", "--model=bm25", "--heldout=data", "--output=r.json") == 0
     assert json.loads((tmp_path / "r.json").read_text())["translations/fr"]["ndcg_at_10"] > 0.9
 
@@ -351,6 +360,8 @@ def test_a_held_out_set_does_not_vanish(launch, tmp_path, capsys):
         (["--dataset=,"], "error: no folder of a retrieval set was named"),
         (["--heldout=gone"], "error: gone/retrieval holds no held-out sets"),
         (["--dataset=set", "--dim=a"], "error: --dim=a must be a number, or several with commas"),
+        (["--dataset=set", "--index=int4"], "error: --index=int4: 'int4' is not one of float32"),
+        (["--suite=s.py", "--index=int8"], "error: --index is of --dataset and --heldout; a suite"),
         (["--dataset=set", "--output=model"], "error: --output=model is a folder"),
         (["--dataset=set", "--model=none"], "error: model folder none does not exist"),
     ],

@@ -258,7 +258,8 @@ def test_two_recipes_do_not_work_in_one_place(tmp_path):
 
 @pytest.fixture(scope="module")
 def smoke(data_dir, tmp_path_factory):
-    """run() -> the finished process of the smoke variant on synthetic pairs; its work directory."""
+    """run() -> the finished process of the modern chain on synthetic pairs; its work directory. The
+    paper's has the same steps but two."""
     folder = tmp_path_factory.mktemp("recipe")
     sources = []
     for task in ("translations", "descriptions"):
@@ -271,7 +272,7 @@ def smoke(data_dir, tmp_path_factory):
         sources.append({"name": task, "format": "pairs", "path": path})
     (folder / "sources.json").write_text(json.dumps(sources))
     flags = [
-        f"--config={ROOT}/configs/recipe.py:smoke",
+        f"--config={ROOT}/configs/recipe.py:modern_smoke",
         f"--workdir={folder / 'run'}",
         f"--config.data_dir={data_dir}",
         "--config.prepare.mixture=''",
@@ -284,9 +285,10 @@ def smoke(data_dir, tmp_path_factory):
         "--config.stage2.set.data.chunk_rows=0",
         "--config.stage2.set.model.remat_rows=0",
         "--config.stage3.set.model.remat_rows=0",
+        "--config.stage4.set.model.remat_rows=0",
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
-    # A chain of eleven processes: 600 s are too few where others share the processors.
+    # A chain of 15 processes: 600 s are too few where others share the processors.
     return (lambda *more: run_forked([*arguments, *more], timeout=1500)), folder / "run"
 
 
@@ -296,7 +298,8 @@ def test_the_whole_chain(smoke):
     run_recipe, workdir = smoke
     result = run_recipe()
     assert result.returncode == 0, result.stdout + result.stderr
-    names = ["prepare", "stage1", "filter", "stage2", "mine", "stage3", "evaluate", "export"]
+    names = ["prepare", "stage1", "filter", "stage2", "mine", "stage3", "merge", "stage4"]
+    names += ["evaluate", "export"]
     states = [line.split()[:2] for line in result.stdout.splitlines()]
     assert [name for name, *state in states if state == ["done"]] == names
 
@@ -315,14 +318,34 @@ def test_the_whole_chain(smoke):
     results = json.loads((workdir / "stage1/results.json").read_text())
     before, after = (geometric_mean(results[name].values()) for name in ("untrained", "trained"))
     assert f"pseudo-perplexity {before:,.1f} -> {after:,.1f}" in report
-    evaluation = json.loads((workdir / "evaluation/stage3.json").read_text())
-    assert [*evaluation] == ["32", "16"]
+    assert "| merge | " in report and "checkpoints 1, 2 of stage 3 as one" in report
+    evaluation = json.loads((workdir / "evaluation/stage4.json").read_text())
+    forms = ("", " int8", " binary")
+    assert [*evaluation] == [f"{dim}{form}" for dim in (32, 16) for form in forms]
+    assert any(line.startswith("| translations | 3 | 16 binary |") for line in report.splitlines())
     of_set = [v["ndcg_at_10"] for k, v in evaluation["16"].items() if k.startswith("translations")]
     row = next(line for line in report.splitlines() if line.startswith("| translations | 3 | 16 |"))
     assert row.split("|")[-2].strip() == f"{sum(of_set) / 3:.3f}"
     bm25 = json.loads((workdir / "evaluation/bm25.json").read_text())
     values = [v["ndcg_at_10"] for k, v in bm25.items() if k.startswith("translations")]
     assert row.split("|")[4].strip() == f"{sum(values) / 3:.3f}"
+
+    # What the modern chain adds was trained, and the merged model is between its two.
+    metrics = [
+        json.loads((workdir / f"stage{i}/metrics.jsonl").read_text().splitlines()[-1])
+        for i in (2, 3, 4)
+    ]
+    assert 0 < metrics[0]["distillation_vectors"] < 2
+    assert metrics[1]["distillation_scores"] > 0 and "loss_at_16_binary" not in metrics[1]
+    assert metrics[2]["loss_at_16_binary"] > 0
+    origin = json.loads((workdir / "merged/config.json").read_text())["origin"]
+    assert origin.startswith("average of ") and "stage3@1" in origin and "stage3@2" in origin
+
+    # Beside another recipe, here itself, the report has one more table.
+    beside = run_recipe(f"--config.evaluate.beside={workdir}")
+    assert beside.returncode == 0, beside.stderr
+    compared = (workdir / "report.md").read_text()
+    assert f"## Beside {workdir}/stage4" in compared and "| +0.000 |" in compared
 
     # Once more: nothing is left to do, and the numbers are the same.
     result = run_recipe()

@@ -38,9 +38,52 @@ def test_small_is_a_chain_of_all_steps():
         }
 
 
+GIVEN = {"prepare__sources": "s.json", "stage1__set__data__texts": "runs/texts"}
+
+
+def test_modern_is_the_papers_chain_with_more():
+    of_modern, of_paper = table(load("modern", **GIVEN)), table(load("paper", **GIVEN))
+    assert [name for name in of_modern if name not in of_paper] == ["merge", "stage4"]
+    for name in ("prepare", "stage1", "filter", "mine"):
+        assert of_modern[name] == of_paper[name]
+    stage2, stage3, stage4 = (of_modern[f"stage{i}"].arguments for i in (2, 3, 4))
+    assert stage2["loss"]["distillation"]["vectors"] == 10
+    assert "--config.data.teacher=runs/r/filtered.work" in of_modern["stage2"].commands[0].argv
+    assert stage3["loss"]["distillation"]["scores"] == 1 and stage3["loss"]["quantisation"] is None
+    argv = " ".join(of_modern["stage3"].commands[0].argv)
+    assert "data.teacher" not in argv  # it learns scores, which the pairs have
+    for name in ("stage3", "stage4"):
+        assert "--config.data.pairs=runs/r/mined" in of_modern[name].commands[0].argv
+    merge = of_modern["merge"]
+    assert merge.arguments == {
+        "model": "WORKDIR/stage3",
+        "steps": [3500, 4000, 4022],
+        "method": "average",
+    }
+    assert "--source=runs/r/stage3@4022" in merge.commands[0].argv and merge.needs == ("stage3",)
+    assert of_modern["stage4"].needs == ("merge", "mine")
+    assert stage4["init"]["source"] == "WORKDIR/merged"
+    assert stage4["loss"]["quantisation"] == {"float32": 1.0, "int8": 1.0, "binary": 1.0}
+    assert stage4["loss"]["dims"] == stage3["loss"]["dims"] == {"768": 1.0, "256": 1.0}
+    assert stage4["loss"]["distillation"] == stage3["loss"]["distillation"]
+    small = table(load("modern_small"))
+    models = ["stage1", "stage2", "stage3", "merged", "stage4"]
+    assert [*steps.models_of(small.values())] == models
+    outputs = [command.output.stem for command in small["evaluate"].commands]
+    assert outputs == ["bm25", *models] and small["evaluate"].needs[-2:] == ("merge", "stage4")
+    assert small["evaluate"].arguments["dim"] == "128,32"
+    assert small["evaluate"].arguments["index"] == "float32,int8,binary"
+    assert "index" not in table(load("small"))["evaluate"].arguments
+    assert small["export"].needs == ("stage4",) and small["mine"].needs == ("filter", "teacher")
+    assert small["merge"].arguments["steps"] == [90, 105, 120]
+    without = table(load("modern_small", merge__checkpoints="0"))
+    assert "merge" not in without and without["stage4"].needs == ("stage3", "mine")
+    assert without["stage4"].arguments["init"]["source"] == "WORKDIR/stage3"
+
+
 def test_the_papers_rules():
-    given = {"prepare__sources": "s.json", "stage1__set__data__texts": "runs/texts"}
-    of_paper = table(load("", **given))
+    of_paper = table(load("", **GIVEN))
+    assert of_paper == table(load("paper", **GIVEN))
     assert "teacher" not in of_paper  # from the hub
     arguments = of_paper["filter"].arguments
     assert arguments["teacher"] == "hf://intfloat/multilingual-e5-small"
@@ -75,7 +118,12 @@ def test_fields_of_the_stages_can_be_changed():
         ("small", {"stage2__config": "configs/no.py"}, "stage2 .*no.py does not exist"),
         ("small", {"teacher": "nowhere"}, "teacher='nowhere' is no model folder"),
         ("small", {"teacher": "stage2"}, "teacher='stage2' is no model folder"),
-        ("large", {}, "unknown variant 'large' of configs/recipe.py"),
+        ("large", {}, "unknown variant 'large' of configs/recipe.py; there are: paper, small"),
+        ("small", {"merge__checkpoints": "1"}, "merge.checkpoints=1 must be 0"),
+        ("small", {"merge__checkpoints": "4"}, "merge.checkpoints=4: stage3 keeps 3 .steps=120"),
+        ("modern_small", {"merge__method": "slerp"}, "slerp merges two models, not 3"),
+        ("small", {"stage4__set__steps": "3"}, "stage4.config is empty: give a config file"),
+        ("small", {"stage3__set__data__teacher": "x"}, "stage3.set.data.teacher: the recipe dec"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(variant, changes, message):
