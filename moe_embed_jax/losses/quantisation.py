@@ -25,9 +25,10 @@ def as_stored(form: str, query_BD, document_BMD, valid_BM) -> tuple[jax.Array, j
 
     int8: `Int8Vectors`, searched with queries in float32. binary: `BinaryVectors.scores`, which
     ranks what was found by Hamming distance: the query less the thresholds, with the signs of a
-    document over the root of D, their length. The query keeps its length. Divided by it, vectors
-    that hardly differ would score as well as others, and all may end as one: with the smaller
-    differences the gradient of a cosine grows, and that of the other forms does not.
+    document. The signs have one factor, the mean distance of all components from their thresholds
+    (XNOR-Net, arXiv 1603.05279, equation 6), which changes no order. So scores and gradients are as
+    large as those of float32. As cosines of what is above the thresholds they would be large also
+    where vectors hardly differ, and their gradients would outweigh those of the other forms.
     """
     there_BM1 = valid_BM[..., None]
     if form == INT8:
@@ -36,8 +37,9 @@ def as_stored(form: str, query_BD, document_BMD, valid_BM) -> tuple[jax.Array, j
         return query_BD, _straight_through(value_BMD * scale_D, document_BMD)
     if form == BINARY:
         threshold_D = binary_threshold(document_BMD, valid_BM)
-        sign_BMD = jnp.where(document_BMD > threshold_D, 1.0, -1.0) / document_BMD.shape[-1] ** 0.5
-        stored_BMD = _straight_through(sign_BMD, document_BMD)
+        sign_BMD = jnp.where(document_BMD > threshold_D, 1.0, -1.0)
+        factor = sign_factor(document_BMD, threshold_D, valid_BM)
+        stored_BMD = _straight_through(factor * sign_BMD, document_BMD)
         return query_BD - threshold_D, jnp.where(there_BM1, stored_BMD, 0.0)
     return query_BD, document_BMD
 
@@ -53,6 +55,13 @@ def binary_threshold(document_BMD, valid_BM):
     """threshold_D: the mean of each dimension over all documents that are there."""
     sum_D = jnp.sum(document_BMD, axis=(0, 1))
     return jax.lax.stop_gradient(sum_D / jnp.sum(valid_BM))
+
+
+def sign_factor(document_BMD, threshold_D, valid_BM):
+    """Scalar: the mean of |component - threshold| over all documents that are there."""
+    away_BMD = jnp.where(valid_BM[..., None], jnp.abs(document_BMD - threshold_D), 0.0)
+    count = jnp.sum(valid_BM) * document_BMD.shape[-1]
+    return jax.lax.stop_gradient(jnp.sum(away_BMD) / count)
 
 
 def _straight_through(value, x):

@@ -57,11 +57,12 @@ def test_vectors_and_scores_are_those_of_a_compressed_index(width):
     index = BinaryVectors.compress(documents_ND)
     threshold_D = jax.jit(binary_threshold)(d_BMD, valid_BM)
     np.testing.assert_allclose(threshold_D, index.threshold_D, atol=1e-7)
-    signs_ND = np.asarray(stored_BMD)[valid_BM] * np.sqrt(width)
-    np.testing.assert_allclose(signs_ND, index.signs(slice(None)), rtol=1e-6)
+    factor = np.abs(documents_ND - index.threshold_D).mean()
+    signs_ND = np.asarray(stored_BMD)[valid_BM] / factor
+    np.testing.assert_allclose(signs_ND, index.signs(slice(None)), rtol=1e-5)
     served_BN = index.scores(np.asarray(q_BD), every_BN)
     scores_BN = query @ np.asarray(stored_BMD)[valid_BM].T
-    np.testing.assert_allclose(scores_BN, served_BN / np.sqrt(width), atol=1e-6)
+    np.testing.assert_allclose(scores_BN, served_BN * factor, rtol=1e-5, atol=1e-6)
 
 
 def test_forms_are_those_of_indexes():

@@ -110,7 +110,7 @@ def stored(form, q, d, valid):
         return q, np.rint(value) * scale, np.abs(np.abs(value) % 1 - 0.5).min()
     if form == "binary":
         threshold = d[valid].mean(axis=0)
-        sign = np.where(d > threshold, 1, -1) / d.shape[-1] ** 0.5
+        sign = np.where(d > threshold, 1, -1) * np.abs(d[valid] - threshold).mean()
         return q - threshold, sign, np.abs(d - threshold)[valid].min()
     return q, d, 1.0
 

@@ -218,6 +218,13 @@ FAULTS = (
         "losses/test_quantisation.py -k compressed_index",
     ),
     Fault(
+        "factor-of-the-signs-counts-empty-slots",
+        "losses/quantisation.py",
+        "count = jnp.sum(valid_BM) * document_BMD.shape[-1]",
+        "count = document_BMD.size",
+        "losses/test_quantisation.py -k compressed_index",
+    ),
+    Fault(
         "thresholds-count-empty-slots",
         "losses/quantisation.py",
         "sum_D / jnp.sum(valid_BM)",
