@@ -97,7 +97,7 @@ def _call(kernel, qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, further, heads, int
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit_bytes()
         ),
         interpret=interpret,
-        name="attention_backward" if further else "attention",
+        name="fused_attention_backward" if further else "fused_attention",
     )(*inputs)
 
 
