@@ -7,6 +7,7 @@ All tables of key rules are written against this form, so they know nothing of g
 from collections.abc import Iterable, Iterator
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from moe_embed_jax.models.encoder import EncoderConfig, abstract_params
@@ -57,7 +58,7 @@ def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]])
     """The parameter tree (NumPy) from (path by layer, array) pairs, each path once.
 
     Reads the pairs one by one, so an iterator that loads them needs no second copy of the model.
-    Arrays may be `Int8Weight`s of arrays, which stay so.
+    Arrays may be `Int8Weight`s of arrays or bfloat16, which stay so.
 
     Raises:
       ValueError: a path that the architecture lacks, comes twice, is missing, or has another shape.
@@ -91,5 +92,6 @@ def from_layers(config: EncoderConfig, arrays: Iterable[tuple[str, np.ndarray]])
 
 
 def _dtype(array: np.ndarray) -> np.dtype:
-    """Of parameters: float32, or int8 as it comes."""
-    return array.dtype if array.dtype == np.int8 else np.dtype(np.float32)
+    """Of parameters: float32, or int8 and bfloat16 as they come."""
+    kept = array.dtype in (np.int8, ml_dtypes.bfloat16)
+    return array.dtype if kept else np.dtype(np.float32)

@@ -75,6 +75,11 @@ def test_embeddings_are_near_those_of_float32(embedder, folder, tmp_path):
     assert (units[0] * units[1]).sum(axis=1).min() > 0.9999
     assert np.abs(units[0] - units[1]).max() > 1e-5
     np.testing.assert_array_equal(units[1], units[2])
+    kept, of_exported = (
+        {(leaf.dtype, leaf.shape) for leaf in jax.tree.leaves(each.params)}
+        for each in (embedder, exported)
+    )
+    assert kept == of_exported
     assert float32.identity(None) != embedder.identity(None)
 
 
