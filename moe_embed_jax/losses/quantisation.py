@@ -58,7 +58,7 @@ def binary_threshold(document_BMD, valid_BM):
 
 
 def sign_factor(document_BMD, threshold_D, valid_BM):
-    """Scalar: the mean of |component - threshold| over all documents that are there."""
+    """Scalar: the mean of `|component - threshold|` over all documents that are there."""
     away_BMD = jnp.where(valid_BM[..., None], jnp.abs(document_BMD - threshold_D), 0.0)
     count = jnp.sum(valid_BM) * document_BMD.shape[-1]
     return jax.lax.stop_gradient(jnp.sum(away_BMD) / count)
