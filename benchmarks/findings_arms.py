@@ -37,6 +37,7 @@ class Setting:
 
 
 NEVER_STOP = {"health.stop_on_collapse": False}  # a collapsed router is a finding here
+SCRATCH = NEVER_STOP | {"batch_size": 128, "model.num_layers": 4}  # twice the quickstart's layers
 SETTINGS = {
     "scratch": Setting(
         steps=100,
@@ -44,7 +45,7 @@ SETTINGS = {
         sets=SETS,
         languages="ar de en es ru zh",
         every=2,
-        config=NEVER_STOP | {"batch_size": 128},
+        config=SCRATCH,
     ),
     # Long runs on given pairs, whose teacher's vectors lie beside them (--pairs).
     "pairs": Setting(
@@ -53,7 +54,7 @@ SETTINGS = {
         sets=SETS,
         languages="ar de en es ru zh",
         every=2,
-        config=NEVER_STOP | {"batch_size": 128, "data.rates": None},
+        config=SCRATCH | {"data.rates": None},
         evaluations=8,
     ),
     # A few steps of the same training: what matters is whether the losses are equal.
@@ -63,7 +64,7 @@ SETTINGS = {
         sets=("translations/vi",),
         languages="",
         every=1,
-        config=NEVER_STOP | {"batch_size": 128, "optimizer.warmup_steps": 5},
+        config=SCRATCH | {"optimizer.warmup_steps": 5},
     ),
     # multilingual-e5-small trained further, on the shorter texts: 21 M parameters in its layers.
     "upcycled": Setting(
@@ -126,7 +127,7 @@ ARMS = {
             "model.ffn_width": 128,
         },
     ),
-    "top-2": Arm("scratch", "8 experts, top-2, every second layer (the quickstart)", {}),
+    "top-2": Arm("scratch", "8 experts, top-2, every second layer", {}),
     "top-1": Arm("scratch", "8 experts, top-1, every second layer", {"model.experts_per_token": 1}),
     "dense": Arm("scratch", "dense; active parameters of top-1", {"model.moe_every": 0}),
     "dense-wide": Arm(

@@ -132,7 +132,7 @@ class HealthConfig:
 
     stop_on_collapse: bool = setting(True, FREE)
     # Below this spread (0: all tokens to the same experts, 1: all experts equally) a router has
-    # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.37.
+    # collapsed. configs/quickstart.py never has less than 0.99; its first batch alone has 0.41.
     least_spread: float = setting(0.1, FREE)
     # Steps after the warm-up over which loads are averaged. No router is judged before that many
     # steps. Random routers may start narrow (0.27 was seen in an upcycled model).

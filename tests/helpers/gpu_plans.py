@@ -18,7 +18,7 @@ TOPOLOGIES = ("h100:1", "a100:1", "l4:1")
 TARGETS = {"h100:1": "sm_90a", "a100:1": "sm_80", "l4:1": "sm_89"}
 # One layer without experts and one with; all others of these configs are alike.
 STEPS = {
-    "quickstart": ("configs/quickstart.py", {"model.num_layers": "2"}),
+    "quickstart": ("configs/quickstart.py", {}),
     "pretrain": ("configs/pretrain.py", {"model.num_layers": "2", "batch_size": "1024"}),
 }
 gpu_aot = [
