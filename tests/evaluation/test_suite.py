@@ -76,7 +76,7 @@ def launch(monkeypatch, tmp_path):
     write_all(tmp_path)
     (tmp_path / "runs/my model").mkdir(parents=True)
     encoder = StandInTeacher()
-    monkeypatch.setattr(teacher_module, "load_teacher", lambda name, mesh: encoder)
+    monkeypatch.setattr(teacher_module, "load_teacher", lambda name, mesh, weights: encoder)
     sys.path.append(str(ROOT / "launch"))
     import evaluate
 

@@ -34,7 +34,7 @@ class StandIn:
     calls: list = []  # noqa: RUF012
 
     @classmethod
-    def load(cls, folder, mesh=None):
+    def load(cls, folder, mesh, weights):
         cls.calls = []
         stand_in = cls()
         stand_in.mesh = mesh
