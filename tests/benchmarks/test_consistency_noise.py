@@ -52,7 +52,7 @@ def test_scores(benchmark):
 
 
 def test_finds_planted_noise(benchmark, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh, weights: StandInTeacher())
+    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, **_: StandInTeacher())
     with PairWriter(tmp_path / "pairs", {}) as writer:
         for source, language in (("a", "de"), ("a", "en"), ("b", "en")):
             for i in range(60):

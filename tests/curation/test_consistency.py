@@ -224,7 +224,7 @@ def test_kill_9_and_resume(tmp_path):
 
 
 def test_as_a_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh, weights: StandInTeacher())
+    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, **_: StandInTeacher())
     write_pairs(tmp_path / "pairs")
     flags = (f"--pairs={tmp_path}/pairs", f"--teacher={tmp_path}", f"--output={tmp_path}/out")
     assert launch(monkeypatch, "filter", *flags, "--dtype=float16") == 0

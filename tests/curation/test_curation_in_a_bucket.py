@@ -13,7 +13,7 @@ FILES = ("array_record", "npy", "features.json")  # the others name folders
 @pytest.fixture
 def curate(monkeypatch):
     """curate(root) -> the files of what root/pairs becomes."""
-    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh, weights: StandInTeacher())
+    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, **_: StandInTeacher())
 
     def run(root) -> dict[str, bytes]:
         with PairWriter(root / "pairs", {}, rows_per_shard=8) as writer:

@@ -165,7 +165,7 @@ def test_a_unit_has_one_owner(tmp_path, pairs):
 
 @pytest.mark.parametrize("name", ["filter", "mine"])
 def test_as_commands(tmp_path, pairs, monkeypatch, capsys, name):
-    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, mesh, weights: StandInTeacher())
+    monkeypatch.setattr(teacher_module.Embedder, "load", lambda name, **_: StandInTeacher())
 
     def run(output, *flags):
         where = (f"--pairs={tmp_path}/pairs", f"--teacher={tmp_path}", f"--output={output}")
