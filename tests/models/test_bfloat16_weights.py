@@ -1,23 +1,22 @@
 """Embedding with bfloat16 weights on a CPU: what is kept, what is computed, what is chosen."""
 
 import dataclasses
-import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import saved_model
 
 from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax import weights as weights_module
-from moe_embed_jax.checkpoint import Checkpoints
 from moe_embed_jax.conversion import export_model
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.kernels import cpu_products
 from moe_embed_jax.mesh import MeshConfig, make_mesh, single_device_mesh
-from moe_embed_jax.models.encoder import EncoderConfig, init_params
+from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.sharding import is_array, path_of
 from moe_embed_jax.unstacked import Unstacked
 
@@ -25,19 +24,12 @@ MODEL = EncoderConfig(
     vocab_size=512, num_layers=3, width=64, num_heads=2, ffn_width=96, num_experts=4
 )
 IDS = [np.arange(5, 5 + n, dtype=np.int32) for n in (3, 17, 1, 40)]
-MATRICES = ("token", "qkv/kernel", "out/kernel", "up/kernel", "down/kernel", "w_in", "w_out")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    lengths = {"query_length": 64, "document_length": 64}
-    card = {"model": dataclasses.asdict(MODEL), "data": lengths}
-    (folder / "config.json").write_text(json.dumps(card))
-    checkpoints = Checkpoints(folder / "checkpoints")
-    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    checkpoints.save(1, {}, params=params)
-    checkpoints.close()
+    saved_model.write(folder, MODEL, query_length=64, document_length=64)
     return folder
 
 
@@ -57,7 +49,7 @@ def test_matrices_alone_become_bfloat16(embedder, folder):
 
     kept = leaves(embedder.params)
     for path, exact in leaves(float32).items():
-        dtype = jnp.bfloat16 if path.endswith(MATRICES) else jnp.float32
+        dtype = jnp.bfloat16 if path.endswith(saved_model.MATRICES) else jnp.float32
         assert kept[path].dtype == dtype, path
         rounded = jnp.asarray(exact).astype(dtype)
         np.testing.assert_array_equal(jnp.asarray(kept[path]), rounded, err_msg=path)

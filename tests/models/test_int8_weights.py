@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_python
-from helpers import synthetic_data
+from helpers import saved_model, synthetic_data
 from helpers.forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,22 +28,14 @@ MODEL = EncoderConfig(
     vocab_size=512, num_layers=5, width=32, num_heads=2, ffn_width=48, num_experts=4
 )
 TEXTS = ["tanara nobipo", "situno", "", "kapehu rameku jikiki gapehu " * 20, "нет 你好"]
-INT8_PATHS = ("token", "qkv/kernel", "out/kernel", "up/kernel", "down/kernel", "w_in", "w_out")
 
 
 @pytest.fixture(scope="module")
 def folder(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    lengths = {"query_length": 16, "document_length": 64}
-    (folder / "config.json").write_text(
-        json.dumps({"model": dataclasses.asdict(MODEL), "data": lengths})
-    )
     source = vocabulary_path(synthetic_data.PREPARATION, data_dir)
     (folder / "sentencepiece.model").write_bytes(source.read_bytes())
-    checkpoints = Checkpoints(folder / "checkpoints")
-    params = jax.jit(init_params, static_argnums=0)(MODEL, jax.random.key(0))
-    checkpoints.save(1, {}, params=params)
-    checkpoints.close()
+    saved_model.write(folder, MODEL, query_length=16, document_length=64)
     return folder
 
 
@@ -98,7 +90,7 @@ def test_word_table_has_a_scale_per_row(monkeypatch):
 
 def test_matrices_alone_become_int8(embedder):
     for path, leaf in leaves(embedder.params).items():
-        assert isinstance(leaf, Int8Weight) == path.endswith(INT8_PATHS), path
+        assert isinstance(leaf, Int8Weight) == path.endswith(saved_model.MATRICES), path
     kinds = {type(leaf) for leaf in leaves(embedder.params).values()}
     assert Int8Weight in kinds and len(kinds) == 2
 
