@@ -74,7 +74,18 @@ def test_any_batch_and_length_gives_our_states(exported, layout):
         real = mask > 0
         cosine = np.sum(rounded * expected, -1)[real]
         cosine /= np.linalg.norm(rounded, axis=-1)[real] * np.linalg.norm(expected, axis=-1)[real]
-        assert not np.array_equal(rounded, found) and np.median(cosine) > 0.998
+        # On processors without VNNI, too, whose products of 8 bits overflow: 0.98.
+        assert not np.array_equal(rounded, found) and cosine.min() > 0.999
+
+
+def test_int8_matrices_leave_a_bit_free(exported):
+    """Then no processor's sum of two products overflows: 2 * 255 * 64 < 2^15."""
+    graph = onnx.load(exported("nomic_bert") / "onnx" / "model_qint8.onnx").graph
+    quantised = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 2 * 2 + 2 + 3 * 2  # attention, the dense layer, experts
+    for node in products:
+        assert np.abs(quantised[node.input[1]].astype(int)).max() in (63, 64)
 
 
 def test_an_expert_computes_its_own_tokens(exported):
