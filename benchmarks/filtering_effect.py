@@ -13,11 +13,18 @@ the seeds (Student t), and the difference to `noisy`, seed by seed.
 Runs that are finished are not repeated, interrupted ones continue: start it again.
 """
 
-import json
 import pathlib
 import sys
 
-from seeded_runs import held_out_scores, interval, link_sets, markdown, train
+from seeded_runs import (
+    held_out_scores,
+    interval,
+    link_sets,
+    markdown,
+    over_seeds,
+    save,
+    train,
+)
 
 from moe_embed_jax import launching
 
@@ -108,17 +115,15 @@ def main():
             raise UserError(f"--arms: there is no {unknown[0]}; choose from {', '.join(folders)}")
         folders = {arm: folders[arm] for arm in chosen}
     page = "configs/quickstart.py" + (f":{arguments.variant}" if arguments.variant else "")
-    scores = {arm: [] for arm in folders}
-    for seed in map(int, arguments.seeds.split(",")):
-        for arm in folders:
-            run = {"seed": seed, "data.pairs": folders[arm]}
-            workdir = work / f"{arm}-{arguments.steps}-{seed}"
-            train(workdir, page, common | run)
-            scores[arm].append(held_out_scores(workdir))
+
+    def run(arm: str, seed: int) -> dict[str, float]:
+        workdir = work / f"{arm}-{arguments.steps}-{seed}"
+        train(workdir, page, common | {"seed": seed, "data.pairs": folders[arm]})
+        return held_out_scores(workdir)
+
+    scores = over_seeds(arguments.seeds, folders, run)
     print(table(scores))
-    if arguments.output:
-        content = {"arguments": vars(arguments), "scores": scores}
-        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n")
+    save(arguments.output, arguments, scores)
 
 
 if __name__ == "__main__":

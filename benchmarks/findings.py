@@ -22,7 +22,7 @@ Start it again and it continues: finished runs are not repeated, other findings'
 import pathlib
 import sys
 
-import seeded_runs  # noqa: F401  (puts the repository on the path)
+import seeded_runs
 
 from moe_embed_jax import launching
 
@@ -57,10 +57,7 @@ def main():
         raise UserError(
             f"--findings: there is no {unknown[0]!r}; choose from {', '.join(FINDINGS)}"
         )
-    try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError as error:
-        raise UserError(f"--seeds={arguments.seeds}: {error}") from error
+    seeds = seeded_runs.seeds_of(arguments.seeds)
     arms = arms_of(keys)
     if arguments.arms:
         chosen = arguments.arms.split(",")

@@ -11,13 +11,10 @@ import argparse
 import json
 import pathlib
 import statistics
-import sys
 import time
 
+import contestants
 import numpy as np
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 BATCH = 16
 
@@ -61,16 +58,17 @@ def milliseconds(session) -> float:
 
 
 def main():
-    from moe_embed_jax import Embedder
-    from moe_embed_jax.evaluation.beir import load_beir, unique_names
-    from moe_embed_jax.evaluation.retrieval import evaluate_retrieval
-    from moe_embed_jax.interop.onnx_export import FILES, FOLDER, WEIGHTS
-
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--model", required=True)
     flags.add_argument("--dataset", required=True, help="BEIR folders")
     flags.add_argument("--output", help="JSON file to write")
     arguments = flags.parse_args()
+    contestants.require("onnx", "onnxruntime")
+    from moe_embed_jax import Embedder
+    from moe_embed_jax.evaluation.beir import load_beir, unique_names
+    from moe_embed_jax.evaluation.retrieval import evaluate_retrieval
+    from moe_embed_jax.interop.onnx_export import FILES, FOLDER, WEIGHTS
+
     folder = pathlib.Path(arguments.model) / FOLDER
     embedder = Embedder.load(arguments.model)
     paths = arguments.dataset.split(",")

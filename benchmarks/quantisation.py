@@ -16,7 +16,7 @@ import json
 import pathlib
 import sys
 
-from seeded_runs import interval, train
+from seeded_runs import interval, over_seeds, save, train
 
 from moe_embed_jax import launching
 
@@ -110,25 +110,24 @@ def main():
     work = pathlib.Path(arguments.work).resolve()
     prepare(Place(work, pathlib.Path(arguments.data_dir).resolve()), "scratch")
     data_dir = work / "scratch" / "data"
-    scores = {arm: [] for arm in arms}
-    for seed in map(int, arguments.seeds.split(",")):
-        for arm in arms:
-            keys = {
-                "seed": seed,
-                "steps": arguments.steps,
-                "batch_size": 128,
-                "eval_every": 0,
-                "checkpoint_every": arguments.steps,
-                "data.dir": data_dir,
-                "loss.dims": {str(width): 1.0 for width in WIDTHS},
-            }
-            folder = work / f"{arm}-{arguments.steps}-{seed}"
-            train(folder, "configs/quickstart.py", keys | ARMS[arm])
-            scores[arm].append(judge(folder, data_dir))
+
+    def run(arm: str, seed: int) -> dict[str, dict]:
+        keys = {
+            "seed": seed,
+            "steps": arguments.steps,
+            "batch_size": 128,
+            "eval_every": 0,
+            "checkpoint_every": arguments.steps,
+            "data.dir": data_dir,
+            "loss.dims": {str(width): 1.0 for width in WIDTHS},
+        }
+        folder = work / f"{arm}-{arguments.steps}-{seed}"
+        train(folder, "configs/quickstart.py", keys | ARMS[arm])
+        return judge(folder, data_dir)
+
+    scores = over_seeds(arguments.seeds, arms, run)
     print(table(scores))
-    if arguments.output:
-        content = {"arguments": vars(arguments), "scores": scores}
-        pathlib.Path(arguments.output).write_text(json.dumps(content, indent=2) + "\n")
+    save(arguments.output, arguments, scores)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,32 @@ def interval(values) -> tuple[float, float]:
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
+def over_seeds(seeds: str, arms, run) -> dict[str, list]:
+    """{arm: what `run(arm, seed)` gave, one per seed}; all arms of a seed before the next one.
+
+    seeds: of the command line, separated by commas.
+    """
+    results = {arm: [] for arm in arms}
+    for seed in seeds_of(seeds):
+        for arm in arms:
+            results[arm].append(run(arm, seed))
+    return results
+
+
+def seeds_of(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--seeds={text}: {error}") from error
+
+
+def save(path: str | None, arguments, scores: dict) -> None:
+    """A JSON file with the arguments of the command and its scores, where a path is given."""
+    if path:
+        content = {"arguments": vars(arguments), "scores": scores}
+        pathlib.Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def markdown(lines: list[list[str]]) -> str:
     """A table; the first line is its head."""
     head, *rows = lines

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-MAX_BUCKETS = 4  # row counts, hence compilations, per run
+from moe_embed_jax.data.data_config import MAX_BUCKETS
+
 SHORT_RUN = 1000  # steps
 
 

@@ -9,6 +9,8 @@ import dataclasses
 from moe_embed_jax.config import FREE, FREE_IF_DROPLESS, setting
 from moe_embed_jax.errors import UserError
 
+MAX_BUCKETS = 4  # row counts, hence compilations, per run
+
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyConfig:
@@ -56,13 +58,15 @@ class DataConfig:
     # Rows that a device encodes at a time (GradCache): memory for activations of one chunk only, at
     # the price of a second forward pass; the numbers are the same. 0: all rows at once.
     chunk_rows: int = setting(0, FREE_IF_DROPLESS)
-    # Row counts that batches may have, at most 4: each is a compilation, and few of them waste
-    # slots. 0: 4, but 1 in a run of fewer than 1,000 steps on a TPU or GPU.
+    # Row counts that batches may have, at most MAX_BUCKETS: each is a compilation, and few waste
+    # slots. 0: MAX_BUCKETS, but 1 in a run of fewer than 1,000 steps on a TPU or GPU.
     row_buckets: int = setting(0, FREE_IF_DROPLESS)
 
     def __post_init__(self):
-        if not 0 <= self.row_buckets <= 4:
-            raise UserError(f"data.row_buckets={self.row_buckets} must be 0 (automatic) to 4")
+        if not 0 <= self.row_buckets <= MAX_BUCKETS:
+            raise UserError(
+                f"data.row_buckets={self.row_buckets} must be 0 (automatic) to {MAX_BUCKETS}"
+            )
 
     def preparation(self) -> dict:
         """What decides the content of the token store (arguments of preparation.tokenize)."""
