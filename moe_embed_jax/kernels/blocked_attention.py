@@ -16,12 +16,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.head_lanes import (
     LANES,
+    LOG2_E,
     MASK_VALUE,
     apply_mask,
     head_masks,
@@ -36,7 +36,6 @@ from moe_embed_jax.mesh import vmem_limit_bytes
 
 BLOCK = 256  # queries of a program
 KEYS = 512  # that the forward pass visits at a time where they divide the row; backward: BLOCK
-LOG2_E = float(np.log2(np.e))
 SPARE_BYTES = 2**20  # of VMEM, for what does not grow with the row
 
 
@@ -242,7 +241,7 @@ def _forward_kernel(
 
         _for_each(len(key_ref), prepare)
 
-    q_QW = _queries(q_ref, cos_ref, sin_ref, block, head, LOG2_E)  # exp2 is one multiply less
+    q_QW = _queries(q_ref, cos_ref, sin_ref, block, head, LOG2_E)
     q_hQW = [apply_mask(mask_QW, q_QW) for mask_QW in head_masks(q_QW.shape, head)]
     index_1Q = index_ref[0, :, _slots(block)]
 

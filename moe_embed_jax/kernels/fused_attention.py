@@ -4,9 +4,13 @@ A program of the kernel has one row of L slots in VMEM. The scores of a row neve
 or backward, and q, k, v are read where the projection left them, without transposes. The backward
 pass computes the scores again; only its arguments are saved. Heads of J features are taken together
 in groups of W = 128 lanes (head_lanes.py). Longer rows: blocked_attention.py.
+
+Scores are transposed, keys down and queries across: then no sum of a softmax crosses lanes, and no
+product needs a transposed array of scores.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moe_embed_jax.kernels.head_lanes import (
     LANES,
+    LOG2_E,
     MASK_VALUE,
     apply_mask,
     head_masks,
@@ -27,16 +32,18 @@ from moe_embed_jax.kernels.mxu import dot
 from moe_embed_jax.mesh import vmem_limit_bytes
 
 LONGEST_ROW = 512  # longer ones are left to the kernel of blocks
-SCORES = 7  # [L, L] float32 in VMEM at a time, in the backward pass; by the compiler: 6.9
+SCORES = 10  # [L, L] float32 in VMEM at a time, in the backward pass
 
 
 def supports(row_length: int, width: int, heads: int, dtype) -> bool:
     """Whether the kernel takes rows of this length and heads of this size on the TPUs of the mesh
     in context: the backward pass of a row has to fit their VMEM."""
-    if row_length % LANES or row_length > LONGEST_ROW or not supports_heads(width, heads):
+    if row_length % LANES or row_length > LONGEST_ROW:
+        return False
+    if not supports_heads(width, heads) or width // heads % 16:  # a tile of bfloat16
         return False
     lanes, item = max(width // heads, LANES), jnp.dtype(dtype).itemsize
-    row = 7 * width * item + 2 * lanes * 4  # q, k, v and gradients, one of the context; cos and sin
+    row = 8 * width * item + 2 * lanes * 4  # q, k, v, context and their gradients; cos and sin
     needed = row_length * (2 * row + SCORES * row_length * 4)  # of this row and of the next
     return needed <= vmem_limit_bytes()
 
@@ -58,105 +65,176 @@ def fused_attention(qkv_RLU, text_index_RL, rotation_RLJ, heads: int, interpret:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, heads, interpret):
-    return _call(_forward_kernel, qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, (), heads, interpret)
+    arguments = (qkv_RLU, text_index_R1L, cos_RLW, sin_RLW)
+    return _forward(arguments, heads, interpret)[0]
 
 
 def _attention_fwd(qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, heads, interpret):
     arguments = (qkv_RLU, text_index_R1L, cos_RLW, sin_RLW)
-    return _attention(*arguments, heads, interpret), arguments
+    results = _forward(arguments, heads, interpret)
+    return results[0], (*arguments, *results)
 
 
-def _attention_bwd(heads, interpret, arguments, dcontext_RLD):
-    dqkv_RLU = _call(_backward_kernel, *arguments, (dcontext_RLD,), heads, interpret)
+def _forward(arguments, heads, interpret):
+    """(context [R, L, D], binary logarithms of the softmax's denominators [R, H, L])."""
+    rows, length, features = arguments[0].shape
+    out_shape = [
+        jax.ShapeDtypeStruct((rows, length, features // 3), arguments[0].dtype),
+        jax.ShapeDtypeStruct((rows, heads, length), jnp.float32),
+    ]
+    return _call(_forward_kernel, "fused_attention", 2, arguments, out_shape, heads, interpret)
+
+
+def _attention_bwd(heads, interpret, saved, dcontext_RLD):
+    name = "fused_attention_backward"
+    out_shape = [jax.ShapeDtypeStruct(saved[0].shape, saved[0].dtype)]
+    arguments = (*saved, dcontext_RLD)
+    (dqkv_RLU,) = _call(_backward_kernel, name, 5, arguments, out_shape, heads, interpret)
     return dqkv_RLU, None, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _call(kernel, qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, further, heads, interpret):
-    rows, length, features = qkv_RLU.shape
-    width, group = features // 3, cos_RLW.shape[-1]
-    inputs = (qkv_RLU, text_index_R1L, cos_RLW, sin_RLW, *further)
-    out_features = features if further else width
-    products = 5 if further else 2  # of [L, W] with [W, L] or [L, L] with [L, W], per head
-    moved = sum(x.size * x.dtype.itemsize for x in inputs)
-    moved += rows * length * out_features * qkv_RLU.dtype.itemsize
+def _call(kernel, name, products, arguments, out_shape, heads, interpret):
+    """`products`: of [L, W] with [W, L] or [L, L] with [L, W], per head."""
+    qkv_RLU, _, cos_RLW, *_ = arguments
+    rows, length, _ = qkv_RLU.shape
+
+    def row_of(x):
+        return pl.BlockSpec((1, *x.shape[1:]), lambda row: (row, 0, 0))
+
     return pl.pallas_call(
         functools.partial(kernel, heads=heads),
         grid=(rows,),
-        in_specs=[pl.BlockSpec((1, *x.shape[1:]), lambda row: (row, 0, 0)) for x in inputs],
-        out_specs=pl.BlockSpec((1, length, out_features), lambda row: (row, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((rows, length, out_features), qkv_RLU.dtype),
+        in_specs=[row_of(x) for x in arguments],
+        out_specs=[row_of(x) for x in out_shape],
+        out_shape=out_shape,
         cost_estimate=pl.CostEstimate(
-            flops=rows * heads * products * 2 * length * length * group,  # zeroed lanes included
-            bytes_accessed=moved,
+            # zeroed lanes included
+            flops=rows * heads * products * 2 * length * length * cos_RLW.shape[-1],
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arguments, *out_shape)),
             transcendentals=rows * heads * length * length,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit_bytes()
         ),
         interpret=interpret,
-        name="fused_attention_backward" if further else "fused_attention",
-    )(*inputs)
+        name=name,
+    )(*arguments)
 
 
-def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, *, heads):
-    same_LL = _same_text(index_ref)
+def _forward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, context_ref, log_sum_ref, *, heads):
+    same_KQ = _same_text(index_ref)
     for group in _groups(qkv_ref, cos_ref, sin_ref, heads):
-        context_LW = jnp.zeros(group.v_LW.shape, jnp.float32)
-        for mask_LW in group.heads():
-            weight_LL = _softmax(group, mask_LW, same_LL)
-            context_LW += dot(
-                weight_LL.astype(group.v_LW.dtype), apply_mask(mask_LW, group.v_LW), 1, 0
-            )
-        context_ref[0, :, group.lanes] = context_LW.astype(context_ref.dtype)
+        value_WK = group.v_KW.T
+        context_hJQ = []
+        for head, score_KQ in _ahead(group.heads, group.score_of):
+            score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
+            max_1Q = jnp.max(score_KQ, axis=0, keepdims=True)
+            weight_KQ = jnp.exp2(score_KQ - max_1Q)
+            sum_1Q = jnp.sum(weight_KQ, axis=0, keepdims=True)
+            context_JQ = dot(value_WK[head.lanes], weight_KQ.astype(value_WK.dtype), 1, 0)
+            context_hJQ.append(context_JQ / sum_1Q)
+            log_sum_ref[0, head.index : head.index + 1] = max_1Q + jnp.log2(sum_1Q)
+        context_QW = jnp.concatenate(context_hJQ).T
+        context_ref[0, :, group.lanes] = context_QW.astype(context_ref.dtype)
 
 
-def _backward_kernel(qkv_ref, index_ref, cos_ref, sin_ref, dcontext_ref, dqkv_ref, *, heads):
-    same_LL = _same_text(index_ref)
+def _backward_kernel(
+    qkv_ref,
+    index_ref,
+    cos_ref,
+    sin_ref,
+    context_ref,
+    log_sum_ref,
+    dcontext_ref,
+    dqkv_ref,
+    *,
+    heads,
+):
+    same_KQ = _same_text(index_ref)
     width = qkv_ref.shape[-1] // 3
     for group in _groups(qkv_ref, cos_ref, sin_ref, heads):
-        dtype = group.v_LW.dtype
-        dcontext_LW = dcontext_ref[0, :, group.lanes]
-        dq_LW = dk_LW = dv_LW = jnp.zeros(group.v_LW.shape, jnp.float32)
-        for mask_LW in group.heads():
-            weight_LL = _softmax(group, mask_LW, same_LL)
-            dhead_LW = apply_mask(mask_LW, dcontext_LW)
-            dv_LW += dot(weight_LL.astype(dtype), dhead_LW, 0, 0)
-            dweight_LL = dot(dhead_LW, group.v_LW, 1, 1)
-            mean_L1 = jnp.sum(weight_LL * dweight_LL, axis=-1, keepdims=True)
-            dscore_LL = (weight_LL * (dweight_LL - mean_L1)).astype(dtype)
-            dq_LW += dot(dscore_LL, apply_mask(mask_LW, group.k_LW), 1, 0)
-            dk_LW += dot(dscore_LL, apply_mask(mask_LW, group.q_LW), 0, 0)
-        dq_LW = group.rotate_back(dq_LW * group.scale)
-        for part, gradient_LW in enumerate((dq_LW, group.rotate_back(dk_LW), dv_LW)):
+        dtype = group.v_KW.dtype
+        key_WK = group.k_KW.T
+        dcontext_QW = dcontext_ref[0, :, group.lanes]
+        context_QW = context_ref[0, :, group.lanes]
+        dot_WQ = (context_QW.astype(jnp.float32) * dcontext_QW.astype(jnp.float32)).T
+
+        def products_of(head, group=group, dcontext_QW=dcontext_QW):
+            dhead_QW = apply_mask(head.mask_QW, dcontext_QW)
+            return group.score_of(head), dhead_QW, dot(group.v_KW, dhead_QW, 1, 1)
+
+        dk_KW = dv_KW = jnp.zeros(group.v_KW.shape, jnp.float32)
+        dq_hJQ = []
+        for head, (score_KQ, dhead_QW, dweight_KQ) in _ahead(group.heads, products_of):
+            score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
+            weight_KQ = jnp.exp2(score_KQ - log_sum_ref[0, head.index : head.index + 1])
+            mean_1Q = jnp.sum(dot_WQ[head.lanes], axis=0, keepdims=True)
+            dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(dtype)
+            dv_KW += dot(weight_KQ.astype(dtype), dhead_QW, 1, 0)
+            dk_KW += dot(dscore_KQ, head.q_QW, 1, 0)
+            dq_hJQ.append(dot(key_WK[head.lanes], dscore_KQ, 1, 0))
+        dq_QW = group.rotate_back(jnp.concatenate(dq_hJQ).T * group.scale)
+        dk_KW = group.rotate_back(dk_KW / LOG2_E)  # queries had this factor
+        for part, gradient_LW in enumerate((dq_QW, dk_KW, dv_KW)):
             start = part * width + group.lanes.start
             lanes = slice(start, start + group.lanes.stop - group.lanes.start)
             dqkv_ref[0, :, lanes] = gradient_LW.astype(dqkv_ref.dtype)
 
 
+class _Head(NamedTuple):
+    """
+    index: among all heads.
+    lanes: of the group, that the head has.
+    mask_QW: of these lanes.
+    q_QW: rotated, scaled; zeros in other lanes.
+    """
+
+    index: int
+    lanes: slice
+    mask_QW: jax.Array
+    q_QW: jax.Array
+
+
 class _Group:
-    """q (rotated, scaled), k (rotated) and v of the heads in one group of lanes, [L, W] each."""
+    """The heads in one group of lanes: k (rotated) and v, [L, W] each; q by head."""
 
     def __init__(self, qkv_ref, cos_ref, sin_ref, lanes: slice, head: int):
         width = qkv_ref.shape[-1] // 3
-        self.lanes, self.head = lanes, head
+        self.lanes = lanes
         self._rotation = cos_ref[0], sin_ref[0], head
         self.scale = head**-0.5
-        q_LW, k_LW, self.v_LW = (
+        q_QW, k_KW, self.v_KW = (
             qkv_ref[0, :, part * width + lanes.start : part * width + lanes.stop]
             for part in range(3)
         )
-        self.q_LW = (rotate(q_LW, *self._rotation) * self.scale).astype(q_LW.dtype)
-        self.k_LW = rotate(k_LW, *self._rotation).astype(k_LW.dtype)
+        q_QW = (rotate(q_QW, *self._rotation) * (self.scale * LOG2_E)).astype(q_QW.dtype)
+        self.k_KW = rotate(k_KW, *self._rotation).astype(k_KW.dtype)
+        self.heads = [
+            _Head(
+                index=lanes.start // head + h,
+                lanes=slice(h * head, (h + 1) * head),
+                mask_QW=mask_QW,
+                q_QW=apply_mask(mask_QW, q_QW),
+            )
+            for h, mask_QW in enumerate(head_masks(q_QW.shape, head))
+        ]
 
-    def heads(self):
-        """[L, W] masks of the lanes of each head."""
-        return head_masks(self.v_LW.shape, self.head)
+    def score_of(self, head: _Head):
+        return dot(self.k_KW, head.q_QW, 1, 1)
 
     def rotate_back(self, x_LW):
         return rotate_back(x_LW, *self._rotation)
+
+
+def _ahead(heads: list[_Head], products_of):
+    """(head, its products) for each, with those of two heads before the softmax of the first: the
+    matrix units then work while it is computed. More would not fit the VMEM."""
+    for start in range(0, len(heads), 2):
+        pair = heads[start : start + 2]
+        yield from zip(pair, [products_of(head) for head in pair], strict=True)
 
 
 def _groups(qkv_ref, cos_ref, sin_ref, heads: int):
@@ -166,13 +244,6 @@ def _groups(qkv_ref, cos_ref, sin_ref, heads: int):
 
 
 def _same_text(index_ref):
-    index_1L = index_ref[0]
-    row_LL = jnp.broadcast_to(index_1L, (index_1L.shape[1],) * 2)
-    return row_LL == row_LL.T
-
-
-def _softmax(group: _Group, mask_LW, same_LL):
-    score_LL = dot(apply_mask(mask_LW, group.q_LW), group.k_LW, 1, 1)
-    score_LL = jnp.where(same_LL, score_LL, MASK_VALUE)
-    weight_LL = jnp.exp(score_LL - jnp.max(score_LL, axis=-1, keepdims=True))
-    return weight_LL / jnp.sum(weight_LL, axis=-1, keepdims=True)
+    index_1Q = index_ref[0]
+    row_KQ = jnp.broadcast_to(index_1Q, (index_1Q.shape[1],) * 2)
+    return row_KQ == row_KQ.T

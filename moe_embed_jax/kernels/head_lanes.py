@@ -6,9 +6,11 @@ lanes in any case.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+LOG2_E = float(np.log2(np.e))  # exp2 is one multiply less than exp
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a token of another text
 
 
