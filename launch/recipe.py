@@ -23,11 +23,13 @@ def main():
 
     arguments, recipe = launching.parse_with_config(flags, Recipe)
     distributed.refuse_several_processes()
+    from moe_embed_jax.recipe.inputs import last_scores
     from moe_embed_jax.recipe.run import Stopped, run_steps
     from moe_embed_jax.recipe.steps import make_steps
 
     workdir = storage.path(arguments.workdir)
     steps = make_steps(recipe, workdir, LAUNCHERS, root=LAUNCHERS.parent)
+    beside = last_scores(recipe.evaluate.beside) if recipe.evaluate.beside else None
     try:
         run_steps(steps, workdir)
     except Stopped as stopped:
@@ -36,7 +38,7 @@ def main():
     from moe_embed_jax.recipe.report import write_report
     from moe_embed_jax.recipe.steps import models_of
 
-    if table := write_report(steps, workdir, recipe.evaluate.beside):
+    if table := write_report(steps, workdir, beside):
         print(table)
     model = workdir / [*models_of(steps)][-1]
     print(f"{workdir}/report.md and report.png say what happened; the model is {model}")

@@ -7,22 +7,20 @@ import numpy as np
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
-from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.heldout_documents import HeldOutDocuments, geometric_mean
 from moe_embed_jax.evaluation.heldout_retrieval import HeldOutRetrieval
 from moe_embed_jax.evaluation.model_scores import BM25
-from moe_embed_jax.evaluation.retrieval import mean_over_languages
 from moe_embed_jax.json_file import read_object
 from moe_embed_jax.models.encoder import EncoderConfig, count_params
 from moe_embed_jax.pairs.manifest import read_manifest
-from moe_embed_jax.recipe.config import MERGED, STAGES
+from moe_embed_jax.recipe.config import STAGES
+from moe_embed_jax.recipe.inputs import WHOLE, means_of
 from moe_embed_jax.recipe.records import Records
 from moe_embed_jax.recipe.steps import Step, models_of
 from moe_embed_jax.stages.registry import STAGES as STAGE_OF
 from moe_embed_jax.training.finished import RESULTS_FILE
 from moe_embed_jax.training.records import METRICS_FILE, read_records
 
-WHOLE = "all"  # dimensions
 TRAINED = "trained"  # of the columns of results.json
 
 
@@ -67,8 +65,10 @@ class Facts:
         return None if found is None else found[HeldOutRetrieval.metric.key]
 
 
-def collect(steps: list[Step], workdir: pathlib.Path, beside: str = "") -> Facts:
-    """`beside`: work directory of another finished recipe, or ""."""
+def collect(
+    steps: list[Step], workdir: pathlib.Path, beside: tuple[str, dict] | None = None
+) -> Facts:
+    """`beside`: `inputs.last_scores` of another recipe."""
     records = Records(workdir)
     by_name = {step.name: step for step in steps}
     folders = {"prepare": "pairs", "filter": "filtered", "mine": "mined"}
@@ -83,7 +83,7 @@ def collect(steps: list[Step], workdir: pathlib.Path, beside: str = "") -> Facts
         exported_bytes=sum(path.stat().st_size for path in export.rglob("*") if path.is_file()),
         models=(*models_of(steps),),
         merged=tuple(by_name["merge"].arguments["steps"]) if "merge" in by_name else (),
-        beside=_last_scores(storage.path(beside)) if beside else None,
+        beside=beside,
     )
 
 
@@ -122,22 +122,5 @@ def _scores(step: Step) -> dict:
         content = read_object(command.output)
         model = command.output.stem
         dim = WHOLE if model == BM25 else step.arguments.get("dim", WHOLE)
-        scores[model] = _means(content, dim)
+        scores[model] = means_of(content, dim)
     return scores
-
-
-def _means(content: dict, dim: str) -> dict:
-    """dimensions -> set -> metrics of results of launch/evaluate.py; "256 int8" is one of these.
-    `dim`: of results that have one alone."""
-    has_dims = all(isinstance(x, dict) for values in content.values() for x in values.values())
-    by_dim = content if has_dims else {dim: content}
-    return {dim: mean_over_languages(sets) for dim, sets in by_dim.items()}
-
-
-def _last_scores(workdir: pathlib.Path) -> tuple[str, dict]:
-    """(folder of the last model of a recipe, its scores as in `Facts.scores`)."""
-    for model in ("stage4", MERGED, "stage3"):
-        path = workdir / "evaluation" / f"{model}.json"
-        if storage.has_entry(path):
-            return f"{workdir}/{model}", _means(read_object(path), WHOLE)
-    raise UserError(f"evaluate.beside={workdir}: no finished recipe with evaluations is there")

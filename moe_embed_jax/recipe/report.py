@@ -16,10 +16,12 @@ MARKDOWN_FILE, PICTURE_FILE = "report.md", "report.png"
 TITLES = {BM25: "BM25", MERGED: MERGED} | {name: f"stage {name[-1]}" for name in STAGES}
 
 
-def write_report(steps: list[Step], workdir: pathlib.Path, beside: str = "") -> str:
+def write_report(
+    steps: list[Step], workdir: pathlib.Path, beside: tuple[str, dict] | None = None
+) -> str:
     """Writes report.md and report.png of a finished recipe; returns the table of evaluations.
 
-    beside: work directory of another finished recipe, to compare the last models.
+    beside: `inputs.last_scores` of another recipe, to compare the last models.
     """
     facts = collect(steps, workdir, beside)
     picture.draw(workdir / PICTURE_FILE, facts)

@@ -30,13 +30,15 @@ def run_steps(steps: list[Step], workdir: pathlib.Path, view: View | None = None
     """Runs the steps that are not done; returns when all are.
 
     Raises:
-      UserError: a step was made with other settings, or failed.
+      UserError: a step was made with other settings, lacks an input, or failed.
       Stopped: after SIGTERM, which the running step was given, too.
       Interrupted: after Ctrl-C, which the running step got as SIGTERM.
     """
     with lock(workdir) as descriptor, _Signals() as signals:
         records = Records(workdir)
         records.check(steps)
+        for given in (given for step in steps if not step.is_done for given in step.inputs):
+            given.check()
         with view or View([step.name for step in steps]) as shown:
             for step in steps:
                 if step.is_done:

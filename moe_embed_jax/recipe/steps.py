@@ -12,6 +12,7 @@ from moe_embed_jax.errors import UserError
 from moe_embed_jax.evaluation.model_scores import BM25
 from moe_embed_jax.pairs.manifest import MANIFEST
 from moe_embed_jax.recipe.config import MERGED, STAGES, WHEEL_TEACHER, Recipe, training_run
+from moe_embed_jax.recipe.inputs import Input, inputs_of
 from moe_embed_jax.training.finished import RESULTS_FILE
 from moe_embed_jax.training.run_config import Run
 from moe_embed_jax.training.workdir import identity
@@ -30,13 +31,14 @@ class Command:
 @dataclasses.dataclass(frozen=True)
 class Step:
     """folder: what it writes; deleted, the step is done again. arguments: what decides its output,
-    beside the steps that it `needs`."""
+    beside the steps that it `needs`. inputs: what no step makes."""
 
     name: str
     folder: pathlib.Path
     commands: tuple[Command, ...]
     needs: tuple[str, ...]
     arguments: dict
+    inputs: tuple[Input, ...] = ()
 
     @property
     def is_done(self) -> bool:
@@ -88,6 +90,7 @@ class _Maker:
         self.dims: list[str] = []  # Matryoshka, of the last stage
         self.forms: list[str] = []  # of indexes that the last stage was trained for
         self.configs: dict[str, Run] = {}  # of the stages
+        self.inputs = inputs_of(recipe)
 
     def source(self, model: str, pairs: str) -> dict:
         """Where a stage finds its model, its pairs, and the vectors of the teacher of these."""
@@ -224,7 +227,8 @@ class _Maker:
 
     def _step(self, name, folder, commands, needs, arguments) -> Step:
         commands = tuple(Command(argv, output) for argv, output in commands)
-        return Step(name, folder, commands, needs, self._movable(arguments))
+        inputs = tuple(self.inputs.get(name, ()))
+        return Step(name, folder, commands, needs, self._movable(arguments), inputs)
 
     def _movable(self, value):
         if isinstance(value, dict):

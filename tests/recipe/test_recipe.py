@@ -18,8 +18,9 @@ from rich.console import Console
 
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.errors import UserError
+from moe_embed_jax.evaluation.beir import find_files
 from moe_embed_jax.evaluation.heldout_documents import geometric_mean
-from moe_embed_jax.recipe import records, run, steps
+from moe_embed_jax.recipe import inputs, records, run, steps
 from moe_embed_jax.recipe.view import View
 
 # A step: counts its starts, then writes its output, or does what the test wants.
@@ -114,6 +115,19 @@ def test_another_setting_of_a_finished_step_is_refused(tmp_path):
     run_chain(changed, tmp_path)  # as the message says
     assert starts(tmp_path) == {"a": 1, "b": 1, "c": 1, "d": 1}
     run_chain(changed, tmp_path)
+
+
+def test_inputs_are_looked_for_before_the_first_step(tmp_path):
+    """But not those of a step that is done."""
+    given = inputs.Input("evaluate.beir", f"{tmp_path}/no", find_files)
+    chain_ = chain(tmp_path)
+    chain_[-1] = dataclasses.replace(chain_[-1], inputs=(given,))
+    with pytest.raises(UserError, match=f"evaluate.beir={tmp_path}/no: .*no such folder"):
+        run_chain(chain_, tmp_path)
+    assert starts(tmp_path) == {}
+    run_chain(chain(tmp_path), tmp_path)
+    run_chain(chain_, tmp_path)
+    assert starts(tmp_path) == dict.fromkeys("abcd", 1)
 
 
 def test_a_step_made_from_another_one_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.recipe import config, steps
+from moe_embed_jax.recipe.inputs import last_scores
 
 
 def load(variant="small", **overrides) -> config.Recipe:
@@ -129,3 +130,26 @@ def test_fields_of_the_stages_can_be_changed():
 def test_mistakes_are_named_before_anything_runs(variant, changes, message):
     with pytest.raises(UserError, match=message):
         table(load(variant, **changes))
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "step", "message"),
+    [
+        ("small", {"evaluate__beir": "a,b"}, "evaluate", "evaluate.beir=a: a: no such folder"),
+        ("small", {"mine__pairs": "no"}, "mine", "mine.pairs=no: no/manifest.json is missing"),
+        (
+            "paper",
+            {"prepare__sources": "s", "stage1__set__data__texts": "no"},
+            "stage1",
+            "stage1.set.data.texts=no: no/manifest.json is missing",
+        ),
+    ],
+)
+def test_inputs_of_later_steps(variant, changes, step, message):
+    with pytest.raises(UserError, match=message):
+        table(load(variant, **changes))[step].inputs[0].check()
+
+
+def test_another_recipe_is_looked_for(tmp_path):
+    with pytest.raises(UserError, match=f"evaluate.beside={tmp_path}: no finished recipe"):
+        last_scores(str(tmp_path))
