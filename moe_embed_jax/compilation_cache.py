@@ -15,11 +15,16 @@ def keep_programs(folder) -> None:
     give a wrong one. JAX's own threshold, which keeps only what compiled for a second, is lifted:
     the programs of an embedder are small, and there are few.
 
-    Raises `UserError` where `folder` is a file.
+    Raises `UserError` where `folder` is a file, or cannot be made.
     """
     folder = storage.path(folder)
     if folder.is_file():
         raise UserError(f"compilation_cache={folder} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"compilation_cache={folder} cannot be made: {why}") from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # JAX looks at the folder's name only once

@@ -281,3 +281,5 @@ def test_programs_cannot_be_kept_in_a_file(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"compilation_cache=.*file is a file: name a folder"):
         Embedder.load(folder, compilation_cache=tmp_path / "file")
+    with pytest.raises(UserError, match=r"compilation_cache=.*file/x cannot be made: Not a dir"):
+        Embedder.load(folder, compilation_cache=tmp_path / "file" / "x")
