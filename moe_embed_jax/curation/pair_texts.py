@@ -1,10 +1,7 @@
 """A range of pairs as distinct queries and documents, their vectors, and the pairs' own scores."""
 
 import dataclasses
-import io
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from tqdm import tqdm
 
 from moe_embed_jax.curation.teacher import Teacher
 from moe_embed_jax.curation.teacher_config import TeacherConfig
+from moe_embed_jax.data.npz_file import read_npz
 from moe_embed_jax.data.teacher_vectors import SIDES, write_index
 from moe_embed_jax.pairs.folder import PairFolder
 from moe_embed_jax.pairs.normal_form import normal_form
@@ -130,28 +128,16 @@ def pair_scores(
 def read_cache(path: Path, made_of: str, names: Sequence[str]) -> list[np.ndarray] | None:
     """Arrays of an .npz file whose "made_of" is this text; None: they must be computed.
 
-    Each array in it has a CRC-32, which NumPy's reader checks. A damaged file is said, not used.
+    Each array in it has a CRC-32. A damaged file is said, not used.
     """
     try:
-        data = path.read_bytes()
+        stored = read_npz(path, ["made_of", *names])
     except FileNotFoundError:
         return None
-    try:
-        with np.load(io.BytesIO(data)) as stored:
-            found = [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except (OSError, ValueError) as error:
         print(f"warning: {path} is damaged ({error}): computed again", file=sys.stderr, flush=True)
         return None
-    return found
+    return [stored[name] for name in names] if str(stored["made_of"]) == made_of else None
 
 
 def progress_bar(total: int, unit: str) -> tqdm:

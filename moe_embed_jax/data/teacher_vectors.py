@@ -16,18 +16,16 @@ after row, to a folder on a disk, where a row costs one read:
 """
 
 import contextlib
-import io
 import json
 import os
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
 from moe_embed_jax import storage
+from moe_embed_jax.data.npz_file import UNREADABLE, read_npz
 from moe_embed_jax.data.text_files import written_whole
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.hashes import canonical_hash, file_hash
@@ -38,11 +36,6 @@ SIDES = ("queries", "documents")
 INDEX, VECTORS, CHECKS, ABOUT = "texts.npz", "vectors.bin", "checks.npy", "about.json"
 COPIED = 8192  # rows at a time, as the stores' chunks
 PARTS = ("key", "row", "crc")  # of each side in INDEX
-# What NumPy and zipfile say of a damaged file.
-UNREADABLE = (
-    *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
 MADE_BY = "the folder OUTPUT.work of launch/filter.py or launch/mine.py"
 
 
@@ -91,11 +84,9 @@ def _keys(content_ids: np.ndarray) -> np.ndarray:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an index. Raises `UserError`: damaged."""
-    data = path.read_bytes()
     try:
-        with np.load(io.BytesIO(data)) as arrays:
-            return {f"{name}_{part}": arrays[f"{name}_{part}"] for name in SIDES for part in PARTS}
-    except (*UNREADABLE, OSError, SyntaxError, TokenError, MemoryError) as error:
+        return read_npz(path, [f"{name}_{part}" for name in SIDES for part in PARTS])
+    except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): delete it and unit.json beside it, and repeat the "
             "command that made it"

@@ -188,6 +188,20 @@ FAULTS = (
         "data/test_teacher_vectors.py -k damage",
     ),
     Fault(
+        "arrays-with-a-damaged-shape-are-used",
+        "data/npz_file.py",
+        "if (member := file.testzip()) is not None:",
+        "if (member := None) is not None:",
+        "data/test_npz_file.py",
+    ),
+    Fault(
+        "bytes-of-a-damaged-archive-are-an-array",
+        "data/npz_file.py",
+        "if not isinstance(array, np.ndarray):",
+        "if False:",
+        "data/test_npz_file.py",
+    ),
+    Fault(
         "missing-teacher-vectors-are-taken-from-neighbours",
         "data/teacher_vectors.py",
         "found = key[at] == wanted",
