@@ -36,6 +36,8 @@ Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
 FORMAT = 1
 CHUNK = 8192  # rows of a chunk: written at once, lost at most by a kill
 ABOUT, PROGRESS = "about.json", "progress.json"
+# The largest count of texts and width that are believed: a file that says more is damaged.
+LIMITS = 2**36, 2**16
 _CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
 _CHECKED = [*_CODECS, {"name": "crc32c"}]
 
@@ -56,8 +58,9 @@ class VectorStore:
         self.about = _read_json(self.folder / ABOUT)
         try:
             self.shape = (self.about["texts"]["count"], self.about["width"])
-            if not all(type(size) is int and size >= 0 for size in self.shape):
-                raise ValueError(f"shape {self.shape}")
+            for size, limit in zip(self.shape, LIMITS, strict=True):
+                if type(size) is not int or not 0 <= size <= limit:
+                    raise ValueError(f"shape {self.shape}, of {LIMITS} at most")
             self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
         except (LookupError, TypeError, ValueError) as error:
             raise _damaged_file(self.folder / ABOUT, repr(error)) from error

@@ -236,6 +236,21 @@ def test_damage_is_named(tmp_path):
             VectorStore(tmp_path / "v")
 
 
+@pytest.mark.parametrize("size", [10**30, 2**40, -1, 2.5, None])
+@pytest.mark.parametrize("keys", [("width",), ("texts", "count")])
+def test_sizes_that_cannot_be_are_named(tmp_path, keys, size):
+    """Neither TensorStore nor the memory is asked for them."""
+    write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
+    about = json.loads((tmp_path / "v" / "about.json").read_text())
+    place = about
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = size
+    (tmp_path / "v" / "about.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"v/about\.json is damaged \(.*shape .* at most"):
+        VectorStore(tmp_path / "v")
+
+
 def test_vectors_without_checksums_are_read_with_a_line(tmp_path, monkeypatch, capsys):
     """As earlier versions wrote them."""
     monkeypatch.setattr(vectors, "_CHECKED", vectors._CODECS)
