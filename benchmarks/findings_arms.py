@@ -109,7 +109,7 @@ EXPERTS = {
         {"model.router_gradient": "dense"},
     ),
 }
-TAUGHT = {"loss.distillation.vectors": 10.0}  # data.teacher is given with --pairs
+TAUGHT = {"loss.distillation.vectors": 1.0}  # data.teacher is given with --pairs
 ARMS = {
     **{f"pairs-{name}": Arm("pairs", text, keys) for name, (text, keys) in EXPERTS.items()},
     **{

@@ -127,9 +127,9 @@ def _modernise(config: ConfigDict, size: str) -> None:
     scored negatives, a merge of checkpoints (Qwen3-Embedding, arXiv 2506.05176), and training for
     compressed indexes (pplx-embed, arXiv 2602.11151). None of them says all of its weights; these
     are ours, and were tuned nowhere."""
-    # The filter's teacher has embedded the pairs anyway. Its cosine loss is about 0.1 where the
-    # contrastive one is some nats (docs/distillation.md).
-    config.stage2.set.loss = ConfigDict(dict(distillation=dict(vectors=10.0)))
+    # The filter's teacher has embedded the pairs anyway. With a weight of 10 the small chain's
+    # vectors stayed at the teacher's mean (docs/measured/distillation.md).
+    config.stage2.set.loss = ConfigDict(dict(distillation=dict(vectors=1.0)))
     scored = dict(scores=1.0)  # what the miner's teacher says of each query's hard negatives
     stage3 = config.stage3.set
     stage3.loss = stage3.get("loss", ConfigDict())

@@ -223,7 +223,7 @@ class RunConfig(Run):
         if data.teacher and not distillation.reads_vectors:
             raise UserError(
                 f"data.teacher={data.teacher}, and loss.distillation reads no vectors: give "
-                "--config.loss.distillation.vectors=10 or batch_scores=1, or leave data.teacher out"
+                "--config.loss.distillation.vectors=1 or batch_scores=1, or leave data.teacher out"
             )
         if self.loss.hard_negatives_only and not data.negatives:
             raise UserError(

@@ -48,7 +48,7 @@ def test_modern_is_the_papers_chain_with_more():
     for name in ("prepare", "stage1", "filter", "mine"):
         assert of_modern[name] == of_paper[name]
     stage2, stage3, stage4 = (of_modern[f"stage{i}"].arguments for i in (2, 3, 4))
-    assert stage2["loss"]["distillation"]["vectors"] == 10
+    assert stage2["loss"]["distillation"]["vectors"] == 1
     assert "--config.data.teacher=runs/r/filtered.work" in of_modern["stage2"].commands[0].argv
     assert stage3["loss"]["distillation"]["scores"] == 1 and stage3["loss"]["quantisation"] is None
     argv = " ".join(of_modern["stage3"].commands[0].argv)
