@@ -28,6 +28,7 @@ from moe_embed_jax.kernels.head_lanes import (
     rotate,
     rotate_back,
     rotation_lanes,
+    softmax_gradient,
     supports_heads,
 )
 from moe_embed_jax.kernels.mxu import dot
@@ -99,7 +100,7 @@ class _AttentionGrid:
         ]
 
     def forward(self):
-        """(context [R, L, D], logarithms of denominators [R, G, heads of a group, L])."""
+        """(context [R, L, D], binary logarithms of denominators [R, G, heads of a group, L])."""
         log_sum = (self.rows, self.groups, self.heads_of_group, self.length)
         keys = BLOCK if self.length % KEYS else KEYS
         return self._run(
@@ -273,7 +274,7 @@ def _forward_kernel(
     context_WQ = jnp.concatenate([total_JQ / sum_1Q for _, sum_1Q, total_JQ in states])
     context_ref[0] = context_WQ.T.astype(context_ref.dtype)
     for h, (max_1Q, sum_1Q, _) in enumerate(states):
-        log_sum_ref[0, 0, h : h + 1] = (max_1Q + jnp.log2(sum_1Q)) / LOG2_E
+        log_sum_ref[0, 0, h : h + 1] = max_1Q + jnp.log2(sum_1Q)
 
 
 def _backward_kernel(
@@ -332,10 +333,12 @@ def _backward_kernel(
             for h, (head_q_QW, dhead_QW) in enumerate(heads):
                 lanes = slice(h * head, (h + 1) * head)
                 score_KQ, dweight_KQ = products[h]
-                score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
-                weight_KQ = jnp.exp2(score_KQ - log_sum_ref[0, 0, h : h + 1] * LOG2_E)
+                log_sum_1Q = log_sum_ref[0, 0, h : h + 1]
                 mean_1Q = dot_WQ[lanes].sum(axis=0, keepdims=True)
-                dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(q_QW.dtype)
+                weight_KQ, dscore_KQ = softmax_gradient(
+                    score_KQ, dweight_KQ, same_KQ, log_sum_1Q, mean_1Q
+                )
+                dscore_KQ = dscore_KQ.astype(q_QW.dtype)
                 dvalue_KW += dot(weight_KQ.astype(q_QW.dtype), dhead_QW, 1, 0)
                 dkey_KW += dot(dscore_KQ, head_q_QW, 1, 0)
                 results.append(dq_hJQ[h] + dot(key_WK_ref[n, lanes], dscore_KQ, 1, 0))

@@ -26,6 +26,7 @@ from moe_embed_jax.kernels.head_lanes import (
     rotate,
     rotate_back,
     rotation_lanes,
+    softmax_gradient,
     supports_heads,
 )
 from moe_embed_jax.kernels.mxu import dot
@@ -169,10 +170,12 @@ def _backward_kernel(
         dk_KW = dv_KW = jnp.zeros(group.v_KW.shape, jnp.float32)
         dq_hJQ = []
         for head, (score_KQ, dhead_QW, dweight_KQ) in _ahead(group.heads, products_of):
-            score_KQ = jnp.where(same_KQ, score_KQ, MASK_VALUE)
-            weight_KQ = jnp.exp2(score_KQ - log_sum_ref[0, head.index : head.index + 1])
+            log_sum_1Q = log_sum_ref[0, head.index : head.index + 1]
             mean_1Q = jnp.sum(dot_WQ[head.lanes], axis=0, keepdims=True)
-            dscore_KQ = (weight_KQ * (dweight_KQ - mean_1Q)).astype(dtype)
+            weight_KQ, dscore_KQ = softmax_gradient(
+                score_KQ, dweight_KQ, same_KQ, log_sum_1Q, mean_1Q
+            )
+            dscore_KQ = dscore_KQ.astype(dtype)
             dv_KW += dot(weight_KQ.astype(dtype), dhead_QW, 1, 0)
             dk_KW += dot(dscore_KQ, head.q_QW, 1, 0)
             dq_hJQ.append(dot(key_WK[head.lanes], dscore_KQ, 1, 0))

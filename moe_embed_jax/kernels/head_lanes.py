@@ -57,6 +57,19 @@ def head_masks(shape: tuple[int, int], head: int):
         yield (lane_LW >= first) & (lane_LW < first + head)
 
 
+def softmax_gradient(score_KQ, dweight_KQ, same_KQ, log_sum_1Q, mean_1Q):
+    """(weights, gradient of the scores), [K, Q] each, of a softmax over the keys of each query.
+
+    Args:
+      score_KQ: to base 2. dweight_KQ: the gradient of the weights.
+      same_KQ: whether key and query are of one text.
+      log_sum_1Q: binary logarithm of the softmax's denominator.
+      mean_1Q: of the weights' gradient by the weights; the context's product with its gradient.
+    """
+    weight_KQ = jnp.exp2(jnp.where(same_KQ, score_KQ, MASK_VALUE) - log_sum_1Q)
+    return weight_KQ, weight_KQ * (dweight_KQ - mean_1Q)
+
+
 def apply_mask(mask_LW, x_LW):
     """`x_LW` with zeros outside the mask of a head."""
     return jnp.where(mask_LW, x_LW, jnp.zeros_like(x_LW))
