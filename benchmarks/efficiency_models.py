@@ -111,7 +111,9 @@ def dense_twin(model):
     if not model.num_moe_layers:
         return None
     total = count_params(model)[0]
-    dense = dataclasses.replace(model, moe_every=0, remat_rows=0, ffn_width=8)
+    dense = dataclasses.replace(
+        model, moe_every=0, shared_expert_width=0, remat_rows=0, ffn_width=8
+    )
     smallest, next_one = (
         count_params(dataclasses.replace(dense, ffn_width=width))[0] for width in (8, 16)
     )

@@ -116,16 +116,16 @@ ARMS = {
         f"taught-{name}": Arm("pairs", f"{text}; distilled", keys | TAUGHT)
         for name, (text, keys) in EXPERTS.items()
     },
-    "pairs-every-layer": Arm("pairs", "8 experts, top-2, every layer", {"model.moe_every": 1}),
+    # What a token uses is as wide as in top-2: 512 hidden units.
     "pairs-small-experts": Arm(
         "pairs",
-        "16 experts of half the width, top-4, every layer",
-        {
-            "model.moe_every": 1,
-            "model.num_experts": 16,
-            "model.experts_per_token": 4,
-            "model.ffn_width": 128,
-        },
+        "16 experts of half the width, top-4",
+        {"model.num_experts": 16, "model.experts_per_token": 4, "model.ffn_width": 128},
+    ),
+    "pairs-shared": Arm(
+        "pairs",
+        "16 experts of half the width, top-2, and a shared one of 256 units",
+        {"model.num_experts": 16, "model.ffn_width": 128, "model.shared_expert_width": 256},
     ),
     "top-2": Arm("scratch", "8 experts, top-2, every second layer", {}),
     "top-1": Arm("scratch", "8 experts, top-1, every second layer", {"model.experts_per_token": 1}),
@@ -271,10 +271,10 @@ FINDINGS = {
     ),
     "g": Finding(
         "where_experts_win",
-        "Where experts win: longer runs, a teacher, more and smaller experts",
+        "Where experts win: longer runs, a teacher, smaller or shared experts",
         (
             *(f"{kind}-{name}" for kind in ("pairs", "taught") for name in EXPERTS),
-            *("pairs-every-layer", "pairs-small-experts"),
+            *("pairs-small-experts", "pairs-shared"),
         ),
         (
             *(
@@ -289,7 +289,8 @@ FINDINGS = {
             ),
             ("taught-dense", "pairs-dense", "the teacher"),
             ("taught-top-2", "pairs-top-2", "the teacher"),
-            ("pairs-small-experts", "pairs-every-layer", "smaller experts, as many active numbers"),
+            ("pairs-small-experts", "pairs-top-2", "smaller experts, as many active numbers"),
+            ("pairs-shared", "pairs-top-2", "a shared expert, as many active numbers"),
         ),
         "At equal wall time: every run is judged at the time when the fastest arm of its seed was "
         "done, between its own evaluations on the way. Runs one at a time (--jobs=1) on an idle "

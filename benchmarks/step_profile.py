@@ -1,12 +1,12 @@
 """Where the time of a training step goes: its parts, timed alone, against plain matrix products.
 
     python benchmarks/step_profile.py [--width=384] [--rows=24] [--row_length=256] [--layers=12]
-        [--output=FILE.json]
+        [--dtype=bfloat16] [--output=FILE.json]
 
-Every part is timed forward + backward in float32 on rows of four texts, and compared with the rate
-of a plain matrix product of the same width. `ratio` in the JSON is the whole step over what its
-matrix products alone would take at that rate: 1 is the limit of any implementation that computes
-the same numbers with the same products.
+Every part is timed forward + backward in --dtype (`model.dtype`; default: float32) on rows of four
+texts, and compared with the rate of a plain matrix product of the same width and dtype. `ratio` in
+the JSON is the whole step over what its matrix products alone would take at that rate: 1 is the
+limit of any implementation that computes the same numbers with the same products.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_embed_jax.data.batches import PairBatch
+from moe_embed_jax.kernels.cpu_products import product
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.attention import rotation
 from moe_embed_jax.models.encoder import Block, EncoderConfig
@@ -46,6 +47,7 @@ def main():
     flags.add_argument("--rows", type=int, default=24)
     flags.add_argument("--row_length", type=int, default=256)
     flags.add_argument("--layers", type=int, default=12)
+    flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--output", type=pathlib.Path)
     options = flags.parse_args()
@@ -56,6 +58,7 @@ def main():
         width=width,
         num_heads=width // 64,
         ffn_width=4 * width,
+        dtype=options.dtype,
     )
     mesh = single_device_mesh()
     with jax.set_mesh(mesh):
@@ -85,7 +88,7 @@ def main():
     rest = whole - sum(row[1] for row in rows)
     rows.append(("embeddings, norms, loss, update, the rest", rest, 0.0))
     rows.append(("whole step", whole, sum(row[2] for row in rows)))
-    print(f"{tokens:,} token slots, width {width}, {options.layers} layers")
+    print(f"{tokens:,} token slots, width {width}, {options.layers} layers, {options.dtype}")
     print(f"a plain matrix product: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'':42} {'s':>7} {'share':>7} {'GFLOP/s':>8} {'of plain':>9}")
     for name, spent, work in rows:
@@ -118,12 +121,12 @@ def matmul_flops(model: EncoderConfig, tokens: int, row_length: int) -> dict[str
 def parts(model: EncoderConfig, rows: int, row_length: int) -> dict:
     """Functions that compute value and gradient of one part."""
     rng = np.random.default_rng(0)
-    D = model.width
+    D, init = model.width, nnx.initializers.normal(model.initializer_range)
     x_RLD = jnp.asarray(rng.normal(size=(rows, row_length, D)), jnp.float32)
     text_index_RL, position_RL = texts(rows, row_length)
-    weight_DF = jnp.asarray(rng.normal(size=(D, model.ffn_width)), jnp.float32)
-    dense = nnx.split(Block(model, False, nnx.Rngs(0)))
-    sparse = nnx.split(Block(model, True, nnx.Rngs(0)))
+    plain = x_RLD.reshape(-1, D), rng.normal(size=(D, model.ffn_width))
+    dense = nnx.split(Block(model, False, init, nnx.Rngs(0)))
+    sparse = nnx.split(Block(model, True, init, nnx.Rngs(0)))
 
     def apply(block, part, x_RLD):
         block = nnx.merge(*block)
@@ -150,7 +153,7 @@ def parts(model: EncoderConfig, rows: int, row_length: int) -> dict:
 
     return {
         "plain matrix product": functools.partial(
-            jax.jit(jnp.matmul), x_RLD.reshape(-1, D), weight_DF
+            jax.jit(product), *(jnp.asarray(x, model.dtype) for x in plain)
         ),
         "attention": of_block(dense, "attention"),
         "dense feed-forward": of_block(dense, "dense feed-forward"),

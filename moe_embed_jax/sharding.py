@@ -59,7 +59,10 @@ def rules_for(model) -> tuple[tuple[str, P], ...]:
     parts = (
         (True, DENSE_RULES),
         (model.positions == "learned", LEARNED_POSITION_RULES),
-        (model.num_moe_layers < model.num_layers, FEED_FORWARD_RULES),
+        (
+            model.num_moe_layers < model.num_layers or model.shared_expert_width > 0,
+            FEED_FORWARD_RULES,
+        ),
         (model.num_moe_layers > 0, EXPERT_RULES),
         (model.num_moe_layers > 0 and model.expert_bias, EXPERT_BIAS_RULES),
         (model.num_moe_layers > 0 and model.expert_output_bias, EXPERT_OUTPUT_BIAS_RULES),

@@ -106,6 +106,7 @@ COMPUTES = {
 }
 OF_EXPERTS = (
     *("model.num_experts", "model.experts_per_token", "model.normalize_gates", "loss.balance"),
+    "model.shared_expert_width",
     *("model.expert_backend", "model.expert_exchange", "model.capacity_factor"),
 )
 # (when training ignores a key, which)

@@ -36,6 +36,7 @@ TREE = {"a": {"kernel": jnp.zeros((4, 6))}, "count": jnp.zeros(())}
         (0, dict(positions="learned", max_positions=16, token_types=2)),
         (2, dict(expert_bias=True, normalize_gates=True)),
         (2, dict(expert_output_bias=False)),
+        (1, dict(shared_expert_width=96)),
     ],
 )
 def test_the_table_covers_parameters_and_optimiser(moe_every, options):

@@ -11,7 +11,8 @@ need not know.
 
 Extensions of ours, absent from the published model and unknown to other runtimes, each with a key
 in config.json: `moe_expert_bias` (tensor `experts.mlp.b1`), `moe_normalize_expert_weights` true,
-`moe_every_n_layers` 1, and learned positions (`rotary_emb_fraction` 0, tensor
+`moe_every_n_layers` 1, `moe_shared_expert_width` (a shared expert: tensors `mlp.fc1` and `mlp.fc2`
+beside `mlp.experts`), and learned positions (`rotary_emb_fraction` 0, tensor
 `embeddings.position_embeddings.weight`; the reference code knows these). Such a model calls itself
 `moe_embed`, so that a runtime that implements `nomic_bert` itself refuses it instead of computing
 something else.
@@ -92,6 +93,7 @@ ABSENT = {
     "moe_normalize_expert_weights": False,
     "moe_expert_bias": False,
     "moe_expert_output_bias": True,
+    "moe_shared_expert_width": 0,
 }
 
 
@@ -132,6 +134,7 @@ def model_from_config(config: dict, names, where: str) -> EncoderConfig:
             "normalize_gates": switch("moe_normalize_expert_weights"),
             "expert_bias": switch("moe_expert_bias"),
             "expert_output_bias": switch("moe_expert_output_bias"),
+            "shared_expert_width": size("moe_shared_expert_width", "shared_expert_width", 0),
         }
     width = size("n_embd", "width")
     return EncoderConfig(
@@ -216,6 +219,8 @@ def config_from_model(model: EncoderConfig, max_length: int, pad_id: int) -> dic
         config["moe_expert_bias"] = True
     if model.moe_every and not model.expert_output_bias:
         config["moe_expert_output_bias"] = False
+    if model.shared_expert_width:
+        config["moe_shared_expert_width"] = model.shared_expert_width
     return config
 
 
@@ -228,6 +233,7 @@ def extensions(model: EncoderConfig) -> list[str]:
     present = {
         "a hidden bias in every expert": model.moe_every and model.expert_bias,
         "normalised gates": model.moe_every and model.normalize_gates,
+        "a shared expert": model.shared_expert_width > 0,
         "experts in every layer": model.moe_every == 1,
         "learned positions": model.positions == "learned",
     }

@@ -43,6 +43,7 @@ _DEFAULTS = {
     "moe_every_n_layers": 2,
     "moe_normalize_expert_weights": False,  # true: the K gates of a token sum to 1
     "moe_expert_bias": False,  # ours: every expert has a hidden bias, `experts.mlp.b1`
+    "moe_shared_expert_width": 0,  # ours: a feed-forward beside the experts, `mlp.fc1`, `mlp.fc2`
     "pooling": "mean",  # ours, of `embed`: or "cls" (the first token) or "last"
 }
 
@@ -112,9 +113,13 @@ class NomicBertConfig(PretrainedConfig):
 
     def is_published_architecture(self) -> bool:
         """Whether other runtimes for `nomic_bert` compute this model: no extension of ours."""
-        special = self.moe_expert_bias or self.moe_normalize_expert_weights
-        experts = self.num_experts and self.moe_every_n_layers
-        ours = experts and (special or self.moe_every_n_layers == 1)
+        special = (
+            self.moe_expert_bias
+            or self.moe_normalize_expert_weights
+            or self.moe_shared_expert_width
+            or self.moe_every_n_layers == 1
+        )
+        ours = self.num_experts and self.moe_every_n_layers and special
         return bool(self.rotary_emb_fraction) and not ours
 
     def to_dict(self):
@@ -272,12 +277,19 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Section 3: the feed-forward of every second layer is E experts, of which a token uses K."""
+    """Section 3: the feed-forward of every second layer is E experts, of which a token uses K.
+
+    With `moe_shared_expert_width` every token adds a dense feed-forward of that width.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
+        self.is_shared = bool(config.moe_shared_expert_width)
+        if self.is_shared:
+            self.fc1 = nn.Linear(config.n_embd, config.moe_shared_expert_width)
+            self.fc2 = nn.Linear(config.moe_shared_expert_width, config.n_embd)
 
     def forward(self, x, valid):
         """x [B, L, D]; valid bool [B, L] or None (all): padding is not routed."""
@@ -285,7 +297,8 @@ class MoE(nn.Module):
         gates, experts = self.router(flat)
         if valid is not None:
             experts = experts.where(valid.flatten().unsqueeze(-1), self.experts.num_experts)
-        return self.experts(flat, gates, experts).view_as(x)
+        y = self.experts(flat, gates, experts).view_as(x)
+        return y + self.fc2(F.gelu(self.fc1(x))) if self.is_shared else y
 
 
 class Block(nn.Module):

@@ -55,31 +55,30 @@ class Embeddings(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Post-norm: attention, add, norm; feed-forward or MoE, add, norm."""
+    """Post-norm: attention, add, norm; feed-forward, MoE, or MoE + shared expert, add, norm."""
 
     def __init__(self, config: EncoderConfig, is_moe: bool, init, rngs: nnx.Rngs):
         linear = functools.partial(Linear, dtype=config.dtype, kernel_init=init, rngs=rngs)
         self.attention = Attention(config.width, config.num_heads, linear)
         self.norm_1 = _norm(config, rngs)
-        if is_moe:
-            self.moe = MoE(config, init, rngs)
-        else:
-            self.feed_forward = FeedForward(config.width, config.ffn_width, linear)
+        self.moe = MoE(config, init, rngs) if is_moe else None
+        ffn_width = config.shared_expert_width if is_moe else config.ffn_width
+        self.feed_forward = FeedForward(config.width, ffn_width, linear) if ffn_width else None
         self.norm_2 = _norm(config, rngs)
-        self.is_moe = is_moe
 
     def __call__(self, x_RLD, text_index_RL, rotation_RLJ, keep_choices=False):
         """(x_RLD, statistics or None)."""
         dtype = x_RLD.dtype
         attended_RLD = self.attention(x_RLD, text_index_RL, rotation_RLJ)
         x_RLD = self.norm_1(attended_RLD + x_RLD).astype(dtype)
-        statistics = None
-        if self.is_moe:
+        sum_RLD, statistics = x_RLD, None
+        if self.moe is not None:
             y_RLD, statistics = self.moe(x_RLD, text_index_RL >= 0, keep_choices)
-        else:
-            y_RLD = self.feed_forward(x_RLD)
-        # With the saved sum the result of the feed-forward layer is not computed again.
-        sum_RLD = checkpoint_name(y_RLD + x_RLD, BLOCK_SUM)
+            sum_RLD = y_RLD + sum_RLD
+        if self.feed_forward is not None:
+            sum_RLD = self.feed_forward(x_RLD) + sum_RLD
+        # With the saved sum the results of these layers are not computed again.
+        sum_RLD = checkpoint_name(sum_RLD, BLOCK_SUM)
         return self.norm_2(sum_RLD).astype(dtype), statistics
 
 

@@ -20,10 +20,12 @@ LIMITS = {
     "width": 65_536,
     "num_heads": 4_096,
     "ffn_width": 1_048_576,
+    "shared_expert_width": 1_048_576,
     "num_experts": 4_096,
     "max_positions": 1_048_576,
     "token_types": 1_024,
 }
+MAY_BE_0 = ("num_experts", "max_positions", "moe_every", "shared_expert_width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,9 @@ class EncoderConfig:
     # An output bias of each layer with experts, as published. llama.cpp's converter drops it, so
     # GGUF files are exact only for models without.
     expert_output_bias: bool = True
+    # Hidden width of a dense feed-forward layer beside the experts, whose output every token adds
+    # to theirs (DeepSeekMoE, arXiv 2401.06066, section 3.2). 0: none, as in the paper.
+    shared_expert_width: int = 0
     positions: str = "rotary"  # or "learned": a table of max_positions rows, as BERT
     max_positions: int = 0  # 0 with rotary positions, which know no limit
     rotary_base: float = 10_000.0
@@ -88,6 +93,11 @@ class EncoderConfig:
                 f"model.experts_per_token={self.experts_per_token} must be between 1 and "
                 f"num_experts={self.num_experts}"
             )
+        if self.shared_expert_width and not self.num_moe_layers:
+            raise UserError(
+                f"model.shared_expert_width={self.shared_expert_width}, but no layer has experts "
+                f"(moe_every={self.moe_every}, num_layers={self.num_layers}): leave it out"
+            )
         for name, known in (
             ("dtype", ["float32", "bfloat16"]),  # float16 would need loss scaling
             ("pooling", list(POOLINGS)),
@@ -114,7 +124,7 @@ class EncoderConfig:
                 raise UserError(
                     f"model.{name}={value!r:.40} must be a whole number, at most {limit:,}"
                 )
-            if value == 0 and name not in ("num_experts", "max_positions", "moe_every"):
+            if value == 0 and name not in MAY_BE_0:
                 raise UserError(f"model.{name}=0 must be 1 or more")
         for name in ("rotary_base", "norm_epsilon", "initializer_range", "capacity_factor"):
             value = getattr(self, name)

@@ -16,14 +16,16 @@ from moe_embed_jax.routing.router import RoutingStatistics, gates_of_all, route
 
 
 def gelu_mlp(x_TD, weights: dict):
-    """gelu(x w_in + bias_in) w_out of one expert, in the dtype of x.
+    """gelu(x w_in + bias_in) w_out of one expert, in the dtype of x; on CPUs in float32 between the
+    products.
 
     The output bias is the layer's.
     """
     pre_TF = matmul(x_TD, weights["w_in"])
     if weights["bias_in"] is not None:
         pre_TF = add_bias(pre_TF, weights["bias_in"])
-    return matmul(gelu(pre_TF), weights["w_out"])
+    hidden_TF = gelu(pre_TF).astype(x_TD.dtype)
+    return matmul(hidden_TF, weights["w_out"]).astype(x_TD.dtype)
 
 
 GELU_MLP = ExpertMLP(gelu_mlp, ActivationMLP(gelu), TritonMLP(gelu_and_slope))

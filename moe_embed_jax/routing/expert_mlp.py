@@ -21,7 +21,8 @@ class ExpertMLP:
     tokens.
 
     function: (x_TD, weights of one expert, a pytree) -> y_TD, for `blocked`, `capacity` and
-      `reference`. It computes in the dtype of x, whatever the dtype of the weights.
+      `reference`. y and the operands of all products have the dtype of x, whatever that of the
+      weights is.
     kernel: the same on tiles of sorted rows, for `grouped` (`kernels.experts.ActivationMLP` says
       what it must have); None: `grouped` cannot compute this MLP.
     triton_kernel: likewise for `ragged` (`kernels.triton_experts.TritonMLP`).
@@ -33,12 +34,13 @@ class ExpertMLP:
 
 
 def matmul(x_TD, w_DF):
-    """`x_TD @ w_DF` in the dtype of x. The gradient of w is summed in float32, and in w's dtype.
+    """`x_TD @ w_DF`, operands in the dtype of x; the result, too, but on CPUs float32, as products
+    of bfloat16 are there. The gradient of w is summed in float32, and in w's dtype.
 
     The result is named PRODUCT, so that a checkpoint policy can save it.
     """
     if platform() == "cpu":
-        return checkpoint_name(product(x_TD, w_DF).astype(x_TD.dtype), PRODUCT)
+        return checkpoint_name(product(x_TD, w_DF), PRODUCT)
     return checkpoint_name(_matmul(x_TD, w_DF), PRODUCT)
 
 

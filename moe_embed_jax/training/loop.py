@@ -58,7 +58,7 @@ def train(config: Run, workdir) -> bool:
 def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool:
     is_writer = jax.process_index() == 0
     preemption = _Preemption()
-    on_exit.callback(preemption.raise_interrupts)
+    on_exit.callback(preemption.leave)
 
     ### Mesh, optimiser, work directory, data, step
     mesh = make_mesh(config.mesh)
@@ -189,7 +189,7 @@ class _Preemption:
         self._flag = False
         self.interrupted = False  # by Ctrl-C in this process
         self._raises = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGTERM, self._set)
+        self._ends = signal.signal(signal.SIGTERM, self._set)
 
     def defer_interrupts(self) -> None:
         """From now on Ctrl-C waits for the end of the step. A process that ignores it still
@@ -200,6 +200,11 @@ class _Preemption:
     def raise_interrupts(self) -> None:
         """From now on Ctrl-C raises KeyboardInterrupt again, as there is nothing to save."""
         signal.signal(signal.SIGINT, self._raises)
+
+    def leave(self) -> None:
+        """Both signals do what they did before: SIGTERM ends a notebook that has trained."""
+        self.raise_interrupts()
+        signal.signal(signal.SIGTERM, self._ends)
 
     def _set(self, signum, frame) -> None:
         del frame

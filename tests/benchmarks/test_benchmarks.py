@@ -153,7 +153,7 @@ def test_efficiency(data_dir, tmp_path):
         "--rounds=2",
         "--batch_sizes=4,8",
     ]
-    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
+    result = run_python(command, timeout=800, OMP_WAIT_POLICY="PASSIVE")
     assert result.returncode == 0, result.stderr
     report = json.loads((output / "report.json").read_text())
     names = {"ours", "ours, bfloat16", "ours, int8", "dense twin", "sentence-transformers"}
@@ -185,7 +185,7 @@ def test_efficiency(data_dir, tmp_path):
     (part,) = (output / "parts").glob("quality-*-int8.json")
     times = {path.name: path.stat().st_mtime_ns for path in part.parent.iterdir()}
     part.unlink()
-    result = run_python(command, timeout=1800, OMP_WAIT_POLICY="PASSIVE")
+    result = run_python(command, timeout=800, OMP_WAIT_POLICY="PASSIVE")
     assert result.returncode == 0, result.stderr
     for path in part.parent.iterdir():
         assert (path.stat().st_mtime_ns == times[path.name]) == (path != part)

@@ -40,7 +40,7 @@ def compile_all(output) -> dict[str, dict]:
     paths = [str(path) for path in (ROOT, ROOT / "tests", WHEELS)]
     flags = f"--xla_dump_to={output.parent / 'dump'} --xla_dump_hlo_pass_re="
     result = run_python(
-        [__file__, output], timeout=1800, XLA_FLAGS=flags, PYTHONPATH=":".join(paths)
+        [__file__, output], timeout=800, XLA_FLAGS=flags, PYTHONPATH=":".join(paths)
     )
     assert result.returncode == 0, result.stderr
     return json.loads(pathlib.Path(output).read_text())

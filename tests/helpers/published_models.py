@@ -67,11 +67,12 @@ def nomic_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             }
             if config.get("moe_expert_bias"):
                 shapes[layer + "mlp.experts.mlp.b1"] = (e * f,)
-        else:
+        dense = config.get("moe_shared_expert_width", 0) if is_moe(config, i) else f
+        if dense:
             shapes |= {
-                layer + "mlp.fc1.weight": (f, d),
-                layer + "mlp.fc1.bias": (f,),
-                layer + "mlp.fc2.weight": (d, f),
+                layer + "mlp.fc1.weight": (dense, d),
+                layer + "mlp.fc1.bias": (dense,),
+                layer + "mlp.fc2.weight": (d, dense),
                 layer + "mlp.fc2.bias": (d,),
             }
     return shapes
@@ -149,12 +150,13 @@ def nomic_forward(config: dict, tensors: dict, ids) -> tuple[np.ndarray, list[np
             context[:, part] = _softmax(qh @ kh.T / np.sqrt(size)) @ v[:, part]
         attended = context @ w["attn.out_proj.weight"].T + w["attn.out_proj.bias"]
         x = _norm(x + attended, w["norm1.weight"], w["norm1.bias"], eps)
+        y = np.zeros_like(x)
         if is_moe(config, i):
             y, experts = _moe(config, w, x)
             chosen.append(experts)
-        else:
+        if "mlp.fc1.weight" in w:  # a dense layer, or a shared expert
             hidden = _gelu(x @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"])
-            y = hidden @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+            y = y + hidden @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
         x = _norm(x + y, w["norm2.weight"], w["norm2.bias"], eps)
     return x, chosen
 

@@ -11,7 +11,8 @@ from moe_embed_jax.routing.expert_mlp import ExpertMLP, matmul
 def swiglu_mlp(x_TD, weights: dict):
     """(silu(x w_gate) * (x w_up)) w_down of one expert."""
     gate_TF, up_TF = (matmul(x_TD, weights[name]) for name in ("w_gate", "w_up"))
-    return matmul(jax.nn.silu(gate_TF) * up_TF, weights["w_down"])
+    hidden_TF = (jax.nn.silu(gate_TF) * up_TF).astype(x_TD.dtype)
+    return matmul(hidden_TF, weights["w_down"]).astype(x_TD.dtype)
 
 
 SWIGLU_MLP = ExpertMLP(swiglu_mlp)

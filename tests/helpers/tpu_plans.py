@@ -18,6 +18,6 @@ tpu_aot = [
 
 def plan(command, output):
     """(what it printed, the JSON) of launch/plan.py."""
-    result = run_forked([*command, f"--output={output}"], timeout=900)
+    result = run_forked([*command, f"--output={output}"], timeout=800)
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(output.read_text())

@@ -284,7 +284,7 @@ def test_e5_small_finds_the_paragraphs_of_xquad(e5_small, tmp_path):
             "--query_prompt=query: ",
             "--document_prompt=passage: ",
         ],
-        timeout=1800,
+        timeout=800,
         XLA_FLAGS="",  # a minute of computing, which the compiler's optimisations halve
     )
     assert result.returncode == 0, result.stderr

@@ -102,6 +102,7 @@ def test_config_is_the_published_one():
     [
         dict(normalize_gates=True),
         dict(expert_bias=True),
+        dict(shared_expert_width=512),
         dict(moe_every=1),
         dict(positions="learned", max_positions=64),
     ],

@@ -92,6 +92,7 @@ NOMIC_KEYS = SHARED | {
     "moe_impl": harmless("other", "how the reference computes it"),
     "moe_normalize_expert_weights": honoured(True),
     "moe_resid_pdrop": harmless(0.5, TRAINING),
+    "moe_shared_expert_width": refused(24),  # its tensors are missing
     "moe_top_k": honoured(1),
     "n_embd": honoured(64),
     "n_head": honoured(4),

@@ -36,6 +36,7 @@ VARIANTS = {
     "rotary_base": dict(rotary_emb_base=1000, layer_norm_epsilon=1e-12),
     "normalised_gates": dict(moe_normalize_expert_weights=True),
     "expert_bias": dict(moe_expert_bias=True),
+    "shared_expert": dict(moe_shared_expert_width=24),
     "learned_positions": dict(rotary_emb_fraction=0.0, type_vocab_size=2),
 }
 

@@ -88,6 +88,7 @@ def test_what_a_user_needs_is_said():
         (dict(expert_output_bias=False), 0.0, "GGUF: exact"),
         (dict(moe_every=0), 0.0, "none.*rotary models without experts"),
         (dict(expert_bias=True), 0.02, "none.*a hidden bias in every expert"),
+        (dict(shared_expert_width=8), 0.0, "none.*a shared expert"),
     ],
 )
 def test_gguf(change, bias, words):

@@ -26,6 +26,7 @@ LAYOUTS = {
         moe_every_n_layers=1,
         moe_normalize_expert_weights=True,
         moe_expert_bias=True,
+        moe_shared_expert_width=24,
         num_experts=2,
     ),
     "bert": dict(n_layer=1, num_experts=0, rotary_emb_fraction=0),  # XLM-RoBERTa leaves so too

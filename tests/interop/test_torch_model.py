@@ -123,10 +123,11 @@ def reference(model, ids):
         name = f"encoder.layers.{i}"
         attended = attend(x, f"{name}.attn")
         x = np.array([norm(a + b, f"{name}.norm1") for a, b in zip(attended, x, strict=True)])
+        y = np.zeros_like(x)
         if f"{name}.mlp.router.layer.weight" in weights:
-            y = [experts(row, f"{name}.mlp") for row in x]
-        else:
-            y = [linear(gelu(linear(row, f"{name}.mlp.fc1")), f"{name}.mlp.fc2") for row in x]
+            y += [experts(row, f"{name}.mlp") for row in x]
+        if f"{name}.mlp.fc1.weight" in weights:
+            y += [linear(gelu(linear(row, f"{name}.mlp.fc1")), f"{name}.mlp.fc2") for row in x]
         x = np.array([norm(a + b, f"{name}.norm2") for a, b in zip(y, x, strict=True)])
     return x
 
@@ -152,6 +153,7 @@ def test_far_positions_turn_by_the_same_angles_as_ours(head, base):
         ({}, [1, 3]),
         ({"moe_normalize_expert_weights": True, "moe_top_k": 3}, [1, 3]),
         ({"moe_expert_bias": True}, [1, 3]),
+        ({"moe_shared_expert_width": 24}, [1, 3]),
         (LEARNED, [1, 3]),
         ({"n_layer": 3}, [1]),
         ({"moe_every_n_layers": 1, "n_layer": 2}, [0, 1]),

@@ -90,6 +90,10 @@ def test_released_model_size():
     assert count_params(EncoderConfig(experts_per_token=1))[1] == 277_112_064
     assert count_params(EncoderConfig(moe_every=0))[0] == 277_093_632
     assert count_params(EncoderConfig(moe_every=1))[0] == 673_492_224
+    # A shared expert works on every token: 6 layers, two matrices and their biases.
+    shared = 6 * (2 * 768 * 512 + 512 + 768)
+    sizes = count_params(EncoderConfig(shared_expert_width=512))
+    assert sizes == (475_292_928 + shared, 305_423_616 + shared)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,7 @@ def test_released_model_size():
         (2, dict(positions="learned", max_positions=24, token_types=2)),
         (2, dict(normalize_gates=True, expert_bias=True)),
         (2, dict(expert_output_bias=False)),
+        (1, dict(shared_expert_width=24)),
     ],
 )
 def test_packed_equals_one_text_per_row(moe_every, options):

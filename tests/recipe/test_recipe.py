@@ -303,7 +303,7 @@ def smoke(data_dir, tmp_path_factory):
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
     # A chain of 15 processes: 600 s are too few where others share the processors.
-    return (lambda *more: run_forked([*arguments, *more], timeout=1500)), folder / "run"
+    return (lambda *more: run_forked([*arguments, *more], timeout=800)), folder / "run"
 
 
 @pytest.mark.slow

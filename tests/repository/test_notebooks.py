@@ -262,7 +262,7 @@ def execute(path: pathlib.Path, folder: pathlib.Path, **environment):
     # No folder of installed kernels: what is left is the kernel of this Python.
     specs = KernelSpecManager(kernel_dirs=[])
     manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
-    client = nbclient.NotebookClient(notebook, km=manager, timeout=1200)
+    client = nbclient.NotebookClient(notebook, km=manager, timeout=800)
     client.execute(cleanup_kc=True, env=env, cwd=str(folder))
     executable, result = json.loads(notebook.cells[-1].outputs[0].text)
     assert executable == sys.executable

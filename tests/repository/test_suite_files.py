@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import suite_files
@@ -46,6 +47,18 @@ def test_a_worker_that_dies_ends_the_run_with_its_file_named(tmp_path, moment):
     where = "test_a.py" + ("" if moment == "collection" else "::test_dies")
     assert re.search(rf"^worker gw\d died in {where}$", result.stdout, re.MULTILINE), result.stdout
     assert "restarting disabled" in result.stdout
+
+
+def test_a_test_that_waits_for_ever_ends_the_run_with_its_name(tmp_path):
+    (tmp_path / "test_a.py").write_text("def test_waits():\n    __import__('time').sleep(600)")
+    (tmp_path / "test_b.py").write_text(LIVES)
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert own["faulthandler_timeout"] < own["timeout"] == 900
+    flags = ["--timeout=2", f"--timeout-method={own['timeout_method']}"]
+    result = run_suite(tmp_path, *flags, "-o", "faulthandler_timeout=1")
+    assert result.returncode != 0
+    assert re.search(r"^worker gw\d died in test_a.py::test_waits$", result.stdout, re.MULTILINE)
+    assert "in test_waits" in result.stderr  # where it waited
 
 
 def test_slowest_files_are_printed_and_written(tmp_path, monkeypatch):

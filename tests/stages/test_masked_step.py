@@ -279,7 +279,7 @@ MATRIX = [
 
 @pytest.mark.slow
 def test_every_mesh_equals_one_device():
-    result = run_forked(["tests/stages/test_masked_step.py"], devices=DEVICES, timeout=900)
+    result = run_forked(["tests/stages/test_masked_step.py"], devices=DEVICES, timeout=800)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 

@@ -24,7 +24,13 @@ from moe_embed_jax.training.step import jit_train_step
 
 DEVICES, PAIRS, NEGATIVES, ROW_LENGTH, SLOTS, CHUNKS = 8, 4, 2, 24, 4, 2  # pairs per device
 MODEL = EncoderConfig(
-    vocab_size=128, num_layers=2, width=32, num_heads=2, ffn_width=48, num_experts=8
+    vocab_size=128,
+    num_layers=2,
+    width=32,
+    num_heads=2,
+    ffn_width=48,
+    num_experts=8,
+    shared_expert_width=16,
 )
 TEACHER_WIDTH = 6
 LOSS = LossConfig(
@@ -51,7 +57,7 @@ MATRIX = [
 
 @pytest.mark.slow
 def test_every_mesh_equals_one_device():
-    result = run_forked(["tests/stages/test_meshes.py"], devices=DEVICES, timeout=1200)
+    result = run_forked(["tests/stages/test_meshes.py"], devices=DEVICES, timeout=800)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("equal") == len(MATRIX), result.stdout
 

@@ -5,6 +5,7 @@ Whole runs are trained in this process, with a step that is spoilt on purpose.
 
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +247,7 @@ def clean_run(data_dir, tmp_path_factory):
 def test_a_run_stops_and_goes_on_from_its_last_good_checkpoint(
     page, clean_run, monkeypatch, tmp_path, every, broken, factor, message, last_good
 ):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     if not clean_run.exists():
         assert loop.train(page, clean_run)
     page = dataclasses.replace(page, checkpoint_every=every)
@@ -254,6 +256,8 @@ def test_a_run_stops_and_goes_on_from_its_last_good_checkpoint(
         spoilt(patch, multiplied_after(broken, factor))
         with pytest.raises(UserError, match=message) as error:
             loop.train(page, run)
+    # As before, in a process that goes on: a notebook's.
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     path = run / "checkpoints" / str(last_good)
     assert f"Last good checkpoint: {path} (step {last_good})" in str(error.value)
     assert sorted(int(p.name) for p in path.parent.iterdir() if p.name.isdigit())[-1] == last_good
