@@ -1,7 +1,7 @@
 """What each step was made with: WORKDIR/recipe/STEP.json.
 
 {"id": of this making of the step, "arguments", "after": {step it needed: its id}, "seconds",
- "finished"}
+ "finished", "crc32": of all the others}
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import time
 import uuid
 
 from moe_embed_jax import storage
+from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
@@ -20,7 +21,7 @@ from moe_embed_jax.ownership import own
 from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
-RECORD_KEYS = {"id", "arguments", "after", "seconds", "finished"}
+_CRC = "crc32"
 LONGEST_WAIT = 600  # seconds for a process that a killed recipe left behind, which may save
 
 
@@ -36,15 +37,16 @@ class Records:
         if not storage.has_entry(path):
             return None
         record = read_object(path)
-        if record.keys() != RECORD_KEYS:
+        crc = record.pop(_CRC, None)
+        if crc != checksum_of_json(record):
             raise UserError(
-                f"{path} is damaged: it must have the keys {', '.join(sorted(RECORD_KEYS))}; put "
-                f"the right file back, or remove it and {self.workdir / name}"
+                f"{path}: {OTHER_CRC}: put the right file back, or remove it and "
+                f"{self.workdir / name}"
             )
         return record
 
     def write(self, name: str, record: dict) -> None:
-        save_json(self.folder / f"{name}.json", record)
+        save_json(self.folder / f"{name}.json", record | {_CRC: checksum_of_json(record)})
 
     def check(self, steps: list[Step]) -> None:
         """Raises `UserError` where a step, done or begun, is not what it would be now."""

@@ -213,8 +213,36 @@ def test_a_damaged_file_of_the_work_is_named(tmp_path, damage):
     work = Work(str(tmp_path / "out"))
     work.begin({"sources": 1})
     (tmp_path / "out/work/plan.json").write_bytes(damage)
-    with pytest.raises(UserError, match=r"plan\.json is damaged .*prepare again") as refused:
+    with pytest.raises(UserError, match=r"plan\.json: it is damaged .*prepare again") as refused:
         work.begin({"sources": 1})
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("stage", ["read", "buckets"])
+def test_work_that_was_changed_is_named(stage, mixed, tmp_path, monkeypatch):
+    """Any value of any marker, and the tables beside them: not a trace, and no other pairs."""
+    after = {"read": "spread", "buckets": "write"}[stage]
+    monkeypatch.setattr(pipeline._Run, after, lambda self: (_ for _ in ()).throw(_Killed))
+    output = tmp_path / "pairs"
+    with pytest.raises(_Killed):
+        prepare(mixed, output)
+    monkeypatch.undo()
+    marker = min((output / "work" / stage).glob("*.json"))
+    whole = json.loads(marker.read_text())
+    for key in whole["content"]:
+        changed = {k: v for k, v in whole["content"].items() if k != key}
+        marker.write_text(json.dumps(whole | {"content": changed}))
+        with pytest.raises(UserError, match=rf"{marker.name}: it is damaged.*CRC-32 differs"):
+            prepare(mixed, output)
+    marker.write_text(json.dumps(whole))
+    table = marker.with_suffix(".parquet")
+    content = bytearray(table.read_bytes())
+    content[len(content) // 4] ^= 1  # in a page
+    table.write_bytes(content)
+    with pytest.raises(
+        UserError, match=rf"{table.name}: it is damaged \(.*prepare again"
+    ) as refused:
+        prepare(mixed, output)
     assert len(str(refused.value).splitlines()) == 1
 
 

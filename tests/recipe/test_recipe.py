@@ -155,6 +155,20 @@ def test_a_failing_step_is_named_with_its_log(tmp_path):
     assert starts(tmp_path) == {"a": 1, "b": 2, "c": 1, "d": 1}
 
 
+def test_a_record_that_was_changed_is_named(tmp_path):
+    run_chain(chain(tmp_path), tmp_path)
+    path = tmp_path / "recipe/b.json"
+    whole = json.loads(path.read_text())
+    changes = [dict(after=[]), dict(seconds="1"), dict(arguments={}), dict(id=3), dict(crc32=0)]
+    damaged = [whole | change for change in changes]
+    damaged += [{k: v for k, v in whole.items() if k != key} for key in whole]
+    for content in damaged:
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"b\.json: it is damaged.*remove it and"):
+            run_chain(chain(tmp_path), tmp_path)
+    assert set(starts(tmp_path).values()) == {1}
+
+
 def test_a_step_that_ends_without_its_output_is_not_done(tmp_path):
     with pytest.raises(UserError, match=r"step b ended before it was finished .*b.log"):
         run_chain(chain(tmp_path, b={"more": "sys.exit(0)"}), tmp_path)

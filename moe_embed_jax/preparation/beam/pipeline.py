@@ -352,7 +352,8 @@ def _finished(output: str, plan: dict) -> dict | None:
 
 
 def _check_plan(manifest: dict, plan: dict, output: str) -> None:
-    if manifest.get("about", {}).get("plan") != plan:
+    about = manifest.get("about")
+    if not isinstance(about, dict) or about.get("plan") != plan:
         raise UserError(
             f"{output} holds pairs that were prepared from other sources or with other options: "
             "choose another --output, or delete it"

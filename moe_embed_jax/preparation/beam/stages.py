@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 import apache_beam as beam
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moe_embed_jax.pairs.row import PairRow
 from moe_embed_jax.preparation.beam import work_folder as work_module
@@ -25,7 +24,6 @@ from moe_embed_jax.preparation.beam.buckets import (
     to_bytes,
     without_duplicates,
 )
-from moe_embed_jax.preparation.beam.read import open_file
 from moe_embed_jax.preparation.beam.sources import Part, Source
 from moe_embed_jax.preparation.beam.work_folder import Work, bucket_name, part_name, shard_work_name
 from moe_embed_jax.preparation.pair_writer import ShardWriter
@@ -129,8 +127,9 @@ class SpreadParts(beam.DoFn):
 
     def process(self, part: int):
         source = self._parts[part].source
-        with open_file(self._work.path("read", f"{part_name(part)}.parquet")) as file:
-            for batch in pq.ParquetFile(file).iter_batches(work_module.ROWS_PER_ROW_GROUP * 16):
+        path = self._work.path("read", f"{part_name(part)}.parquet")
+        with work_module.open_table(path) as parquet:
+            for batch in parquet.iter_batches(work_module.ROWS_PER_ROW_GROUP * 16):
                 table = pa.Table.from_batches([batch])
                 bucket_of_row = buckets_of(table, self._buckets[source])
                 order = np.argsort(bucket_of_row, kind="stable")

