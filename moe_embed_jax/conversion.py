@@ -18,7 +18,7 @@ from moe_embed_jax.interop.layers import by_layer, from_layers
 from moe_embed_jax.interop.merge import match_experts, merge
 from moe_embed_jax.interop.merge_config import MergeConfig, split_step
 from moe_embed_jax.interop.output_bias import check_output_bias, drop_output_bias
-from moe_embed_jax.interop.prompts import with_document_prefix
+from moe_embed_jax.interop.prompts import own_prompts, with_document_prefix
 from moe_embed_jax.interop.published import has_mlm_head, read_config
 from moe_embed_jax.interop.source import HUB, source_folder
 from moe_embed_jax.interop.upcycle import upcycle, upcycled_model
@@ -296,7 +296,7 @@ def _check_mergeable(opened: ModelFolder, first: ModelFolder, name: str, first_n
         {
             "model": architecture(each.model),
             "tokenizer": each.vocabulary and each.vocabulary.content_hash[:12],
-            "prompts": each.prompts,
+            "prompts": own_prompts(each.prompts),
         }
         for each in (first, opened)
     )

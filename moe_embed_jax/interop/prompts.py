@@ -31,6 +31,13 @@ def exported_prompts(prompts: Mapping[str, str]) -> dict[str, str]:
     return {"passage": document, **types, **prompts}
 
 
+def own_prompts(prompts: Mapping[str, str]) -> dict[str, str]:
+    """`prompts` without those that `exported_prompts` would add."""
+    added = ("passage", *SYMMETRIC_TYPES)
+    document = prompts.get("document")
+    return {n: text for n, text in prompts.items() if n not in added or text != document}
+
+
 def with_document_prefix(prompts: Mapping[str, str], prefix: str) -> dict[str, str]:
     """`prompts` with another prefix for documents, under each name that had the old one."""
     old = prompts.get("document")

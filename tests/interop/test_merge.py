@@ -183,6 +183,15 @@ def test_refusals_are_one_line(sparse, tmp_path, arguments, message):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_model_merges_with_its_export(sparse, tmp_path):
+    """The export has names for the same prefixes that the model itself has not."""
+    folder = sparse[2]
+    conversion.export_model(str(folder / "a"), tmp_path / "out")
+    sources = [str(folder / "a"), str(tmp_path / "out")]
+    assert conversion.merge_models(sources, tmp_path / "m", MergeConfig())
+    np.testing.assert_allclose(embeddings(tmp_path / "m"), embeddings(folder / "a"), atol=1e-6)
+
+
 def test_prompts_must_be_equal(sparse, tmp_path):
     loaded, arrays, folder = sparse
     save(
