@@ -18,7 +18,6 @@ from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.safe_names import check_name
 
 FILE_NAME = "checksums.json"
-OTHER_CRC = "it is damaged, or of an older version (its CRC-32 differs)"  # a JSON file of ours
 _CRC32C = "crc32c:"
 _READ_AT_ONCE = 1 << 22
 _THREADS = 4  # zlib releases the interpreter's lock

@@ -13,7 +13,7 @@ import time
 import uuid
 
 from moe_embed_jax import storage
-from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
+from moe_embed_jax.checksums import checksum_of_json
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
@@ -21,6 +21,7 @@ from moe_embed_jax.ownership import own
 from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
+_KEYS = {"id", "arguments", "after", "seconds", "finished"}
 _CRC = "crc32"
 LONGEST_WAIT = 600  # seconds for a process that a killed recipe left behind, which may save
 
@@ -38,10 +39,11 @@ class Records:
             return None
         record = read_object(path)
         crc = record.pop(_CRC, None)
-        if crc != checksum_of_json(record):
+        # Earlier versions wrote no checksum.
+        if record.keys() != _KEYS or crc not in (None, checksum_of_json(record)):
             raise UserError(
-                f"{path}: {OTHER_CRC}: put the right file back, or remove it and "
-                f"{self.workdir / name}"
+                f"{path} is damaged (its CRC-32 differs): put the right file back, or remove it "
+                f"and {self.workdir / name}"
             )
         return record
 

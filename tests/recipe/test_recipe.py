@@ -161,10 +161,10 @@ def test_a_record_that_was_changed_is_named(tmp_path):
     whole = json.loads(path.read_text())
     changes = [dict(after=[]), dict(seconds="1"), dict(arguments={}), dict(id=3), dict(crc32=0)]
     damaged = [whole | change for change in changes]
-    damaged += [{k: v for k, v in whole.items() if k != key} for key in whole]
+    damaged += [{k: v for k, v in whole.items() if k != key} for key in whole if key != "crc32"]
     for content in damaged:
         path.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"b\.json: it is damaged.*remove it and"):
+        with pytest.raises(UserError, match=r"b\.json is damaged .*remove it and"):
             run_chain(chain(tmp_path), tmp_path)
     assert set(starts(tmp_path).values()) == {1}
 

@@ -24,7 +24,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from moe_embed_jax import json_file
-from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
+from moe_embed_jax.checksums import checksum_of_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam.buckets import SCHEMA
 from moe_embed_jax.preparation.beam.read import open_file
@@ -129,7 +129,7 @@ def _read_record(path: str) -> dict:
     record = read_json(path)
     content = record.get("content")
     if not isinstance(content, dict) or record.get("crc32") != checksum_of_json(content):
-        raise _damaged(path, OTHER_CRC)
+        raise _damaged(path, "it is damaged, or of an older version (its CRC-32 differs)")
     return content
 
 

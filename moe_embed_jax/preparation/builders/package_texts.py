@@ -273,7 +273,7 @@ def provenance(data_dir: str | Path, configs: Sequence[str]) -> dict[str, dict]:
     """What the prepared configs were made from: wheel, its sha256, version of the builder."""
     return {
         config: {
-            **_read_metadata(dataset_folder(data_dir, config)),
+            **statistics.read_json(dataset_folder(data_dir, config) / "metadata.json"),
             "version": VERSION,
         }
         for config in configs
@@ -291,10 +291,6 @@ def _missing(data_dir: Path, configs: Sequence[str]) -> list[str]:
     return missing
 
 
-def _read_metadata(folder: Path) -> dict:
-    return statistics.read_json(folder / "metadata.json", has_checksum=False)
-
-
 def _provenance(wheel: pinned.Wheel) -> dict:
     return {"wheel": wheel.file_name, "sha256": wheel.sha256}
 
@@ -304,7 +300,7 @@ def _wheel_of(config: str) -> pinned.Wheel:
 
 
 def _check_provenance(folder: Path, config: str) -> None:
-    stored = _read_metadata(folder)
+    stored = statistics.read_json(folder / "metadata.json")
     expected = _provenance(_wheel_of(config))
     if stored != expected:
         raise UserError(

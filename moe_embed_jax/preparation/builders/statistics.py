@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_embed_jax import json_file, storage
-from moe_embed_jax.checksums import OTHER_CRC, checksum_of_json
+from moe_embed_jax.checksums import checksum_of_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.builders.text_pairs import Pair
 
@@ -54,19 +54,18 @@ def store_section(data_dir: str | Path, name: str, section: dict) -> None:
     write_json(path, {**read_json(path), name: section})
 
 
-def read_json(path: Path, has_checksum: bool = True) -> dict:
-    """What `write_json` wrote, or TFDS, which has no checksum; empty if the file is missing.
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of ours or of TFDS; empty if the file is missing.
 
-    Raises `UserError` for a damaged file.
+    Raises `UserError` for a damaged file. TFDS writes no checksum, nor did earlier versions.
     """
     try:
         content = json_file.read_optional(path)
     except UserError as error:
         raise UserError(f"{error}; delete it and run again") from None
-    if not content or not has_checksum:
-        return content
-    if content.pop(_CRC, None) != checksum_of_json(content):
-        raise UserError(f"{path}: {OTHER_CRC}; delete it and run again")
+    crc = content.pop(_CRC, None)
+    if crc is not None and crc != checksum_of_json(content):
+        raise UserError(f"{path} is damaged (its CRC-32 differs); delete it and run again")
     return content
 
 
