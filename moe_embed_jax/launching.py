@@ -25,6 +25,8 @@ from moe_embed_jax.refusals import is_lost_connection, refusal_of_system
 from moe_embed_jax.search import check_dtype
 from moe_embed_jax.weights import WEIGHTS
 
+LONGEST_END = 10  # seconds, of a process that Ctrl-C has ended
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -221,9 +223,19 @@ def run(main) -> int:
             message = f"interrupted: {reason or 'the same command starts again, or continues'}"
         print(message, file=sys.stderr, flush=True)
         status = INTERRUPTED if interrupted else 2
+        if interrupted:
+            _end_within(LONGEST_END, status)
         if lost:
             os._exit(status)  # see `LostConnection`
         return status
+
+
+def _end_within(seconds: float, status: int) -> None:
+    """Ends the process then, if it is still there: Ctrl-C may have left a thread without what it
+    waits for, and at its end Python waits for its threads."""
+    end = threading.Timer(seconds, os._exit, [status])
+    end.daemon = True
+    end.start()
 
 
 def _quieten_orbax() -> None:

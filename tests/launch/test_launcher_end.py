@@ -29,6 +29,23 @@ def test_ctrl_c_is_one_line_and_the_second_ends_at_once(tmp_path):
         assert (result.returncode, result.stdout, result.stderr) == (130, "cleaned up\n", line)
 
 
+def test_no_thread_keeps_a_process_after_ctrl_c():
+    """One that Ctrl-C left without what it waits for."""
+    code = (
+        "import os, signal, sys, threading; from moe_embed_jax import launching\n"
+        "launching.LONGEST_END = 0.5\n"
+        "def main():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(launching.run(main))\n"
+    )
+    result = run_python(["-c", code], timeout=60)
+    assert (result.returncode, result.stderr) == (
+        130,
+        "interrupted: the same command starts again, or continues\n",
+    )
+
+
 def test_ctrl_c_is_not_lost_in_a_callback():
     """Python ignores what is raised there."""
     code = (
