@@ -89,4 +89,10 @@ def text(config: dict, key: str, where, default: str | None = None) -> str | Non
     value = config.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {key}={value!r:.40} must be a string")
+    try:
+        (value or "").encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: {key}={value!r:.40} has half of a surrogate pair, which no text holds"
+        ) from None
     return default if value is None else value

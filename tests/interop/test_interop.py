@@ -69,6 +69,16 @@ def test_a_folder_that_names_no_prompts_has_nomics_and_says_so(
     assert not capsys.readouterr().err
 
 
+def test_a_prompt_that_no_text_holds_is_refused(tmp_path):
+    """Tokenizers would take another character in its place, without a word."""
+    _, _, folder = make(tmp_path, dict(n_layer=1, num_experts=0))
+    for name in ("query", "document"):
+        text = json.dumps({"prompts": {"query": "q: ", name: "\ud800: "}})
+        (folder / "config_sentence_transformers.json").write_text(text)
+        with pytest.raises(UserError, match=rf"{name}='.ud800: ' has half of a surrogate pair"):
+            open_model(folder)
+
+
 def make_batch(vocab_size, lengths=(17, 1, 9, 24)):
     rng = np.random.default_rng(3)
     ids = rng.integers(0, vocab_size, (len(lengths), max(lengths)))
