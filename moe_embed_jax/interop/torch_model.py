@@ -98,9 +98,8 @@ class NomicBertConfig(PretrainedConfig):
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
         if self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"config.json: n_embd={self.n_embd} is not a multiple of 2 * n_head={self.n_head}"
-            )
+            sizes = f"n_embd={self.n_embd} is not a multiple of 2 * n_head={self.n_head}"
+            raise ValueError(f"config.json: {sizes}")
         super().__init__(pad_token_id=pad_token_id, **kwargs)
         # transformers 5.5 to 5.12 save any model with this `model_type`, custom code or not, under
         # the tensor names of their own class. So it differs in memory; config.json keeps it.
@@ -113,12 +112,8 @@ class NomicBertConfig(PretrainedConfig):
 
     def is_published_architecture(self) -> bool:
         """Whether other runtimes for `nomic_bert` compute this model: no extension of ours."""
-        special = (
-            self.moe_expert_bias
-            or self.moe_normalize_expert_weights
-            or self.moe_shared_expert_width
-            or self.moe_every_n_layers == 1
-        )
+        special = self.moe_expert_bias or self.moe_normalize_expert_weights
+        special = special or self.moe_shared_expert_width or self.moe_every_n_layers == 1
         ours = self.num_experts and self.moe_every_n_layers and special
         return bool(self.rotary_emb_fraction) and not ours
 
@@ -156,11 +151,8 @@ def rotary_tables(position_ids, head_size: int, base: float):
     Python's: the float32 power of a processor may differ, and a position of 400 makes that 3e-5.
     """
     half = head_size // 2
-    frequency = torch.tensor(
-        [float(base) ** (-i / half) for i in range(half)],
-        dtype=torch.float32,
-        device=position_ids.device,
-    )
+    frequencies = [float(base) ** (-i / half) for i in range(half)]
+    frequency = torch.tensor(frequencies, dtype=torch.float32, device=position_ids.device)
     angle = position_ids[:, None, :, None].float() * frequency
     return angle.cos(), angle.sin()
 
@@ -277,19 +269,14 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Section 3: the feed-forward of every second layer is E experts, of which a token uses K.
-
-    With `moe_shared_expert_width` every token adds a dense feed-forward of that width.
-    """
+    """Section 3: E experts, of which a token uses K; and a shared one, if the config has it."""
 
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.is_shared = bool(config.moe_shared_expert_width)
-        if self.is_shared:
-            self.fc1 = nn.Linear(config.n_embd, config.moe_shared_expert_width)
-            self.fc2 = nn.Linear(config.moe_shared_expert_width, config.n_embd)
+        if width := config.moe_shared_expert_width:
+            self.fc1, self.fc2 = nn.Linear(config.n_embd, width), nn.Linear(width, config.n_embd)
 
     def forward(self, x, valid):
         """x [B, L, D]; valid bool [B, L] or None (all): padding is not routed."""
@@ -298,7 +285,7 @@ class MoE(nn.Module):
         if valid is not None:
             experts = experts.where(valid.flatten().unsqueeze(-1), self.experts.num_experts)
         y = self.experts(flat, gates, experts).view_as(x)
-        return y + self.fc2(F.gelu(self.fc1(x))) if self.is_shared else y
+        return y + FeedForward.forward(self, x, valid) if hasattr(self, "fc1") else y
 
 
 class Block(nn.Module):
@@ -408,6 +395,5 @@ class NomicBertModel(PreTrainedModel):
             order = mask.cumsum(dim=1) if self.config.pooling == "cls" else mask.flip(1).cumsum(1)
             is_it = (order == 1) if self.config.pooling == "cls" else (order == 1).flip(1)
             mask = mask * is_it
-        pooled = (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
-        pooled = pooled[:, :dim]
+        pooled = ((x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9))[:, :dim]
         return F.normalize(pooled, dim=-1) if normalize else pooled

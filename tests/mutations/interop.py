@@ -338,8 +338,8 @@ FAULTS = (
     Fault(
         "pytorch-cuts-before-pooling",
         "interop/torch_model.py",
-        "pooled = pooled[:, :dim]",
-        "pooled = pooled[:dim]",
+        "clamp(min=1e-9))[:, :dim]",
+        "clamp(min=1e-9))[:dim]",
         "interop/test_torch_model.py -k cuts_features",
     ),
     Fault(
@@ -376,5 +376,19 @@ FAULTS = (
         "len(ours.ids[i]) == longest and cosine_N[i] >= CUT_ELSEWHERE",
         "len(ours.ids[i]) == longest",
         "interop/test_verify_compare.py",
+    ),
+    Fault(
+        "half-a-surrogate-pair-in-a-prompt-is-taken",
+        "json_file.py",
+        '(value or "").encode("utf-8")',
+        '(value or "").encode("utf-8", "surrogatepass")',
+        "interop/test_interop.py -k no_text_holds",
+    ),
+    Fault(
+        "a-model-and-its-export-cannot-be-merged",
+        "conversion.py",
+        "own_prompts(each.prompts)",
+        "each.prompts",
+        "interop/test_merge.py -k with_its_export",
     ),
 )

@@ -236,4 +236,18 @@ FAULTS = (
         "return _start_of(record.pid) is not None",
         "test_ownership.py -k reused",
     ),
+    Fault(
+        "a-run-keeps-its-handler-of-sigterm",
+        "training/loop.py",
+        "        signal.signal(signal.SIGTERM, self._ends)\n",
+        "",
+        "training/test_health.py -k 'goes_on_from_its_last_good and not 1e'",
+    ),
+    Fault(
+        "a-thread-keeps-a-process-after-ctrl-c",
+        "launching.py",
+        "            _end_within(LONGEST_END, status)",
+        "            pass",
+        "launch/test_launcher_end.py -k keeps_a_process",
+    ),
 )
