@@ -19,6 +19,7 @@ from moe_embed_jax.safe_names import check_name
 
 FILE_NAME = "checksums.json"
 _CRC32C = "crc32c:"
+_OWN = "crc32"  # key of a JSON file's own checksum
 _READ_AT_ONCE = 1 << 22
 _THREADS = 4  # zlib releases the interpreter's lock
 
@@ -117,7 +118,7 @@ def _checksum_like(path: pathlib.Path, value: str) -> str:
 
 def dump(values: Mapping[str, str]) -> str:
     """The text of a checksum file, with its own checksum."""
-    return json.dumps({"files": values, "crc32": checksum_of_json(values)}, indent=1)
+    return json.dumps({"files": values, _OWN: _of_json(values)}, indent=1)
 
 
 def parse(text: str) -> dict[str, str]:
@@ -125,7 +126,7 @@ def parse(text: str) -> dict[str, str]:
     try:
         content = json.loads(text)
         values = content["files"]
-        if content["crc32"] != checksum_of_json(values):
+        if content[_OWN] != _of_json(values):
             raise ValueError("its own CRC-32 differs")
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a list of checksums ({error!r})") from None
@@ -160,6 +161,17 @@ def verify_checksums(folder: pathlib.Path) -> None:
         )
 
 
-def checksum_of_json(value) -> str:
+def with_own(content: dict) -> dict:
+    """A JSON object with the checksum of its content, which `take_own` compares."""
+    return content | {_OWN: _of_json(content)}
+
+
+def take_own(content: dict) -> bool | None:
+    """Whether the checksum that `with_own` added is right, or None without one; removes it."""
+    own = content.pop(_OWN, None)
+    return None if own is None else own == _of_json(content)
+
+
+def _of_json(value) -> str:
     """CRC-32 of a value that JSON can hold, whatever the order of its keys."""
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"

@@ -285,7 +285,7 @@ class MoE(nn.Module):
         if valid is not None:
             experts = experts.where(valid.flatten().unsqueeze(-1), self.experts.num_experts)
         y = self.experts(flat, gates, experts).view_as(x)
-        return y + FeedForward.forward(self, x, valid) if hasattr(self, "fc1") else y
+        return y + self.fc2(F.gelu(self.fc1(x))) if hasattr(self, "fc1") else y
 
 
 class Block(nn.Module):
@@ -395,5 +395,6 @@ class NomicBertModel(PreTrainedModel):
             order = mask.cumsum(dim=1) if self.config.pooling == "cls" else mask.flip(1).cumsum(1)
             is_it = (order == 1) if self.config.pooling == "cls" else (order == 1).flip(1)
             mask = mask * is_it
-        pooled = ((x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9))[:, :dim]
+        pooled = (x * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9)
+        pooled = pooled[:, :dim]
         return F.normalize(pooled, dim=-1) if normalize else pooled

@@ -13,7 +13,7 @@ import time
 import uuid
 
 from moe_embed_jax import storage
-from moe_embed_jax.checksums import checksum_of_json
+from moe_embed_jax.checksums import take_own, with_own
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.json_file import read_object
@@ -22,7 +22,6 @@ from moe_embed_jax.recipe.steps import Step
 
 FOLDER = "recipe"
 _KEYS = {"id", "arguments", "after", "seconds", "finished"}
-_CRC = "crc32"
 LONGEST_WAIT = 600  # seconds for a process that a killed recipe left behind, which may save
 
 
@@ -38,9 +37,8 @@ class Records:
         if not storage.has_entry(path):
             return None
         record = read_object(path)
-        crc = record.pop(_CRC, None)
         # Earlier versions wrote no checksum.
-        if record.keys() != _KEYS or crc not in (None, checksum_of_json(record)):
+        if take_own(record) is False or record.keys() != _KEYS:
             raise UserError(
                 f"{path} is damaged (its CRC-32 differs): put the right file back, or remove it "
                 f"and {self.workdir / name}"
@@ -48,7 +46,7 @@ class Records:
         return record
 
     def write(self, name: str, record: dict) -> None:
-        save_json(self.folder / f"{name}.json", record | {_CRC: checksum_of_json(record)})
+        save_json(self.folder / f"{name}.json", with_own(record))
 
     def check(self, steps: list[Step]) -> None:
         """Raises `UserError` where a step, done or begun, is not what it would be now."""

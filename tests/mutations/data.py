@@ -225,8 +225,8 @@ FAULTS = (
     Fault(
         "markers-of-unfinished-work-are-believed",
         "preparation/beam/work_folder.py",
-        'or record.get("crc32") != checksum_of_json(content)',
-        "",
+        "    if not take_own(content):",
+        "    if take_own(content) is None:",
         "preparation/test_prepare_pipeline.py -k 'was_changed and read'",
     ),
 )

@@ -256,7 +256,7 @@ def test_a_run_stops_and_goes_on_from_its_last_good_checkpoint(
         spoilt(patch, multiplied_after(broken, factor))
         with pytest.raises(UserError, match=message) as error:
             loop.train(page, run)
-    # As before, in a process that goes on: a notebook's.
+    # The handlers are what they were: a notebook goes on after a run.
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     path = run / "checkpoints" / str(last_good)
     assert f"Last good checkpoint: {path} (step {last_good})" in str(error.value)

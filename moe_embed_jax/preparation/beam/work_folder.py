@@ -24,7 +24,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from moe_embed_jax import json_file
-from moe_embed_jax.checksums import checksum_of_json
+from moe_embed_jax.checksums import take_own, with_own
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.beam.buckets import SCHEMA
 from moe_embed_jax.preparation.beam.read import open_file
@@ -126,17 +126,15 @@ def read_json(path: str) -> dict:
 
 
 def _read_record(path: str) -> dict:
-    record = read_json(path)
-    content = record.get("content")
-    if not isinstance(content, dict) or record.get("crc32") != checksum_of_json(content):
+    content = read_json(path)
+    if not take_own(content):
         raise _damaged(path, "it is damaged, or of an older version (its CRC-32 differs)")
     return content
 
 
 def _write_record(path: str, content: dict) -> None:
-    record = {"content": content, "crc32": checksum_of_json(content)}
     with written_whole(path) as file:
-        text = json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        text = json.dumps(with_own(content), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         file.write(text.encode("utf-8"))
 
 

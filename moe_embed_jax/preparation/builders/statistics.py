@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_embed_jax import json_file, storage
-from moe_embed_jax.checksums import checksum_of_json
+from moe_embed_jax.checksums import take_own, with_own
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.preparation.builders.text_pairs import Pair
 
 FILE_NAME = "statistics.json"
-_CRC = "crc32"  # of all else in a file of ours
 _QUANTILES = (5, 25, 50, 75, 95, 100)
 
 
@@ -63,16 +62,14 @@ def read_json(path: Path) -> dict:
         content = json_file.read_optional(path)
     except UserError as error:
         raise UserError(f"{error}; delete it and run again") from None
-    crc = content.pop(_CRC, None)
-    if crc is not None and crc != checksum_of_json(content):
+    if take_own(content) is False:
         raise UserError(f"{path} is damaged (its CRC-32 differs); delete it and run again")
     return content
 
 
 def write_json(path: Path, content: dict) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    content = content | {_CRC: checksum_of_json(content)}
-    storage.write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    storage.write(path, json.dumps(with_own(content), ensure_ascii=False, indent=1) + "\n")
 
 
 def print_package_texts(section: dict) -> None:
