@@ -53,6 +53,15 @@ def printable(words: str, most: int = 60) -> str:
     return "".join(c if c.isprintable() else "?" for c in words[:most])
 
 
+def is_encodable(text: str) -> bool:
+    """False if the text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def whole(config: dict, key: str, where, limit: int, least: int = 1, default: int | None = None):
     """The whole number at `key`, between `least` and `limit`; `default` if the key is absent.
 
@@ -89,10 +98,8 @@ def text(config: dict, key: str, where, default: str | None = None) -> str | Non
     value = config.get(key)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {key}={value!r:.40} must be a string")
-    try:
-        (value or "").encode("utf-8")
-    except UnicodeEncodeError:
+    if value is not None and not is_encodable(value):
         raise UserError(
             f"{where}: {key}={value!r:.40} has half of a surrogate pair, which no text holds"
-        ) from None
+        )
     return default if value is None else value

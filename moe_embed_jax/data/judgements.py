@@ -5,6 +5,8 @@ All functions raise `ValueError`, whose message says what is wrong with the valu
 
 import re
 
+from moe_embed_jax.json_file import is_encodable
+
 MOST_GRADE = 2**31 - 1  # trec_eval, which computes the metrics, counts a larger one as nothing
 _GRADE = re.compile(r"[+-]?[0-9]{1,10}")
 # An id is a line's part in many files, and a C string in trec_eval.
@@ -29,7 +31,7 @@ def check_id(text: str) -> None:
         raise ValueError(f"{text!r:.60} has white space at an end: remove it")
     if found := _CONTROL.search(text):
         raise ValueError(f"{text!r:.60} has the control character {found[0]!r}: remove it")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_encodable(text):
         raise ValueError(f"{text!r:.60} has half of a surrogate pair: UTF-8 cannot hold it")
 
 

@@ -13,6 +13,7 @@ import itertools
 import zipfile
 from collections.abc import Iterable
 
+from moe_embed_jax.json_file import is_encodable
 from moe_embed_jax.preparation.builders import api_documentation, home_assistant
 from moe_embed_jax.preparation.builders.api_documentation import strip_html, words_of_identifier
 from moe_embed_jax.preparation.builders.text_pairs import (
@@ -20,7 +21,6 @@ from moe_embed_jax.preparation.builders.text_pairs import (
     ParseReport,
     ProgressReport,
     clean_text,
-    is_encodable,
     is_prose,
     read_json_object,
 )

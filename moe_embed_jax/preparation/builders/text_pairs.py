@@ -8,6 +8,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from moe_embed_jax.json_file import is_encodable
+
 # progress(stage, done, total)
 ProgressReport = Callable[[str, int, int], None]
 
@@ -124,15 +126,6 @@ def is_prose(text: str) -> bool:
         elif depth <= 0 and character.isalpha():
             return True
     return False
-
-
-def is_encodable(text: str) -> bool:
-    """False if the text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_json_object(archive: zipfile.ZipFile, member: str, report: ParseReport) -> dict[str, Any]:
