@@ -1,35 +1,44 @@
 """Vectors on disk: an array [N, D] in TensorStore (zarr3), and what was embedded with what.
 
     zarr.json, c/    the array, in chunks of CHUNK rows, each with its CRC-32C
+    chunks/N.json    size and CRC of the file of chunk N, which another chunk in its place has not
     about.json       texts (count and SHA-256), encoder (whatever identifies it), width, dtype
     progress.json    that all rows are there; written last
 
-A chunk appears whole, so whatever is there need not be embedded again: `write_vectors` continues
-where a killed one stopped, and `write_part` lets many processes write chunks of their own. Vectors
-of other texts or of another encoder are never taken for these.
+A chunk appears whole, and then its checksum, so whatever is there need not be embedded again:
+`write_vectors` continues where a killed one stopped, and `write_part` lets many processes write
+chunks of their own. Vectors of other texts or of another encoder are never taken for these.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
 import numpy as np
-import tensorstore as ts
 from tqdm import tqdm
 
 from moe_embed_jax import storage
+from moe_embed_jax.checksums import damage_of
 from moe_embed_jax.config import differences, save_json
 from moe_embed_jax.errors import LostConnection, UserError, first_line
 from moe_embed_jax.ownership import own
 from moe_embed_jax.parts import Part, not_done
 from moe_embed_jax.processes import from_process_0, on_process_0, process_0_first
 from moe_embed_jax.search import check_dtype
+from moe_embed_jax.search.vector_folder import (
+    CHUNKS,
+    chunk_checksum,
+    chunk_file,
+    damaged_file,
+    numpy_dtype,
+    open_array,
+    read_json,
+    save_chunk_checksum,
+)
 
 Encode = Callable[[list[str]], np.ndarray]  # n texts -> float [n, D]
 
@@ -38,8 +47,6 @@ CHUNK = 8192  # rows of a chunk: written at once, lost at most by a kill
 ABOUT, PROGRESS = "about.json", "progress.json"
 # The largest count of texts and width that are believed: a file that says more is damaged.
 LIMITS = 2**36, 2**16
-_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}]
-_CHECKED = [*_CODECS, {"name": "crc32c"}]
 
 
 class VectorStore:
@@ -55,15 +62,15 @@ class VectorStore:
     def __init__(self, folder: str | os.PathLike):
         """Raises `UserError` where there are no vectors, or not all of them yet."""
         self.folder = storage.path(folder)
-        self.about = _read_json(self.folder / ABOUT)
+        self.about = read_json(self.folder, ABOUT)
         try:
             self.shape = (self.about["texts"]["count"], self.about["width"])
             for size, limit in zip(self.shape, LIMITS, strict=True):
                 if type(size) is not int or not 0 <= size <= limit:
                     raise ValueError(f"shape {self.shape}, of {LIMITS} at most")
-            self.dtype = np.dtype(_numpy_dtype(self.about["dtype"]))
+            self.dtype = np.dtype(numpy_dtype(self.about["dtype"]))
         except (LookupError, TypeError, ValueError) as error:
-            raise _damaged_file(self.folder / ABOUT, repr(error)) from error
+            raise damaged_file(self.folder, ABOUT, repr(error)) from error
         if not _is_complete(self.folder, self.shape[0]):
             sizes = _chunk_sizes(self.shape[0])
             done = int(sizes[_chunks_there(self.folder, len(sizes))].sum())
@@ -71,7 +78,10 @@ class VectorStore:
                 f"{self.folder}: {done} of {self.shape[0]} vectors are written; run the command "
                 "that writes them again, it continues"
             )
-        self._array = _open(self.folder, self.about) if self.shape[0] else None
+        self._array = open_array(self.folder, self.about, CHUNK) if self.shape[0] else None
+        self._to_compare = set()  # chunks; none in a folder of an earlier version
+        if (self.folder / CHUNKS).is_dir():
+            self._to_compare = set(range(len(_chunk_sizes(self.shape[0]))))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -83,9 +93,13 @@ class VectorStore:
         if start >= stop:
             return np.zeros((0, self.shape[1]), self.dtype)
         for chunk in range(start // CHUNK, (stop - 1) // CHUNK + 1):
-            path = self.folder / "c" / f"{chunk}" / "0"
+            path = chunk_file(self.folder, chunk)
             if not path.is_file():  # TensorStore would fill the rows
                 raise self._damaged(f"{path} is missing")
+            if chunk in self._to_compare:
+                if damage := damage_of(path, chunk_checksum(self.folder, chunk)):
+                    raise self._damaged(damage)
+                self._to_compare.discard(chunk)
         try:
             with storage.errors_of(self.folder):
                 return self._array[start:stop].read().result()
@@ -237,7 +251,7 @@ def _start(folder: Path, about: dict) -> np.ndarray:
     """
     count = about["texts"]["count"]
     if storage.has_entry(folder / ABOUT):
-        found = differences(_read_json(folder / ABOUT), about)
+        found = differences(read_json(folder, ABOUT), about)
         if found:
             raise UserError(
                 f"{folder} holds other vectors than asked for: {'; '.join(found)}. "
@@ -251,7 +265,7 @@ def _start(folder: Path, about: dict) -> np.ndarray:
     if _is_complete(folder, count):
         return np.ones(chunks, bool)
     if count:
-        _open(folder, about, create=True)
+        open_array(folder, about, CHUNK, create=True)
     return _chunks_there(folder, chunks)
 
 
@@ -267,8 +281,9 @@ def _chunk_sizes(count: int) -> np.ndarray:
 
 
 def _chunks_there(folder: Path, chunks: int) -> np.ndarray:
-    """bool [chunks]"""
-    names = {path.parent.name for path in (folder / "c").glob("*/0")}
+    """bool [chunks]: those whose checksum is there."""
+    written = {path.parent.name for path in (folder / "c").glob("*/0")}
+    names = written & {path.stem for path in (folder / CHUNKS).glob("*.json")}
     return np.array([str(number) in names for number in range(chunks)], bool)
 
 
@@ -287,8 +302,10 @@ def _embed(
 ) -> None:
     """Writes the wanted chunks. A chunk is encoded by itself, so it does not depend on others."""
     count = about["texts"]["count"]
-    array = _open(folder, about) if jax.process_index() == 0 and wanted_C.any() else None
-    pending = None  # what is being written: storage works while the next chunk is embedded
+    array = (
+        open_array(folder, about, CHUNK) if jax.process_index() == 0 and wanted_C.any() else None
+    )
+    pending = None  # (chunk, its write): storage works while the next chunk is embedded
     texts, sizes = iter(texts), _chunk_sizes(count)
     total = int(sizes[wanted_C].sum())
     try:
@@ -307,8 +324,8 @@ def _embed(
                     raise UserError(f"{folder}: the encoder gives text {row} no finite vector")
                 if array is not None:
                     _wait(folder, pending)
-                    x_ND = x_ND.astype(_numpy_dtype(about["dtype"]))
-                    pending = array[start : start + size].write(x_ND)
+                    x_ND = x_ND.astype(numpy_dtype(about["dtype"]))
+                    pending = number, array[start : start + size].write(x_ND)
                 bar.update(size)
     finally:
         _wait(folder, pending)
@@ -316,83 +333,24 @@ def _embed(
         raise _changed(count, f"{count + 1} or more")
 
 
-def _wait(folder: Path, pending) -> None:
+def _wait(folder: Path, pending: tuple | None) -> None:
     """For a chunk that is being written; None: there is none."""
     if pending is not None:
+        number, write = pending
         with storage.errors_of(folder):
-            pending.result()
+            write.result()
+        save_chunk_checksum(folder, number)
 
 
 def _changed(count: int, found: int | str) -> UserError:
     return UserError(f"the texts changed meanwhile: {count} before, {found} now")
 
 
-def _open(folder: Path, about: dict, create: bool = False):
-    """The array of `folder`, exactly as `about` says: a damaged zarr.json may say something else.
-
-    Raises `UserError` if it cannot be opened.
-    """
-    try:
-        with storage.errors_of(folder):
-            return _open_array(folder, about, _CHECKED, create)
-    except ValueError as error:
-        with contextlib.suppress(ValueError):
-            array = _open_array(folder, about, _CODECS, create=False)
-            print(
-                f"warning: {folder} was written without checksums: damage would not be seen",
-                file=sys.stderr,
-                flush=True,
-            )
-            return array
-        raise UserError(
-            f"{folder / 'zarr.json'} is missing or damaged ({first_line(error)}): delete "
-            f"{folder}, and repeat"
-        ) from error
-
-
-def _open_array(folder: Path, about: dict, codecs: list[dict], create: bool):
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = [about["texts"]["count"], about["width"]]
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": storage.kvstore(folder),
-            "metadata": {"codecs": codecs, "chunk_key_encoding": {"name": "default"}},
-        },
-        create=create,
-        open=True,  # what a killed call has made
-        dtype=ts.dtype(about["dtype"]),
-        shape=shape,
-        fill_value=np.nan,  # a lost chunk must not read as zeros
-        chunk_layout=ts.ChunkLayout(chunk_shape=[CHUNK, shape[1]]),
-    ).result()
-
-
-def _numpy_dtype(name: str):
-    return ts.dtype(name).numpy_dtype
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {path.parent} holds no vectors") from None
-    except (IsADirectoryError, ValueError, RecursionError) as error:
-        raise _damaged_file(path, first_line(error)) from None
-    if not isinstance(content, dict):
-        raise _damaged_file(path, "no JSON object")
-    return content
-
-
 def _is_complete(folder: Path, count: int) -> bool:
     """Whether progress.json says so. Earlier versions wrote there how many rows were."""
     if not storage.has_entry(folder / PROGRESS):
         return False
-    rows = _read_json(folder / PROGRESS).get("rows")
+    rows = read_json(folder, PROGRESS).get("rows")
     if type(rows) is not int or not 0 <= rows <= count or (rows % CHUNK and rows != count):
-        raise _damaged_file(folder / PROGRESS, f"rows {rows!r} of {count}")
+        raise damaged_file(folder, PROGRESS, f"rows {rows!r} of {count}")
     return rows == count
-
-
-def _damaged_file(path: Path, reason: str) -> UserError:
-    return UserError(f"{path} is damaged ({reason}): delete {path.parent}, and repeat")

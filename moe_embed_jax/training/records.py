@@ -2,7 +2,8 @@
 
 Both files of an interrupted and resumed run equal an uninterrupted run's, byte for byte. A
 checkpoint holds checksums of what they were when it was saved. A line that a kill cut short is
-removed, as are the lines of steps that will be computed again; all other damage is an error.
+removed, as are the lines of steps that will be computed again; all other damage is an error. Each
+line has a checksum of its own, because an evaluation is recorded after its checkpoint.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import pathlib
 import zlib
 
 from moe_embed_jax import storage
+from moe_embed_jax.checksums import take_own, with_own
 from moe_embed_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,7 +43,7 @@ def append_record(path: pathlib.Path, record: dict) -> None:
 
 
 def as_line(record: dict) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(with_own(record)).encode() + b"\n"
 
 
 def checksums(workdir: pathlib.Path) -> dict:
@@ -123,4 +125,6 @@ def _record(path: pathlib.Path, number: int, line: bytes) -> dict:
         record = None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise UserError(f"{path}, line {number}: it is not a record of a step: {REMEDY}")
+    if take_own(record) is False:  # None: a line of an earlier version
+        raise UserError(f"{path}, line {number}: it was changed (its CRC-32 differs): {REMEDY}")
     return record

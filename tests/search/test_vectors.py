@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +16,7 @@ from helpers.forked import start_forked
 from moe_embed_jax import storage
 from moe_embed_jax.errors import LostConnection, UserError
 from moe_embed_jax.parts import Part
-from moe_embed_jax.search import DTYPES, vectors
+from moe_embed_jax.search import DTYPES, vector_folder, vectors
 from moe_embed_jax.search.knn import top_k
 from moe_embed_jax.search.vectors import (
     VectorStore,
@@ -103,12 +104,12 @@ def test_continues_with_the_chunk_that_failed(tmp_path):
 def test_kill_9_and_resume(tmp_path):
     process = start_forked([__file__, tmp_path / "v", 0.2])
     for _ in range(600):
-        if list(tmp_path.glob("v/c/*/0")):
+        if list(tmp_path.glob("v/chunks/*.json")):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = 16 * len(list(tmp_path.glob("v/c/*/0")))
+    done = 16 * len(list(tmp_path.glob("v/chunks/*.json")))
     assert 16 <= done < 70
     counting = Counting()
     store = write_vectors(tmp_path / "v", lambda: TEXTS, counting, ENCODER)
@@ -222,11 +223,41 @@ def test_refuses(tmp_path):
         write_vectors(tmp_path / "w", lambda: next(lists), encode, ENCODER)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_chunk_in_the_place_of_another_is_refused(tmp_path, finished):
+    """Each has a right CRC-32C of its own."""
+    for name, texts in (("v", TEXTS), ("w", TEXTS[::-1])):
+        write_vectors(tmp_path / name, lambda texts=texts: texts, encode, ENCODER)
+    (tmp_path / "v/c/1/0").write_bytes((tmp_path / "w/c/1/0").read_bytes())
+    if not finished:
+        (tmp_path / "v/progress.json").unlink()
+    expected = r"v holds damaged vectors \(.*v/c/1/0 was changed.*\): delete it, and repeat"
+    with pytest.raises(UserError, match=expected):
+        write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)[:]
+
+
+def test_checksums_of_chunks(tmp_path):
+    write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
+    path = tmp_path / "v/chunks/1.json"
+    for text in ("{", "[]", '{"file": 7}', '{"file": "a-b"}', "{}"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"v/chunks/1\.json is damaged \(.*delete .*v, and"):
+            VectorStore(tmp_path / "v")[:]
+    path.unlink()
+    with pytest.raises(UserError, match=r"v/chunks/1\.json is missing"):
+        VectorStore(tmp_path / "v")[:]
+    shutil.rmtree(path.parent)  # as an earlier version left it
+    np.testing.assert_array_equal(VectorStore(tmp_path / "v")[:], encode(TEXTS))
+
+
 def test_damage_is_named(tmp_path):
     store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
+    store[:]
     (tmp_path / "v" / "c" / "1" / "0").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 has 5 of \d+ bytes"):
+        VectorStore(tmp_path / "v")[:]
     with pytest.raises(UserError, match=r"v holds damaged vectors \(rows 0 to 70: .*v/c/1/0"):
-        store[:]
+        store[:]  # it has compared them before
     (tmp_path / "v" / "c" / "1" / "0").unlink()
     with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 is missing\)"):
         top_k(encode(["query"]), VectorStore(tmp_path / "v"), 1)
@@ -253,7 +284,7 @@ def test_sizes_that_cannot_be_are_named(tmp_path, keys, size):
 
 def test_vectors_without_checksums_are_read_with_a_line(tmp_path, monkeypatch, capsys):
     """As earlier versions wrote them."""
-    monkeypatch.setattr(vectors, "_CHECKED", vectors._CODECS)
+    monkeypatch.setattr(vector_folder, "_CHECKED", vector_folder._CODECS)
     write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
     monkeypatch.undo()
     monkeypatch.setattr(vectors, "CHUNK", 16)

@@ -14,6 +14,7 @@ from moe_embed_jax.training.records import (
     EVALUATIONS_FILE,
     METRICS_FILE,
     append_record,
+    as_line,
     checksums,
     continue_records,
     read_records,
@@ -40,6 +41,11 @@ def run(tmp_path):
 
 def lines(workdir, name=METRICS_FILE) -> list[bytes]:
     return (workdir / name).read_bytes().splitlines(keepends=True)
+
+
+def other(step) -> bytes:
+    """The line of another run."""
+    return as_line({"step": step, "loss": 1.0})
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 41, "lo', b"\0\0\0", b'{"step": 41}'])
@@ -78,12 +84,10 @@ def test_a_cut_at_any_byte_after_the_checkpoint_is_repaired(run):
         (lambda lines: lines[1:], "one of the lines 1 to 16: it was changed"),
         (
             lambda lines: [*lines[:20], lines[20].replace(b"3.", b"2."), *lines[21:]],
-            "one of the lines 17 to 32: it was changed",
+            "line 21: it was changed",
         ),
-        (
-            lambda lines: [*lines[:35], lines[35].replace(b"5.", b"4."), *lines[36:]],
-            "one of the lines 33 to 36: it was changed",
-        ),
+        (lambda lines: [*lines[:20], other(21), *lines[21:]], "one of the lines 17 to 32: it was"),
+        (lambda lines: [*lines[:35], other(36), *lines[36:]], "one of the lines 33 to 36: it was"),
         (lambda lines: lines[:30], "ends after line 30, and the checkpoint .* after line 36"),
     ],
 )
@@ -108,6 +112,26 @@ def test_a_lost_or_changed_evaluation_is_named(run):
     (workdir / EVALUATIONS_FILE).write_bytes(b"".join(whole[:2]))
     with pytest.raises(UserError, match=r"evaluations.jsonl ends after line 2"):
         continue_records(workdir, SAVED, saved)
+
+
+def test_a_changed_evaluation_is_named_whenever_it_was_recorded(run):
+    """The fourth was recorded after its checkpoint, which knows three."""
+    workdir, saved = run
+    path = workdir / EVALUATIONS_FILE
+    whole = lines(workdir, EVALUATIONS_FILE)
+    changed = whole[3].replace(b'"sets": {}', b'"sets": {"aa": false}')
+    path.write_bytes(b"".join([*whole[:3], changed, *whole[4:]]))
+    for read in (lambda: continue_records(workdir, SAVED, saved), lambda: read_records(path)):
+        with pytest.raises(UserError, match=r"evaluations.jsonl, line 4: it was changed"):
+            read()
+
+
+def test_lines_of_an_earlier_version_have_no_checksum(run):
+    workdir, _ = run
+    path = workdir / EVALUATIONS_FILE
+    path.write_text('{"step": 0, "sets": {}}\n')
+    append_record(path, {"step": 12, "sets": {}})
+    assert read_records(path) == [{"step": 0, "sets": {}}, {"step": 12, "sets": {}}]
 
 
 def test_a_checkpoint_without_checksums_continues(run):
