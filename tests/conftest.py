@@ -145,6 +145,13 @@ def metric(workdir, name: str) -> np.ndarray:
     return np.array([json.loads(line)[name] for line in lines])
 
 
+def skip_without(*modules: str) -> None:
+    """For tests whose subprocesses import these: importing PyTorch here would take seconds."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+
+
 def download(wheel: str, folder: pathlib.Path) -> pathlib.Path:
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, wheel]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

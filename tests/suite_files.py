@@ -21,7 +21,8 @@ LISTED = 10
 FRAMEWORKS = re.compile(
     r"""^\s*(import|from)\s+(torch|transformers|sentence_transformers|mteb|tensorflow|seqio
         |tensorflow_datasets)\b
-      | importorskip\("(torch|transformers|sentence_transformers|mteb|tensorflow|seqio)\b""",
+      | (importorskip|skip_without)\(
+        "(torch|transformers|sentence_transformers|mteb|tensorflow|seqio)\b""",
     re.MULTILINE | re.VERBOSE,
 )
 

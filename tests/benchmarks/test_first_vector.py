@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from conftest import load_benchmark
+from conftest import load_benchmark, skip_without
 from helpers import synthetic_data
 
 from moe_embed_jax.data.data_spec import vocabulary_path
@@ -46,7 +46,7 @@ def test_a_turn_that_fails_says_why(folder, tmp_path):
 
 def test_the_report(folder, tmp_path, monkeypatch, capsys):
     """Ratios of medians, and of the same vector. The peer needs PyTorch and 10 seconds a turn."""
-    pytest.importorskip("sentence_transformers")
+    skip_without("sentence_transformers")
     benchmark = load_benchmark("first_vector")
     seconds = {"ours": iter([9, 4, 2, 3]), "kept": iter([9, 1, 5, 2]), "peer": iter([9, 8, 30, 12])}
 

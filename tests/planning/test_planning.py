@@ -263,12 +263,13 @@ class TestCompiled:
     )
     def test_the_kernels_of_a_training_step_compile(self, topology, dtype, tmp_path):
         """Shapes that all kernels take, in pieces: attention, norms, dense layers and experts."""
-        changes = dict(width=128, ffn_width=256, num_layers=2, remat_rows=2, dtype=dtype)
+        changes = dict(vocab_size=2048, width=128, ffn_width=256, num_layers=2)
+        changes |= dict(remat_rows=2, dtype=dtype)
         _, found = plan(
             (
                 *("launch/plan.py", "--config=configs/pretrain.py:smoke", f"--topology={topology}"),
                 *(f"--set=model.{key}={value}" for key, value in changes.items()),
-                *("--set=data.row_length=128", "--set=data.dir=no_data"),
+                *("--set=batch_size=8", "--set=data.row_length=128", "--set=data.dir=no_data"),
             ),
             tmp_path / "plan.json",
         )
@@ -330,12 +331,13 @@ class TestCompiled:
     def test_fine_tuning_compiles_with_its_negatives_in_rows_of_512(
         self, topology, shape, tmp_path
     ):
-        changes = shape | dict(vocab_size=16_384, ffn_width=256, remat_rows=2)
+        changes = shape | dict(vocab_size=2048, ffn_width=256, remat_rows=2)
         text, found = plan(
             (
                 *("launch/plan.py", "--config=configs/finetune.py:smoke", f"--topology={topology}"),
                 *(f"--set=model.{key}={value}" for key, value in changes.items()),
-                *("--set=data.row_length=512", "--set=data.negatives=10", "--set=data.dir=no_data"),
+                *("--set=batch_size=4", "--set=data.row_length=512"),
+                *("--set=data.negatives=10", "--set=data.dir=no_data"),
             ),
             tmp_path / "plan.json",
         )
@@ -343,7 +345,7 @@ class TestCompiled:
         assert "rows of 512 slots" in text
         # A pair has 12 texts: what is computed are their rows, not those of two.
         config = EncoderConfig(**changes)
-        rows = -(-4 * (12 + 11 * 90) * 10 // (9 * 512))
+        rows = -(-(12 + 11 * 90) * 10 // (9 * 512))
         assert found["model_flops_per_chip"] == pytest.approx(
             training_flops_per_token(config) * rows * 512
         )
