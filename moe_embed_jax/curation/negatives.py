@@ -107,7 +107,7 @@ def mine_group(
 ) -> Mined:
     """Negatives of every distinct query of a group; what `folder` has already is kept."""
     queries, documents = embedding.embed(folder, texts)
-    made_of = json.dumps([dataclasses.asdict(rule), queries.about, documents.about], sort_keys=True)
+    sources = [dataclasses.asdict(rule), queries.about, documents.about]
     by_query = np.argsort(texts.queries.row, kind="stable")
     pair_query = texts.queries.row[by_query]
     excluded_query, excluded_row = excluded_documents(texts)
@@ -116,6 +116,7 @@ def mine_group(
         for begin in range(0, len(queries), QUERIES_AT_ONCE):
             end = min(begin + QUERIES_AT_ONCE, len(queries))
             path = folder / f"negatives-{begin // QUERIES_AT_ONCE:05d}.npz"
+            made_of = json.dumps([*sources, begin], sort_keys=True)
             part = _stored(path, made_of)
             if part is None:
                 query_ND = queries[begin:end].astype(np.float32, copy=False)

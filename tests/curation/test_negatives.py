@@ -172,11 +172,16 @@ def test_parts_and_another_rule(tmp_path, monkeypatch):
     ).run(tmp_path / name)
     monkeypatch.setattr(negatives, "QUERIES_AT_ONCE", 5)
     run("parts", NegativesRule(count=3))
-    assert len(list((tmp_path / "work").glob("00000-*/negatives-*.npz"))) == 3
+    first, second, _ = sorted((tmp_path / "work").glob("00000-*/negatives-*.npz"))
+    first.rename(tmp_path / "first")  # each is whole, and is not what its name says
+    second.rename(first)
+    (tmp_path / "first").rename(second)
+    first.with_name("unit.json").unlink()
+    run("swapped", NegativesRule(count=3))
     monkeypatch.undo()
     run("whole", NegativesRule(count=3), "w")
     read = lambda name: PairFolder(tmp_path / name).content_hash  # noqa: E731
-    assert read("parts") == read("whole")
+    assert read("parts") == read("swapped") == read("whole")
     run("other", NegativesRule(count=1, skip=1))  # with the parts of the first rule beside it
     rows = PairFolder(tmp_path / "whole").read([3]), PairFolder(tmp_path / "other").read([3])
     assert rows[1][0].negatives == rows[0][0].negatives[1:2]

@@ -227,3 +227,17 @@ def test_damage_is_named(tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="shards"):
         PairFolder(folder)
+
+
+def test_shards_in_each_others_place_are_named(tmp_path):
+    """Every record of theirs is whole."""
+    folder = write(tmp_path / "pairs").folder
+    one, other = (folder / f"pairs-train.array_record-0000{i}-of-00003" for i in (0, 1))
+    one.rename(tmp_path / "one")
+    other.rename(one)
+    (tmp_path / "one").rename(other)
+    pairs = PairFolder(folder)
+    assert pairs.read([4]) == [ROWS[4]]
+    for rows, shard in (([0, 4], one), ([3], other)):
+        with pytest.raises(UserError, match=rf"{shard.name}: damaged \(its SHA-256 is not"):
+            pairs.read(rows)
