@@ -177,8 +177,8 @@ def test_interrupted_work_continues(stage, mixed, prepared, tmp_path, monkeypatc
     """An error behind the second piece of each stage, then a second start."""
     mark, marked = Work.mark, []
 
-    def mark_some(self, of, name, marker):
-        mark(self, of, name, marker)
+    def mark_some(self, of, *piece):
+        mark(self, of, *piece)
         marked.append(of)
         if marked.count(stage) == 2:
             raise RuntimeError("pulled the plug")
@@ -218,16 +218,21 @@ def test_a_damaged_file_of_the_work_is_named(tmp_path, damage):
     assert len(str(refused.value).splitlines()) == 1
 
 
+def killed_after(stage, mixed, output, monkeypatch) -> list[pathlib.Path]:
+    """Prepares until a stage is done; returns the files of its pieces."""
+    after = {"read": "spread", "buckets": "write"}[stage]
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        patch.setattr(pipeline._Run, after, lambda self: (_ for _ in ()).throw(_Killed))
+        prepare(mixed, output)
+    return sorted((output / "work" / stage).iterdir())
+
+
 @pytest.mark.parametrize("stage", ["read", "buckets"])
 def test_work_that_was_changed_is_named(stage, mixed, tmp_path, monkeypatch):
     """Any value of any marker, and the tables beside them: not a trace, and no other pairs."""
-    after = {"read": "spread", "buckets": "write"}[stage]
-    monkeypatch.setattr(pipeline._Run, after, lambda self: (_ for _ in ()).throw(_Killed))
     output = tmp_path / "pairs"
-    with pytest.raises(_Killed):
-        prepare(mixed, output)
-    monkeypatch.undo()
-    marker = min((output / "work" / stage).glob("*.json"))
+    files = killed_after(stage, mixed, output, monkeypatch)
+    marker = next(path for path in files if path.suffix == ".json")
     whole = json.loads(marker.read_text())
     for key in whole:  # its checksum among them
         marker.write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
@@ -235,20 +240,36 @@ def test_work_that_was_changed_is_named(stage, mixed, tmp_path, monkeypatch):
             prepare(mixed, output)
     marker.write_text(json.dumps(whole))
     table = marker.with_suffix(".parquet")
-    content = bytearray(table.read_bytes())
-    content[len(content) // 4] ^= 1  # in a page
-    table.write_bytes(content)
-    with pytest.raises(
-        UserError, match=rf"{table.name}: it is damaged \(.*prepare again"
-    ) as refused:
+    table.write_bytes(table.read_bytes()[:-9] + b"x" * 9)
+    expected = rf"{table.name}: it is damaged \(its CRC-32.*prepare again"
+    with pytest.raises(UserError, match=expected) as refused:
         prepare(mixed, output)
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_other_sources_do_not_continue_the_work(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline._Run, "spread", lambda self: (_ for _ in ()).throw(_Killed))
-    with pytest.raises(_Killed):
+@pytest.mark.parametrize("stage", ["read", "buckets"])
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_work_in_the_place_of_other_work_is_named(stage, suffix, mixed, tmp_path, monkeypatch):
+    """Whole, with right checksums."""
+    files = killed_after(stage, mixed, tmp_path / "pairs", monkeypatch)
+    one, other, *_ = (path for path in files if path.suffix == suffix)
+    one.rename(tmp_path / "one")
+    other.rename(one)
+    (tmp_path / "one").rename(other)
+    with pytest.raises(UserError, match=r"that of piece|damaged \(its CRC-32 differs\).*again"):
         prepare(mixed, tmp_path / "pairs")
+
+
+def test_bad_rows_that_were_changed_are_named(mixed, tmp_path, monkeypatch):
+    files = killed_after("read", mixed, tmp_path / "pairs", monkeypatch)
+    path = next(path for path in files if path.suffix == ".bad" and path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
+    with pytest.raises(UserError, match=rf"{path.name}: it is damaged \(its CRC-32 differs\)"):
+        prepare(mixed, tmp_path / "pairs")
+
+
+def test_other_sources_do_not_continue_the_work(mixed, tmp_path, monkeypatch):
+    killed_after("read", mixed, tmp_path / "pairs", monkeypatch)
     with pytest.raises(UserError, match=r"work of another preparation \(other rows_per_shard\)"):
         prepare(mixed, tmp_path / "pairs", rows_per_shard=10)
 

@@ -293,7 +293,7 @@ def _collect_quarantine(
         work_module.make_folder(posixpath.join(output, QUARANTINE))
         with work_module.written_whole(_quarantine_path(output, source.name)) as target:
             for part in bad:
-                with open_file(work.path("read", f"{part_name(part)}.bad")) as file:
+                with open_file(work.checked("read", part_name(part), ".bad")) as file:
                     shutil.copyfileobj(file, target)
 
 

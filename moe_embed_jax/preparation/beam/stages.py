@@ -69,12 +69,12 @@ class ReadParts(beam.DoFn):
         )
         name = part_name(part)
         languages: collections.Counter[str] = collections.Counter()
+        path = self._work.path("read", f"{name}.parquet")
         position = bad = dropped = 0
         first_bad = None
         with (
-            work_module.written_whole(self._work.path("read", f"{name}.parquet")) as file,
+            work_module.table_writer(path) as writer,
             work_module.written_whole(self._work.path("read", f"{name}.bad")) as quarantine,
-            work_module.table_writer(file) as writer,
         ):
             for batch in tasks.read_shard(task, own.index(part)):
                 table = piece(batch, part, position)
@@ -86,8 +86,6 @@ class ReadParts(beam.DoFn):
                     bad += 1
                 position += len(batch["line"])
                 dropped += int(batch["dropped"].sum())
-            writer.close()
-            size = file.tell()
         if first_bad is not None:
             first_bad.pop("row")
         marker = {
@@ -97,10 +95,10 @@ class ReadParts(beam.DoFn):
             "bad": bad,
             "dropped_negatives": dropped,
             "first_bad": first_bad,
-            "bytes": size,
+            "bytes": work_module.size(path),
             "languages": dict(sorted(languages.items())),
         }
-        self._work.mark("read", name, marker)
+        self._work.mark("read", name, marker, (".parquet", ".bad"))
         yield part
 
 
@@ -127,7 +125,7 @@ class SpreadParts(beam.DoFn):
 
     def process(self, part: int):
         source = self._parts[part].source
-        path = self._work.path("read", f"{part_name(part)}.parquet")
+        path = self._work.checked("read", part_name(part), ".parquet")
         with work_module.open_table(path) as parquet:
             for batch in parquet.iter_batches(work_module.ROWS_PER_ROW_GROUP * 16):
                 table = pa.Table.from_batches([batch])
@@ -151,10 +149,7 @@ class WriteBuckets(beam.DoFn):
         rows = table.num_rows
         table, removed = without_duplicates(table)
         name = bucket_name(source, bucket)
-        with (
-            work_module.written_whole(self._work.path("buckets", f"{name}.parquet")) as file,
-            work_module.table_writer(file) as writer,
-        ):
+        with work_module.table_writer(self._work.path("buckets", f"{name}.parquet")) as writer:
             writer.write_table(table, row_group_size=work_module.ROWS_PER_ROW_GROUP)
         marker = {
             "source": source,
@@ -163,7 +158,7 @@ class WriteBuckets(beam.DoFn):
             "removed": removed,
             "languages": _sums(table),
         }
-        self._work.mark("buckets", name, marker)
+        self._work.mark("buckets", name, marker, (".parquet",))
         yield name
 
 
@@ -207,7 +202,7 @@ class WriteShards(beam.DoFn):
             records, lengths = pathlib.Path(folder) / "records", pathlib.Path(folder) / "lengths"
             writer = ShardWriter(records)
             for source, bucket, start, stop in ranges:
-                path = self._work.path("buckets", f"{bucket_name(source, bucket)}.parquet")
+                path = self._work.checked("buckets", bucket_name(source, bucket), ".parquet")
                 for row in work_module.read_rows(path, start, stop).to_pylist():
                     writer.write(
                         PairRow(

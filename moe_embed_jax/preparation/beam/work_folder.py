@@ -5,9 +5,9 @@
     OUTPUT/work/buckets/       per range of keys: its pairs without duplicates, and a marker
     OUTPUT/work/shards/        finished shards, and their markers
 
-Every file appears whole or not at all, and the marker (.json) of a piece comes last. Plan, markers
-and the pages of tables have checksums, which are compared when they are read. All paths are of
-Beam's file systems.
+Every file appears whole or not at all, and the marker (.json) of a piece comes last. It says which
+piece it is of, and has the CRC-32 of the piece's files and its own. All are compared when they are
+read. All paths are of Beam's file systems.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import io
 import json
 import posixpath
 import uuid
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -32,6 +33,7 @@ from moe_embed_jax.preparation.beam.read import open_file
 STAGES = ("read", "buckets", "shards")
 # Small, so that a shard that needs some rows of a bucket reads little else.
 ROWS_PER_ROW_GROUP = 4096
+_READ_AT_ONCE = 1 << 20
 
 
 class Work:
@@ -67,10 +69,26 @@ class Work:
         (found,) = FileSystems.match([self.path(stage, "*.json")])
         paths = sorted(entry.path for entry in found.metadata_list)
         names = [posixpath.basename(path).removesuffix(".json") for path in paths]
-        return dict(zip(names, map(_read_record, paths), strict=True))
+        markers = dict(zip(names, map(_read_record, paths), strict=True))
+        for name, path in zip(names, paths, strict=True):
+            found = markers[name].pop("piece", None)
+            if found != f"{stage}/{name}":
+                raise _damaged(path, f"it is that of piece {found!r}")
+        return markers
 
-    def mark(self, stage: str, name: str, marker: dict) -> None:
+    def mark(self, stage: str, name: str, marker: dict, suffixes: tuple[str, ...] = ()) -> None:
+        """Writes the marker of a piece, with the CRC-32 of its files of these suffixes."""
+        crc32 = {suffix: _crc32(self.path(stage, name + suffix)) for suffix in suffixes}
+        marker = marker | {"piece": f"{stage}/{name}", "crc32_of": crc32}
         _write_record(self.path(stage, f"{name}.json"), marker)
+
+    def checked(self, stage: str, name: str, suffix: str) -> str:
+        """The path of a piece's file, which is read once to compare it with the marker."""
+        marker = _read_record(self.path(stage, f"{name}.json"))
+        path = self.path(stage, name + suffix)
+        if _crc32(path) != marker["crc32_of"][suffix]:
+            raise _damaged(path, "it is damaged (its CRC-32 differs)")
+        return path
 
     def remove(self) -> None:
         if FileSystems.exists(self.folder):
@@ -116,6 +134,12 @@ def move(source: str, target: str) -> None:
     FileSystems.rename([source], [target])
 
 
+def size(path: str) -> int:
+    """Bytes of a file."""
+    (found,) = FileSystems.match([path])
+    return found.metadata_list[0].size_in_bytes
+
+
 def read_json(path: str) -> dict:
     """A file of ours. Raises `UserError` where it holds no JSON object."""
     try:
@@ -142,9 +166,18 @@ def _damaged(path: str, why) -> UserError:
     return UserError(f"{path}: {why}: delete the folder of --output, and prepare again")
 
 
+def _crc32(path: str) -> int:
+    crc = 0
+    with open_file(path) as file:
+        while block := file.read(_READ_AT_ONCE):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 @contextlib.contextmanager
-def table_writer(file: BinaryIO) -> Iterator[pq.ParquetWriter]:
-    with pq.ParquetWriter(file, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+def table_writer(path: str) -> Iterator[pq.ParquetWriter]:
+    """Writes a table, which appears as `path` when the block ends well."""
+    with written_whole(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
         yield writer
 
 
@@ -154,7 +187,7 @@ def open_table(path: str) -> Iterator[pq.ParquetFile]:
     try:
         with open_file(path) as file:
             whole = file if file.seekable() else io.BytesIO(file.read())
-            yield pq.ParquetFile(whole, page_checksum_verification=True)
+            yield pq.ParquetFile(whole)
     except (OSError, pa.ArrowException) as error:
         if getattr(error, "errno", None) is not None:  # of the system, not of Arrow
             raise
