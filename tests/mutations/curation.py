@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "mined-parts-of-another-rule-are-reused",
         "curation/negatives.py",
-        "json.dumps([dataclasses.asdict(rule), queries.about",
-        "json.dumps([queries.about",
+        "sources = [dataclasses.asdict(rule), queries.about",
+        "sources = [queries.about",
         "curation/test_negatives.py -k parts_and_another_rule",
     ),
     Fault(
@@ -109,5 +109,12 @@ FAULTS = (
         '        if not group["stop"]:\n            continue\n',
         "",
         "curation/test_units.py -k taken_over",
+    ),
+    Fault(
+        "a-part-of-mined-negatives-is-of-any-queries",
+        "curation/negatives.py",
+        "json.dumps([*sources, begin], sort_keys=True)",
+        "json.dumps([*sources], sort_keys=True)",
+        "curation/test_negatives.py -k parts_and",
     ),
 )

@@ -229,4 +229,25 @@ FAULTS = (
         "    if take_own(content) is None:",
         "preparation/test_prepare_pipeline.py -k 'was_changed and read'",
     ),
+    Fault(
+        "a-shard-of-pairs-in-the-place-of-another",
+        "pairs/folder.py",
+        '                self._check(shard["file"], shard["sha256"])',
+        "                pass",
+        "pairs/test_pairs.py -k each_others_place",
+    ),
+    Fault(
+        "files-of-unfinished-work-are-believed",
+        "preparation/beam/work_folder.py",
+        '        if _crc32(path) != marker["crc32_of"][suffix]:',
+        "        if False:",
+        "preparation/test_prepare_pipeline.py -k 'place_of_other and parquet-read'",
+    ),
+    Fault(
+        "markers-are-of-any-piece",
+        "preparation/beam/work_folder.py",
+        '            if found != f"{stage}/{name}":',
+        "            if False:",
+        "preparation/test_prepare_pipeline.py -k 'place_of_other and json-read'",
+    ),
 )

@@ -103,10 +103,10 @@ FAULTS = (
     ),
     Fault(
         "vectors-without-checksums",
-        "search/vectors.py",
+        "search/vector_folder.py",
         '_CHECKED = [*_CODECS, {"name": "crc32c"}]',
         "_CHECKED = _CODECS",
-        "test_damage.py -k vectors",
+        "search/test_vectors.py -k damage_is_named",
     ),
     Fault(
         "chunks-that-are-there-are-embedded-again",
@@ -124,9 +124,16 @@ FAULTS = (
     ),
     Fault(
         "a-lost-connection-is-damage",
-        "search/vectors.py",
+        "search/vector_folder.py",
         "    except (IsADirectoryError, ValueError, RecursionError) as error:",
         "    except (OSError, ValueError, RecursionError) as error:",
         "search/test_vectors.py -k lost_connection",
+    ),
+    Fault(
+        "a-chunk-of-another-array-is-taken",
+        "search/vectors.py",
+        "            if chunk in self._to_compare:",
+        "            if False:",
+        "search/test_vectors.py -k 'place_of_another'",
     ),
 )

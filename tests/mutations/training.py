@@ -250,4 +250,11 @@ FAULTS = (
         "            pass",
         "launch/test_launcher_end.py -k keeps_a_process",
     ),
+    Fault(
+        "a-changed-line-of-a-record-is-believed",
+        "training/records.py",
+        "    if take_own(record) is False:",
+        "    if take_own(record) is ...:",
+        "training/test_records.py -k whenever",
+    ),
 )

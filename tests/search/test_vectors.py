@@ -253,11 +253,17 @@ def test_checksums_of_chunks(tmp_path):
 def test_damage_is_named(tmp_path):
     store = write_vectors(tmp_path / "v", lambda: TEXTS, encode, ENCODER)
     store[:]
-    (tmp_path / "v" / "c" / "1" / "0").write_bytes(b"short")
-    with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 has 5 of \d+ bytes"):
+    path = tmp_path / "v/c/1/0"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 was changed"):
         VectorStore(tmp_path / "v")[:]
     with pytest.raises(UserError, match=r"v holds damaged vectors \(rows 0 to 70: .*v/c/1/0"):
-        store[:]  # it has compared them before
+        store[:]  # it has compared the file before: the chunk's own CRC-32C
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 has 5 of \d+ bytes"):
+        VectorStore(tmp_path / "v")[:]
     (tmp_path / "v" / "c" / "1" / "0").unlink()
     with pytest.raises(UserError, match=r"v holds damaged vectors \(.*v/c/1/0 is missing\)"):
         top_k(encode(["query"]), VectorStore(tmp_path / "v"), 1)
