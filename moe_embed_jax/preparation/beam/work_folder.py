@@ -31,7 +31,7 @@ from moe_embed_jax.preparation.beam.buckets import SCHEMA
 from moe_embed_jax.preparation.beam.read import open_file
 
 STAGES = ("read", "buckets", "shards")
-# Small, so that a shard that needs some rows of a bucket reads little else.
+# Small, so that a shard that needs some rows of a bucket decodes little else.
 ROWS_PER_ROW_GROUP = 4096
 _READ_AT_ONCE = 1 << 20
 
@@ -73,7 +73,8 @@ class Work:
         for name, path in zip(names, paths, strict=True):
             found = markers[name].pop("piece", None)
             if found != f"{stage}/{name}":
-                raise _damaged(path, f"it is that of piece {found!r}")
+                what = f"that of piece {found}" if found else "of an older version"
+                raise _damaged(path, f"it is {what}")
         return markers
 
     def mark(self, stage: str, name: str, marker: dict, suffixes: tuple[str, ...] = ()) -> None:
@@ -183,15 +184,9 @@ def table_writer(path: str) -> Iterator[pq.ParquetWriter]:
 
 @contextlib.contextmanager
 def open_table(path: str) -> Iterator[pq.ParquetFile]:
-    """What `table_writer` wrote. Raises `UserError` for a damaged file, also while it is read."""
-    try:
-        with open_file(path) as file:
-            whole = file if file.seekable() else io.BytesIO(file.read())
-            yield pq.ParquetFile(whole)
-    except (OSError, pa.ArrowException) as error:
-        if getattr(error, "errno", None) is not None:  # of the system, not of Arrow
-            raise
-        raise _damaged(path, f"it is damaged ({error})") from None
+    """What `table_writer` wrote; `path` is `Work.checked`."""
+    with open_file(path) as file:
+        yield pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
 
 
 def read_rows(path: str, start: int, stop: int) -> pa.Table:
