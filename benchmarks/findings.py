@@ -16,7 +16,9 @@ folder, or hf://intfloat/multilingual-e5-small. PAIRS is what launch/filter.py w
 folder PAIRS.work beside it.
 
 Start it again and it continues: finished runs are not repeated, other findings' are shared.
---report writes what there is, --jobs=0 nothing else. `--jobs` runs share the processors.
+--report writes what there is, --jobs=0 nothing else. `--jobs` runs share the processors. With
+--reported, runs whose numbers stand in that folder are not repeated either: a study continues on
+another machine. Compare equal wall time only where one machine ran all arms of a seed.
 """
 
 import pathlib
@@ -41,6 +43,7 @@ def main():
     flags.add_argument("--arms", help="run these only; default: all of the findings")
     flags.add_argument("--jobs", type=int, default=1, help="runs at a time")
     flags.add_argument("--report", help="folder for pages, pictures and numbers")
+    flags.add_argument("--reported", action="store_true", help="keep what --report has")
     for name, setting in SETTINGS.items():
         text = f"of the {name} runs; default {setting.steps}"
         flags.add_argument(f"--{name}_steps", type=int, help=text)
@@ -64,6 +67,10 @@ def main():
         if unknown := [arm for arm in chosen if arm not in arms]:
             raise UserError(f"--arms: there is no {unknown[0]!r}; choose from {', '.join(arms)}")
         arms = chosen
+    if arguments.reported and not arguments.report:
+        raise UserError("--reported needs --report=FOLDER, where the numbers are")
+    if arguments.reported and "c" in keys:
+        raise UserError("--reported: the numbers of finding c lack the loads of single steps")
     e5 = arguments.e5
     if e5 and "://" not in e5:
         e5 = str(pathlib.Path(e5).resolve())
@@ -75,6 +82,7 @@ def main():
         e5=e5,
         pairs=pathlib.Path(arguments.pairs).resolve() if arguments.pairs else None,
         steps={name: count for name, count in steps.items() if count},
+        reported=findings_report.read(arguments.report, keys) if arguments.reported else {},
     )
     errors = []
     if arguments.jobs:

@@ -66,6 +66,17 @@ def write(folder: pathlib.Path, place: Place, keys: list[str], seeds: list[int])
     write_index(folder)
 
 
+def read(folder: str, keys: list[str]) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): numbers} of what `write` has left there before."""
+    runs = {}
+    for key in keys:
+        path = pathlib.Path(folder) / f"{FINDINGS[key].name}.json"
+        for run in json.loads(path.read_text()) if path.is_file() else ():
+            steps = {int(step): score for step, score in run["evaluations"].items()}
+            runs[run.pop("arm"), run["seed"]] = run | {"evaluations": steps}
+    return runs
+
+
 def write_json(path: pathlib.Path, runs: Runs) -> None:
     """Numbers to five digits; loads of single steps are left out, routing by language is in."""
 

@@ -36,6 +36,7 @@ class Place:
 
     xquad, e5, pairs: None: not judged by XQuAD; no upcycled arms; none on given pairs.
     steps: {setting: steps} where they differ from the setting's.
+    reported: {(arm, seed): numbers} of runs that were made elsewhere.
     """
 
     work: pathlib.Path
@@ -44,12 +45,16 @@ class Place:
     e5: str | None = None
     pairs: pathlib.Path | None = None
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    reported: dict[tuple[str, int], dict] = dataclasses.field(default_factory=dict)
 
     def folder(self, arm: str, seed: int) -> pathlib.Path:
         return self.work / home(arm) / f"{arm}-{seed}"
 
     def steps_of(self, setting: str) -> int:
         return self.steps.get(setting, SETTINGS[setting].steps)
+
+    def is_done(self, arm: str, seed: int) -> bool:
+        return (arm, seed) in self.reported or (self.folder(arm, seed) / SCORES).exists()
 
     def is_possible(self, arm: str) -> bool:
         needs = {"upcycled": self.e5, "pairs": self.pairs}
@@ -214,7 +219,7 @@ def means(results: dict[str, dict]) -> dict[str, float]:
 def sweep(place: Place, arms: list[str], seeds: list[int], jobs: int) -> list[str]:
     """Every arm with every seed, `jobs` at a time, each on its part of the processors. A run that
     fails does not stop the others: returns what went wrong."""
-    todo = [(a, s) for s in seeds for a in arms if not (place.folder(a, s) / SCORES).exists()]
+    todo = [(arm, seed) for seed in seeds for arm in arms if not place.is_done(arm, seed)]
     xquad = {}
     for name in dict.fromkeys(ARMS[arm].setting for arm, _ in todo):
         prepare(place, name)
@@ -255,14 +260,13 @@ def read_run(place: Place, arm: str, seed: int) -> dict | None:
     from moe_embed_jax.models.encoder import EncoderConfig, count_params
 
     folder = place.folder(arm, seed)
+    if found := place.reported.get((arm, seed)):
+        check_steps(place, arm, f"the reported {arm}-{seed}", found["steps"])
+        return found
     if not (folder / SCORES).exists():
         return None
     card = json.loads((folder / "config.json").read_text())
-    if card["steps"] != place.steps_of(ARMS[arm].setting):
-        raise UserError(
-            f"{folder} has {card['steps']} steps, not {place.steps_of(ARMS[arm].setting)}: take "
-            "another --work, or the same numbers of steps"
-        )
+    check_steps(place, arm, folder, card["steps"])
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     model = config_files.build(EncoderConfig, card["model"], "model")
     total, active = count_params(model)
@@ -283,6 +287,14 @@ def read_run(place: Place, arm: str, seed: int) -> dict | None:
         run["load"] = [record["expert_load"] for record in records]
         run["routing"] = json.loads((folder / "routing.json").read_text())
     return run
+
+
+def check_steps(place: Place, arm: str, where, steps: int) -> None:
+    if steps != (asked := place.steps_of(ARMS[arm].setting)):
+        raise UserError(
+            f"{where} has {steps} steps, not {asked}: take another --work, or the same numbers of "
+            "steps"
+        )
 
 
 def evaluations(folder: pathlib.Path) -> dict[int, float]:

@@ -278,6 +278,17 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
     assert "**Not run:** top-1" in (tmp_path / "report/dense_vs_moe.md").read_text()
     index = (tmp_path / "report/README.md").read_text()
     assert "(moe_layers.md)" in index and "Packed or padded, in chunks or not: the same" in index
+    # On another machine, which has the numbers: nothing is run, and the pages are the same.
+    pages = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert call(monkeypatch, [*flags, f"--work={tmp_path}/elsewhere", "--reported"]) == 0
+    assert not started
+    of_text = [name for name in pages if not name.endswith(".png")]
+    assert len(of_text) == 5
+    for name in of_text:
+        assert (tmp_path / "report" / name).read_bytes() == pages[name], name
+    elsewhere = [f"--work={tmp_path}/elsewhere", "--reported", "--scratch_steps=5"]
+    assert call(monkeypatch, [*flags, *elsewhere]) == 2
+    assert "has 4 steps, not 5" in capsys.readouterr().err
     # Runs of other lengths are not mixed.
     assert call(monkeypatch, [*flags, "--jobs=0", "--scratch_steps=5"]) == 2
     assert "has 4 steps, not 5" in capsys.readouterr().err
@@ -289,6 +300,7 @@ def test_all_runs(tiny, monkeypatch, tmp_path, capsys):
         ("--findings=a,z", "there is no 'z'; choose from a, b, c, d, e, f, g"),
         ("--arms=e5-dense,best", "there is no 'best'; choose from"),
         ("--seeds=1,x", "--seeds=1,x: invalid literal"),
+        ("--reported", "the numbers of finding c lack the loads of single steps"),
     ],
 )
 def test_mistakes(tiny, monkeypatch, capsys, flag, message):
