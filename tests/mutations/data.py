@@ -241,13 +241,13 @@ FAULTS = (
         "preparation/beam/work_folder.py",
         '        if _crc32(path) != marker["crc32_of"][suffix]:',
         "        if False:",
-        "preparation/test_prepare_pipeline.py -k 'place_of_other and parquet-read'",
+        "preparation/test_prepare_pipeline.py -k 'place_of_other and parquet and read'",
     ),
     Fault(
         "markers-are-of-any-piece",
         "preparation/beam/work_folder.py",
         '            if found != f"{stage}/{name}":',
         "            if False:",
-        "preparation/test_prepare_pipeline.py -k 'place_of_other and json-read'",
+        "preparation/test_prepare_pipeline.py -k 'place_of_other and json and read'",
     ),
 )

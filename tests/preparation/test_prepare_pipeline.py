@@ -248,15 +248,15 @@ def test_work_that_was_changed_is_named(stage, mixed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["read", "buckets"])
-@pytest.mark.parametrize("suffix", [".json", ".parquet"])
-def test_work_in_the_place_of_other_work_is_named(stage, suffix, mixed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("suffix", "why"), [(".json", "of piece"), (".parquet", "CRC-32")])
+def test_work_in_the_place_of_other_work_is_named(stage, suffix, why, mixed, tmp_path, monkeypatch):
     """Whole, with right checksums."""
     files = killed_after(stage, mixed, tmp_path / "pairs", monkeypatch)
     one, other, *_ = (path for path in files if path.suffix == suffix)
     one.rename(tmp_path / "one")
     other.rename(one)
     (tmp_path / "one").rename(other)
-    with pytest.raises(UserError, match=r"that of piece|damaged \(its CRC-32 differs\).*again"):
+    with pytest.raises(UserError, match=rf"{suffix}: it is .*{why}.*prepare again"):
         prepare(mixed, tmp_path / "pairs")
 
 
