@@ -158,7 +158,7 @@ class WriteBuckets(beam.DoFn):
             "removed": removed,
             "languages": _sums(table),
         }
-        self._work.mark("buckets", name, marker, (".parquet",))
+        self._work.mark("buckets", name, marker)
         yield name
 
 
@@ -202,7 +202,7 @@ class WriteShards(beam.DoFn):
             records, lengths = pathlib.Path(folder) / "records", pathlib.Path(folder) / "lengths"
             writer = ShardWriter(records)
             for source, bucket, start, stop in ranges:
-                path = self._work.checked("buckets", bucket_name(source, bucket), ".parquet")
+                path = self._work.path("buckets", f"{bucket_name(source, bucket)}.parquet")
                 for row in work_module.read_rows(path, start, stop).to_pylist():
                     writer.write(
                         PairRow(

@@ -6,8 +6,9 @@
     OUTPUT/work/shards/        finished shards, and their markers
 
 Every file appears whole or not at all, and the marker (.json) of a piece comes last. It says which
-piece it is of, and has the CRC-32 of the piece's files and its own. All are compared when they are
-read. All paths are of Beam's file systems.
+piece it is of, and has a CRC-32 of its own and of each file that is read as a whole. Tables say
+which piece they are of, and their pages have checksums. All are compared when they are read. All
+paths are of Beam's file systems.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from moe_embed_jax.preparation.beam.buckets import SCHEMA
 from moe_embed_jax.preparation.beam.read import open_file
 
 STAGES = ("read", "buckets", "shards")
-# Small, so that a shard that needs some rows of a bucket decodes little else.
+# Small, so that a shard that needs some rows of a bucket reads little else.
 ROWS_PER_ROW_GROUP = 4096
 _READ_AT_ONCE = 1 << 20
 
@@ -177,16 +178,37 @@ def _crc32(path: str) -> int:
 
 @contextlib.contextmanager
 def table_writer(path: str) -> Iterator[pq.ParquetWriter]:
-    """Writes a table, which appears as `path` when the block ends well."""
-    with written_whole(path) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+    """Writes a table, which appears as `path` when the block ends well and says which it is."""
+    schema = SCHEMA.with_metadata({"piece": _piece(path)})
+    options = dict(compression="zstd", write_page_checksum=True)
+    with written_whole(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
         yield writer
+
+
+def _piece(path: str) -> str:
+    """STAGE/NAME of a table."""
+    return "/".join(path.removesuffix(".parquet").split("/")[-2:])
 
 
 @contextlib.contextmanager
 def open_table(path: str) -> Iterator[pq.ParquetFile]:
-    """What `table_writer` wrote; `path` is `Work.checked`."""
-    with open_file(path) as file:
-        yield pq.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
+    """What `table_writer` wrote. Raises `UserError` for a damaged file, also while it is read.
+
+    Each shard reads some rows of every bucket, so the pages that are read are compared, and not
+    the whole file.
+    """
+    try:
+        with open_file(path) as file:
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            table = pq.ParquetFile(whole, page_checksum_verification=True)
+            found = (table.schema_arrow.metadata or {}).get(b"piece", b"").decode(errors="replace")
+            if found != _piece(path):
+                raise _damaged(path, f"it is that of piece {found}")
+            yield table
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, not of Arrow
+            raise
+        raise _damaged(path, f"it is damaged ({error})") from None
 
 
 def read_rows(path: str, start: int, stop: int) -> pa.Table:
