@@ -168,17 +168,23 @@ def measure(arguments, temporary: pathlib.Path, proxy: Proxy, port: int) -> dict
     folder = storage.path(f"gs://{BUCKET}/tokens")
     write_store(folder, arguments.rows, arguments.shards)
     proxy.latency = arguments.latency
-    before = proxy.requests
-    in_bucket = waits(folder, arguments.batch_size, arguments.steps, arguments.step)
-    requests = (proxy.requests - before) / (arguments.steps + 1)
+
+    def measured(folder) -> tuple[float, float]:
+        """Mean seconds that a step waits, and requests of a step."""
+        before = proxy.requests
+        waited = waits(folder, arguments.batch_size, arguments.steps, arguments.step)
+        return float(waited.mean()), (proxy.requests - before) / (arguments.steps + 1)
+
+    in_bucket, requests = measured(folder)
     start = time.perf_counter()
     copy = copied_store(folder, str(temporary / "disk"))
     seconds = time.perf_counter() - start
-    from_copy = waits(copy, arguments.batch_size, arguments.steps, arguments.step)
+    from_copy, requests_of_copy = measured(copy)
     return {
-        "bucket": float(in_bucket.mean()),
-        "copy": float(from_copy.mean()),
+        "bucket": in_bucket,
+        "copy": from_copy,
         "requests": requests,
+        "requests_of_copy": requests_of_copy,
         "seconds_to_copy": seconds,
     }
 

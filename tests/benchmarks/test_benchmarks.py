@@ -211,8 +211,8 @@ def test_bucket_latency(tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads(output.read_text())
     # Every row of a batch may be in another shard.
-    assert report["requests"] > 64 / 2 and report["bucket"] > report["copy"]
-    assert report["copy"] < 0.3 and "ratio" in result.stdout
+    assert report["requests"] > 64 / 2 and report["requests_of_copy"] == 0
+    assert min(report["bucket"], report["copy"]) > 0 and "ratio" in result.stdout
 
 
 @pytest.mark.parametrize("script", ["train_throughput", "encode_throughput", "knn", "efficiency"])

@@ -134,7 +134,11 @@ def json_value(rng, path, **_) -> str:
 
 
 def escape(rng, path, folder, outside) -> str:
-    """Moves a file that a JSON value names out of the folder and names it there."""
+    """Moves a file that a JSON value names out of the folder and names it there.
+
+    Only a file of the folder: the marker of an input names a file of the world, which other
+    attempts read, too.
+    """
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError):
@@ -143,7 +147,9 @@ def escape(rng, path, folder, outside) -> str:
     rng.shuffle(places)
     for parent, key in places:
         named = path.parent / parent[key]
-        if parent[key] and len(parent[key]) < 200 and "\0" not in parent[key] and named.is_file():
+        if not parent[key] or len(parent[key]) >= 200 or "\0" in parent[key]:
+            continue
+        if named.is_file() and named.resolve().is_relative_to(folder.resolve()):
             outside.mkdir(exist_ok=True)
             target = outside / named.name
             shutil.move(named, target)

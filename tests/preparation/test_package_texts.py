@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -246,9 +245,7 @@ def test_second_call_does_nothing(wheels_dir, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")}
     for name in ("fetch", "open_wheel"):
         monkeypatch.setattr(package_texts.pinned, name, None)
-    start = time.monotonic()
     assert package_texts.prepare(data_dir, tmp_path / "gone", configs, progress=False) == first
-    assert time.monotonic() - start < 1
     assert {path: path.stat().st_mtime_ns for path in data_dir.rglob("*")} == before
 
 

@@ -64,6 +64,15 @@ def test_damage_is_made_of_the_seed_alone(tmp_path, change):
         assert any("escape: file -> " in said for said, _ in results)
 
 
+def test_what_others_read_too_stays_where_it_is(tmp_path):
+    """A preparation's marker names its input, which is the world's."""
+    (folder := tmp_path / "work").mkdir()
+    (shared := tmp_path / "rows.jsonl").write_text("{}\n")
+    (marker := folder / "marker.json").write_text(json.dumps({"file": str(shared)}))
+    said = damage.escape(random.Random(0), marker, folder, tmp_path / "outside")
+    assert shared.is_file() and not (tmp_path / "outside").exists() and said
+
+
 def test_bad_attempts_are_counted_named_and_kept(tmp_path, capsys):
     class Stub:
         scratch = tmp_path / "scratch"
