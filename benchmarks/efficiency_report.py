@@ -4,7 +4,6 @@ from efficiency_models import BFLOAT16, DENSE, INT8, OURS, PEER
 
 from moe_embed_jax.markdown_table import markdown_table
 
-GOAL = 2.5  # documents/s of ours / sentence-transformers
 MILLION = 1_000_000
 
 
@@ -81,10 +80,10 @@ def speed(report: dict) -> str:
 
 def verdict(report: dict) -> str:
     ratio = report["throughput"]["ratio"]
-    said = "reached" if ratio[PEER] >= GOAL else "not reached"
+    ratio_cpu = report["throughput"]["ratio_cpu"][PEER]
     lines = [
-        f"Documents/s against sentence-transformers: {ratio[PEER]:.2f} (goal {GOAL}: {said}); per "
-        f"processor second {report['throughput']['ratio_cpu'][PEER]:.2f}."
+        f"Documents/s against sentence-transformers: {ratio[PEER]:.2f}; per processor second "
+        f"{ratio_cpu:.2f}."
     ]
     if DENSE in ratio:
         ours, dense = (report["latencies"][name]["p50"] for name in (OURS, DENSE))
