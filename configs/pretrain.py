@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.document_length = 64  # shares prepared data with configs/quickstart.py
         config.data.row_length = 64
         config.data.chunk_rows = 8
+        config.data.row_buckets = 1  # one program: a few steps mostly compile
         config.optimizer = ConfigDict(dict(warmup_steps=1))
     elif variant:
         raise UserError(f"unknown variant {variant!r} of configs/pretrain.py; there is: smoke")

@@ -52,6 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.eval_every = 2
         config.eval_languages = 2
         config.checkpoint_every = 2
+        config.data.row_buckets = 1  # one program: a few steps mostly compile
         config.model.width = 32
         config.model.num_heads = 2
         config.model.ffn_width = 64

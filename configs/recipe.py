@@ -171,7 +171,7 @@ def _smoke_pretraining() -> ConfigDict:
     stage.eval_languages = 2
     stage.checkpoint_every = 2
     stage.model = ConfigDict(dict(remat_rows=4))
-    stage.data = ConfigDict(dict(document_length=64, row_length=64, chunk_rows=8))
+    stage.data = ConfigDict(dict(document_length=64, row_length=64, chunk_rows=8, row_buckets=1))
     stage.optimizer = ConfigDict(dict(warmup_steps=1))
     return stage
 

@@ -309,11 +309,13 @@ def smoke(data_dir, tmp_path_factory):
         "--config.stage1.set.model.vocab_size=512",
         "--config.stage2.set.data.query_length=16",
         "--config.stage2.set.data.document_length=24",
-        # Chunks have tests of their own, and take their time to compile.
+        # Chunks and several row counts have tests of their own, and take their time to compile.
         "--config.stage2.set.data.chunk_rows=0",
         "--config.stage2.set.model.remat_rows=0",
         "--config.stage3.set.model.remat_rows=0",
         "--config.stage4.set.model.remat_rows=0",
+        "--config.stage3.set.data.row_buckets=1",
+        "--config.stage4.set.data.row_buckets=1",
     ]
     arguments = [str(ROOT / "launch/recipe.py"), *flags]
     # A chain of 15 processes: 600 s are too few where others share the processors.
