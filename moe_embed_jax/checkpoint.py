@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moe_embed_jax import checksums, storage
+from moe_embed_jax import checksums, orbax_leftovers, storage
 from moe_embed_jax.errors import LostConnection, UserError, first_line
 from moe_embed_jax.processes import from_process_0, wait_for_all
 from moe_embed_jax.refusals import is_lost_connection
@@ -76,6 +76,7 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 2):
         self.folder = storage.path(folder).absolute()
         self._moved = 0
+        orbax_leftovers.hide()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )

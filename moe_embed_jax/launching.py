@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 
 from moe_embed_jax import config as config_files
-from moe_embed_jax import distributed, storage
+from moe_embed_jax import distributed, orbax_leftovers, storage
 from moe_embed_jax.curation.teacher_config import PROMPT_HELP as PROMPT_HELP
 from moe_embed_jax.curation.teacher_config import TeacherConfig
 from moe_embed_jax.errors import INTERRUPTED, UserError, end_at_once
@@ -243,25 +243,11 @@ def _end_within(seconds: float, status: int) -> None:
 
 
 def _quieten_orbax() -> None:
-    """Orbax narrates every save, logs a stack trace wherever an error passes on its way here, and
-    leaves writes to TensorStore alone that fail after the first one that does."""
-    show, show_dropped = sys.excepthook, sys.unraisablehook
+    """Orbax narrates every save, and logs a stack trace wherever an error passes on its way."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not record.exc_info)
-
-    def is_of_orbax(kind, error) -> bool:
-        return kind is RuntimeError and str(error) == "Event loop is closed"
-
-    def show_others(kind, error, trace):
-        if not is_of_orbax(kind, error):
-            show(kind, error, trace)
-
-    def show_others_dropped(unraisable):
-        if not is_of_orbax(unraisable.exc_type, unraisable.exc_value):
-            show_dropped(unraisable)
-
-    sys.excepthook, sys.unraisablehook = show_others, show_others_dropped
+    orbax_leftovers.hide()  # before `_interrupts`, which has a hook of its own for some time
 
 
 def _flush_output() -> None:

@@ -3,6 +3,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 import threading
 
 import jax
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers.forked import run_forked
 
+from moe_embed_jax import orbax_leftovers
 from moe_embed_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.newest_checkpoint import read_newest
@@ -319,6 +321,15 @@ def test_a_step_that_goes_while_orbax_reads_its_arrays(saved, monkeypatch, capsy
     assert read_newest(saved.folder, None, ["params"], read_params)[0] == 5
     line = capsys.readouterr().err
     assert f"checkpoint {saved.folder}/7 is damaged: " in line and line.count("\n") == 1
+
+
+def test_reads_that_orbax_leaves_print_no_trace_in_a_notebook_either(saved, monkeypatch):
+    orbax_leftovers.hide.cache_clear()
+    for name in ("excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, f"__{name}__"))
+    with contextlib.closing(Checkpoints(saved.folder)):
+        assert sys.excepthook is not sys.__excepthook__
+        assert sys.unraisablehook is not sys.__unraisablehook__
 
 
 def test_a_reader_beside_a_run_that_removes_its_checkpoints(tmp_path):

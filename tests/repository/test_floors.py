@@ -18,6 +18,7 @@ FLOORS = (
         "distributed",
         "hashes",
         "markdown_table",
+        "orbax_leftovers",
         "parts",
         "safe_names",
         "triton_first",
