@@ -199,8 +199,9 @@ def run(main) -> int:
     """Runs `main()` and returns the exit status: 0; 2 after one line that says what is wrong; 130
     after Ctrl-C. A second Ctrl-C ends the process at once."""
     # Imports and tracing make millions of objects that stay. To look for garbage among them after
-    # every 700 new ones takes a sixth of the time until a launcher starts.
-    gc.set_threshold(100_000, 50, 50)
+    # every 700 new ones takes a sixth of the time until a launcher starts. Older generations keep
+    # Python's rhythm: garbage among them may hold large arrays.
+    gc.set_threshold(100_000)
     _quieten_orbax()
     # Texts and names of users may hold what the terminal, or UTF-8, cannot: it is shown as \\u....
     for stream in (sys.stdout, sys.stderr):
