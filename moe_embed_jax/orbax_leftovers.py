@@ -15,23 +15,23 @@ def hide() -> None:
     show, show_dropped = sys.excepthook, sys.unraisablehook
 
     def show_others(kind, error, trace):
-        if not _is_late(kind, error):
+        if not _is_late_answer(kind, error):
             show(kind, error, trace)
 
     def show_others_dropped(unraisable):
-        is_leftover = _is_late(unraisable.exc_type, unraisable.exc_value)
-        if not is_leftover and not _is_coroutine(unraisable.object):
+        is_leftover = _is_late_answer(unraisable.exc_type, unraisable.exc_value)
+        if not is_leftover and not _is_unfinished_read(unraisable.object):
             show_dropped(unraisable)
 
     sys.excepthook, sys.unraisablehook = show_others, show_others_dropped
 
 
-def _is_late(kind: type, error: BaseException) -> bool:
+def _is_late_answer(kind: type, error: BaseException) -> bool:
     """TensorStore tells an event loop that is gone of an array."""
     return kind is RuntimeError and str(error) == "Event loop is closed"
 
 
-def _is_coroutine(dropped: object) -> bool:
+def _is_unfinished_read(dropped: object) -> bool:
     """An unfinished read, which calls its own end an error of the array."""
     code = getattr(dropped, "cr_code", None)
     return code is not None and "orbax" in pathlib.Path(code.co_filename).parts
