@@ -244,11 +244,11 @@ def _end_within(seconds: float, status: int) -> None:
 
 
 def _quieten_orbax() -> None:
-    """Orbax narrates every save, and logs a stack trace wherever an error passes on its way."""
+    """Orbax narrates every save, and logs the stack trace of every error that passes it."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not record.exc_info)
-    orbax_leftovers.hide()  # before `_interrupts`, which has a hook of its own for some time
+    orbax_leftovers.hide()  # `_interrupts` restores the hook that it finds
 
 
 def _flush_output() -> None:
