@@ -34,4 +34,4 @@ def _is_late_answer(kind: type, error: BaseException) -> bool:
 def _is_unfinished_read(dropped: object) -> bool:
     """An unfinished read, which calls its own end an error of the array."""
     code = getattr(dropped, "cr_code", None)
-    return code is not None and "orbax" in pathlib.Path(code.co_filename).parts
+    return code is not None and "orbax" in pathlib.PurePath(code.co_filename).parts
