@@ -8,7 +8,7 @@ product needs them turned.
 import jax
 import jax.numpy as jnp
 
-from moe_embed_jax.kernels.cpu_products import as_it_is, dot, turned
+from moe_embed_jax.kernels.cpu_products import as_it_is, bits, dot, from_bits, turned
 
 SCORES_AT_A_TIME = 1 << 18  # 1 MB of float32
 HIDDEN = -1e30  # added to scores of other texts; finite, so that a row of padding is, too
@@ -26,11 +26,12 @@ def cpu_attention(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL):
 def _fwd(q_RHLJ, k_RHLJ, v_RHLJ, text_index_RL):
     heads = q_RHLJ, k_RHLJ, v_RHLJ
     context_RHLJ, log_sum_RHL = _by_pieces(_context, text_index_RL, *heads)
-    return context_RHLJ, (text_index_RL, heads, context_RHLJ, log_sum_RHL)
+    return context_RHLJ, (text_index_RL, tuple(map(bits, heads)), context_RHLJ, log_sum_RHL)
 
 
 def _bwd(saved, dcontext_RHLJ):
     text_index_RL, heads, context_RHLJ, log_sum_RHL = saved
+    heads = map(from_bits, heads)
     mean_RHL = jnp.sum(dcontext_RHLJ * context_RHLJ, axis=-1)
     arrays = *heads, dcontext_RHLJ, mean_RHL, log_sum_RHL
     return *_by_pieces(_gradients, text_index_RL, *arrays), None
@@ -59,12 +60,15 @@ def _by_pieces(function, text_index_RL, *arrays_RHX):
 
     def one(piece):
         number, arrays = piece
-        return function(hidden_PR1Lk[number // pieces_of_row], *arrays)
+        results = function(hidden_PR1Lk[number // pieces_of_row], *map(from_bits, arrays))
+        return tuple(map(bits, results))
 
     shape = pieces, rows_at_a_time, heads_at_a_time
-    arrays_PRHX = [x_RHX.reshape(*shape, *x_RHX.shape[2:]) for x_RHX in arrays_RHX]
-    results = jax.lax.map(one, (jnp.arange(pieces), arrays_PRHX))
-    return jax.tree.map(lambda x_PRHX: x_PRHX.reshape(rows, heads, *x_PRHX.shape[3:]), results)
+    arrays_PRHX = [bits(x_RHX).reshape(*shape, *x_RHX.shape[2:]) for x_RHX in arrays_RHX]
+    results_PRHX = jax.lax.map(one, (jnp.arange(pieces), arrays_PRHX))
+    return tuple(
+        from_bits(x_PRHX.reshape(rows, heads, *x_PRHX.shape[3:])) for x_PRHX in results_PRHX
+    )
 
 
 def _divisor(number: int, most: int) -> int:

@@ -7,6 +7,9 @@ uses them under two conditions; else it makes float32 operands first:
    a CPU; operands are rounded as a product takes them.
 2. The left operand is contracted over its last axis. Where it is not, as in the gradient of a
    weight, it must be turned in memory, not only in name.
+
+It has no slices of bfloat16: where a loop reads or writes an array in parts, it converts the whole
+array for each part. What a loop may carry or save is therefore stored as `bits`.
 """
 
 import functools
@@ -45,6 +48,15 @@ def as_it_is(x_X):
     return with_layout_constraint(x_X, Layout(major_to_minor=tuple(range(x_X.ndim))))
 
 
+def bits(x_X):
+    """x; bfloat16 as uint16, which `from_bits` gives back."""
+    return jax.lax.bitcast_convert_type(x_X, jnp.uint16) if x_X.dtype == jnp.bfloat16 else x_X
+
+
+def from_bits(x_X):
+    return jax.lax.bitcast_convert_type(x_X, jnp.bfloat16) if x_X.dtype == jnp.uint16 else x_X
+
+
 @jax.custom_vjp
 def product(x_TD, w_DN):
     """`x_TD @ w_DN` of operands in the dtype of x; float32. Gradients have the dtypes of x and w;
@@ -52,15 +64,23 @@ def product(x_TD, w_DN):
     return dot(x_TD, jnp.asarray(w_DN.astype(x_TD.dtype)), -2)
 
 
+def _product_fwd(x_TD, w_DN):
+    return product(x_TD, w_DN), (bits(x_TD), bits(w_DN))
+
+
 def _product_bwd(saved, dy_TN):
-    x_TD, w_DN = saved
+    x_TD, w_DN = map(from_bits, saved)
     dy_TN = dy_TN.astype(x_TD.dtype)
     dx_TD = dot(dy_TN, w_DN.astype(x_TD.dtype), -1)
-    dw_DN = dot(turned(x_TD), dy_TN, -2)
+    if x_TD.dtype == jnp.bfloat16 and x_TD.shape[1] > dy_TN.shape[1]:
+        # The narrower one is turned: XLA computes an activation again, slowly, as it turns it.
+        dw_DN = as_it_is(dot(turned(dy_TN), x_TD, -2)).T
+    else:
+        dw_DN = dot(turned(x_TD), dy_TN, -2)
     return dx_TD.astype(x_TD.dtype), dw_DN.astype(w_DN.dtype)
 
 
-product.defvjp(lambda x_TD, w_DN: (product(x_TD, w_DN), (x_TD, w_DN)), _product_bwd)
+product.defvjp(_product_fwd, _product_bwd)
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def long_triton_attention(
 def _rotated_heads(qkv_RLU, rotation_RLJ, heads: int):
     """q and k, rotated, and v, [R, L, H, J] each."""
     qkv = qkv_RLU.reshape(*qkv_RLU.shape[:2], 3, heads, -1)
-    q_RLHJ, k_RLHJ, v_RLHJ = (qkv[:, :, i] for i in range(3))
+    q_RLHJ, k_RLHJ, v_RLHJ = (x.squeeze(2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2))
     if rotation_RLJ is not None:
         q_RLHJ, k_RLHJ = rotate(q_RLHJ, rotation_RLJ), rotate(k_RLHJ, rotation_RLJ)
     return q_RLHJ, k_RLHJ, v_RLHJ

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_embed_jax.kernels.cpu_products import bits, from_bits
 from moe_embed_jax.routing.expert_mlp import PRODUCT
 from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices, take
 from moe_embed_jax.sharding import is_array
@@ -73,7 +74,7 @@ def _blocked_fwd(expert_mlp, block, x_TD, expert_TK, gate_TK, weights):
         return y_sD, [leaf for leaf in jax.tree.leaves(vjp) if _is_saved(leaf, x_sD, weights)]
 
     y_TD, saved = _forward(compute, block, x_TD, expert_TK, gate_TK, weights)
-    return y_TD, (x_TD, expert_TK, gate_TK, weights, saved)
+    return y_TD, jax.tree.map(bits, (x_TD, expert_TK, gate_TK, weights, saved))
 
 
 def _vjp(expert_mlp, x_sD, weights):
@@ -115,7 +116,7 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
         lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), weights, is_leaf=is_array
     )
     buffers = jax.tree.map(
-        lambda leaf: jnp.zeros((len(assignment_S), *leaf.shape[1:]), leaf.dtype),
+        lambda leaf: bits(jnp.zeros((len(assignment_S), *leaf.shape[1:]), leaf.dtype)),
         jax.eval_shape(compute, x_sD, expert),
     )
     if is_unstacked(weights):
@@ -125,21 +126,22 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
     else:
         buffers, _ = jax.lax.scan(one_expert, buffers, (weights, first_block_E, blocks_E))
     y_SD, residuals = buffers
-    y_TD = sum_choices(y_SD, slot_A.reshape(expert_TK.shape), gate_TK)
+    y_TD = sum_choices(from_bits(y_SD), slot_A.reshape(expert_TK.shape), gate_TK)
     return y_TD, (y_SD, residuals, layout)
 
 
 def _put(buffers, rows, start):
     """`buffers` with `rows` from `start` on."""
     return jax.tree.map(
-        lambda buffer, part: jax.lax.dynamic_update_slice_in_dim(buffer, part, start, 0),
+        lambda buffer, part: jax.lax.dynamic_update_slice_in_dim(buffer, bits(part), start, 0),
         buffers,
         rows,
     )
 
 
 def _blocked_bwd(expert_mlp, block, saved, dy_TD):
-    x_TD, expert_TK, gate_TK, weights, (y_SD, residuals, layout) = saved
+    *arguments, (y_SD, residuals, layout) = saved
+    x_TD, expert_TK, gate_TK, weights = jax.tree.map(from_bits, arguments)
     assignment_S, slot_A, first_block_E, blocks_E = layout
     top_k = expert_TK.shape[1]
     gate_A1 = gate_TK.reshape(-1, 1).astype(x_TD.dtype)
@@ -151,7 +153,7 @@ def _blocked_bwd(expert_mlp, block, saved, dy_TD):
             buffers, dweights = carry
             start = (first + i) * block
             assignment_s, y_sD, *kept = (
-                jax.lax.dynamic_slice_in_dim(array, start, block)
+                from_bits(jax.lax.dynamic_slice_in_dim(array, start, block))
                 for array in (assignment_S, y_SD, *residuals)
             )
             token_s = assignment_s // top_k
@@ -175,7 +177,7 @@ def _blocked_bwd(expert_mlp, block, saved, dy_TD):
     experts = in_float32(weights), first_block_E, blocks_E
     (dx_SD, dgate_S), dweights = jax.lax.scan(one_expert, buffers, experts)
     dweights = jax.tree.map(lambda dw, w: dw.astype(w.dtype), dweights, weights)
-    dx_TD = take(dx_SD, slot_A).reshape(*expert_TK.shape, -1).sum(axis=1)
+    dx_TD = take(from_bits(dx_SD), slot_A).reshape(*expert_TK.shape, -1).sum(axis=1)
     dgate_TK = take(dgate_S, slot_A).reshape(gate_TK.shape).astype(gate_TK.dtype)
     return dx_TD, None, dgate_TK, dweights
 

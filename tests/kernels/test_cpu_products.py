@@ -1,5 +1,6 @@
 """Products and attention of CPUs against float64, and what XLA makes of them in bfloat16."""
 
+import functools
 import re
 import types
 from unittest import mock
@@ -13,6 +14,8 @@ from moe_embed_jax.kernels import cpu_attention as attention_module
 from moe_embed_jax.kernels import cpu_products
 from moe_embed_jax.kernels.cpu_attention import cpu_attention
 from moe_embed_jax.kernels.cpu_products import product
+from moe_embed_jax.routing.blocked import blocked
+from moe_embed_jax.routing.expert_mlp import matmul
 
 DTYPES = [jnp.float32, jnp.bfloat16]
 
@@ -130,6 +133,57 @@ def test_xla_multiplies_bfloat16():
         return vjp(context)
 
     assert not operands_made_float32(attention_gradients, *arrays)
+
+
+def arrays_converted_for_slices(function, *arguments) -> set[str]:
+    """Shapes of the arrays that the compiled program converts whole where it wants a part."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    made_by = {
+        name: (shape, kind)
+        for name, shape, kind in re.findall(r"%?([\w.-]+) = (\w+\[[\d,]*\])\S* ([\w-]+)\(", text)
+    }
+    sliced = re.findall(r" dynamic-(?:update-)?slice\((?:\w+\[\S* )?%?([\w.-]+)", text)
+    found = [made_by[name] for name in sliced if name in made_by]
+    return {shape for shape, kind in found if kind == "convert"}
+
+
+def test_loops_keep_bfloat16_as_bits():
+    """Layers after one another, pieces of attention, blocks of experts: none converts what the
+    others have written."""
+    x, w = normal(64, 32, dtype=jnp.float32), normal(3, 32, 32, dtype=jnp.float32)
+
+    def layers(multiply, w):
+        def layer(x, w):
+            return jnp.tanh(multiply(x.astype(jnp.bfloat16), w)).astype(jnp.float32), None
+
+        return jax.lax.scan(layer, x, w)[0].sum()
+
+    plain = lambda x, w: x @ w.astype(x.dtype)  # noqa: E731
+    # What this test looks for.
+    converted = arrays_converted_for_slices(jax.grad(functools.partial(layers, plain)), w)
+    assert "f32[3,64,32]" in converted
+    assert not arrays_converted_for_slices(jax.grad(functools.partial(layers, product)), w)
+
+    *arrays, _, text_index = make_case(4, 6, 16, 8, jnp.bfloat16)
+
+    def attention(*arrays):
+        return cpu_attention(*arrays, text_index).sum()
+
+    with mock.patch.object(attention_module, "SCORES_AT_A_TIME", 256):
+        assert not arrays_converted_for_slices(jax.grad(attention, argnums=(0, 1, 2)), *arrays)
+
+    x = normal(64, 32, dtype=jnp.bfloat16)
+    expert = jnp.asarray(np.arange(128).reshape(64, 2) % 4, jnp.int32)
+
+    def mlp(x, w):
+        return matmul(x, w).astype(x.dtype)
+
+    def experts(x, w):
+        y, _ = blocked(mlp, x, expert, jnp.ones((64, 2), jnp.float32), w)
+        return y.astype(jnp.float32).sum()
+
+    w = normal(4, 32, 32, dtype=jnp.float32)
+    assert not arrays_converted_for_slices(jax.grad(experts, argnums=(0, 1)), x, w)
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [(0.5, True), (0.9, False)])
