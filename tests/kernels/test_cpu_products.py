@@ -135,6 +135,15 @@ def test_xla_multiplies_bfloat16():
     assert not operands_made_float32(attention_gradients, *arrays)
 
 
+@pytest.mark.parametrize(("width", "out", "turned"), [(256, 32, 32), (32, 256, 32)])
+def test_the_narrower_operand_is_turned(width, out, turned):
+    """For the gradient of a weight. Turned, the wide one would be an activation computed again."""
+    x, w = normal(64, width, dtype=jnp.bfloat16), normal(width, out, dtype=jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda w: jnp.sum(product(jnp.tanh(x), w) ** 2)))
+    text = gradient.lower(w).compile().as_text()
+    assert set(re.findall(r"bf16\[(\d+),64\]", text)) == {str(turned)}
+
+
 def arrays_converted_for_slices(function, *arguments) -> set[str]:
     """Shapes of the arrays that the compiled program converts whole where it wants a part."""
     text = jax.jit(function).lower(*arguments).compile().as_text()

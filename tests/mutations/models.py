@@ -71,6 +71,20 @@ FAULTS = (
         "kernels/test_cpu_products.py -k xla_multiplies",
     ),
     Fault(
+        "loops-on-cpus-convert-whole-arrays",
+        "kernels/cpu_products.py",
+        "jax.lax.bitcast_convert_type(x_X, jnp.uint16) if x_X.dtype == jnp.bfloat16 else x_X",
+        "x_X",
+        "kernels/test_cpu_products.py -k bits",
+    ),
+    Fault(
+        "the-wider-operand-is-turned",
+        "kernels/cpu_products.py",
+        "x_TD.shape[1] > dy_TN.shape[1]",
+        "x_TD.shape[1] < dy_TN.shape[1]",
+        "kernels/test_cpu_products.py -k narrower",
+    ),
+    Fault(
         "auto-weights-do-not-measure",
         "weights.py",
         'is_one_cpu and bfloat16_is_faster() else "float32"',
