@@ -4,6 +4,9 @@ Training stacks the weights of all layers, and of all experts, so that a scan co
 On a CPU each step of a scan copies its slice of them before it multiplies with it, so that one
 short text costs a copy of the whole model. An `Unstacked` stands where the stacked array would
 stand, and behaves as one towards the code of the layers; loops over it are unrolled instead.
+
+Its matrices are `Turned`. XLA packs a matrix that lies by inputs before it multiplies, and for few
+tokens that takes longer than the product.
 """
 
 import dataclasses
@@ -17,9 +20,39 @@ from jax.sharding import PartitionSpec as P
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Turned:
+    """The matrix [D, N] of inputs and outputs that lies in memory as `by_output_ND`."""
+
+    by_output_ND: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.by_output_ND.shape[::-1]
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self):
+        return self.by_output_ND.dtype
+
+    def astype(self, dtype) -> "Turned":
+        return Turned(self.by_output_ND.astype(dtype))
+
+    def __getitem__(self, index):
+        return self if index is ... else jnp.asarray(self)[index]
+
+    def __jax_array__(self) -> jax.Array:
+        """For layers that need the matrix itself."""
+        return self.by_output_ND.T
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unstacked:
-    """`pieces`: what stacked along a new first axis would be the array [n, ...]; arrays, or
-    `Unstacked` themselves."""
+    """`pieces`: what stacked along a new first axis would be the array [n, ...]; arrays, `Turned`
+    ones, or `Unstacked` themselves."""
 
     pieces: tuple
 
@@ -49,7 +82,7 @@ class Unstacked:
     def arrays(self) -> Iterator[jax.Array]:
         """The arrays that make the stacked array, one after the other."""
         for piece in self.pieces:
-            yield from piece.arrays() if isinstance(piece, Unstacked) else [piece]
+            yield from piece.arrays() if isinstance(piece, Unstacked) else [jnp.asarray(piece)]
 
     def specs(self, spec: P) -> "Unstacked":
         """The PartitionSpecs of the pieces, from that of the stacked array; its first axis must not
@@ -74,12 +107,12 @@ def piece_of(tree, index: int):
     return jax.tree.map(lambda leaf: leaf[index], tree, is_leaf=_is_one)
 
 
-def unstack(array: jax.Array, axes: int) -> Unstacked:
-    """A stacked parameter on a CPU, whose first `axes` axes become pieces. Its memory is shared
-    with the pieces where JAX can, else copied."""
-    if axes == 0:
-        return array
-    device = array.device
-    return Unstacked(
-        tuple(unstack(jax.device_put(piece, device), axes - 1) for piece in np.asarray(array))
-    )
+def unstack(array, axes: int, is_matrix: bool, device) -> "Unstacked | Turned | jax.Array":
+    """A stacked parameter on a CPU `device`, whose first `axes` axes become pieces. Matrices are
+    turned; other arrays share their memory with the pieces where JAX can."""
+    if axes:
+        pieces = (unstack(piece, axes - 1, is_matrix, device) for piece in np.asarray(array))
+        return Unstacked(tuple(pieces))
+    if is_matrix:
+        return Turned(jax.device_put(np.ascontiguousarray(array.T), device))
+    return jax.device_put(array, device)

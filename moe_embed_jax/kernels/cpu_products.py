@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from moe_embed_jax.mesh import platform
+from moe_embed_jax.unstacked import Turned
 
 
 def dtype_between_products(dtype):
@@ -60,7 +61,11 @@ def from_bits(x_X):
 @jax.custom_vjp
 def product(x_TD, w_DN):
     """`x_TD @ w_DN` of operands in the dtype of x; float32. Gradients have the dtypes of x and w;
-    their operands are rounded likewise, their sums are float32."""
+    their operands are rounded likewise, their sums are float32.
+
+    w may be `Turned`, then without gradients."""
+    if isinstance(w_DN, Turned):
+        return dot(x_TD, w_DN.by_output_ND.astype(x_TD.dtype), -1)
     return dot(x_TD, jnp.asarray(w_DN.astype(x_TD.dtype)), -2)
 
 

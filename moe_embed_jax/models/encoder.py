@@ -19,6 +19,7 @@ from moe_embed_jax.mesh import BATCH_SPEC, ROWS_SPEC
 from moe_embed_jax.models.attention import Attention, rotation
 from moe_embed_jax.models.encoder_config import EncoderConfig
 from moe_embed_jax.models.feed_forward import FeedForward
+from moe_embed_jax.models.int8_weight import input_axis
 from moe_embed_jax.models.layer_norm import LayerNorm
 from moe_embed_jax.models.linear import Linear
 from moe_embed_jax.models.moe import MoE
@@ -26,7 +27,7 @@ from moe_embed_jax.models.remat import rematerialised_map
 from moe_embed_jax.routing.router import RoutingStatistics
 from moe_embed_jax.shapes import PADDING
 from moe_embed_jax.sharding import gather, is_array, path_of, rules_for, specs
-from moe_embed_jax.unstacked import is_unstacked, piece_of, unstack
+from moe_embed_jax.unstacked import Unstacked, is_unstacked, piece_of, unstack
 
 ZEROS = nnx.initializers.zeros  # where only shapes are asked: a fifth of the trace of a normal one
 BLOCK_SUM = "block_sum"  # the sum before the last norm of a block: what `remat_rows` saves
@@ -172,12 +173,16 @@ def unstack_params(params: dict) -> dict:
             if isinstance(leaf, dict):
                 result[name] = unstacked(leaf, own_path)
             else:
-                is_of_experts = re.search(r"/moe/(w_in|w_out|bias_in)$", own_path)
-                result[name] = leaf if leaf is None else unstack(leaf, 2 if is_of_experts else 1)
+                result[name] = leaf if leaf is None else _unstacked(leaf, own_path)
         return result
 
     embeddings = {"embeddings": params.pop("embeddings")}
     return embeddings | {name: unstacked(params.pop(name), name) for name in list(params)}
+
+
+def _unstacked(leaf: jax.Array, path: str) -> Unstacked:
+    axes = 2 if re.search(r"/moe/(w_in|w_out|bias_in)$", path) else 1
+    return unstack(leaf, axes, input_axis(path) is not None, leaf.device)
 
 
 def encode_rows(

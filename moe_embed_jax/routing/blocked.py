@@ -16,7 +16,7 @@ from moe_embed_jax.kernels.cpu_products import bits, from_bits
 from moe_embed_jax.routing.expert_mlp import PRODUCT
 from moe_embed_jax.routing.rows import count_experts, in_float32, sum_choices, take
 from moe_embed_jax.sharding import is_array
-from moe_embed_jax.unstacked import is_unstacked, piece_of
+from moe_embed_jax.unstacked import Turned, is_unstacked, piece_of
 
 
 def block_rows(assignments: int, experts: int) -> int:
@@ -100,7 +100,9 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
     def one_expert(buffers, expert):
         weights, first, count = expert
         # Weights that are kept as int8 become arrays here: once, not for every block.
-        weights = jax.tree.map(jnp.asarray, weights, is_leaf=is_array)
+        weights = jax.tree.map(
+            lambda w: w if isinstance(w, Turned) else jnp.asarray(w), weights, is_leaf=is_array
+        )
 
         def one_block(i, buffers):
             start = (first + i) * block

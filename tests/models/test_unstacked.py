@@ -11,7 +11,7 @@ from moe_embed_jax import embedder as embedder_module
 from moe_embed_jax.embedder import Embedder
 from moe_embed_jax.mesh import single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig, init_params, unstack_params
-from moe_embed_jax.unstacked import Unstacked
+from moe_embed_jax.unstacked import Unstacked, unstack
 
 MODEL = EncoderConfig(
     vocab_size=64, num_layers=5, width=40, num_heads=2, ffn_width=44, num_experts=4, moe_every=2
@@ -56,7 +56,8 @@ def test_one_text_copies_no_weights(embedders):
         arrays = embedder._rows(call, [IDS[1]])
         with jax.set_mesh(embedder.mesh):
             program = embedder_module._pool_rows.lower(MODEL, embedder.params, *arrays).compile()
-        shape = rf"{MODEL.width},{MODEL.ffn_width}"  # up, and w_in
+        # up and w_in, down and w_out, whichever way they lie
+        shape = rf"(?:{MODEL.width},{MODEL.ffn_width}|{MODEL.ffn_width},{MODEL.width})"
         lines = re.findall(rf"= f32\[(?:1,)*{shape}\]\S* ([\w-]+)\(", program.as_text())
         made.append(set(lines) - {"parameter", "get-tuple-element", "bitcast"})
     assert made[0]  # the scans slice
@@ -70,3 +71,14 @@ def test_stands_for_the_stacked_array():
     np.testing.assert_array_equal(jax.numpy.asarray(one), array)
     np.testing.assert_array_equal(np.concatenate(list(one.arrays())), array.reshape(-1))
     assert one.astype("bfloat16").dtype == "bfloat16"
+
+
+def test_turned_stands_for_the_matrix():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    one = unstack(jax.numpy.asarray(array), 1, True, jax.devices()[0])
+    assert (one.shape, one.ndim, one.dtype) == (array.shape, 3, array.dtype)
+    np.testing.assert_array_equal(one[1].by_output_ND, array[1].T)
+    np.testing.assert_array_equal(jax.numpy.asarray(one), array)
+    np.testing.assert_array_equal(list(one.arrays()), array)
+    np.testing.assert_array_equal(one[1][2], array[1, 2])
+    assert one[0].astype("bfloat16").dtype == "bfloat16"
