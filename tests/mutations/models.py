@@ -85,6 +85,20 @@ FAULTS = (
         "kernels/test_cpu_products.py -k narrower",
     ),
     Fault(
+        "matrices-of-one-text-lie-by-inputs",
+        "unstacked.py",
+        "np.ascontiguousarray(array.T)",
+        "np.ascontiguousarray(array)",
+        "models/test_unstacked.py -k turned",
+    ),
+    Fault(
+        "bfloat16-products-turn-the-matrix-first",
+        "kernels/cpu_products.py",
+        "return dot(x_TD, w_DN.by_output_ND.astype(x_TD.dtype), -1)",
+        "return dot(x_TD, w_DN.by_output_ND.astype(x_TD.dtype).T, -2)",
+        "models/test_bfloat16_weights.py -k products",
+    ),
+    Fault(
         "auto-weights-do-not-measure",
         "weights.py",
         'is_one_cpu and bfloat16_is_faster() else "float32"',
