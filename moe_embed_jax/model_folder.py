@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
-from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, save_json
+from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, read_card, save_card
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY, read_matryoshka_dims
@@ -198,8 +198,8 @@ def _open_published(folder: pathlib.Path, positions: str) -> ModelFolder:
 
 def _open_run(folder: pathlib.Path, step: int | None, tokenizer: str | None) -> ModelFolder:
     """`tokenizer`: SHA-256 of the one that lies in the folder, which must be the checkpoint's."""
-    card = read_config(folder)
-    where = folder / CONFIG_FILE
+    where = folder / RUN_CONFIG
+    card = read_card(where)
     try:
         model = config_files.build(EncoderConfig, card["model"], "model")
     except UserError as error:  # which knows no file
@@ -365,7 +365,7 @@ def save_model(
         own = loaded.vocabulary and {"vocabulary": {"sha256": loaded.vocabulary.content_hash}}
         checkpoints.save(0, {"origin": origin, **(own or {})}, **trees)
         checkpoints.close()
-        save_json(
+        save_card(
             partial / RUN_CONFIG,
             {
                 "model": dataclasses.asdict(loaded.model),

@@ -11,10 +11,9 @@ import numpy as np
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
-from moe_embed_jax.config import RUN_CONFIG, differences
+from moe_embed_jax.config import RUN_CONFIG, differences, read_card
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.json_file import read_object
 from moe_embed_jax.mesh import replicated, single_device_mesh
 from moe_embed_jax.models.encoder import EncoderConfig
 from moe_embed_jax.models.encoder_config import COMPUTE_FIELDS
@@ -41,7 +40,7 @@ def apply_source(config, workdir: pathlib.Path) -> tuple:
         return config, []
     saved_path = workdir / RUN_CONFIG
     if storage.has_entry(saved_path):
-        saved = read_object(saved_path)
+        saved = read_card(saved_path)
         # Built, so that a key that is newer than the file has its default.
         if config_files.build(type(init), saved.get("init", {}), "init") == init:
             model = config_files.build(EncoderConfig, saved["model"], "model")

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import signal
+import sys
 
 import jax
 
@@ -106,7 +107,8 @@ def _train(config, workdir: pathlib.Path, on_exit: contextlib.ExitStack) -> bool
         "records",
         lambda: continue_records(workdir, start, saved.get(CHECKSUMS, {})) if is_writer else [],
     )
-    print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     recorded = read_records(workdir / EVALUATIONS_FILE) if is_writer else []
     is_evaluated = true_anywhere(any(record["step"] == start for record in recorded))
     evaluator = Evaluator(workdir, config, run.held_out(), stage.loss_name, is_writer)

@@ -11,7 +11,14 @@ import sys
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
 from moe_embed_jax.children import ends_with_parent
-from moe_embed_jax.config import FREE_IF_DROPLESS, RUN_CONFIG, differences, save_json, select
+from moe_embed_jax.config import (
+    FREE_IF_DROPLESS,
+    RUN_CONFIG,
+    differences,
+    read_card,
+    save_card,
+    select,
+)
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
     planned_store_path,
@@ -21,7 +28,6 @@ from moe_embed_jax.data.data_spec import (
 from moe_embed_jax.data.store_copy import copied_store
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import Interrupted, UserError
-from moe_embed_jax.json_file import read_object
 from moe_embed_jax.tokenizers.tokenizer import Tokenizer
 from moe_embed_jax.tokenizers.tokenizer_json import open_vocabulary
 from moe_embed_jax.training.records import CHECKSUMS
@@ -75,7 +81,7 @@ def check_or_create(workdir: pathlib.Path, config: Run, write: bool) -> None:
             "use a new --workdir, or the old values to resume"
         )
     if write:
-        save_json(workdir / RUN_CONFIG, dataclasses.asdict(config))
+        save_card(workdir / RUN_CONFIG, dataclasses.asdict(config))
 
 
 def read_run_config(workdir: pathlib.Path) -> Run | None:
@@ -85,7 +91,7 @@ def read_run_config(workdir: pathlib.Path) -> Run | None:
     if not path.exists():
         return None
     try:
-        values = read_object(path)
+        values = read_card(path)
         objective = values.get("objective", RunConfig.objective)
         if objective not in list(RUN_CONFIGS):
             raise UserError(f"objective={objective!r} is none of {', '.join(RUN_CONFIGS)}")

@@ -17,6 +17,7 @@ from campaign.world import World
 from helpers import evaluation_data, synthetic_data
 
 from moe_embed_jax import config as config_files
+from moe_embed_jax.checksums import take_own
 from moe_embed_jax.data.data_spec import held_out_path
 from moe_embed_jax.data.token_store import TokenStore
 from moe_embed_jax.errors import UserError
@@ -265,6 +266,8 @@ def config(path):
     """A page of a config that gives the changed values of a card."""
     try:
         values = json.loads(path.read_text())
+        if isinstance(values, dict):
+            take_own(values)
         text = repr(values)
     except (ValueError, RecursionError, OSError):
         raise UserError(f"{path} gives no values") from None  # and so is no test of a page

@@ -140,6 +140,8 @@ def test_the_number_of_devices_is_free_where_it_changes_no_number(monkeypatch, p
 def damaged(text: str):
     """(what is wrong, the damaged file) for each kind of damage to a config.json."""
     card = json.loads(text)
+    yield "was changed (its CRC-32 differs)", json.dumps(card | {"steps": card["steps"] + 1})
+    del card["crc32"]  # as of a file that a user changed on purpose
     yield "is not JSON", ""
     yield "is not JSON", text[: len(text) // 2]
     yield "is not JSON", "\0" * len(text)
