@@ -15,9 +15,8 @@ import traceback
 from collections.abc import Iterator
 
 from moe_embed_jax import storage
-from moe_embed_jax.checksums import take_own, with_own
 from moe_embed_jax.errors import UserError
-from moe_embed_jax.json_file import printable, read_object
+from moe_embed_jax.json_file import printable
 
 # In the folder of a run, and of a model that we wrote.
 RUN_CONFIG = "config.json"  # its "model" section tells such a folder from others
@@ -248,26 +247,6 @@ def save_json(path, content: dict) -> None:
     """Writes JSON so that a reader sees either the old or the new file."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     storage.write(storage.path(path), text)
-
-
-def save_card(path, values: dict) -> None:
-    """Writes the RUN_CONFIG of a folder, with a checksum of its own."""
-    save_json(path, with_own(values))
-
-
-def read_card(path) -> dict:
-    """What `save_card` wrote; a file of an earlier version has no checksum, and may be changed.
-
-    Raises `UserError` for a file that is no JSON object or was changed: another number there can
-    give other vectors.
-    """
-    card = read_object(path)
-    if take_own(card) is False:
-        raise UserError(
-            f"{path} was changed (its CRC-32 differs): bring it back, or remove its key "
-            '"crc32" if you meant to change it'
-        )
-    return card
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

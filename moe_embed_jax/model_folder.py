@@ -14,7 +14,8 @@ import numpy as np
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
-from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG, read_card, save_card
+from moe_embed_jax.card import read_card, save_card
+from moe_embed_jax.config import CHECKPOINTS, RUN_CONFIG
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.finite import all_finite, leaves_finite
 from moe_embed_jax.interop.matryoshka import MATRYOSHKA_KEY, read_matryoshka_dims

@@ -11,7 +11,8 @@ import numpy as np
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
-from moe_embed_jax.config import RUN_CONFIG, differences, read_card
+from moe_embed_jax.card import read_card
+from moe_embed_jax.config import RUN_CONFIG, differences
 from moe_embed_jax.data.data_config import VocabularyConfig
 from moe_embed_jax.errors import UserError
 from moe_embed_jax.mesh import replicated, single_device_mesh

@@ -10,15 +10,9 @@ import sys
 
 from moe_embed_jax import config as config_files
 from moe_embed_jax import storage
+from moe_embed_jax.card import read_card, save_card
 from moe_embed_jax.children import ends_with_parent
-from moe_embed_jax.config import (
-    FREE_IF_DROPLESS,
-    RUN_CONFIG,
-    differences,
-    read_card,
-    save_card,
-    select,
-)
+from moe_embed_jax.config import FREE_IF_DROPLESS, RUN_CONFIG, differences, select
 from moe_embed_jax.data.data_spec import (
     describe_spec_difference,
     planned_store_path,

@@ -64,7 +64,7 @@ def test_a_killed_conversion_can_be_repeated(dense, tmp_path, monkeypatch):
     for name, action in actions.items():
         target = tmp_path / name / "target"
         with monkeypatch.context() as patch:
-            patch.setattr(model_folder, "save_json", interrupted)
+            patch.setattr(model_folder, "save_card", interrupted)
             patch.setattr(export, "model_card", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 action(target)

@@ -22,10 +22,10 @@ FAULTS = (
     ),
     Fault(
         "a-changed-card-is-read",
-        "config.py",
+        "card.py",
         "if take_own(card) is False:",
         "if take_own(card) is None:",
-        "interop/test_folder_faults.py -k other_vectors",
+        "test_card.py",
     ),
     Fault(
         "embeddings-normalised-then-cut",

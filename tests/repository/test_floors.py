@@ -25,6 +25,7 @@ FLOORS = (
         "unstacked",
     },
     {"checksums", "new_folder", "made_by", "kernels"},
+    {"card"},
     {"tokenizers", "pairs"},
     {"routing", "losses", "data", "search", "sharding"},
     {"models", "checkpoint", "newest_checkpoint", "inference_batches"},
