@@ -133,7 +133,7 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
 
 
 def _put(buffers, rows, start):
-    """`buffers` with `rows` from `start` on."""
+    """`buffers`, which hold `bits`, with `rows` from `start` on."""
     return jax.tree.map(
         lambda buffer, part: jax.lax.dynamic_update_slice_in_dim(buffer, bits(part), start, 0),
         buffers,
