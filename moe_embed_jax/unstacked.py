@@ -5,8 +5,8 @@ On a CPU each step of a scan copies its slice of them before it multiplies with 
 short text costs a copy of the whole model. An `Unstacked` stands where the stacked array would
 stand, and behaves as one towards the code of the layers; loops over it are unrolled instead.
 
-Its matrices are `Turned`. XLA packs a matrix that lies by inputs before it multiplies, and for few
-tokens that takes longer than the product.
+Its matrices are `Turned`. XLA packs a matrix that lies by inputs before it multiplies, which was a
+quarter (float32) to a half (bfloat16) of the call for a short text.
 """
 
 import dataclasses

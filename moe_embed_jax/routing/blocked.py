@@ -99,7 +99,8 @@ def _forward(compute, block, x_TD, expert_TK, gate_TK, weights):
 
     def one_expert(buffers, expert):
         weights, first, count = expert
-        # Weights that are kept as int8 become arrays here: once, not for every block.
+        # int8 weights become arrays here: once, not for every block. A `Turned` one would become a
+        # copy, which `product` does not need.
         weights = jax.tree.map(
             lambda w: w if isinstance(w, Turned) else jnp.asarray(w), weights, is_leaf=is_array
         )
