@@ -179,13 +179,14 @@ class Curation(abc.ABC):
     def _is_done(self, output: Path) -> bool:
         """Whether `output` is what this makes: a process may be killed after it appeared.
 
-        Raises `UserError` if it is something else, or if a file of it is missing.
+        Raises `UserError` if it is something else, or if a file of it is missing or damaged.
         """
         if not output.exists():
             return False
         if (output / MANIFEST).is_file():
-            made = json.loads(json.dumps(self._manifest_about()))
-            if PairFolder(output).manifest["about"] == made:
+            made, found = json.loads(json.dumps(self._manifest_about())), PairFolder(output)
+            if found.manifest["about"] == made:
+                found.verify()
                 return True
         raise UserError(
             f"{output} exists, and is not what this command makes: choose another folder"

@@ -180,6 +180,12 @@ def test_as_commands(tmp_path, pairs, monkeypatch, capsys, name):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert run(tmp_path / "out", "--part=1/2") == 0
     assert f"done before: {tmp_path}/out" in capsys.readouterr().out
+    for path in sorted((tmp_path / "out").glob("*-00000-of-*")):  # records, lengths
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert run(tmp_path / "out", "--finish") == 2
+        assert f"{path}: damaged (" in capsys.readouterr().err
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":

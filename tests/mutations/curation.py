@@ -117,4 +117,18 @@ FAULTS = (
         "json.dumps([*sources], sort_keys=True)",
         "curation/test_negatives.py -k parts_and",
     ),
+    Fault(
+        "a-finished-folder-is-not-read-again",
+        "curation/units.py",
+        "                found.verify()\n",
+        "",
+        "curation/test_units.py -k as_commands",
+    ),
+    Fault(
+        "a-finished-preparation-is-not-read-again",
+        "preparation/beam/pipeline.py",
+        "PairFolder(output).verify()",
+        "PairFolder(output)",
+        "preparation/test_prepare_pipeline.py -k second_start",
+    ),
 )

@@ -157,15 +157,19 @@ print(len(rows), rows[0]["query"].decode(), rows[0]["language"].decode())
 
 def test_a_second_start_returns_at_once(prepared, mixed, capsys):
     before = files(prepared)
-    manifest = prepare(mixed, prepared)
-    assert "prepared before" in capsys.readouterr().out
-    assert files(prepared) == before and manifest == PairFolder(prepared).manifest
+    assert prepare(mixed, prepared) == PairFolder(prepared).manifest
+    assert "prepared before" in capsys.readouterr().out and files(prepared) == before
     with pytest.raises(UserError, match="with other options"):
         prepare(mixed, prepared, rows_per_shard=32)
     moved = (prepared / "dataset_info.json").rename(prepared / "moved")
     with pytest.raises(UserError, match=r"dataset_info\.json"):
         prepare(mixed, prepared)
     moved.rename(prepared / "dataset_info.json")
+    for path in sorted(prepared.glob("*-00000-of-*")):  # records, lengths
+        path.write_bytes((content := path.read_bytes())[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{path}: damaged"):
+            prepare(mixed, prepared)
+        path.write_bytes(content)
 
 
 class _Killed(BaseException):
@@ -300,13 +304,10 @@ def test_killed_between_the_moves_of_the_end(mixed, prepared, tmp_path, monkeypa
     assert not (tmp_path / "lost" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--direct_num_workers=3", "--direct_running_mode=multi_threading"),
-        ("--runner=FnApiRunner",),
-    ],
-)
+THREADS = "--direct_num_workers=3", "--direct_running_mode=multi_threading"
+
+
+@pytest.mark.parametrize("flags", [THREADS, ("--runner=FnApiRunner",)])
 def test_workers_leave_no_trace(flags, mixed, prepared, tmp_path):
     prepare(mixed, tmp_path / "pairs", beam=flags)
     assert files(tmp_path / "pairs") == files(prepared)
@@ -321,10 +322,9 @@ def test_rounds_leave_no_trace(mixed, prepared, tmp_path, monkeypatch):
 def test_two_at_once_are_refused(mixed, prepared):
     code = f"""
 from moe_embed_jax.preparation.beam import pipeline
-from moe_embed_jax.errors import UserError
 try:
     pipeline.prepare(pipeline.Options({str(mixed)!r}, {str(prepared)!r}, rows_per_shard=64))
-except UserError as error:
+except pipeline.UserError as error:
     print(error)
 """
     with pipeline._alone(str(prepared)):

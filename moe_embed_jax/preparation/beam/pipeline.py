@@ -100,8 +100,9 @@ def _prepare_and_upload(options: Options, plan: dict, *inputs) -> dict:
     with own(target) as owner, _alone(str(place)):
         remove_unfinished(target)
         if (target / MANIFEST).is_file():
-            manifest = PairFolder(target).manifest
-            _check_plan(manifest, plan, options.output)
+            pairs = PairFolder(target)
+            _check_plan(manifest := pairs.manifest, plan, options.output)
+            pairs.verify()
             print(f"prepared before: {options.output}")
             return manifest
         if target.exists():
@@ -347,7 +348,7 @@ def _finished(output: str, plan: dict) -> dict | None:
     manifest = work_module.read_json(path)
     _check_plan(manifest, plan, output)
     if "://" not in output:
-        PairFolder(output)  # names a file that is missing or damaged
+        PairFolder(output).verify()  # names a file that is missing or damaged
     return manifest
 
 
