@@ -1,6 +1,7 @@
 """One owner at a time, whoever dies when: on this machine and, by the lease, on others."""
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -187,8 +188,10 @@ def test_a_full_disk_leaves_no_owner(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_who_waits_long_says_so_once(tmp_path, monkeypatch, capsys):
+def test_who_waits_long_says_so_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ownership, "LONGEST_PAUSE", 0.05)
+    said = io.StringIO()  # capsys forgets what another thread says while it is read
+    monkeypatch.setattr(sys, "stderr", said)
 
     def wait():
         with own(tmp_path / "target", wait=True):
@@ -198,12 +201,11 @@ def test_who_waits_long_says_so_once(tmp_path, monkeypatch, capsys):
     thread = threading.Thread(target=wait)
     with own(tmp_path / "target"):
         thread.start()
-        said = ""
-        while not said:
-            said = capsys.readouterr().err
+        while not said.getvalue():
+            time.sleep(0.01)
         time.sleep(0.3)  # it looks some more times
         turns.append("first")
     thread.join(60)
     assert turns == ["first", "waited"]
-    assert said.startswith(f"waiting: {tmp_path}/target is in use by process {os.getpid()} on ")
-    assert (said + capsys.readouterr().err).count("waiting") == 1
+    (line,) = said.getvalue().splitlines()
+    assert line.startswith(f"waiting: {tmp_path}/target is in use by process {os.getpid()} on ")
