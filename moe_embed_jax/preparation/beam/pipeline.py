@@ -101,10 +101,10 @@ def _prepare_and_upload(options: Options, plan: dict, *inputs) -> dict:
         remove_unfinished(target)
         if (target / MANIFEST).is_file():
             pairs = PairFolder(target)
-            _check_plan(manifest := pairs.manifest, plan, options.output)
+            _check_plan(pairs.manifest, plan, options.output)
             pairs.verify()
             print(f"prepared before: {options.output}")
-            return manifest
+            return pairs.manifest
         if target.exists():
             raise UserError(f"{target} exists and is not empty: choose another --output")
         manifest = _prepare(dataclasses.replace(options, output=str(place)), plan, *inputs)
