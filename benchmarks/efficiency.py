@@ -7,8 +7,7 @@
 Parts, each written to OUTPUT/parts when it is done and not measured again (--again=PART,..):
 
     memory       resident memory of each model in a process of its own
-    latency      one query at a time: p50, p95
-    throughput   documents/s
+    speed        documents/s; one query at a time: p50, p95
     quality-SET-WEIGHTS   nDCG@10 and index bytes for dims {all, a third} x {float32, int8, binary}
 
 then OUTPUT/report.json and OUTPUT/report.md. Who is compared: efficiency_models.py. Contestants
@@ -32,7 +31,6 @@ from efficiency_models import BFLOAT16, DENSE, INT8, OURS, PEER
 from moe_embed_jax.config import save_json
 from moe_embed_jax.errors import UserError
 
-SPEED_PARTS = ("memory", "latency", "throughput")
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
@@ -72,17 +70,17 @@ def measure_memory(compared: dict) -> dict:
     return result
 
 
-def measure_speed(compared: dict, rounds: int, unit: str) -> dict:
-    """Rounds of turns; `unit`: "documents" or "queries" per turn."""
+def measure_speed(compared: dict, rounds: int) -> dict:
+    """Rounds of turns."""
     with contestants.contestants(compared) as started:
         ready = {name: first for name, (_, first) in started.items()}
         embeddings = {name: first.pop("embeddings") for name, first in ready.items()}
         results = contestants.play(started, rounds)
-    count = len(next(iter(compared.values()))[1]["work"][unit])
+    count = len(next(iter(compared.values()))[1]["work"]["documents"])
     for turns in results.values():
         for turn in turns:
-            turn[unit] = count
-    rates = contestants.rates(results, unit)
+            turn["documents"] = count
+    rates = contestants.rates(results, "documents")
     return {
         "rates": rates,
         **{
@@ -98,8 +96,6 @@ def measure_speed(compared: dict, rounds: int, unit: str) -> dict:
 
 def agreement(embeddings: dict) -> dict:
     """Of the documents' embeddings with those of OURS: least cosine, largest difference."""
-    if embeddings[OURS] is None:
-        return {}
     return {
         name: {
             "least_cosine": float((x_ND * embeddings[OURS]).sum(axis=1).min()),
@@ -111,7 +107,7 @@ def agreement(embeddings: dict) -> dict:
 
 
 def latencies(part: dict) -> dict:
-    """{name: {p50, p95, p50 of ours / this one's}}: quantiles over all queries and rounds."""
+    """{name: {p50, p95}}: seconds, quantiles over all queries and rounds."""
     quantiles = {}
     for name, turns in part["turns"].items():
         seconds = np.concatenate([turn["latencies"] for turn in turns])
@@ -234,18 +230,13 @@ def measure(arguments) -> dict:
             settings | texts,
             lambda: measure_memory(work(queries[:4], documents[: arguments.memory_documents])),
         ),
-        "latency": parts.once(
-            "latency",
+        "speed": parts.once(
+            "speed",
             settings | texts | timed,
-            lambda: measure_speed(work(queries, []), arguments.rounds, "queries"),
-        ),
-        "throughput": parts.once(
-            "throughput",
-            settings | texts | timed,
-            lambda: measure_speed(work([], documents), arguments.rounds, "documents"),
+            lambda: measure_speed(work(queries, documents), arguments.rounds),
         ),
     }
-    result["latencies"] = latencies(result["latency"])
+    result["latencies"] = latencies(result["speed"])
     result["quality"] = {}
     for dataset, name in zip(datasets, names, strict=True) if arguments.model else ():
         for weights in WEIGHTS:
@@ -276,8 +267,8 @@ def main():
     flags.add_argument("--vocabulary", default="", help="SentencePiece model, with --shape")
     flags.add_argument("--dataset", required=True, help="BEIR-like folders, separated by commas")
     flags.add_argument("--output", required=True, help="folder of the report and of its parts")
-    flags.add_argument("--queries", type=int, default=50, help="of the latency part")
-    flags.add_argument("--documents", type=int, default=64, help="of the throughput part")
+    flags.add_argument("--queries", type=int, default=50, help="encoded one at a time")
+    flags.add_argument("--documents", type=int, default=64, help="encoded together")
     flags.add_argument("--memory_documents", type=int, default=8, help="encoded for the memory")
     flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--batch_sizes", default="32", help="tried by sentence-transformers")

@@ -39,24 +39,25 @@ def resident() -> dict[str, int]:
 
 def take_turns(turns, encode, work: dict, memory: dict, **about) -> None:
     """All turns of a contestant. `encode(texts, side)`; a turn is one encoding of all documents,
-    then of each query by itself."""
+    then of each query by itself. The seconds of a turn are those of the documents."""
 
-    def once():
-        documents = encode(work["documents"], "document") if work["documents"] else None
-        latencies = []
+    def latencies() -> list[float]:
+        result = []
         for query in work["queries"]:
             start = time.perf_counter()
             encode([query], "query")
-            latencies.append(time.perf_counter() - start)
-        return documents, latencies
+            result.append(time.perf_counter() - start)
+        return result
 
-    documents, _ = once()  # compiles every shape
+    documents = encode(work["documents"], "document")
+    latencies()  # every shape is compiled
     memory |= {"used": resident()["now"], "peak": resident()["peak"]}
     result = {"memory": memory, "embeddings": documents, **about}
     while True:
         turns.wait(result)
-        _, latencies = once()
-        result = turns.seconds() | {"latencies": latencies}
+        encode(work["documents"], "document")
+        result = turns.seconds()
+        result["latencies"] = latencies()
 
 
 def ours(turns, folder: str, weights: str, prompts: dict, work: dict):
@@ -91,7 +92,7 @@ def peer(turns, folder: str, prefixes: dict, lengths: dict, sizes: list[int], wo
         )
 
     trials = {}
-    for size in sizes if work["documents"] and len(sizes) > 1 else ():
+    for size in sizes if len(sizes) > 1 else ():
         start = time.perf_counter()
         encode(work["documents"], "document", size)
         trials[size] = time.perf_counter() - start

@@ -24,7 +24,7 @@ def markdown(report: dict) -> str:
 def conditions(report: dict) -> str:
     machine, texts, about = report["machine"], report["texts"], report["about"]
     total, active = about["parameters"]
-    share = max(report[part]["others_cpu_share"] for part in ("latency", "throughput"))
+    share = report["speed"]["others_cpu_share"]
     lines = [
         f"* {machine['processor']}, {machine['cores']} cores; jax {machine.get('jax')}, "
         f"torch {machine.get('torch')}, sentence-transformers "
@@ -40,10 +40,10 @@ def conditions(report: dict) -> str:
 
 
 def speed(report: dict) -> str:
-    about, rates = report["about"], report["throughput"]["rates"]
+    about, rates = report["about"], report["speed"]["rates"]
     parameters = {name: about["parameters"] for name in (OURS, BFLOAT16, INT8, PEER)}
     parameters[DENSE] = about["twin_parameters"]
-    tokens = report["throughput"]["ready"][OURS]["tokens"] / report["texts"]["documents"]
+    tokens = report["speed"]["ready"][OURS]["tokens"] / report["texts"]["documents"]
     rows = []
     for name in rates:
         memory = report["memory"][name]
@@ -56,7 +56,7 @@ def speed(report: dict) -> str:
                 *(f"{1e3 * latency[q]:,.1f}" for q in ("p50", "p95")),
                 f"{documents:,.2f}",
                 f"{documents * tokens:,.0f}",
-                f"{report['throughput']['ratio'][name]:.2f}",
+                f"{report['speed']['ratio'][name]:.2f}",
                 *(f"{memory[when] / MILLION:,.0f}" for when in ("imported", "loaded", "used")),
                 f"{memory['peak'] / MILLION:,.0f}",
             ]
@@ -79,8 +79,8 @@ def speed(report: dict) -> str:
 
 
 def verdict(report: dict) -> str:
-    ratio = report["throughput"]["ratio"]
-    ratio_cpu = report["throughput"]["ratio_cpu"][PEER]
+    ratio = report["speed"]["ratio"]
+    ratio_cpu = report["speed"]["ratio_cpu"][PEER]
     lines = [
         f"Documents/s against sentence-transformers: {ratio[PEER]:.2f}; per processor second "
         f"{ratio_cpu:.2f}."
@@ -95,7 +95,7 @@ def verdict(report: dict) -> str:
 
 
 def agreement(report: dict) -> str:
-    found = report["throughput"]["embeddings"]
+    found = report["speed"]["embeddings"]
     return (
         f"The embeddings of the documents: sentence-transformers' differ by at most "
         f"{found[PEER]['largest_difference']:.1e} in a component. Least cosine with those of "

@@ -84,6 +84,10 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest collects five times at the end, over all that tracing has left: seconds
+
+
 def _limit(folder: pathlib.Path, gigabytes: float = 2.0) -> None:
     """Empties a folder of programs that has grown too large: programs of old code are not used."""
     size = sum(path.stat().st_size for path in folder.glob("*"))

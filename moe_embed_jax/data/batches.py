@@ -172,14 +172,14 @@ class Batches(abc.ABC):
             # No wait: a batch that nobody takes may still be read, of a bucket that is lost.
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def sample_steps(self, most: int) -> list[int]:
-        """At most `most` steps, evenly spaced over the run."""
-        sample = np.linspace(0, self.schedule.steps - 1, min(most, self.schedule.steps))
-        return np.unique(sample.astype(int)).tolist()
+    def sample(self, most: int) -> list[np.ndarray]:
+        """The rows of at most `most` steps, evenly spaced over the run."""
+        steps = np.linspace(0, self.schedule.steps - 1, min(most, self.schedule.steps))
+        return [self.schedule.rows(step) for step in np.unique(steps.astype(int)).tolist()]
 
-    def mean_tokens_of(self, steps: list[int]) -> float:
-        """Real tokens of a global batch, in the mean over these steps."""
-        return float(np.mean([self.tokens(self.schedule.rows(step)) for step in steps]))
+    def mean_tokens_of(self, batches: list[np.ndarray]) -> float:
+        """Real tokens of a global batch, in the mean over batches of these rows."""
+        return float(np.mean([self.tokens(rows) for rows in batches]))
 
     @abc.abstractmethod
     def tokens(self, rows: np.ndarray) -> int:
@@ -237,9 +237,9 @@ class PairBatches(Batches):
         self.texts_per_row = texts_per_row
         self.pad_id = pad_id
         affordable = SAMPLED_TEXTS // ((2 + negatives) * schedule.batch_size)
-        sample = self.sample_steps(max(SAMPLED_STEPS, affordable))
+        sample = self.sample(max(SAMPLED_STEPS, affordable))
         self.buckets = choose_buckets(
-            [self._rows_needed(self._packings(self.schedule.rows(step))) for step in sample],
+            [self._rows_needed(self._packings(rows)) for rows in sample],
             None if len(sample) == schedule.steps else (2 + negatives) * self.per_device,
             chunk_rows,
             row_buckets or most_buckets(schedule.steps, mesh.devices.flat[0].platform),
@@ -352,7 +352,7 @@ class MaskedBatches(Batches):
         self.store, self.table = store, table
         self.masking, self.vocabulary, self.seed = masking, vocabulary, seed
         self.chunks, self.rows = in_chunks(self.per_device, chunk_rows)
-        self.mean_tokens = self.mean_tokens_of(self.sample_steps(SAMPLED_STEPS))  # for estimates
+        self.mean_tokens = self.mean_tokens_of(self.sample(SAMPLED_STEPS))  # for estimates
 
     def tokens(self, rows: np.ndarray) -> int:
         return self.table.tokens(rows)

@@ -156,13 +156,14 @@ def test_efficiency(data_dir, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     report = json.loads((output / "report.json").read_text())
     names = {"ours", "ours, bfloat16", "ours, int8", "dense twin", "sentence-transformers"}
-    for part in ("latency", "throughput"):
-        assert report[part]["turns"].keys() == names
-        assert report[part]["ratio"]["ours"] == 1
+    assert report["speed"]["turns"].keys() == names
+    assert report["speed"]["ratio"]["ours"] == 1
+    for turns in report["speed"]["turns"].values():
+        assert [len(turn["latencies"]) for turn in turns] == [5, 5]
     total, twin = (report["about"][name][0] for name in ("parameters", "twin_parameters"))
     assert abs(twin - total) < 8 * 2 * (2 * 48 + 1)  # of 8 hidden units in both layers
     assert report["about"]["twin"]["moe_every"] == 0
-    found = report["throughput"]["embeddings"]
+    found = report["speed"]["embeddings"]
     assert found["sentence-transformers"]["largest_difference"] < 1e-5
     assert 0.99 < found["ours, int8"]["least_cosine"] < found["ours, bfloat16"]["least_cosine"] < 1
     for name in names:
