@@ -8,8 +8,8 @@ uses them under two conditions; else it makes float32 operands first:
 2. The left operand is contracted over its last axis. Where it is not, as in the gradient of a
    weight, it must be turned in memory, not only in name.
 
-It has no slices of bfloat16: where a loop reads or writes an array in parts, it converts the whole
-array for each part. What a loop may carry or save is therefore stored as `bits`.
+That of jax 0.10 has no slices of bfloat16: where a loop reads or writes an array in parts, it
+converts the whole array for each part. What a loop may carry or save is therefore stored as `bits`.
 """
 
 import functools
