@@ -71,7 +71,7 @@ def measure_memory(compared: dict) -> dict:
 
 
 def measure_speed(compared: dict, rounds: int) -> dict:
-    """Rounds of turns."""
+    """Rounds of turns: rates of the documents, agreement of their embeddings, raw turns."""
     with contestants.contestants(compared) as started:
         ready = {name: first for name, (_, first) in started.items()}
         embeddings = {name: first.pop("embeddings") for name, first in ready.items()}
